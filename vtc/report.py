@@ -289,8 +289,9 @@ class Report:
         rows.append(("selector", "", f"{self.selector_ms:.2f} ms", ""))
         notes = [] if self.flops_note is None else [f"No FLOPs and KV bytes: {self.flops_note}"]
         stages = " then ".join(_described(config) for config in self.configs)
-        head = f"{stages} on {self.model_type} ({self.text_model_type} decoder, {dtype}; {versions})"
-        return "\n".join([head, *_aligned(rows), *notes])
+        head = f"{stages} on {self.model_type}"
+        conditions = f"{self.text_model_type} decoder in {dtype}, {versions}"
+        return "\n".join([head, *_aligned(rows), *notes, conditions])
 
 
 def _layer_flops(shape: DecoderShape | None, lengths: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
