@@ -192,7 +192,7 @@ def _rotary_flops(model, n):
 
 
 def build(**changes):
-    """A report of two rows: 8 visual + 4 text tokens and 6 visual + 2 text, halved before layer 0 and again at layer 1."""
+    """Rows of 8 visual + 4 text and 6 visual + 2 text tokens, halved before layer 0 and the first again at layer 1."""
     text = LlamaConfig(
         hidden_size=8,
         num_attention_heads=2,
