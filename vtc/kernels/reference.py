@@ -1,0 +1,71 @@
+"""Specification of the shared operations, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["farthest_point", "topk_indices"]
+
+_BLOCK = 512  # rows of the similarity matrix that exist at a time
+
+
+def topk_indices(scores: Tensor, k: int) -> Tensor:
+    """Indices of the `k` highest of `scores` (N,), best first, the lower index first among equals.
+
+    `torch.topk` leaves the order of ties to the back end, so two devices could keep different tokens; a stable sort
+    cannot.
+
+    Returns
+    -------
+    Tensor
+        (min(k, N),) long.
+    """
+    return scores.sort(descending=True, stable=True).indices[:k]
+
+
+def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
+    """Greedy max-min selection of `k` rows of `x` (N, D) under the distance 1 - cosine.
+
+    Starts at `first`, or at the row that is farthest from its nearest neighbour; then always takes the row that is
+    farthest from everything taken. Taken rows are out of the game, so the picks are distinct even among duplicates.
+    Lower index wins ties. A zero row has cosine 0 to every other.
+
+    One matrix-vector product per pick, and O(N) memory beside one normalised float32 copy of `x`; the nearest
+    neighbours for the first pick go through the similarity matrix in blocks, each pair once.
+
+    Returns
+    -------
+    Tensor
+        (min(k, N),) long, in the order taken.
+    """
+    unit = torch.nn.functional.normalize(x.float(), dim=1, eps=1e-12)
+    n = unit.shape[0]
+    k = min(k, n)
+    picks = torch.empty(k, dtype=torch.long, device=x.device)
+    if k == 0:
+        return picks
+    taken = _nearest_similarity(unit).argmin() if first is None else torch.tensor(first, device=x.device)
+    similarity = torch.full((n,), -torch.inf, device=x.device)  # to the closest row taken so far
+    for step in range(k):
+        if step:
+            taken = similarity.argmin()  # argmin returns the first of equals
+        picks[step] = taken
+        row = unit.index_select(0, taken.view(1)).squeeze(0)  # a tensor index: a GPU is never waited for
+        similarity = torch.maximum(similarity, unit @ row).index_fill(0, picks[: step + 1], torch.inf)
+    return picks
+
+
+def _nearest_similarity(unit: Tensor) -> Tensor:
+    """(N,): similarity of every row of `unit` (N, D) to the row most similar to it, itself excluded."""
+    n = unit.shape[0]
+    best = torch.full((n,), -torch.inf, device=unit.device)
+    for start in range(0, n, _BLOCK):
+        block = (
+            unit[start : start + _BLOCK] @ unit[start:].T
+        )  # the matrix is symmetric: columns from `start` on suffice
+        block.fill_diagonal_(-torch.inf)
+        stop = start + block.shape[0]
+        best[start:stop] = torch.maximum(best[start:stop], block.amax(dim=1))
+        best[start:] = torch.maximum(best[start:], block.amax(dim=0))
+    return best

@@ -1,0 +1,95 @@
+"""The two classes that every method extends."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..context import Need, Stage, VisualContext
+from ..errors import InputError
+from ..selection import Selection
+
+__all__ = ["ScoreSelector", "Selector"]
+
+_TOWER_ATTENTION = frozenset({Need.CLS_ATTENTION, Need.RECEIVED_ATTENTION, Need.ATTENTION, Need.KEYS})
+
+
+class Selector(ABC):
+    """A method: tensors of one image or video in, one `Selection` out.
+
+    Subclasses are frozen dataclasses whose fields are the method's options, each with a default, checked in
+    ``__post_init__``. They are pure: no randomness but ``ctx.generator``, no state, float32 inside, and exactly
+    ``min(ctx.budget, N)`` distinct indices out.
+
+    Class attributes
+    ----------------
+    name
+        Method id, lower case.
+    paper
+        Where the method comes from.
+    requires
+        What it must be given besides the features. Methods for which this depends on their options override `stages`.
+    reads_features
+        False if it works without the features. Only `vtc.select` asks, where the caller may have none.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    requires: ClassVar[frozenset[Need]] = frozenset()
+    reads_features: ClassVar[bool] = True
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Where tokens are removed; by default once, before the language model."""
+        return (Stage(requires=self.requires),)
+
+    def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
+        """Layers of the vision tower (0-based) whose attention or keys the method wants, in the order it wants them.
+
+        Parameters
+        ----------
+        depth
+            Number of layers of the tower.
+        feature_layer
+            Layer whose output feeds the projector; by default the one that is tapped, if anything of the tower is
+            needed.
+        """
+        needed = frozenset().union(*(stage.requires for stage in self.stages()))
+        return (feature_layer,) if needed & _TOWER_ATTENTION else ()
+
+    @abstractmethod
+    def select(self, ctx: VisualContext) -> Selection:
+        """Choose ``min(ctx.budget, N)`` tokens."""
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Option names and their defaults."""
+        return {item.name: item.default for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
+
+
+class ScoreSelector(Selector):
+    """A method that only ranks: the best scores stay, the lower index winning ties."""
+
+    @abstractmethod
+    def score(self, ctx: VisualContext) -> Tensor:
+        """(N,) float32, higher is better."""
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """Exact top-k of `score`.
+
+        Raises
+        ------
+        InputError
+            A score is NaN.
+        """
+        scores = self.score(ctx)
+        if bool(torch.isnan(scores).any()):
+            raise InputError(f"{self.name} computed NaN scores; its inputs ({sorted(self._inputs())}) are broken.")
+        return Selection.from_indices(ctx.n, kernels.topk_indices(scores, min(ctx.budget, ctx.n)))
+
+    def _inputs(self) -> set[str]:
+        return {need.value for stage in self.stages() for need in stage.requires} or {"features"}

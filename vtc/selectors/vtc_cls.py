@@ -1,0 +1,78 @@
+"""VTC-CLS: [CLS] attention summed over the last layers of the vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..context import Need, Stage, VisualContext
+from ..errors import ConfigError
+from ..registry import register_selector
+from .base import ScoreSelector
+
+__all__ = ["VtcClsSelector"]
+
+_SOURCES = {"cls": Need.CLS_ATTENTION, "received": Need.RECEIVED_ATTENTION}
+
+
+@register_selector
+@dataclass(frozen=True)
+class VtcClsSelector(ScoreSelector):
+    """Keep the tokens that the [CLS] token looks at most.
+
+    The score of a token is the sum, over the tower layers `start_layer` .. feature layer, of the attention probability
+    that [CLS] gives it, averaged over heads; no layer weights, no renormalisation for the [CLS] column. Sums run in
+    float32 (the released code adds in the tower's precision, so scores closer than that may order differently).
+
+    Parameters
+    ----------
+    start_layer
+        First layer of the ensemble, counted like a Python index over the tower's layers. The default, -8, is layer 16
+        of the 24 layers of CLIP ViT-L, as released.
+    score_source
+        "cls", the method; or "received", a stand-in for towers without a [CLS] token: the attention that a token
+        receives from all others. Never chosen silently.
+
+    Raises
+    ------
+    ConfigError
+        An option is invalid, or the tower has no such layer.
+
+    References
+    ----------
+    "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", arXiv 2412.05819.
+    """
+
+    name: ClassVar[str] = "vtc-cls"
+    paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
+    reads_features: ClassVar[bool] = False
+
+    start_layer: int = -8
+    score_source: str = "cls"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int):
+            raise ConfigError(f"vtc-cls: start_layer must be an integer, got {self.start_layer!r}.")
+        if self.score_source not in _SOURCES:
+            raise ConfigError(f"vtc-cls: score_source must be one of {sorted(_SOURCES)}, got {self.score_source!r}.")
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Once, before the language model; what it needs depends on `score_source`."""
+        return (Stage(requires=frozenset({_SOURCES[self.score_source]})),)
+
+    def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
+        """Layers `start_layer` up to and including the feature layer."""
+        start = self.start_layer + depth if self.start_layer < 0 else self.start_layer
+        if not 0 <= start <= feature_layer:
+            raise ConfigError(
+                f"vtc-cls: start_layer={self.start_layer} is layer {start} of this tower, but it must lie within "
+                f"0..{feature_layer} (or {-depth}..{feature_layer - depth}): the tower has {depth} layers and layer "
+                f"{feature_layer} makes the features."
+            )
+        return tuple(range(start, feature_layer + 1))
+
+    def score(self, ctx: VisualContext) -> Tensor:
+        """(N,) sum over layers of the mean over heads."""
+        return ctx.need(_SOURCES[self.score_source]).float().mean(dim=1).sum(dim=0)
