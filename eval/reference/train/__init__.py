@@ -1,0 +1,1 @@
+"""How the reference models are made: tower conversion, tokenizer, feature cache, training, export."""

@@ -1,0 +1,225 @@
+"""Crowded crops with a label per cell: what the ``qwen2_5_vl`` tower learns to see from.
+
+A crop is small and full of things, so that a second of training shows the tower far more objects than whole scenes
+would. It spans two frames: in half of the crops things move between them, which is how the tower learns to
+name a direction of motion.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ImageFont
+
+from eval.reference.train.qwen_model import CELL
+from eval.tasks.scenes import objects, sources
+from eval.tasks.scenes.vocabulary import COLOURS, DIGIT_SHAPES, DIGITS, NUMBERS, SHAPES, SIGN_COLOURS, WORDS
+
+DIRECTIONS: Final[dict[str, tuple[int, int]]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+"""Direction words and their steps (x to the right, y downwards)."""
+
+ATTRIBUTES: Final[dict[str, tuple[str, ...]]] = {
+    "colour": (*COLOURS, *SIGN_COLOURS),
+    "shape": (*SHAPES, "sign"),
+    "text": (*DIGITS, *WORDS, *NUMBERS),
+    "motion": tuple(DIRECTIONS),
+    "letter": tuple("abcdefghijklmnopqrstuvwxyz0123456789"),
+}
+"""What a cell is asked about; class 0 is "nothing", class i + 1 the i-th name."""
+
+EXTRA_FONTS: Final = (
+    "DejaVuSans-Oblique.ttf", "DejaVuSans-BoldOblique.ttf", "DejaVuSansMono.ttf", "DejaVuSerif-BoldItalic.ttf",
+    "STIXGeneral.ttf", "STIXGeneralBolIta.ttf", "cmr10.ttf",
+)  # fmt: skip
+"""Further training fonts (none of them a test font): a tower trained from scratch needs more variety than seven."""
+
+_OWNED = 0.3  # share of a cell that a thing must cover to own it
+
+Labels = NDArray[np.int64]
+
+
+@lru_cache(maxsize=4096)
+def _mask(shape: str, size: int) -> objects.Array:
+    return objects.shape_mask(shape, size)
+
+
+@lru_cache(maxsize=1)
+def _fonts() -> tuple[str | None, ...]:
+    known = sources.fonts("train")
+    folder = str(known[0]).rpartition("/")[0]
+    return (*known, *(f"{folder}/{name}" for name in EXTRA_FONTS))
+
+
+@lru_cache(maxsize=65536)
+def _advance(letter: str, font: str | None, size: int) -> float:
+    """Width of a letter in its font, in pixels."""
+    face = ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size)
+    return float(face.getlength(letter))
+
+
+def _index(attribute: str, name: str) -> int:
+    return ATTRIBUTES[attribute].index(name) + 1
+
+
+class _Canvas:
+    """Two frames, the labels of their cells, and where there is room left."""
+
+    def __init__(self, side: int, rng: np.random.Generator) -> None:
+        self.side = side
+        self.rng = rng
+        first = sources.background("train", side, rng)
+        self.frames = [first, first.copy()]
+        self.labels = np.zeros((len(ATTRIBUTES), side // CELL, side // CELL), np.int64)
+        self.boxes: list[tuple[int, int, int, int]] = []
+
+    def room(self, width: int, height: int) -> tuple[int, int] | None:
+        for _ in range(12):
+            left = int(self.rng.integers(0, self.side - width + 1))
+            top = int(self.rng.integers(0, self.side - height + 1))
+            if all(
+                left + width + 2 <= x or x + w + 2 <= left or top + height + 2 <= y or y + h + 2 <= top
+                for x, y, w, h in self.boxes
+            ):
+                self.boxes.append((left, top, width, height))
+                return left, top
+        return None
+
+    def share(self, alpha: objects.Array, left: int, top: int) -> NDArray[np.bool_]:
+        full = np.zeros((self.side, self.side), np.float32)
+        full[top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha
+        cells = self.side // CELL
+        owned: NDArray[np.bool_] = full.reshape(cells, CELL, cells, CELL).mean((1, 3)) >= _OWNED
+        return owned
+
+    def label(self, owned: NDArray[np.bool_], **names: str) -> None:
+        for row, attribute in enumerate(ATTRIBUTES):
+            if names.get(attribute):
+                self.labels[row][owned] = _index(attribute, names[attribute])
+
+
+def _object(canvas: _Canvas, moving: bool) -> None:
+    rng = canvas.rng
+    shape = str(rng.choice(SHAPES))
+    with_digit = not moving and shape in DIGIT_SHAPES and rng.random() < 0.8
+    size = int(rng.integers(44, 62)) if with_digit else int(rng.integers(18, 36) if moving else rng.integers(24, 52))
+    direction = str(rng.choice(list(DIRECTIONS))) if moving and rng.random() < 0.75 else ""
+    step_x, step_y = (0, 0)
+    if direction:
+        pixels = int(rng.integers(2, 8))
+        step_x, step_y = (pixels * s for s in DIRECTIONS[direction])
+    at = canvas.room(size + abs(step_x), size + abs(step_y))
+    if at is None:
+        return
+    left, top = at[0] + max(0, -step_x), at[1] + max(0, -step_y)
+    colour = str(rng.choice(list(COLOURS)))
+    paint = objects.jittered(colour, rng, 18)
+    picture = np.broadcast_to(paint, (size, size, 3)).copy()
+    text = ""
+    if with_digit:
+        text = str(rng.choice(DIGITS))
+        examples = sources.handwritten("train")[int(text)]
+        ink_size = int(size * rng.uniform(0.6, 0.82 if shape == "square" else 0.7))
+        ink = objects.digit_mask(examples[int(rng.integers(len(examples)))], ink_size)
+        offset = (size - ink_size) // 2
+        objects.paste(picture, objects.ink_for(paint), ink, offset, offset)
+    alpha = _mask(shape, size)
+    owned = np.zeros_like(canvas.labels[0], bool)
+    once = moving and not direction and rng.random() < 0.1  # flashes up in one of the two frames
+    for time in (0, 1):
+        if once and time == 0:
+            continue
+        at_x, at_y = left + time * step_x, top + time * step_y
+        objects.paste(canvas.frames[time], picture, alpha, at_y, at_x)
+        owned |= canvas.share(alpha, at_x, at_y)
+    canvas.label(owned, colour=colour, shape=shape, text=text, motion=direction)
+
+
+def _sign(canvas: _Canvas) -> None:
+    rng = canvas.rng
+    known = rng.random() < 0.8
+    if known:
+        text = str(rng.choice(WORDS if rng.random() < 0.6 else NUMBERS))
+    else:  # strings that no scene holds: letters have to be read one by one
+        text = "".join(rng.choice(list(ATTRIBUTES["letter"]), int(rng.integers(2, 5))))
+    font = _fonts()[int(rng.integers(len(_fonts())))]
+    size, margin = int(rng.integers(25, 38)), 6
+    colour = str(rng.choice(list(SIGN_COLOURS)))
+    plate = objects.sign(text, font, size, objects.jittered(colour, rng, 12), margin)
+    height, width = plate.shape[:2]
+    if width > canvas.side:
+        return
+    at = canvas.room(width, height)
+    if at is None:
+        return
+    alpha = np.ones((height, width), np.float32)
+    for frame in canvas.frames:
+        objects.paste(frame, plate, alpha, at[1], at[0])
+    owned = canvas.share(alpha, *at)
+    canvas.label(owned, colour=colour, shape="sign", text=text if known else "")
+    ends = np.cumsum([_advance(letter, font, size) for letter in text])
+    ends = ends / ends[-1] * (width - 2 * margin) + at[0] + margin
+    for column in np.flatnonzero(owned.any(0)):
+        letter = text[min(int(np.searchsorted(ends, (column + 0.5) * CELL)), len(text) - 1)]
+        canvas.labels[list(ATTRIBUTES).index("letter"), :, column][owned[:, column]] = _index("letter", letter)
+
+
+def _distractor(canvas: _Canvas, moving: bool) -> None:
+    rng = canvas.rng
+    kind = str(rng.choice(("cross", "ring", "checker", "stripes", "print")))
+    size = int(rng.integers(14, 36))
+    at = canvas.room(size, size)
+    if at is None:
+        return
+    picture, alpha = objects.distractor(kind, size, _fonts()[int(rng.integers(len(_fonts())))], rng)
+    shift = int(rng.integers(-1, 2)) if moving else 0
+    for time, frame in enumerate(canvas.frames):
+        left = min(max(0, at[0] + time * shift), canvas.side - size)
+        objects.paste(frame, picture, alpha, at[1], left)
+
+
+def _soften_colour(frame: objects.Array) -> objects.Array:
+    """Halve the resolution of the colour, as video coding does."""
+    grey = frame @ np.asarray((0.299, 0.587, 0.114), np.float32)
+    colour = frame - grey[..., None]
+    half = colour.reshape(colour.shape[0] // 2, 2, colour.shape[1] // 2, 2, 3).mean((1, 3))
+    return grey[..., None] + half.repeat(2, 0).repeat(2, 1)
+
+
+def make_crop(side: int, moving: bool, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Labels]:
+    """One crop from the training split's photographs, digits and fonts.
+
+    Parameters
+    ----------
+    side : int
+        Pixels, a multiple of 14.
+    moving : bool
+        Small objects without digits, most of them moving, instead of signs, digits and large objects at rest.
+    rng : numpy Generator
+        Source of everything random.
+
+    Returns
+    -------
+    frames : ndarray (2, side, side, 3) uint8
+    labels : ndarray (attributes, side / 14, side / 14) int64
+        One class per cell and attribute, in the order of :data:`ATTRIBUTES`.
+    """
+    canvas = _Canvas(side, rng)
+    for _ in range(int(rng.integers(2, 5 + (side // 56) ** 2))):
+        draw = rng.random()
+        if draw < 0.2:
+            _distractor(canvas, moving)
+        elif draw < 0.55 and not moving:
+            _sign(canvas)
+        else:
+            _object(canvas, moving)
+    frames = canvas.frames
+    if moving and rng.random() < 0.7:
+        frames = [_soften_colour(frame) for frame in frames]
+    spread = np.float32(rng.uniform(0.0, 5.0))
+    noise = spread * rng.standard_normal(frames[0].shape, np.float32)
+    again = spread * rng.standard_normal(frames[0].shape, np.float32) if moving else noise
+    pair = np.stack([frames[0] + noise, frames[1] + again])
+    return np.clip(pair, 0, 255).astype(np.uint8), canvas.labels

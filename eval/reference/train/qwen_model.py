@@ -1,0 +1,204 @@
+"""Shape of the ``qwen2_5_vl`` reference model, and a batched forward of its vision tower for training.
+
+The tower sees patches of 7 pixels and merges 2 x 2 of them, so that one language-model token is one cell of 14 pixels:
+a 224 x 224 picture gives 16 x 16 tokens, exactly the patches of the ``llava`` reference model's tower.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+PATCH: Final = 7
+"""Side of a tower patch in pixels."""
+
+MERGE: Final = 2
+"""Patches per side of one language-model token."""
+
+CELL: Final = PATCH * MERGE
+"""Side of a language-model token in pixels."""
+
+FRAMES_PER_PATCH: Final = 2
+"""Frames that one tower patch spans (a still image is shown twice)."""
+
+WINDOW: Final = 56
+"""Side of an attention window in pixels: 4 x 4 tokens."""
+
+WIDTH: Final = 256
+"""Width of the language model."""
+
+IMAGE_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGE_STD: Final = (0.229, 0.224, 0.225)
+
+VISION: Final[dict[str, Any]] = {
+    "depth": 6,
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_heads": 3,
+    "patch_size": PATCH,
+    "spatial_merge_size": MERGE,
+    "temporal_patch_size": FRAMES_PER_PATCH,
+    "window_size": WINDOW,
+    "fullatt_block_indexes": [2, 5],
+    "out_hidden_size": WIDTH,
+    "tokens_per_second": 2,  # clips have 4 frames a second, hence 0.5 s per token: temporal positions step by 1
+    # Pictures are a few dozen patches wide: a small base spends all frequencies on distances that occur.
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+}
+
+TEXT: Final[dict[str, Any]] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "use_sliding_window": False,
+    # Multimodal positions stay below about a hundred, and the width axis gets the lowest frequencies of all.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [8, 12, 12]},
+}
+
+
+def config(vocab_size: int, special: dict[str, int]) -> Qwen2_5_VLConfig:
+    """Configuration of the reference model.
+
+    Parameters
+    ----------
+    vocab_size : int
+        Rows of the embedding table.
+    special : dict
+        Ids of ``image``, ``video``, ``vision_start``, ``vision_end``, ``pad`` and ``eos``.
+    """
+    return Qwen2_5_VLConfig(
+        vision_config=dict(VISION),
+        text_config={
+            **TEXT,
+            "vocab_size": vocab_size,
+            "pad_token_id": special["pad"],
+            "eos_token_id": special["eos"],
+            "bos_token_id": None,
+            "tie_word_embeddings": True,
+        },
+        image_token_id=special["image"],
+        video_token_id=special["video"],
+        vision_start_token_id=special["vision_start"],
+        vision_end_token_id=special["vision_end"],
+        tie_word_embeddings=True,
+    )
+
+
+def new_tower() -> nn.Module:
+    """A freshly initialised vision tower (with its merger)."""
+    visual: nn.Module = Qwen2_5_VLForConditionalGeneration(
+        config(8, {"image": 1, "video": 2, "vision_start": 3, "vision_end": 4, "pad": 0, "eos": 5})
+    ).model.visual
+    return visual
+
+
+def patchify(frames: Tensor) -> Tensor:
+    """Cut frames into tower patches, normalised, in the order of ``Qwen2VLImageProcessor``.
+
+    Parameters
+    ----------
+    frames : Tensor (B, T, H, W, 3) uint8
+        ``T`` even, sides multiples of 14.
+
+    Returns
+    -------
+    Tensor (B, T / 2 * H / 7 * W / 7, 294) float32
+    """
+    batch, time, height, width, _ = frames.shape
+    x = (frames.float() / 255.0 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
+    x = x.view(
+        batch, time // FRAMES_PER_PATCH, FRAMES_PER_PATCH, height // CELL, MERGE, PATCH, width // CELL, MERGE, PATCH, 3
+    )
+    return x.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8).reshape(batch, -1, 3 * FRAMES_PER_PATCH * PATCH * PATCH)
+
+
+class BatchedTower:
+    """Forward of the stock tower for equal-sized inputs, without its loop over windows.
+
+    The stock module calls attention once per window when flash attention is not there; with hundreds of windows of 64
+    patches the loop costs more than the arithmetic. Here windows are a batch dimension. Same weights, same result (a
+    test compares them); it wants sides that are multiples of :data:`WINDOW`.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        The tower of a ``Qwen2_5_VLForConditionalGeneration``.
+    compiled : bool
+        Run the arithmetic through ``torch.compile`` (about 30 % less time after a minute of compilation).
+    """
+
+    def __init__(self, visual: nn.Module, compiled: bool = False) -> None:
+        self.visual = visual
+        self._run = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        self._layouts: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Tokens ``(B, T / 2 * H / 14 * W / 14, WIDTH)`` of ``frames (B, T, H, W, 3)`` uint8.
+
+        Raises
+        ------
+        ValueError
+            If a side is not a multiple of the attention window.
+        """
+        batch, time, height, width, _ = frames.shape
+        if height % WINDOW or width % WINDOW:
+            raise ValueError(f"sides must be multiples of {WINDOW} pixels, got {height} x {width}")
+        order, back, cos, sin = self._layout(height, width)
+        groups = batch * time // FRAMES_PER_PATCH  # frame groups never see each other in this tower
+        patches = patchify(frames).view(groups, -1, 3 * FRAMES_PER_PATCH * PATCH * PATCH)[:, order]
+        tokens: Tensor = self._run(patches, cos, sin)
+        return tokens[:, back].reshape(batch, -1, tokens.shape[-1])
+
+    def _layout(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if (height, width) not in self._layouts:
+            grid = torch.tensor([[1, height // PATCH, width // PATCH]])
+            windows, _ = get_vision_window_index(grid, spatial_merge_size=MERGE, window_size=WINDOW, patch_size=PATCH)
+            unit = MERGE * MERGE
+            order = (windows[:, None] * unit + torch.arange(unit)).flatten()
+            positions = get_vision_position_ids(grid, MERGE)
+            cos, sin = self.visual.rotary_pos_emb(torch.empty(0), positions)
+            cos, sin = (t[order][None, :, None].to(torch.bfloat16) for t in (cos, sin))
+            self._layouts[height, width] = order, torch.argsort(windows), cos, sin
+        return self._layouts[height, width]
+
+    def _forward(self, patches: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        visual: Any = self.visual
+        x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
+        for index, block in enumerate(visual.blocks):
+            x = _block(block, x, cos.to(x.dtype), sin.to(x.dtype), full=index in visual.fullatt_block_indexes)
+        x = _rms(x, visual.merger.ln_q)
+        merged: Tensor = visual.merger.mlp(x.reshape(x.shape[0], -1, visual.merger.hidden_size))
+        return merged
+
+
+def _rms(x: Tensor, norm: Any) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.variance_epsilon)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def _block(block: Any, x: Tensor, cos: Tensor, sin: Tensor, full: bool) -> Tensor:
+    groups, length, width = x.shape
+    heads = block.attn.num_heads
+    qkv = block.attn.qkv(_rms(x, block.norm1)).view(groups, length, 3, heads, width // heads)
+    query, key, value = qkv.unbind(2)
+    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    if not full:
+        window = (WINDOW // PATCH) ** 2
+        query, key, value = (t.reshape(-1, window, heads, width // heads) for t in (query, key, value))
+    attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    x = x + block.attn.proj(attended.transpose(1, 2).reshape(groups, length, width))
+    h = _rms(x, block.norm2)
+    fed: Tensor = block.mlp.down_proj(F.silu(block.mlp.gate_proj(h)) * block.mlp.up_proj(h))
+    return x + fed

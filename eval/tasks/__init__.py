@@ -1,0 +1,1 @@
+"""Tasks: where images, videos, questions and answers come from."""

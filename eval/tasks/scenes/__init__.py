@@ -1,0 +1,1 @@
+"""Scenes: seeded pictures with questions, hard enough to tell token selectors apart."""

@@ -1,0 +1,91 @@
+"""Real material for the scenes: photographs, handwritten digits and fonts, split so that training and test share none.
+
+Everything comes out of installed packages (scikit-learn, scikit-image, matplotlib, Pillow); nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Split = Literal["train", "test"]
+
+SPLITS: Final[tuple[Split, ...]] = ("train", "test")
+
+PHOTOGRAPHS: Final[dict[Split, tuple[str, ...]]] = {
+    "train": (
+        "sklearn:china.jpg", "skimage:astronaut.png", "skimage:coffee.png", "skimage:hubble_deep_field.jpg",
+        "skimage:motorcycle_left.png", "skimage:brick.png", "skimage:grass.png", "skimage:ihc.png",
+    ),
+    "test": ("sklearn:flower.jpg", "skimage:chelsea.png", "skimage:rocket.jpg", "skimage:retina.jpg", "skimage:gravel.png"),
+}  # fmt: skip
+
+FONTS: Final[dict[Split, tuple[str | None, ...]]] = {
+    "train": (
+        "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf",
+        "STIXGeneralBol.ttf", "cmtt10.ttf",
+    ),
+    "test": (None, "cmss10.ttf", "cmb10.ttf"),  # None is Aileron, which Pillow carries inside
+}  # fmt: skip
+
+_DIGIT_TRAIN_SHARE = 0.8
+
+
+@lru_cache(maxsize=32)
+def photograph(name: str) -> NDArray[np.uint8]:
+    """One photograph as ``(H, W, 3)`` uint8; ``name`` is ``package:file`` from :data:`PHOTOGRAPHS`."""
+    package, file = name.split(":")
+    if package == "sklearn":
+        import sklearn.datasets
+
+        path = Path(sklearn.datasets.__file__).parent / "images" / file
+    else:
+        import skimage
+
+        path = Path(skimage.__file__).parent / "data" / file
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@lru_cache(maxsize=4)
+def handwritten(split: Split) -> tuple[NDArray[np.float64], ...]:
+    """Handwritten digits of the split: ten arrays ``(n, 8, 8)`` with values 0..16, index = the digit."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    cut = int(len(data.target) * _DIGIT_TRAIN_SHARE)
+    part = slice(0, cut) if split == "train" else slice(cut, None)
+    return tuple(data.images[part][data.target[part] == digit] for digit in range(10))
+
+
+@lru_cache(maxsize=4)
+def fonts(split: Split) -> tuple[str | None, ...]:
+    """Font files of the split as paths (None stands for Pillow's built-in font)."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return tuple(None if name is None else str(folder / name) for name in FONTS[split])
+
+
+def background(split: Split, side: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """A random crop ``(side, side, 3)`` float32 in 0..255 of one of the split's photographs.
+
+    Scale, mirror image and contrast vary; the contrast is lowered a little so that objects stay nameable.
+    """
+    names = PHOTOGRAPHS[split]
+    photo = photograph(names[int(rng.integers(len(names)))])
+    height, width = photo.shape[:2]
+    crop = int(rng.integers(min(side // 2, height, width), min(height, width, 2 * side) + 1))
+    top = int(rng.integers(0, height - crop + 1))
+    left = int(rng.integers(0, width - crop + 1))
+    window = Image.fromarray(photo[top : top + crop, left : left + crop])
+    pixels = np.asarray(window.resize((side, side), Image.Resampling.BILINEAR), np.float32)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    contrast = rng.uniform(0.55, 0.9)
+    return np.ascontiguousarray(128 + (pixels - 128) * contrast).astype(np.float32)
