@@ -1,0 +1,1 @@
+"""Wall-clock measurements of compression on models of real shape with random weights."""

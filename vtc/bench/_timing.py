@@ -1,0 +1,172 @@
+"""Interleaved timing, and the conditions without which a time means nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from vtc._version import package_version
+
+Figures = dict[str, float]
+"""Seconds by name, as one run measured them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes
+    ----------
+    run : callable
+        Does the work and returns the seconds of each of its parts.
+    around : callable
+        Context entered before and left after every run, outside the clock: compress and restore, for instance.
+    """
+
+    run: Callable[[], Figures]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated measurements of one figure, in seconds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle measurement."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile; both the single value if there is only one."""
+        if len(self.seconds) == 1:
+            return self.seconds[0], self.seconds[0]
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+    def to_dict(self) -> dict[str, Any]:
+        """Median, quartiles and every measurement."""
+        first, third = self.quartiles
+        return {"median": self.median, "quartiles": [first, third], "seconds": list(self.seconds)}
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the wall-clock seconds of named parts of one run."""
+
+    device: torch.device
+    figures: Figures = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time the body of a `with` statement, the device's queue included."""
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.figures[name] = self.figures.get(name, 0.0) + time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def interleave(cases: Mapping[str, Case], *, repeats: int, warmup: int = 1) -> dict[str, dict[str, Timing]]:
+    """Run all cases in turn, again and again, so that a slow minute of the machine hits each of them alike.
+
+    Parameters
+    ----------
+    cases : mapping of str to Case
+    repeats : int
+        Measured rounds. The order rotates by one from round to round: no case always follows the same other.
+    warmup : int
+        Rounds before them that are not measured.
+
+    Returns
+    -------
+    dict of case name to dict of figure name to Timing
+    """
+    names = list(cases)
+    rounds: dict[str, list[Figures]] = {name: [] for name in names}
+    for number in range(-warmup, repeats):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            with cases[name].around():
+                figures = cases[name].run()
+            if number >= 0:
+                rounds[name].append(figures)
+    return {
+        name: {figure: Timing(tuple(run[figure] for run in runs)) for figure in runs[0]}
+        for name, runs in rounds.items()
+    }
+
+
+def conditions(**more: Any) -> dict[str, Any]:
+    """What a reader needs to know about the machine and the run, as JSON types."""
+    return {
+        "command": " ".join(["vtc", *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "vtc": package_version(),
+        },
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.system(),
+        },
+        **more,
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's marketing name where the system tells it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A padded markdown table: first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+
+    def joined(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [("-" * w) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([joined(header), joined(rule), *(joined(row) for row in rows)])
+
+
+def describe(stated: Mapping[str, Any]) -> str:
+    """`conditions` in one line, for under a table."""
+    machine, versions = stated["machine"], stated["versions"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} threads"
+    return f"{where}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result with its conditions, indented."""
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")

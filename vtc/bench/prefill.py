@@ -1,0 +1,195 @@
+"""How much faster a prefill gets, at the decoder shapes of real checkpoints.
+
+Two figures per setting, both from medians of interleaved runs:
+
+speed-up
+    Time of the untouched model on the whole prompt over time of the compressed model on it: what a user gains.
+realised share
+    Time of the untouched model on a plain text prompt as long as the packed one, over time of the compressed prefill,
+    selection and vision tower included: how much of what was possible is gained. 1.0 is compression at no cost.
+
+The ratio that the FLOPs formula gives stands beside them. Where short prefills are bound by reading the weights rather
+than by arithmetic (a CPU, a small batch on a GPU) that ratio cannot be reached by anybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtc
+from vtc.bench._models import LLAVA_7B, QWEN_3B, BenchModel, build, plain_prompt, prompt
+from vtc.bench._timing import (
+    Case,
+    Figures,
+    Stopwatch,
+    conditions,
+    describe,
+    interleave,
+    markdown_table,
+    write_json,
+)
+
+MODELS = {model.name: model for model in (LLAVA_7B, QWEN_3B)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vtc bench prefill`."""
+    parser.add_argument("--model", choices=MODELS, action="append", help="shape to measure; repeat for more (both)")
+    parser.add_argument("--layers", type=int, help="decoder layers (as many as the checkpoint has)")
+    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[576, 2880])
+    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.5, 0.25, 0.1])
+    parser.add_argument("--method", help="method to measure (vtc-cls for LLaVA, divprune for Qwen)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured rounds (5)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (1)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write results and conditions there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every setting and print one table."""
+    results: list[dict[str, Any]] = []
+    for name in args.model or MODELS:
+        shape = MODELS[name]
+        model = build(shape, args.layers or shape.full_depth, getattr(torch, args.dtype), args.device)
+        for visual_tokens in args.visual_tokens:
+            inputs = prompt(shape, model, visual_tokens, args.text_tokens)
+            results += measure(
+                model,
+                inputs,
+                shape,
+                visual_tokens=visual_tokens,
+                keep_ratios=args.keep_ratio,
+                method=args.method or shape.method,
+                repeats=args.repeats,
+                warmup=args.warmup,
+            )
+        del model  # before the next one is built: two of them need not fit
+    stated = conditions(
+        dtype=args.dtype, device=args.device, repeats=args.repeats, warmup=args.warmup, text_tokens=args.text_tokens
+    )
+    print(table(results))
+    print(
+        f"\nMedian [quartiles] of {args.repeats} interleaved runs, batch 1, {args.text_tokens} text tokens, "
+        f"random weights, {args.dtype}; {describe(stated)}"
+    )
+    if args.json:
+        write_json(args.json, {"benchmark": "prefill", "conditions": stated, "results": results})
+    return 0
+
+
+def measure(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    shape: BenchModel,
+    *,
+    visual_tokens: int,
+    keep_ratios: list[float],
+    method: str,
+    repeats: int,
+    warmup: int,
+) -> list[dict[str, Any]]:
+    """Time one prompt whole, compressed to each ratio, and plain at each packed length, all interleaved.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    inputs : dict of str to Tensor
+        One row with `visual_tokens` visual tokens.
+    shape : BenchModel
+        What the model is.
+    visual_tokens : int
+    keep_ratios : list of float
+    method : str
+    repeats, warmup : int
+
+    Returns
+    -------
+    list of dict
+        One JSON-able result per ratio.
+    """
+    cases = {"whole": Case(lambda: prefill(model, inputs))}
+    reports = {}
+    for ratio in keep_ratios:
+        with vtc.compressed(model, method, keep_ratio=ratio):
+            prefill(model, inputs)
+            reports[ratio] = vtc.report(model)
+        plain = plain_prompt(model, reports[ratio].lengths_per_layer[0][0])
+        cases[f"compressed {ratio}"] = Case(
+            lambda: prefill(model, inputs), lambda ratio=ratio: vtc.compressed(model, method, keep_ratio=ratio)
+        )
+        cases[f"plain {ratio}"] = Case(lambda plain=plain: prefill(model, plain))
+    timings = {name: figures["prefill"] for name, figures in interleave(cases, repeats=repeats, warmup=warmup).items()}
+    return [
+        {
+            "model": shape.name,
+            "layers": model.config.get_text_config().num_hidden_layers,
+            "layers_of_checkpoint": shape.full_depth,
+            "method": method,
+            "visual_tokens": visual_tokens,
+            "keep_ratio": ratio,
+            "tokens_before": report.lengths_before[0],
+            "tokens_after": report.lengths_per_layer[0][0],
+            "speed_up": timings["whole"].median / timings[f"compressed {ratio}"].median,
+            "realised_share": timings[f"plain {ratio}"].median / timings[f"compressed {ratio}"].median,
+            "flops_ratio": report.prefill_flops_before / report.prefill_flops_after,
+            "selector_ms": report.selector_ms,
+            "whole": timings["whole"].to_dict(),
+            "compressed": timings[f"compressed {ratio}"].to_dict(),
+            "plain": timings[f"plain {ratio}"].to_dict(),
+        }
+        for ratio, report in reports.items()
+    ]
+
+
+@torch.inference_mode()
+def prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
+    """One prefill as `generate` does it: cache filled, logits of the last position."""
+    watch = Stopwatch(model.device)
+    with watch.part("prefill"):
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    return watch.figures
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results as a markdown table."""
+    header = (
+        "model",
+        "method",
+        "visual",
+        "keep",
+        "tokens",
+        "whole",
+        "compressed",
+        "speed-up",
+        "FLOPs",
+        "realised share",
+    )
+    return markdown_table(
+        header,
+        [
+            (
+                f"{r['model']}, {r['layers']} of {r['layers_of_checkpoint']} layers",
+                r["method"],
+                f"{r['visual_tokens']}",
+                f"{r['keep_ratio']:g}",
+                f"{r['tokens_before']} → {r['tokens_after']}",
+                _seconds(r["whole"]),
+                _seconds(r["compressed"]),
+                f"{r['speed_up']:.2f}x",
+                f"{r['flops_ratio']:.2f}x",
+                f"{r['realised_share']:.3f}",
+            )
+            for r in results
+        ],
+    )
+
+
+def _seconds(timing: dict[str, Any]) -> str:
+    low, high = timing["quartiles"]
+    return f"{timing['median']:.3f} s [{low:.3f}, {high:.3f}]"
