@@ -239,11 +239,12 @@ class VisualContext:
     def _check_finite(self) -> None:
         names = ["features", *(need.value for need in Need)]
         present = {name: value for name in names if (value := getattr(self, name)) is not None and value.numel()}
-        # The extremes of a tensor are finite exactly if all of it is (NaN wins both), and finding them allocates nothing.
-        extremes = [torch.stack(value.aminmax()).to(self.features.device, torch.float32) for value in present.values()]
+        # A tensor is finite exactly if its extremes are (NaN wins both), and finding them allocates nothing.
+        device = self.features.device
+        extremes = [torch.stack(value.aminmax()).to(device, torch.float32) for value in present.values()]
         if not extremes:
             return
-        finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()  # one answer: a GPU is waited for once
+        finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()  # one transfer: a GPU is waited for once
         bad = [name for name, good in zip(present, finite, strict=True) if not good]
         if bad:
             raise InputError(

@@ -84,7 +84,8 @@ def _check_selector(cls: type) -> None:
 
     if not issubclass(cls, Selector):
         raise ConfigError(f"{_path(cls)} must derive from Selector to be registered.")
-    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    params = vars(cls).get("__dataclass_params__")  # vars: a subclass that forgot the decorator inherits its parent's
+    if params is None or not params.frozen:
         raise ConfigError(
             f"{_path(cls)} must be a frozen dataclass: put @dataclass(frozen=True) under @register_selector."
         )
@@ -126,7 +127,7 @@ def get_selector(name: str, **options: Any) -> Selector:
     ConfigError
         An option is unknown or invalid.
     """
-    cls = _SELECTORS.get(name)
+    cls: type[Selector] = _SELECTORS.get(name)
     known = cls.options()
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -25,12 +25,12 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 class UniformSelector(Selector):
     """Keep K tokens spread evenly over time, rows and columns.
 
-    The rule, for one view (t, h, w): K tokens are dealt evenly to the t frames, those of a frame evenly to its h rows,
-    those of a row evenly to its w columns. Dealing m tokens evenly to n places puts token j at place ``floor((j +
-    phase) * n / m)``, so places differ by at most one token, and tokens by at most one place from an exact stride. The
-    phase starts at the centre (1/2) and advances by the golden ratio from one frame or row to the next: a stride that
-    began at the same column everywhere would see only a few columns of the picture, a constant shift would draw
-    diagonals.
+    The rule, for one view (t, h, w): K tokens are dealt evenly to the t frames; the m tokens of a frame to about
+    ``sqrt(m * h / w)`` equidistant rows (never so few that a row overflows), so that neighbours stand as far apart
+    vertically as horizontally; the tokens of a row to its columns. Dealing m tokens to n places puts token j at place
+    ``floor((j + phase) * n / m)``. The first phase is 1/2, the centre, and it advances by the golden ratio from one
+    frame or row to the next: with one phase everywhere the stride would see only a few columns of a picture, and only
+    a few places of a video.
 
     Several views (tiles) share K by the method of largest remainders. Deterministic; exact for every K.
     """
@@ -52,10 +52,30 @@ class UniformSelector(Selector):
 
 def _deal(k: int, grid: Grid, view: int) -> Tensor:
     """(k,) long, ascending: raster indices of `k` tokens spread over `grid`; `view` shifts the first phase."""
-    index = torch.zeros(k, dtype=torch.long)  # index of the place reached so far: nothing, frame, row, token
-    for size in grid:
-        _, place, count = index.unique_consecutive(return_inverse=True, return_counts=True)
-        order = torch.arange(k) - (count.cumsum(0) - count)[place]  # j, within its place
-        phase = (0.5 + _GOLDEN * (view + torch.arange(count.numel(), dtype=torch.float64))) % 1
-        index = index * size + ((order + phase[place]) * size / count[place]).long()
-    return index
+    t, h, w = grid
+    frame = _Groups(torch.zeros(k, dtype=torch.long)).deal(t, view)
+    frames = _Groups(frame)
+    rows = (frames.count * h / w).sqrt().round().long()
+    rows = torch.minimum(rows.clamp(max=h), frames.count).maximum((frames.count + w - 1) // w)
+    nth_row = frames.deal(rows)
+    row = ((nth_row + frames.phase(view)) * h / rows[frames.of]).long()
+    index = frame * h + row
+    return index * w + _Groups(index).deal(w, view)
+
+
+class _Groups:
+    """Runs of equal values in an ascending (k,) tensor, each a set of tokens to be dealt to places."""
+
+    def __init__(self, values: Tensor) -> None:
+        _, self.of, self.count = values.unique_consecutive(return_inverse=True, return_counts=True)
+        self.order = torch.arange(values.numel()) - (self.count.cumsum(0) - self.count)[self.of]
+
+    def phase(self, first: int) -> Tensor:
+        """(k,) phase of every token's group."""
+        return ((0.5 + _GOLDEN * (first + torch.arange(self.count.numel(), dtype=torch.float64))) % 1)[self.of]
+
+    def deal(self, places: int | Tensor, first: int | None = None) -> Tensor:
+        """(k,) place of every token; `first` None: all phases 1/2."""
+        phase = 0.5 if first is None else self.phase(first)
+        size = places if isinstance(places, int) else places[self.of]
+        return ((self.order + phase) * size / self.count[self.of]).long()
