@@ -90,7 +90,7 @@ def _llava(text: LlamaConfig) -> LlavaConfig:
     tower = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=8,  # what vtc-cls reads by default
         num_attention_heads=2,
         image_size=_CLIP_SIDE,
         patch_size=_CLIP_PATCH,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -113,6 +114,15 @@ def interleave(cases: Mapping[str, Case], *, repeats: int, warmup: int = 1) -> d
         name: {figure: Timing(tuple(run[figure] for run in runs)) for figure in runs[0]}
         for name, runs in rounds.items()
     }
+
+
+def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmup: int, dtype: str) -> None:
+    """The options that every benchmark has, with its own defaults."""
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"measured rounds ({repeats})")
+    parser.add_argument("--warmup", type=int, default=warmup, help=f"rounds before them ({warmup})")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype, help=f"({dtype})")
+    parser.add_argument("--device", default="cpu", help="(cpu)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write results and conditions there")
 
 
 def conditions(**more: Any) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """What compression costs where it gains nothing: a model of 156 M parameters, where fixed costs weigh most.
 
-Prefill and one decode step of the untouched model beside the same model compressed to keep everything; then of the model
-that really drops tokens, beside the untouched model on a plain prompt of the packed length.
+Prefill and one decode step of the untouched model beside the same model compressed to keep everything; then the model
+that really drops tokens beside the untouched model on a plain prompt of the packed length.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from vtc.bench._timing import (
     Figures,
     Stopwatch,
     Timing,
+    add_timing_arguments,
     conditions,
     describe,
     interleave,
@@ -32,16 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=int, default=LLAVA_150M.full_depth, help="decoder layers (12: 156 M parameters)"
     )
-    parser.add_argument("--visual-tokens", type=int, default=576)
-    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--visual-tokens", type=int, default=576, help="visual tokens of the prompt (576)")
+    parser.add_argument("--text-tokens", type=int, default=64, help="text tokens of the prompt (64)")
     parser.add_argument("--steps", type=int, default=32, help="decode steps per run (32)")
     parser.add_argument("--keep-ratio", type=float, default=0.25, help="kept by the case that drops tokens (0.25)")
-    parser.add_argument("--method", default=LLAVA_150M.method)
-    parser.add_argument("--repeats", type=int, default=15, help="measured rounds (15)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them (2)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results and conditions there")
+    parser.add_argument("--method", default=LLAVA_150M.method, help=f"method to measure ({LLAVA_150M.method})")
+    add_timing_arguments(parser, repeats=15, warmup=2, dtype="float32")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,16 +99,13 @@ def measure(
         packed = vtc.report(model).lengths_per_layer[0][0]
     plain = plain_prompt(model, packed)
     whole = inputs["input_ids"].shape[1]
+    whole_run = partial(_generate, model, inputs, steps)
     timings = interleave(
         {
-            "untouched": Case(lambda: _generate(model, inputs, steps)),
-            "keep all": Case(
-                lambda: _generate(model, inputs, steps), lambda: vtc.compressed(model, method, keep_ratio=1.0)
-            ),
-            "plain": Case(lambda: _generate(model, plain, steps)),
-            "dropping": Case(
-                lambda: _generate(model, inputs, steps), lambda: vtc.compressed(model, method, keep_ratio=keep_ratio)
-            ),
+            "untouched": Case(whole_run),
+            "keep all": Case(whole_run, partial(vtc.compressed, model, method, keep_ratio=1.0)),
+            "plain": Case(partial(_generate, model, plain, steps)),
+            "dropping": Case(whole_run, partial(vtc.compressed, model, method, keep_ratio=keep_ratio)),
         },
         repeats=repeats,
         warmup=warmup,

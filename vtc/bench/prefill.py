@@ -15,7 +15,7 @@ than by arithmetic (a CPU, a small batch on a GPU) that ratio cannot be reached 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from vtc.bench._timing import (
     Case,
     Figures,
     Stopwatch,
+    add_timing_arguments,
     conditions,
     describe,
     interleave,
@@ -40,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vtc bench prefill`."""
     parser.add_argument("--model", choices=MODELS, action="append", help="shape to measure; repeat for more (both)")
     parser.add_argument("--layers", type=int, help="decoder layers (as many as the checkpoint has)")
-    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[576, 2880])
-    parser.add_argument("--text-tokens", type=int, default=64)
-    parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.5, 0.25, 0.1])
+    parser.add_argument(
+        "--visual-tokens", type=int, nargs="+", default=[576, 2880], help="visual tokens per prompt (576 2880)"
+    )
+    parser.add_argument("--text-tokens", type=int, default=64, help="text tokens per prompt (64)")
+    parser.add_argument(
+        "--keep-ratio", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="fractions kept (0.5 0.25 0.1)"
+    )
     parser.add_argument("--method", help="method to measure (vtc-cls for LLaVA, divprune for Qwen)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured rounds (5)")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (1)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results and conditions there")
+    add_timing_arguments(parser, repeats=5, warmup=1, dtype="bfloat16")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +114,7 @@ def measure(
     list of dict
         One JSON-able result per ratio.
     """
-    cases = {"whole": Case(lambda: prefill(model, inputs))}
+    cases = {"whole": Case(partial(prefill, model, inputs))}
     reports = {}
     for ratio in keep_ratios:
         with vtc.compressed(model, method, keep_ratio=ratio):
@@ -121,9 +122,9 @@ def measure(
             reports[ratio] = vtc.report(model)
         plain = plain_prompt(model, reports[ratio].lengths_per_layer[0][0])
         cases[f"compressed {ratio}"] = Case(
-            lambda: prefill(model, inputs), lambda ratio=ratio: vtc.compressed(model, method, keep_ratio=ratio)
+            partial(prefill, model, inputs), partial(vtc.compressed, model, method, keep_ratio=ratio)
         )
-        cases[f"plain {ratio}"] = Case(lambda plain=plain: prefill(model, plain))
+        cases[f"plain {ratio}"] = Case(partial(prefill, model, plain))
     timings = {name: figures["prefill"] for name, figures in interleave(cases, repeats=repeats, warmup=warmup).items()}
     return [
         {
