@@ -1,12 +1,12 @@
 """Tiny random-weight vision-language models, built from their configs in milliseconds, with inputs to match.
 
-Every test that needs a model takes it from here. A family is one `Family` line in `FAMILIES`: an architecture (how the config is
-built and what its images and videos look like) and the modality that this line exercises. A batch is described once, as rows of
-text runs and visuals, and collated from there, so that a test can ask for the same rows singly, padded on the other side or in
-another order and be sure that ids and pixels are the same.
+Every test that needs a model takes it from here. A family is one `Family` line in `FAMILIES`: an architecture (how the
+config is built and what its images and videos look like) and the modality that this line exercises. A batch is described
+once, as rows of text runs and visuals, and collated from there, so that a test can ask for the same rows singly, padded on
+the other side or in another order and be sure that ids and pixels are the same.
 
-The weights are large on purpose (standard deviation 0.2, logits of about 5): an error of one token or one position moves the
-logits by whole units, while float32 rounding stays below 1e-5.
+The weights are large on purpose (standard deviation 0.2, logits of about 5): an error of one token or one position moves
+the logits by whole units, while float32 rounding stays below 1e-5.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INIT = 0.2
 Inputs = dict[str, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
 KINDS: tuple[str, ...] = tuple(kind for kind in ROWS if kind != "mixed")
 
 
-# ---------------------------------------------------------------------------------------------------------- kinds of visuals
+# ---------------------------------------------------------------------------------------------- kinds of visuals
 
 
 class Visuals:
@@ -161,7 +161,7 @@ class ProbedVisuals(Visuals):
 
 @dataclass(frozen=True)
 class GridVisuals(Visuals):
-    """Qwen-VL: a packed patch list and one `(t, h, w)` grid per visual; `split` puts two text tokens before each frame."""
+    """Qwen-VL: a packed patch list and one `(t, h, w)` grid per visual; `split`: two text tokens before each frame."""
 
     grids: tuple[tuple[int, int, int], ...]
     token_id: int = IMAGE
@@ -185,7 +185,7 @@ class GridVisuals(Visuals):
         return {"pixel_values": patches, "image_grid_thw": grid}
 
 
-# ------------------------------------------------------------------------------------------------------------ architectures
+# ------------------------------------------------------------------------------------------------- architectures
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ def _tower(layers: int = 3, **changes: Any) -> dict[str, Any]:
     }
 
 
-def _clip() -> Any:
-    return transformers.CLIPVisionConfig(**_tower(4, projection_dim=32, initializer_range=INIT))
+def _clip(image_size: int = 32) -> Any:
+    return transformers.CLIPVisionConfig(**_tower(4, projection_dim=32, initializer_range=INIT, image_size=image_size))
 
 
 def _siglip() -> Any:
@@ -367,12 +367,12 @@ def _qwen3_5() -> Any:
     )
 
 
-def _internvl() -> Any:
+def _internvl(image_size: int = 32) -> Any:
     return transformers.InternVLConfig(
-        vision_config=_tower(4, image_size=[32, 32], patch_size=[4, 4], initializer_range=INIT),
+        vision_config=_tower(4, image_size=[image_size] * 2, patch_size=[4, 4], initializer_range=INIT),
         text_config=transformers.Qwen2Config(**_text()),
         image_token_id=IMAGE,
-        image_seq_length=16,
+        image_seq_length=(image_size // 8) ** 2,
     )
 
 
@@ -424,6 +424,7 @@ def _mm_token_types(ids: Tensor) -> Inputs:
 
 _TILES_VIDEO = ProbedVisuals(shapes=((5, 3, 32, 32), (3, 3, 32, 32)), token_id=VIDEO)
 _QWEN_IMAGES = GridVisuals(((1, 8, 8), (1, 4, 8), (1, 8, 6)))
+_QWEN_LARGE = GridVisuals(((1, 36, 36),))
 _QWEN_VIDEOS = GridVisuals(((2, 4, 8), (3, 4, 4), (2, 4, 4)), token_id=VIDEO)
 
 
@@ -469,6 +470,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_vl": Architecture("Qwen3VLForConditionalGeneration", _qwen3_vl, _QWEN_SPLIT, _mm_token_types),
     "qwen3_5": Architecture("Qwen3_5ForConditionalGeneration", _qwen3_5, _QWEN_SPLIT, _mm_token_types),
     "internvl": Architecture("InternVLForConditionalGeneration", _internvl, {"image": FixedVisuals(16)}),
+    "llava_large": Architecture(
+        "LlavaForConditionalGeneration",
+        functools.partial(_llava, functools.partial(_clip, 144)),
+        {"image": FixedVisuals(324, side=144)},
+    ),
+    "internvl_large": Architecture(
+        "InternVLForConditionalGeneration",
+        functools.partial(_internvl, 144),
+        {"image": FixedVisuals(324, side=144)},
+    ),
+    "qwen2_5_vl_large": Architecture(
+        "Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, {"image": _QWEN_LARGE}, _mm_token_types
+    ),
     "internvl_tiles": Architecture(
         "InternVLForConditionalGeneration", _internvl, {"image": FixedVisuals(16, tiles=(3, 2, 1))}
     ),
@@ -499,7 +513,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------ families
+# ------------------------------------------------------------------------------------------------------ families
 
 
 @dataclass(frozen=True)
@@ -560,10 +574,17 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3_5", "qwen3_5", hybrid=True),
 )
 
+LARGE: tuple[Family, ...] = (
+    Family("llava_large", "llava_large", cls=True),
+    Family("internvl_large", "internvl_large", cls=True),
+    Family("qwen2_5_vl_large", "qwen2_5_vl_large"),
+)
+"""324 tokens per image, more than any width of these models: a tensor of tokens x tokens can be told by its shape."""
+
 
 def family(name: str) -> Family:
-    """The line of `FAMILIES` with this name."""
-    for candidate in FAMILIES:
+    """The line of `FAMILIES` or `LARGE` with this name."""
+    for candidate in FAMILIES + LARGE:
         if candidate.name == name:
             return candidate
     raise KeyError(f"no tiny family {name!r}; there are {', '.join(f.name for f in FAMILIES)}")

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: nothing is looked up on a network, and two waiting threads do not spin against
+# each other.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,111 @@
+"""The methods of the law matrix, and which of them apply to which family."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import vtc
+from tests import tiny
+from vtc.config import CompressionConfig
+
+ATTENTIONS = ("sdpa", "eager")
+
+REPRESENTATIVES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")
+"""Families for the modes of generate(): 2-D positions, M-RoPE, deepstack, tiles."""
+
+TOLERANCE = 1e-5
+"""Float32 rounding of logits whose size is about 5."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the method matrix: the stages of a compression."""
+
+    name: str
+    stages: tuple[CompressionConfig, ...]
+    needs_cls: bool = False
+    decoder: bool = False
+    drawn: bool = False
+    """Whether the choice is random, and so may depend on where in its row an image stands."""
+
+    def applies_to(self, family: tiny.Family) -> bool:
+        return (family.cls or not self.needs_cls) and not (family.hybrid and self.decoder)
+
+    def at(self, keep_ratio: float) -> Method:
+        """The same method with one keep ratio for all stages."""
+        stages = tuple(dataclasses.replace(stage, keep_ratio=keep_ratio, keep_tokens=None) for stage in self.stages)
+        return dataclasses.replace(self, stages=stages)
+
+    def compress(self, model: Any) -> Any:
+        return vtc.compress(model, list(self.stages) if len(self.stages) > 1 else self.stages[0])
+
+    @contextlib.contextmanager
+    def on(self, model: Any) -> Iterator[Any]:
+        """The model, compressed while entered."""
+        self.compress(model)
+        try:
+            yield model
+        finally:
+            vtc.restore(model)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _one(method: str, keep_ratio: float, **options: Any) -> tuple[CompressionConfig, ...]:
+    return (CompressionConfig(method, keep_ratio=keep_ratio, options=options),)
+
+
+METHODS: tuple[Method, ...] = (
+    Method("random", _one("random", 0.5), drawn=True),
+    Method("uniform", _one("uniform", 0.5)),
+    # The tiny towers have four layers, of which the third makes the features.
+    Method("vtc-cls", _one("vtc-cls", 0.5, start_layer=1), needs_cls=True),
+    Method("divprune", _one("divprune", 0.4)),
+    Method("fastv", _one("fastv", 0.5, layer=2), decoder=True),
+    Method("divprune+fastv", _one("divprune", 0.6) + _one("fastv", 0.5, layer=2), decoder=True),
+)
+
+
+def method(name: str) -> Method:
+    return next(m for m in METHODS if m.name == name)
+
+
+def over_matrix(
+    methods: tuple[Method, ...] = METHODS,
+    families: tuple[tiny.Family, ...] = tiny.FAMILIES,
+    attentions: tuple[str, ...] = ATTENTIONS,
+) -> Callable[[Any], Any]:
+    """Parametrise a test over (family, method, attention), leaving out what does not apply."""
+    cases = [
+        pytest.param(family, m, attention, id=f"{family}-{m}-{attention}")
+        for family in families
+        for m in methods
+        for attention in attentions
+        if m.applies_to(family)
+    ]
+    return pytest.mark.parametrize(("family", "method", "attention"), cases)
+
+
+def over_representatives(*names: str) -> Callable[[Any], Any]:
+    """Parametrise a test over (family, method): the representative families and the named methods."""
+    cases = [
+        pytest.param(tiny.family(f), method(m), id=f"{f}-{m}")
+        for f in REPRESENTATIVES
+        for m in names
+        if method(m).applies_to(tiny.family(f))
+    ]
+    return pytest.mark.parametrize(("family", "method"), cases)
+
+
+def build(family: tiny.Family, attention: str = "sdpa", *, seed: int = 0) -> tiny.TinyCase:
+    """A fresh tiny model with this attention implementation everywhere."""
+    case = tiny.build(family.name, seed=seed)
+    case.model.set_attn_implementation(attention)
+    return case

@@ -1,0 +1,176 @@
+"""Law 2: what is dropped is as if masked, at prefill and at every cached decode step.
+
+The two sides share nothing but the report: see `tests.reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vtc
+from tests import reference, tiny
+from tests.integration.matrix import METHODS, TOLERANCE, Method, build, method, over_matrix
+
+DECODE_STEPS = 8
+GREEDY = {
+    "max_new_tokens": DECODE_STEPS + 1,
+    "do_sample": False,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+EXACT = tuple(family for family in tiny.FAMILIES if not family.hybrid)
+HYBRID = tuple(family for family in tiny.FAMILIES if family.hybrid)
+# With attention weights made explicit there is one code path more, and one is enough to show that it works.
+DECODED_ON_EAGER = tuple(m for m in METHODS if m.name in ("divprune", "divprune+fastv"))
+
+
+def prefill_error(case: tiny.TinyCase, method: Method, inputs: dict[str, Any]) -> tuple[float, int]:
+    """Largest difference to the masked reference over all tokens that are left, and how many tokens were dropped."""
+    with torch.no_grad(), method.on(case.model):
+        ours = case.model(**inputs).logits
+        report = vtc.report(case.model)
+    expected = reference.Reference.of(case.model, inputs, report)
+    with torch.no_grad():
+        theirs = expected.prefill().logits
+    dropped = int(inputs["attention_mask"].sum() - expected.visible.sum())
+    return reference.max_error(ours[expected.visible], theirs[expected.visible]), dropped
+
+
+def decode_error(case: tiny.TinyCase, method: Method, inputs: dict[str, Any]) -> float:
+    """Largest difference over the first token and `DECODE_STEPS` cached steps of greedy generate()."""
+    with method.on(case.model):
+        ours = case.model.generate(**inputs, **GREEDY)
+        report = vtc.report(case.model)
+    expected = reference.Reference.of(case.model, inputs, report)
+    theirs = expected.logits_along(reference.answers(ours, inputs))
+    return reference.max_error(reference.stacked_logits(ours), theirs)
+
+
+@over_matrix(families=EXACT)
+def test_prefill_equals_masking(family: tiny.Family, method: Method, attention: str) -> None:
+    case = build(family, attention)
+    errors = {}
+    for kind in family.kinds:
+        errors[kind], dropped = prefill_error(case, method, case.batch(kind))
+        assert (dropped > 0) == (kind != "text_only"), f"{kind}: {dropped} tokens dropped"
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+@over_matrix(families=EXACT, attentions=("sdpa",))
+def test_decoding_equals_masking(family: tiny.Family, method: Method, attention: str) -> None:
+    case = build(family, attention)
+    errors = {kind: decode_error(case, method, case.batch(kind)) for kind in ("single", "ragged", "no_image_row")}
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+@over_matrix(methods=DECODED_ON_EAGER, families=EXACT, attentions=("eager",))
+def test_decoding_with_eager_attention_equals_masking(family: tiny.Family, method: Method, attention: str) -> None:
+    case = build(family, attention)
+    errors = {kind: decode_error(case, method, case.batch(kind)) for kind in ("ragged", "two_images")}
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+@over_matrix(families=HYBRID, attentions=("sdpa", "eager"))
+def test_hybrid_decoders_equal_packed_rows(family: tiny.Family, method: Method, attention: str) -> None:
+    # Linear attention: a masked token still decays the state, so the reference is a model that never had the token.
+    case = build(family, attention)
+    for kind in ("single", "ragged", "two_images", "no_image_row", "mixed"):
+        inputs = case.batch(kind)
+        with method.on(case.model):
+            ours = case.model.generate(**inputs, **GREEDY)
+            report = vtc.report(case.model)
+        keep = reference.keep_masks(case.model, inputs, report)[reference.BEFORE_LM]
+        theirs = reference.logits_of_packed_rows(case.model, inputs, keep, reference.answers(ours, inputs))
+        error = reference.max_error(reference.stacked_logits(ours), theirs)
+        assert error <= 5 * TOLERANCE, (kind, error)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "paligemma"])
+def test_any_decoder_layer(name: str, layer: int) -> None:
+    case = build(tiny.family(name))
+    stage = Method("fastv", (vtc.CompressionConfig("fastv", keep_ratio=0.5, options={"layer": layer}),), decoder=True)
+    inputs = case.batch("ragged")
+    assert prefill_error(case, stage, inputs)[0] <= TOLERANCE
+    assert decode_error(case, stage, inputs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "paligemma"])
+def test_three_stages_compose(name: str) -> None:
+    configs = (
+        vtc.CompressionConfig("random", keep_ratio=0.8),
+        vtc.CompressionConfig("fastv", keep_ratio=0.7, options={"layer": 1}),
+        vtc.CompressionConfig("fastv", keep_ratio=0.5, options={"layer": 3}),
+    )
+    case, stages = build(tiny.family(name)), Method("three", configs, decoder=True)
+    for kind in ("single", "ragged"):
+        inputs = case.batch(kind)
+        assert prefill_error(case, stages, inputs)[0] <= TOLERANCE, kind
+        assert decode_error(case, stages, inputs) <= TOLERANCE, kind
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_onevision_video", "video_llava"])
+def test_structural_tokens_stay_or_go_as_asked(name: str) -> None:
+    case = build(tiny.family(name))
+    inputs = case.batch("ragged")
+    structural = reference.structural_columns(case.model, inputs)
+    assert structural.any()
+    for choice in ("keep", "drop"):
+        stages = (vtc.CompressionConfig("uniform", keep_ratio=0.5, structural=choice),)
+        with torch.no_grad(), vtc.compressed(case.model, stages[0]) as model:
+            ours = model(**inputs).logits
+            report = vtc.report(model)
+        expected = reference.Reference.of(case.model, inputs, report)
+        assert bool(expected.visible[structural].all()) == (choice == "keep")
+        assert choice == "keep" or not expected.visible[structural].any()
+        with torch.no_grad():
+            theirs = expected.prefill().logits
+        assert reference.max_error(ours[expected.visible], theirs[expected.visible]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "idefics3", "gemma3"])
+def test_compact_positions_equal_masking_with_renumbered_positions(name: str) -> None:
+    # Without position ids of its own, generate() numbers the unmasked tokens: exactly what "compact" promises.
+    case = build(tiny.family(name))
+    compact = Method("compact", (vtc.CompressionConfig("divprune", keep_ratio=0.5, positions="compact"),))
+    for kind in ("single", "ragged"):
+        inputs = case.batch(kind)
+        with compact.on(case.model):
+            ours = case.model.generate(**inputs, **GREEDY)
+            report = vtc.report(case.model)
+        expected = reference.Reference.of(case.model, inputs, report)
+        theirs = case.model.generate(**{**inputs, "attention_mask": expected.attention_mask}, **GREEDY)
+        assert torch.equal(ours.sequences, theirs.sequences), kind
+        error = reference.max_error(reference.stacked_logits(ours), reference.stacked_logits(theirs))
+        assert error <= TOLERANCE, (kind, error)
+
+
+def test_original_and_compact_positions_differ() -> None:
+    case = build(tiny.family("llava"))
+    inputs = case.batch("ragged")
+    logits = []
+    for positions in ("original", "compact"):
+        with torch.no_grad(), vtc.compressed(case.model, "divprune", keep_ratio=0.5, positions=positions) as model:
+            logits.append(model(**inputs).logits[:, -1])
+    assert reference.max_error(*logits) > 0.1
+
+
+def test_the_reference_would_notice_one_token() -> None:
+    # A tolerance means nothing unless the error of interest is far above it.
+    case = build(tiny.family("llava"))
+    inputs = case.batch("ragged")
+    with torch.no_grad(), method("divprune").on(case.model) as model:
+        ours = model(**inputs).logits
+        report = vtc.report(model)
+    expected = reference.Reference.of(case.model, inputs, report)
+    seen = expected.visible.clone()
+    for row in range(len(seen)):
+        dropped = (inputs["attention_mask"][row].bool() & ~seen[row]).nonzero().flatten()
+        keep = expected.keep[reference.BEFORE_LM].clone()
+        keep[row, dropped[-1]] = True
+        other = reference.Reference(case.model, inputs, {reference.BEFORE_LM: keep})
+        with torch.no_grad():
+            assert reference.max_error(ours[row, -1], other.prefill().logits[row, -1]) > 100 * TOLERANCE
