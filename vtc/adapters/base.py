@@ -1,0 +1,172 @@
+"""What an adapter tells the engine about one family of models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from vtc.context import Grid, Need
+from vtc.errors import UnsupportedModelError
+
+
+@dataclass
+class Layout:
+    """How the feature rows of one encoder call fall into images or videos.
+
+    Attributes
+    ----------
+    lengths : list of int, or None
+        Rows per image or video, in order. None where the call does not say: then each unbroken run of placeholders in the
+        prompt is one segment, a whole number of `unit` rows long.
+    grids : list of tuple of (t, h, w)
+        Views per segment (or, without `lengths`, the one view of a unit), without structural rows.
+    structural : BoolTensor (total,)
+        Rows that are no patches: newlines, separators, a [CLS] kept among the patches.
+    unit : int
+        Rows of one tile or frame.
+    """
+
+    lengths: list[int] | None
+    grids: list[tuple[Grid, ...]]
+    structural: torch.Tensor
+    unit: int = 1
+
+    @classmethod
+    def tiles(cls, count: int, side: tuple[int, int], device: torch.device) -> Layout:
+        """`count` equal tiles, to be joined by runs of placeholders."""
+        rows = side[0] * side[1]
+        return cls(None, [((1, *side),)], torch.zeros(count * rows, dtype=torch.bool, device=device), rows)
+
+
+class Adapter(ABC):
+    """All that `vtc` knows about a family: where its towers are and how patches become tokens.
+
+    Subclasses are registered with `@register_adapter(model_type, ...)`. Everything else, the language model above all, is
+    the same for all families and lives in the engine.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The whole model; `model.base_model` holds tower and language model.
+    """
+
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    #: Positions are (t, h, w) triples, which have no compact form.
+    multi_axis_positions: ClassVar[bool] = False
+    #: Why decoder stages are refused, if they are.
+    decoder_stages_refused: ClassVar[str | None] = None
+    #: The outer model builds 4-D masks with bidirectional image blocks.
+    builds_masks: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base: Any = model.base_model
+        self.text_model: Any = model.get_decoder()  # type: ignore[operator]
+        self.config: Any = model.config
+
+    # -- towers ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tower(self, modality: str) -> nn.Module:
+        """The vision tower that encodes `modality`."""
+
+    def tower_attentions(self, modality: str) -> list[nn.Module]:
+        """The tower's attention modules, first layer first."""
+        found = [
+            module
+            for module in self.tower(modality).modules()
+            if type(module).__name__.endswith("Attention") and (hasattr(module, "q_proj") or hasattr(module, "qkv"))
+        ]
+        if not found:
+            raise UnsupportedModelError(
+                f"no attention layers found in {type(self.tower(modality)).__name__}; choose a method that needs no "
+                "attention scores (vtc.list_methods(model) names them)"
+            )
+        return found
+
+    def prefix_tokens(self, modality: str) -> int:
+        """Leading tokens of the tower's sequence that are no patches ([CLS], registers)."""
+        for module in self.tower(modality).modules():
+            for name in ("class_embedding", "cls_token"):
+                if isinstance(getattr(module, name, None), torch.Tensor):
+                    registers = getattr(module, "register_tokens", None)
+                    return 1 + (registers.shape[1] if isinstance(registers, torch.Tensor) else 0)
+        return 0
+
+    def feature_layer(self, modality: str, call: Mapping[str, Any]) -> int:
+        """0-based tower layer whose output feeds the projector."""
+        return len(self.tower_attentions(modality)) - 1
+
+    def supplies(self) -> frozenset[Need]:
+        """What selectors may require on this model."""
+        needs = {Need.RECEIVED_ATTENTION, Need.KEYS, Need.TEXT_EMBEDS, Need.TEXT_ATTENTION, Need.HIDDEN_STATES}
+        if all(self.prefix_tokens(modality) for modality in self.modalities):
+            needs.add(Need.CLS_ATTENTION)
+        return frozenset(needs)
+
+    def why_not(self, need: Need) -> str:
+        """One clause that says why `need` cannot be supplied."""
+        if need is Need.CLS_ATTENTION:
+            return f"{type(self.tower(self.modalities[0])).__name__} has no [CLS] token"
+        return f"the {self.config.model_type} adapter does not read it"
+
+    # -- one encoder call -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
+        """Cut the rows of `output.pooler_output` into images or videos.
+
+        Parameters
+        ----------
+        modality : str
+        call : mapping
+            Arguments of the call of `get_image_features` or `get_video_features`.
+        output : ModelOutput
+            Its result.
+        """
+
+    @abstractmethod
+    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        """Carry values of patches to the tokens that the patches become.
+
+        Parameters
+        ----------
+        modality, call
+            As in `layout`.
+        patches : Tensor (crops, M, C)
+            Values per patch in the tower's own order, without prefix tokens.
+
+        Returns
+        -------
+        Tensor (total, C)
+            Values per feature row, in the order of `layout`; averaged where patches are pooled, 0 on structural rows.
+        """
+
+    # -- language model -------------------------------------------------------------------------------------------
+
+    def token_id(self, modality: str) -> int | None:
+        """Placeholder id of `modality` in the prompt."""
+        return getattr(self.config, f"{modality}_token_id", None)
+
+    def decoder_attention(self, layer: int) -> nn.Module:
+        """Attention module of decoder layer `layer`."""
+        return self.text_model.layers[layer].self_attn
+
+
+def rows_of(output: Any) -> torch.Tensor:
+    """Feature rows (total, D) of an encoder's output, whatever container the family uses."""
+    pooled = output.pooler_output
+    if isinstance(pooled, torch.Tensor):
+        return pooled.reshape(-1, pooled.shape[-1])
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in pooled])
+
+
+def hidden_state_layer(index: int | list[int], depth: int) -> int:
+    """0-based layer that produced `hidden_states[index]` of a tower with `depth` layers."""
+    last = index[-1] if isinstance(index, (list, tuple)) else index
+    return (last + depth if last < 0 else last - 1) if last != 0 else 0

@@ -1,0 +1,130 @@
+"""A transformers cache that knows it holds fewer tokens than the prompt had.
+
+transformers asks a cache two different questions through two different methods: how far the *conversation* has come
+(`get_seq_length`, from which positions and the slice of unseen tokens follow) and how many keys are *stored*
+(`get_query_offset` and `get_mask_sizes`, from which masks follow). After compression the answers differ, so the class of
+the cache object is switched in place to one that tells them apart. The object stays the one the user holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from vtc.errors import StateError
+
+
+class Lease:
+    """Whether the engine that filled a cache is still installed; copies of the cache share it."""
+
+    def __init__(self) -> None:
+        self.live = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+        return self
+
+
+@dataclass
+class CacheRecord:
+    """What was removed from one cache.
+
+    Attributes
+    ----------
+    logical : int
+        Tokens seen so far as the user counts them, dropped ones included.
+    groups : list of (start_layer, mask)
+        Decoder layers from `start_layer` on (until the next group) store `mask.shape[1]` keys; `mask` (B, P) is False on
+        padding. Ascending in `start_layer`, the first is 0.
+    shift : LongTensor (B,) or None
+        With compact positions: how far each row's text positions moved down.
+    lease : Lease
+        Of the engine that masks this cache's padding.
+    """
+
+    logical: int = 0
+    groups: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    shift: torch.Tensor | None = None
+    lease: Lease = field(default_factory=Lease)
+
+    def mask_of(self, layer: int) -> torch.Tensor:
+        """Key mask (B, P) of the group that `layer` belongs to."""
+        return next(mask for start, mask in reversed(self.groups) if start <= layer)
+
+    def map(self, rows: Any) -> None:
+        """Apply `rows`, a function of a tensor with the batch first, to everything that has a batch dimension."""
+        self.groups = [(start, rows(mask)) for start, mask in self.groups]
+        if self.shift is not None:
+            self.shift = rows(self.shift)
+
+
+class CompactedCache:
+    """Mixin over any transformers `Cache` class; see the module's docstring."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        record = record_of(self)
+        return super().get_seq_length(layer_idx) if record is None else record.logical  # type: ignore[misc]
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        record = record_of(self)
+        if record is not None and not record.lease.live:
+            raise StateError(
+                "this cache was filled while the model was compressed and cannot be continued after restore(); "
+                "start with a new cache, or use vtc.disabled(model) to pause compression"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        record = record_of(self)
+        if record is not None and tokens_to_remove > 0:
+            # Older releases also read a positive number as the length to keep, which here is the logical one.
+            tokens_to_remove = min(0, tokens_to_remove - record.logical)
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if record is not None and tokens_to_remove < 0:
+            record.logical += tokens_to_remove
+            record.groups = [(start, mask[:, :tokens_to_remove]) for start, mask in record.groups]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        _map_record(self, lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        _map_record(self, lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        _map_record(self, lambda x: x[indices])
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.__dict__.pop("_vtc_record", None)
+
+
+def record_of(cache: Any) -> CacheRecord | None:
+    """The record of a compacted cache, or None for any other cache and for no cache."""
+    return None if cache is None else cache.__dict__.get("_vtc_record")
+
+
+def compacted(cache: Cache) -> CacheRecord:
+    """Switch `cache` to its compacted class (once) and return its record, a new one if it had none."""
+    cls = type(cache)
+    if not isinstance(cache, CompactedCache):
+        if cls not in _CLASSES:
+            _CLASSES[cls] = type(f"Compacted{cls.__name__}", (CompactedCache, cls), {"__module__": __name__})
+        cache.__class__ = _CLASSES[cls]
+    return cache.__dict__.setdefault("_vtc_record", CacheRecord())
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _map_record(cache: Any, rows: Any) -> None:
+    record = record_of(cache)
+    if record is not None:
+        record.map(rows)

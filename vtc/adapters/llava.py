@@ -1,0 +1,67 @@
+"""LLaVA 1.5 and models of its shape: one tower, whole crops, a projector that keeps one token per patch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtc.adapters.base import Adapter, Layout, hidden_state_layer
+from vtc.registry import register_adapter
+
+
+class CropAdapter(Adapter):
+    """Families whose towers see square crops of one size, in the way of LLaVA."""
+
+    def tower(self, modality: str) -> nn.Module:
+        return self.base.vision_tower
+
+    def feature_layer(self, modality: str, call: Mapping[str, Any]) -> int:
+        index = call.get("vision_feature_layer")
+        index = self.config.vision_feature_layer if index is None else index
+        return hidden_state_layer(index, len(self.tower_attentions(modality)))
+
+    def side(self) -> int:
+        """Patches along a crop's edge."""
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def keeps_prefix(self, call: Mapping[str, Any]) -> bool:
+        """Whether [CLS] stays among the features."""
+        strategy = call.get("vision_feature_select_strategy")
+        return (self.config.vision_feature_select_strategy if strategy is None else strategy) == "full"
+
+
+@register_adapter("llava")
+class LlavaAdapter(CropAdapter):
+    """LLaVA 1.5 (arXiv 2310.03744) with any tower that cuts an image into a grid."""
+
+    def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
+        lengths = [len(features) for features in output.pooler_output]
+        prefix, lost = self._edges(modality, call)
+        sizes = call.get("image_sizes")
+        structural, grids = [], []
+        for index, length in enumerate(lengths):
+            if sizes is not None:  # towers for any image size, one patch grid per image
+                height, width = (int(edge) // self.tower(modality).patch_size for edge in sizes[index])
+            elif lost:  # no rectangle any more
+                height, width = 1, length
+            else:
+                height = width = round((length - prefix) ** 0.5)
+            grids.append(((1, height, width),))
+            structural += [True] * prefix + [False] * (length - prefix)
+        return Layout(lengths, grids, torch.tensor(structural, device=output.pooler_output[0].device))
+
+    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        prefix, lost = self._edges(modality, call)
+        return nn.functional.pad(patches[:, lost:], (0, 0, prefix, 0)).flatten(0, 1)
+
+    def _edges(self, modality: str, call: Mapping[str, Any]) -> tuple[int, int]:
+        """Non-patch tokens left in front of the features, and patches lost there.
+
+        The "default" strategy cuts off the first token of the tower whether or not that is a [CLS].
+        """
+        prefix, cut = self.prefix_tokens(modality), 0 if self.keeps_prefix(call) else 1
+        return max(prefix - cut, 0), max(cut - prefix, 0)

@@ -1,0 +1,62 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and the hybrid Qwen3.5: packed towers, merged patches, (t, h, w) positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.vision_utils import get_vision_window_index
+
+from vtc.adapters.base import Adapter, Layout
+from vtc.registry import register_adapter
+
+
+@register_adapter("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+class QwenVLAdapter(Adapter):
+    """Towers that take all images in one sequence, in units of merge x merge patches; one unit becomes one token."""
+
+    modalities = ("image", "video")
+    multi_axis_positions = True
+
+    def tower(self, modality: str) -> nn.Module:
+        return self.base.visual
+
+    def _grids(self, modality: str, call: Mapping[str, Any]) -> torch.Tensor:
+        return call[f"{modality}_grid_thw"]
+
+    def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
+        merge = self.base.visual.spatial_merge_size
+        grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in self._grids(modality, call)]
+        lengths = [t * h * w for t, h, w in grids]
+        device = output.pooler_output[0].device
+        return Layout(lengths, [(grid,) for grid in grids], torch.zeros(sum(lengths), dtype=torch.bool, device=device))
+
+    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        return patches.flatten(0, 1).unflatten(0, (-1, self.base.visual.spatial_merge_size**2)).mean(dim=1)
+
+
+@register_adapter("qwen2_5_vl")
+class Qwen2_5VLAdapter(QwenVLAdapter):
+    """As Qwen2-VL, but the tower works in windows and in their order."""
+
+    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        visual = self.base.visual
+        order, _ = get_vision_window_index(
+            self._grids(modality, call),
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )
+        units = super().arrange(modality, call, patches)
+        return units[order.argsort().to(units.device)]
+
+
+@register_adapter("qwen3_5")
+class Qwen3_5Adapter(QwenVLAdapter):
+    """The hybrid: a recurrent layer cannot see a token as masked, so tokens may only be left out before the first layer."""
+
+    decoder_stages_refused = (
+        "three of four decoder layers are recurrent: what they have read of a token cannot be taken back later"
+    )

@@ -1,0 +1,54 @@
+"""The places of a model where the engine reads and writes, installed on one instance and removed without a trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class WrappedMethod:
+    """An instance attribute that stands before a bound method.
+
+    A class rather than a closure so that a deep copy of the model gets one that belongs to the copy. transformers reads the
+    signature of these methods, which `update_wrapper` keeps.
+    """
+
+    def __init__(self, original: Callable, around: Callable) -> None:
+        functools.update_wrapper(self, original)
+        self._original, self._around = original, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._original, args, kwargs)
+
+
+class Seams:
+    """Everything that was installed on a model, and how to take it away."""
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+        self._methods: list[tuple[nn.Module, str]] = []
+
+    def wrap(self, owner: nn.Module, name: str, around: Callable) -> None:
+        """Put `around(original, args, kwargs)` before the method `name` of this instance."""
+        setattr(owner, name, WrappedMethod(getattr(owner, name), around))
+        self._methods.append((owner, name))
+
+    def before(self, module: nn.Module, hook: Callable) -> None:
+        """Call `hook(module, args, kwargs)` before each forward."""
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable) -> None:
+        """Call `hook(module, args, output)` after each forward."""
+        self._hooks.append(module.register_forward_hook(hook))
+
+    def remove(self) -> None:
+        """Take everything away, in any state of the model; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        for owner, name in self._methods:
+            owner.__dict__.pop(name, None)
+        self._hooks, self._methods = [], []

@@ -1,0 +1,168 @@
+"""Attention scores without eager attention.
+
+Every attention module of transformers looks its kernel up by name for each call and hands it the queries and keys after
+normalisation and rotation. The tap stands between: for a module that carries a tap it computes just the rows or sums that
+were asked for, then calls the kernel that would have run. Nothing about the model's configuration, masks or outputs
+changes, and no N x N matrix is made for a score that needs only rows or column sums of it.
+
+The table of kernels is shared by all models of a process, so the wrappers are in it only while a tap exists, and pass
+every module without a tap straight through.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vtc.kernels.attention import attention_received, attention_rows
+
+
+@dataclass(eq=False)
+class AttentionTap:
+    """What to record on one attention module while `active`.
+
+    Attributes
+    ----------
+    cls_rows : bool
+        Softmax rows of query 0, (B, H, M) per call.
+    received : bool
+        Attention received by every key, averaged over the queries, (B, H, M) per call.
+    keys : bool
+        Keys with heads concatenated, (B, M, H * d) per call.
+    queries : LongTensor (B, R) or None
+        Rows to record, as column indices among the current queries; needs `key_mask`.
+    key_mask : BoolTensor (B, M) or None
+        Keys that exist, past ones included.
+    """
+
+    cls_rows: bool = False
+    received: bool = False
+    keys: bool = False
+    queries: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    active: bool = False
+    records: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.records = []
+        self.active = True
+
+    def stop(self) -> list[dict[str, torch.Tensor]]:
+        """End recording and hand over what was recorded, one entry per call of the kernel."""
+        records, self.records, self.active, self.queries, self.key_mask = self.records, [], False, None, None
+        return records
+
+    @torch.no_grad()
+    def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float | None, kwargs: dict[str, Any]) -> None:
+        """Record from one call: `query` (B, H, Lq, d), `key` (B, Hkv, M, d), after rotation."""
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None and self.queries is None:
+            # A flash kernel got all images of a packed tower in one call; the other kernels get them one by one.
+            lengths = cu_seqlens.diff().tolist()
+            for q, k in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True):
+                self._observe_one(q, k, scaling)
+        else:
+            self._observe_one(query, key, scaling)
+
+    def _observe_one(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        record: dict[str, torch.Tensor] = {}
+        if self.cls_rows:
+            record["cls_attention"] = attention_rows(query[:, :, :1], key, scaling)[:, :, 0]
+        if self.received:
+            record["received_attention"] = attention_received(query, key, scaling)
+        if self.keys:
+            record["keys"] = key.transpose(1, 2).flatten(2)
+        if self.queries is not None:
+            if self.key_mask is None:
+                raise RuntimeError("a tap with queries needs key_mask")
+            index = self.queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+            mask = torch.zeros(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+            known = self.key_mask.shape[1]  # a static cache has room for more keys than exist yet
+            mask[:, :known] = self.key_mask
+            past = known - query.shape[2]
+            causal = torch.arange(key.shape[2], device=key.device) <= (self.queries + past)[..., None]
+            allowed = mask[:, None, :] & causal
+            record["text_attention"] = attention_rows(query.gather(2, index), key, scaling, allowed[:, None])
+        self.records.append(record)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionTap:
+        return _live(AttentionTap(self.cls_rows, self.received, self.keys))
+
+
+def attach(module: nn.Module, tap: AttentionTap) -> None:
+    """Put `tap` on an attention module and make sure that the kernels look for taps."""
+    module._vtc_tap = _live(tap)  # type: ignore[assignment]
+
+
+def detach(modules: Iterable[nn.Module]) -> None:
+    """Take the taps off again; with the last one the table of kernels is as it was found."""
+    for module in modules:
+        tap = module.__dict__.pop("_vtc_tap", None)
+        if tap is not None:
+            with _LOCK:
+                _LIVE.discard(tap)
+    _synchronise()
+
+
+_LOCK = threading.RLock()
+_LIVE: weakref.WeakSet[AttentionTap] = weakref.WeakSet()
+_FOUND: dict[str, Callable | None] = {}  # name -> the local override that was there before, None if none
+
+
+def _live(tap: AttentionTap) -> AttentionTap:
+    with _LOCK:
+        _LIVE.add(tap)
+    weakref.finalize(tap, _synchronise)
+    _synchronise()
+    return tap
+
+
+def _synchronise() -> None:
+    table = ALL_ATTENTION_FUNCTIONS
+    with _LOCK:
+        if _LIVE and not _FOUND:
+            for name in [key for key in table.keys() if not key.startswith("paged|")]:
+                _FOUND[name] = table._local_mapping.get(name)
+                table[name] = _tapped(table[name])
+            _FOUND.setdefault("eager", table._local_mapping.get("eager"))
+            if _FOUND["eager"] is None:
+                table["eager"] = _tapped(_eager)
+        elif _FOUND and not _LIVE:
+            for name, found in _FOUND.items():
+                if found is None:
+                    del table[name]
+                else:
+                    table[name] = found
+            _FOUND.clear()
+
+
+def _tapped(kernel: Callable) -> Callable:
+    @functools.wraps(kernel)
+    def attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        tap = getattr(module, "_vtc_tap", None)
+        if tap is not None and tap.active:
+            tap.observe(query, key, kwargs.get("scaling"), kwargs)
+        return kernel(module, query, key, value, *args, **kwargs)
+
+    return attention
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Eager attention is not in the table: each modelling file passes its own function as the default.
+    for cls in type(module).__mro__:
+        kernel = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if kernel is not None:
+            return kernel(module, *args, **kwargs)
+    raise RuntimeError(f"no eager_attention_forward beside {type(module).__module__}.{type(module).__qualname__}")
