@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vtc._version import package_version
+from vtc.budget import largest_remainder, resolve_budget
+from vtc.config import CompressionConfig
+from vtc.errors import ConfigError, InputError, VtcError
+
+FULL = CompressionConfig(
+    "vtc-cls",
+    keep_tokens=64,
+    positions="compact",
+    structural="drop",
+    seed=7,
+    options={"start_layer": 16, "score_source": "cls", "layers": [1, 2], "nested": {"a": (0.5, None)}},
+)
+
+
+# --- CompressionConfig -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("config", [CompressionConfig("divprune", keep_ratio=0.25), FULL])
+def test_round_trips(config: CompressionConfig, tmp_path: Path) -> None:
+    config.save(tmp_path / "config.json")
+    copies: list[Callable[[], CompressionConfig]] = [
+        lambda: CompressionConfig.from_dict(config.to_dict()),
+        lambda: CompressionConfig.from_json(config.to_json()),
+        lambda: CompressionConfig.load(tmp_path / "config.json"),
+        lambda: copy.deepcopy(config),
+        lambda: pickle.loads(pickle.dumps(config)),
+    ]
+    for make in copies:
+        assert make() == config
+        assert hash(make()) == hash(config)
+    assert CompressionConfig.load(tmp_path / "config.json").to_json() == config.to_json()
+
+
+def test_json_is_stable() -> None:
+    data = json.loads(FULL.to_json())
+    assert list(data) == [
+        "version",
+        "method",
+        "keep_ratio",
+        "keep_tokens",
+        "positions",
+        "structural",
+        "seed",
+        "options",
+    ]
+    assert data == {
+        "version": package_version(),
+        "method": "vtc-cls",
+        "keep_ratio": None,
+        "keep_tokens": 64,
+        "positions": "compact",
+        "structural": "drop",
+        "seed": 7,
+        "options": {"start_layer": 16, "score_source": "cls", "layers": [1, 2], "nested": {"a": [0.5, None]}},
+    }
+
+
+def test_options_are_a_private_copy() -> None:
+    options = {"layers": [1, 2]}
+    config = CompressionConfig("m", keep_ratio=0.5, options=options)
+    options["layers"].append(3)
+    assert config.options == {"layers": (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": ""}, "method must be"),
+        ({"method": None}, "method must be"),
+        ({"keep_tokens": None}, "exactly one.*got neither"),
+        ({"keep_ratio": 0.5}, "exactly one.*keep_ratio=0.5 and keep_tokens=64"),
+        ({"positions": "new"}, "positions must be one of.*'new'"),
+        ({"structural": True}, "structural must be one of.*True"),
+        ({"seed": -1}, "seed must be.*-1"),
+        ({"seed": 1.0}, "seed must be.*1.0"),
+        ({"seed": True}, "seed must be.*True"),
+        ({"options": [1]}, "options must be a mapping"),
+        ({"options": {"x": float("nan")}}, "options.x: nan cannot be written"),
+        ({"options": {"x": {"y": object()}}}, "options.x.y: .* cannot be written"),
+        ({"options": {1: 2}}, "keys must be strings, got 1"),
+        ({"keep_rate": 0.5}, r"Unknown keys \['keep_rate'\].*Known keys"),
+    ],
+)
+def test_invalid_values_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CompressionConfig.from_dict({**FULL.to_dict(), **changes})
+
+
+def test_what_is_no_configuration() -> None:
+    with pytest.raises(ConfigError, match="names no method"):
+        CompressionConfig.from_dict({"keep_ratio": 0.5})
+    with pytest.raises(ConfigError, match="is a mapping, got list"):
+        CompressionConfig.from_json("[]")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        CompressionConfig.from_json("{")
+
+
+def test_load_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"broken\.json.*names no method"):
+        CompressionConfig.load(tmp_path / "broken.json")
+    with pytest.raises(FileNotFoundError):
+        CompressionConfig.load(tmp_path / "none.json")
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("n", "ratio", "expected"),
+    [(576, 0.098, 56), (5, 0.5, 2), (7, 0.5, 4), (25, 0.5, 12), (576, 0.001, 1), (1, 0.5, 1), (9, 1.0, 9), (9, 1, 9)],
+)
+def test_ratios_round_half_to_even(n: int, ratio: float, expected: int) -> None:
+    assert resolve_budget(n, keep_ratio=ratio) == expected
+
+
+@pytest.mark.parametrize(("n", "tokens", "expected"), [(10, 4, 4), (10, 10, 10), (10, 99, 10)])
+def test_tokens_are_capped(n: int, tokens: int, expected: int) -> None:
+    assert resolve_budget(n, keep_tokens=tokens) == expected
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, -0.5, 1.0001, float("nan"), float("inf"), True, "0.5"])
+def test_bad_ratios(ratio: Any) -> None:
+    with pytest.raises(ConfigError, match=r"keep_ratio.*\(0, 1\]"):
+        resolve_budget(10, keep_ratio=ratio)
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 1.5, float("nan"), True, "4"])
+def test_bad_tokens(tokens: Any) -> None:
+    with pytest.raises(ConfigError, match="keep_tokens must be"):
+        resolve_budget(10, keep_tokens=tokens)
+
+
+def test_neither_both_and_nothing() -> None:
+    with pytest.raises(ConfigError, match="neither"):
+        resolve_budget(10)
+    with pytest.raises(ConfigError, match=r"keep_ratio=0.5 and keep_tokens=5"):
+        resolve_budget(10, 0.5, 5)
+    with pytest.raises(InputError, match="no visual tokens"):
+        resolve_budget(0, 0.5)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any), st.integers(0, 10**6))
+def test_largest_remainder_is_exact_and_fair(sizes: list[int], draw: int) -> None:
+    total = draw % (sum(sizes) + 1)
+    shares = largest_remainder(total, sizes)
+    assert sum(shares) == total
+    for share, size in zip(shares, sizes, strict=True):
+        assert 0 <= share <= size
+        assert abs(share - total * size / sum(sizes)) < 1
+
+
+def test_largest_remainder_ties_and_errors() -> None:
+    assert largest_remainder(2, [5, 5, 5]) == [1, 1, 0]
+    for total, sizes in [(1, [0, 0]), (-1, [1]), (1, [2, -1])]:
+        with pytest.raises(InputError, match="Cannot share"):
+            largest_remainder(total, sizes)
+
+
+def test_errors_are_value_errors() -> None:
+    assert issubclass(VtcError, ValueError)
+    assert all(issubclass(error, VtcError) for error in (ConfigError, InputError))
