@@ -161,7 +161,9 @@ def _load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
 
 def _load_folder(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. --model takes the folder of a checkpoint, or the word reference.")
     try:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from vtc.errors import ConfigError
+from vtc.report import Report
 
 LLAVA_TOKENS_PER_IMAGE = 576
 _CLIP_SIDE, _CLIP_PATCH = 336, 14
@@ -73,6 +74,23 @@ def plain_prompt(built: Any, tokens: int) -> dict[str, torch.Tensor]:
     """Inputs of one row of text alone."""
     ids = _text(tokens, torch.Generator().manual_seed(1))[None]
     return {"input_ids": ids.to(built.device), "attention_mask": torch.ones_like(ids).to(built.device)}
+
+
+def packed_length(report: Report) -> int:
+    """Tokens of the report's only row behind compression: the length of the plain prompt to compare with.
+
+    Raises
+    ------
+    ConfigError
+        The method drops tokens inside the decoder, so that no plain prompt has its length in every layer.
+    """
+    lengths = {layer[0] for layer in report.lengths_per_layer}
+    if len(lengths) > 1:
+        raise ConfigError(
+            f"{report.configs[0].method} drops tokens inside the decoder; benchmarks compare with a plain prompt of "
+            "the packed length, so choose a method that drops them before it (vtc methods)."
+        )
+    return lengths.pop()
 
 
 def _text(tokens: int, generator: torch.Generator) -> torch.Tensor:

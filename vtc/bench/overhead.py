@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import vtc
-from vtc.bench._models import LLAVA_150M, build, plain_prompt, prompt
+from vtc.bench._models import LLAVA_150M, build, packed_length, plain_prompt, prompt
 from vtc.bench._timing import (
     Case,
     Figures,
@@ -96,7 +96,7 @@ def measure(
     """
     with vtc.compressed(model, method, keep_ratio=keep_ratio):
         _generate(model, inputs, steps=1)
-        packed = vtc.report(model).lengths_per_layer[0][0]
+        packed = packed_length(vtc.report(model))
     plain = plain_prompt(model, packed)
     whole = inputs["input_ids"].shape[1]
     whole_run = partial(_generate, model, inputs, steps)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import vtc
-from vtc.bench._models import LLAVA_7B, QWEN_3B, BenchModel, build, plain_prompt, prompt
+from vtc.bench._models import LLAVA_7B, QWEN_3B, BenchModel, build, packed_length, plain_prompt, prompt
 from vtc.bench._timing import (
     Case,
     Figures,
@@ -120,7 +120,7 @@ def measure(
         with vtc.compressed(model, method, keep_ratio=ratio):
             prefill(model, inputs)
             reports[ratio] = vtc.report(model)
-        plain = plain_prompt(model, reports[ratio].lengths_per_layer[0][0])
+        plain = plain_prompt(model, packed_length(reports[ratio]))
         cases[f"compressed {ratio}"] = Case(
             partial(prefill, model, inputs), partial(vtc.compressed, model, method, keep_ratio=ratio)
         )
@@ -135,7 +135,7 @@ def measure(
             "visual_tokens": visual_tokens,
             "keep_ratio": ratio,
             "tokens_before": report.lengths_before[0],
-            "tokens_after": report.lengths_per_layer[0][0],
+            "tokens_after": packed_length(report),
             "speed_up": timings["whole"].median / timings[f"compressed {ratio}"].median,
             "realised_share": timings[f"plain {ratio}"].median / timings[f"compressed {ratio}"].median,
             "flops_ratio": report.prefill_flops_before / report.prefill_flops_after,
