@@ -147,6 +147,13 @@ class Adapter(ABC):
             Values per feature row, in the order of `layout`; averaged where patches are pooled, 0 on structural rows.
         """
 
+    def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """Where `builds_masks`: (B, L) numbers >= 0 shared by tokens that see each other in both directions, -1 elsewhere.
+
+        `call` holds the arguments of the base model's forward.
+        """
+        return None
+
     # -- language model -------------------------------------------------------------------------------------------
 
     def token_id(self, modality: str) -> int | None:

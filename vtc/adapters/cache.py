@@ -35,9 +35,9 @@ class CacheRecord:
     ----------
     logical : int
         Tokens seen so far as the user counts them, dropped ones included.
-    groups : list of (start_layer, mask)
-        Decoder layers from `start_layer` on (until the next group) store `mask.shape[1]` keys; `mask` (B, P) is False on
-        padding. Ascending in `start_layer`, the first is 0.
+    groups : list of (start_layer, columns)
+        Decoder layers from `start_layer` on (until the next group) store the keys of `columns` (B, P): where each stands in
+        the uncompressed conversation, -1 for padding. Ascending in `start_layer`, the first is 0.
     shift : LongTensor (B,) or None
         With compact positions: how far each row's text positions moved down.
     lease : Lease
@@ -49,13 +49,13 @@ class CacheRecord:
     shift: torch.Tensor | None = None
     lease: Lease = field(default_factory=Lease)
 
-    def mask_of(self, layer: int) -> torch.Tensor:
-        """Key mask (B, P) of the group that `layer` belongs to."""
-        return next(mask for start, mask in reversed(self.groups) if start <= layer)
+    def keys_of(self, layer: int) -> torch.Tensor:
+        """Columns (B, P) of the group that `layer` belongs to."""
+        return next(keys for start, keys in reversed(self.groups) if start <= layer)
 
     def map(self, rows: Any) -> None:
         """Apply `rows`, a function of a tensor with the batch first, to everything that has a batch dimension."""
-        self.groups = [(start, rows(mask)) for start, mask in self.groups]
+        self.groups = [(start, rows(keys)) for start, keys in self.groups]
         if self.shift is not None:
             self.shift = rows(self.shift)
 
@@ -87,7 +87,7 @@ class CompactedCache:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         if record is not None and tokens_to_remove < 0:
             record.logical += tokens_to_remove
-            record.groups = [(start, mask[:, :tokens_to_remove]) for start, mask in record.groups]
+            record.groups = [(start, keys[:, :tokens_to_remove]) for start, keys in record.groups]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

@@ -26,8 +26,8 @@ from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.base import Adapter, rows_of
 from vtc.adapters.cache import CacheRecord, Lease, compacted, record_of
-from vtc.adapters.masks import causal_mask, layer_type
 from vtc.adapters.prompt import Encoded, Prompt, Segment
+from vtc.adapters.run import Run, thin
 from vtc.adapters.seams import Seams
 from vtc.adapters.tap import AttentionTap, attach, detach
 from vtc.budget import resolve_budget
@@ -57,32 +57,8 @@ class _Call:
 
     ids: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    blocks: torch.Tensor | None = None
     encoded: dict[str, Encoded | None] = field(default_factory=dict)  # None: the forward pass will encode it itself
-
-
-@dataclass(eq=False)
-class _Run:
-    """One pass through the language model."""
-
-    cache: Any
-    past: int
-    history: CacheRecord
-    columns: torch.Tensor  # (B, T) prompt column of every current token, -1 outside the prompt
-    valid: torch.Tensor  # (B, T) False on padding
-    groups: list[tuple[int, torch.Tensor]]
-    embeds: torch.Tensor
-    prompt: Prompt | None = None
-    source: torch.Tensor | None = None  # (B,) prompt row of every batch row
-    packed: PackPlan | None = None
-    steps: list[tuple[int, PackPlan]] = field(default_factory=list)
-    cos_sin: dict[tuple[int, str], Any] = field(default_factory=dict)
-    masks: dict[tuple[int, str], Any] = field(default_factory=dict)
-
-    def group_of(self, layer: int) -> int:
-        return max(start for start, _ in self.groups if start <= layer)
-
-    def keys_of(self, layer: int) -> torch.Tensor:
-        return next(mask for start, mask in reversed(self.groups) if start <= layer)
 
 
 class Engine:
@@ -121,7 +97,7 @@ class Engine:
     def _forget(self) -> None:
         """Drop everything that belongs to one call."""
         self._call = _Call()
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._prompt: Prompt | None = None
         self._prompt_ids: torch.Tensor | None = None
         self._prompt_offset = 0
@@ -280,26 +256,23 @@ class Engine:
         record = record_of(cache)
         ids = args[0] if args else kwargs["input_ids"]
         length = kwargs.get("next_sequence_length") or ids.shape[1]
-        if record is None or length != 1 or not cache.is_compileable or self.adapter.builds_masks:
+        if record is None or length != 1 or not cache.is_compileable:
             return original(*args, **kwargs)
         self._run = None
-        new = torch.ones(ids.shape[0], 1, dtype=torch.bool, device=ids.device) if mask is None else mask[:, -1:].bool()
-        groups = [(start, torch.cat([keys, new.to(keys.device)], dim=1)) for start, keys in record.groups]
-        kwargs["attention_mask"] = groups[0][1].long()
+        columns = torch.full((ids.shape[0], 1), record.logical, dtype=torch.long, device=ids.device)
+        if mask is not None:
+            columns = columns.masked_fill(~mask[:, -1:].bool(), -1)
+        run = Run(self.text_config, cache, columns, record.logical, record)
+        kwargs["attention_mask"] = run.valid_keys(0).long()
         inputs = original(*args, **kwargs)
         hidden = torch.empty(ids.shape[0], 1, 0, dtype=self.model.dtype, device=ids.device)
-        masks: dict[tuple[int, str], Any] = {}
-        prepared: list[Any] = []
-        for layer in range(len(self.adapter.text_model.layers)):
-            start, keys = next(group for group in reversed(groups) if group[0] <= layer)
-            key = (start, layer_type(self.text_config, layer))
-            if start and key not in masks:
-                masks[key] = causal_mask(self.text_config, layer, hidden, keys, cache)
-            prepared.append(masks.get(key))
+        self._prepared = [
+            run.mask(layer, hidden) if run.needs_mask(layer) or self.adapter.builds_masks else None
+            for layer in range(len(self.adapter.text_model.layers))
+        ]
         if record.shift is not None and inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] - record.shift[:, None]
-        record.groups, record.logical = groups, record.logical + 1
-        self._prepared = prepared
+        run.write_record(self.lease, record.shift)
         return inputs
 
     def before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -324,6 +297,8 @@ class Engine:
             call.mask = self._prompt_mask
         if call.ids is None and call.encoded and given.get("inputs_embeds") is not None:
             call.ids = self._ids_of(given["inputs_embeds"])
+        if self.adapter.builds_masks:
+            call.blocks = self.adapter.blocks(given)
         self._call = call
 
     def _ids_of(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -348,43 +323,38 @@ class Engine:
             return None
         self._refuse_custom_mask(kwargs.get("attention_mask"))
         run = self._start(embeds, cache, record)
-        if self._call.encoded:
-            self._read_prompt(run)
-            self._select_before(run)
-        prompt = run.prompt
-        keep = run.valid if prompt is None else run.valid & self._keep(run, prompt.keep_at(None))
-        dropped = prompt is not None and bool((run.valid & ~keep).any())
+        keep = run.valid
         kwargs = dict(kwargs)
-        merged = prompt is not None and any(segment.merged for segment in prompt.segments)
-        if prompt is not None and merged:
-            kwargs["inputs_embeds"] = embeds = self._write_merged(run, prompt, embeds)
+        if self._call.encoded:
+            prompt = self._read_prompt(run)
+            self._select_before(run, prompt, embeds)
+            keep = run.kept(prompt.keep_at(None))
+            if any(segment.merged for segment in prompt.segments):
+                kwargs["inputs_embeds"] = embeds = self._write_merged(run, prompt, embeds)
+        dropped = not torch.equal(keep, run.valid)
+        if not dropped and record is None:
+            # Nothing to change before the first layer, so the model does what it always does; decoder stages may drop later.
+            self._run = run if self.inside else None
+            return args, kwargs
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = (torch.arange(embeds.shape[1], device=embeds.device) + run.past)[None]
+            positions = (torch.arange(run.length, device=embeds.device) + run.past)[None]
         shift = run.history.shift
         if self.positions == "compact" or shift is not None:
             positions, shift = self._compact(run, positions, keep, shift)
         if dropped:
-            plan = run.packed = PackPlan.from_keep(keep)
-            kwargs["inputs_embeds"] = plan.take(embeds)
+            plan = run.pack(keep)
+            kwargs["inputs_embeds"] = embeds = plan.take(embeds)
             positions = plan.take(positions, dim=positions.dim() - 1)
-            run.columns, run.valid = plan.take(run.columns), plan.mask
-            self._pack_deepstack(kwargs, plan, keep)
-        elif record is None:
-            # Nothing to drop here, so the model does what it always does; decoder stages may still drop later.
-            run.groups = [(0, torch.cat([run.history.groups[0][1], run.valid], dim=1))]
-            self._run = run if prompt is not None and self.inside else None
-            return (args, kwargs) if merged else None
-        self._run = run
-        run.embeds = kwargs["inputs_embeds"]
-        run.groups = [(start, torch.cat([keys, run.valid], dim=1)) for start, keys in run.history.groups]
+            self._thin_deepstack(kwargs, plan)
         if run.cache is None and self._uses_cache(kwargs):
             run.cache = kwargs["past_key_values"] = DynamicCache(config=self.text_config)
-        self._write_record(run, keep.shape[1], shift)
+        run.write_record(self.lease, shift)
         kwargs["position_ids"] = positions
         # Never None while positions have gaps and there is no cache: that reads as several packed sequences.
-        kwargs["attention_mask"] = run.groups[0][1].long()
-        self._hook_layers(0 if self._is_flash() else min([start for start, _ in run.groups[1:]], default=self._first_hooked))
+        kwargs["attention_mask"] = self._first_masks(run, embeds, kwargs.get("attention_mask"))
+        self._run = run
+        self._hook_layers(self._first_layer_to_follow(run))
         return args, kwargs
 
     def _refuse_custom_mask(self, mask: Any) -> None:
@@ -395,81 +365,61 @@ class Engine:
                 "processor, or run inside vtc.disabled(model)"
             )
 
-    def _start(self, embeds: torch.Tensor, cache: Any, record: CacheRecord | None) -> _Run:
+    def _start(self, embeds: torch.Tensor, cache: Any, record: CacheRecord | None) -> Run:
         batch, length = embeds.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = self._call.mask
-        device = embeds.device
-        if mask is None:
-            valid = torch.ones(batch, length, dtype=torch.bool, device=device)
-        elif mask.shape[1] < length:
-            raise InputError(f"attention_mask has {mask.shape[1]} columns for {length} new tokens")
-        else:
-            valid = mask[:, -length:].bool().to(device).expand(batch, length)
+        columns = (torch.arange(length, device=embeds.device) + past).expand(batch, length)
+        if mask is not None:
+            if mask.shape[1] < length:
+                raise InputError(f"attention_mask has {mask.shape[1]} columns for {length} new tokens")
+            columns = columns.masked_fill(~mask[:, -length:].bool().to(embeds.device), -1)
         if record is None:
+            seen = torch.arange(past, device=embeds.device).expand(batch, past)
             if mask is not None and mask.shape[1] >= past + length:
-                seen = mask[:, :past].bool().to(device)
-            else:
-                seen = torch.ones(batch, past, dtype=torch.bool, device=device)
-            history = CacheRecord(past, [(0, seen)])
-        else:
-            history = record
-        columns = torch.full((batch, length), -1, dtype=torch.long, device=device)
-        return _Run(cache, past, history, columns, valid, list(history.groups), embeds)
+                seen = seen.masked_fill(~mask[:, :past].bool().to(embeds.device), -1)
+            record = CacheRecord(past, [(0, seen)])
+        run = Run(self.text_config, cache, columns, past, record)
+        if self._call.blocks is not None:
+            run.blocks = self._call.blocks[:, -length:]
+        return run
 
-    def _read_prompt(self, run: _Run) -> None:
+    def _read_prompt(self, run: Run) -> Prompt:
         """Find out which of the current tokens are which visual tokens."""
-        batch, length = run.valid.shape
         if self._prompt is None or self._prompt_ids is None:
             encoded = {modality: found or self._encoded[modality] for modality, found in self._call.encoded.items()}
             if self._prompt_ids is None:
-                ids, offset, valid = self._call.ids, run.past, run.valid
+                ids, offset, valid = self._call.ids, run.past, None
             else:
                 ids, offset, valid = self._prompt_ids, self._prompt_offset, self._prompt_valid
             if ids is None:
                 raise InputError("images were passed without input_ids or inputs_embeds that say where they belong")
-            self._prompt = Prompt(ids.to(run.valid.device), offset, encoded, self.adapter, self.structural)
+            self._prompt = Prompt(ids.to(run.columns.device), offset, encoded, self.adapter, self.structural)
             if valid is not None:
-                self._prompt.valid |= valid.to(run.valid.device)
+                self._prompt.valid |= valid.to(run.columns.device)
             self.last, self.selector_ms = self._prompt, 0.0
-        prompt = run.prompt = self._prompt
-        if batch % prompt.rows:
-            raise InputError(f"{batch} rows cannot come from a prompt of {prompt.rows}")
-        run.source = torch.arange(batch, device=run.valid.device) // (batch // prompt.rows)
-        column = torch.arange(length, device=run.valid.device) + run.past - prompt.offset
-        inside = (column >= 0) & (column < prompt.columns)
-        run.columns = torch.where(inside, column, -1).expand(batch, length)
-        first = run.source.new_tensor(range(prompt.rows)) * (batch // prompt.rows)
-        prompt.valid[:, column[inside]] = run.valid[first][:, inside]
+        if len(run.columns) % self._prompt.rows:
+            raise InputError(f"{len(run.columns)} rows cannot come from a prompt of {self._prompt.rows}")
+        run.read(self._prompt)
+        return self._prompt
 
-    def _whole(self, run: _Run) -> bool:
-        """Whether this pass reads its prompt in one piece."""
-        prompt = run.prompt
-        return prompt is not None and bool((run.columns.max(dim=1).values == prompt.columns - 1).all()) and (
-            run.past <= prompt.offset
-        )
-
-    def _select_before(self, run: _Run) -> None:
-        prompt = run.prompt
-        if prompt is None or prompt.decided(None):
+    def _select_before(self, run: Run, prompt: Prompt, embeds: torch.Tensor) -> None:
+        if prompt.decided(None):
             return
         for stage in self.before:
             for segment in prompt.segments:
                 extra: dict[str, torch.Tensor] = {}
                 if Need.TEXT_EMBEDS in stage.requires:
                     self._require_whole(run, stage)
-                    extra["text_embeds"] = self._text_embeds(run, prompt, segment)
+                    row = segment.row * (len(run.columns) // prompt.rows)
+                    columns = run.prompt_columns()[row]
+                    text = (columns >= 0) & ~prompt.visual[segment.row][columns.clamp(min=0)]
+                    extra["text_embeds"] = embeds[row, text].detach()
                 self._select(stage, segment, extra)
         prompt.decide(None)
 
-    def _text_embeds(self, run: _Run, prompt: Prompt, segment: Segment) -> torch.Tensor:
-        row = segment.row * (len(run.valid) // prompt.rows)
-        text = run.valid[row] & (run.columns[row] >= 0)
-        text &= ~prompt.visual[segment.row][run.columns[row].clamp(min=0)]
-        return run.embeds[row, text].detach()
-
-    def _require_whole(self, run: _Run, stage: PlannedStage) -> None:
-        if not self._whole(run):
+    def _require_whole(self, run: Run, stage: PlannedStage) -> None:
+        if not run.brings_all():
             raise UnsupportedMethodError(
                 f"{stage.selector.name} reads the text of the prompt, which arrives in pieces with prefill_chunk_size; "
                 "prefill in one piece or choose a method that does not need the text"
@@ -477,11 +427,10 @@ class Engine:
 
     def _select(self, stage: PlannedStage, segment: Segment, extra: dict[str, torch.Tensor]) -> None:
         """Let one stage choose among what is left of one image or video."""
-        count = len(segment.alive)
         fields = {need.value: _for_context(need, segment.needs[need]) for need in stage.requires if need in segment.needs}
         context = VisualContext(
             features=segment.features,
-            budget=resolve_budget(count, stage.config.keep_ratio, stage.config.keep_tokens),
+            budget=resolve_budget(len(segment.alive), stage.config.keep_ratio, stage.config.keep_tokens),
             generator=torch.Generator().manual_seed(stage.config.seed),
             grids=segment.grids,
             modality=segment.modality,
@@ -497,32 +446,25 @@ class Engine:
             raise UnsupportedMethodError(f"{stage.selector.name} merges tokens, which decoder stages cannot")
         segment.apply(stage.layer, selection)
 
-    def _keep(self, run: _Run, keep: torch.Tensor) -> torch.Tensor:
-        """(B, T): which current tokens a decision about the prompt keeps."""
-        if run.source is None:
-            raise RuntimeError("no prompt was read")
-        return (run.columns < 0) | keep[run.source[:, None], run.columns.clamp(min=0)]
-
-    def _write_merged(self, run: _Run, prompt: Prompt, embeds: torch.Tensor) -> torch.Tensor:
+    def _write_merged(self, run: Run, prompt: Prompt, embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings with merged tokens in their anchors' places."""
         embeds = embeds.clone()
+        repeats = len(run.columns) // prompt.rows
         for segment in prompt.segments:
-            if segment.merged and len(segment.features):
-                columns = segment.columns[segment.alive]
-                scorable = segment.columns[~segment.structural]
-                for row in (run.source == segment.row).nonzero()[:, 0].tolist():
-                    at = torch.full((prompt.columns,), -1, dtype=torch.long, device=embeds.device)
-                    here = (run.columns[row] >= 0).nonzero()[:, 0]
-                    at[run.columns[row, here]] = here
-                    features = segment.features
-                    if bool((at[scorable] >= 0).all()):  # all here: merged from the live rows, for their gradients
-                        features = segment.merge(embeds[row, at[scorable]])
-                    present = at[columns] >= 0
-                    embeds[row, at[columns][present]] = features[present].to(embeds.dtype)
+            if not segment.merged:
+                continue
+            for row in range(segment.row * repeats, (segment.row + 1) * repeats):
+                scorable = run.places(row, segment.columns[~segment.structural])
+                anchors = run.places(row, segment.columns[segment.alive])
+                here = anchors >= 0
+                features = segment.features
+                if bool((scorable >= 0).all()):  # merged from the live rows, for their gradients
+                    features = segment.merge(embeds[row, scorable])
+                embeds[row, anchors[here]] = features[here].to(embeds.dtype)
         return embeds
 
     def _compact(
-        self, run: _Run, positions: torch.Tensor, keep: torch.Tensor, shift: torch.Tensor | None
+        self, run: Run, positions: torch.Tensor, keep: torch.Tensor, shift: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions counted over kept tokens only, and how far the row has moved by its end."""
         moved = (run.valid & ~keep).long().cumsum(dim=1)
@@ -530,25 +472,27 @@ class Engine:
             moved = moved + shift[:, None]
         return (positions.expand(len(keep), -1) - moved).clamp(min=0), moved[:, -1]
 
-    def _pack_deepstack(self, kwargs: dict[str, Any], plan: PackPlan, keep: torch.Tensor) -> None:
+    def _thin_deepstack(self, kwargs: dict[str, Any], plan: PackPlan) -> None:
         where = kwargs.get("visual_pos_masks")
         if where is not None:
-            kept = keep[where.to(keep.device)]
+            kwargs["deepstack_visual_embeds"] = [thin(plan, where, plane)[1] for plane in kwargs["deepstack_visual_embeds"]]
             kwargs["visual_pos_masks"] = plan.take(where) & plan.mask.to(where.device)
-            kwargs["deepstack_visual_embeds"] = [plane[kept.to(plane.device)] for plane in kwargs["deepstack_visual_embeds"]]
 
     def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
         use_cache = kwargs.get("use_cache")
         return bool(getattr(self.text_config, "use_cache", False) if use_cache is None else use_cache)
 
-    def _is_flash(self) -> bool:
-        return "flash" in str(self.text_config._attn_implementation)
+    def _first_masks(self, run: Run, embeds: torch.Tensor, given: Any) -> Any:
+        """What the language model builds its masks from; where the outer model has built them, their replacement."""
+        if not self.adapter.builds_masks:
+            return run.valid_keys(0).long()
+        return {name: None for name in given} if isinstance(given, dict) else run.mask(0, embeds)
 
-    def _write_record(self, run: _Run, length: int, shift: torch.Tensor | None) -> None:
-        if run.cache is not None:
-            record = compacted(run.cache)
-            record.lease = self.lease
-            record.logical, record.groups, record.shift = run.past + length, list(run.groups), shift
+    def _first_layer_to_follow(self, run: Run) -> int:
+        """First layer that must be told something of its own."""
+        if self.adapter.builds_masks or run.slides or "flash" in str(self.text_config._attn_implementation):
+            return 0
+        return min([start for start, _ in run.groups[1:]], default=self._first_hooked)
 
     # -- inside the language model --------------------------------------------------------------------------------
 
@@ -563,70 +507,48 @@ class Engine:
         if run is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        stage = self.inside.get(layer)
-        if stage is not None and run.prompt is not None:
-            hidden = self._prune_at(stage, run, hidden, kwargs)
-        following = self.inside.get(layer + 1)
-        if following is not None and run.prompt is not None and Need.TEXT_ATTENTION in following.requires:
-            self._watch(layer, following, run)
-        if run.packed is None and not run.steps and record_of(run.cache) is None:
+        if run.cache is None:
+            run.cache = kwargs.get("past_key_values")
+        if run.prompt is not None:
+            stage, following = self.inside.get(layer), self.inside.get(layer + 1)
+            if stage is not None:
+                hidden = self._prune(stage, layer, run, run.prompt, hidden)
+            if following is not None and Need.TEXT_ATTENTION in following.requires:
+                self._watch(layer, following, run, run.prompt)
+        if not run.touched:
             return None
         kwargs = {**kwargs, "position_ids": None}  # flash attention would read gaps as packed sequences
-        start = run.group_of(layer)
-        if start:
-            kind = layer_type(self.text_config, layer)
-            kwargs["position_embeddings"] = self._rotary(run, layer, (start, kind), kwargs["position_embeddings"])
-            if (start, kind) not in run.masks:
-                run.masks[start, kind] = causal_mask(self.text_config, layer, hidden, run.keys_of(layer), run.cache)
-            kwargs["attention_mask"] = run.masks[start, kind]
+        if run.steps:
+            kwargs["position_embeddings"] = run.rotary(layer, kwargs["position_embeddings"])
+        if run.needs_mask(layer) or self.adapter.builds_masks:
+            kwargs["attention_mask"] = run.mask(layer, hidden)
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    def _watch(self, layer: int, stage: PlannedStage, run: _Run) -> None:
+    def _watch(self, layer: int, following: PlannedStage, run: Run, prompt: Prompt) -> None:
         """Have this layer's attention rows of the last prompt token recorded for the stage that follows."""
-        if run.prompt is not None and not run.prompt.decided(stage.layer):
-            self._require_whole(run, stage)
+        if not prompt.decided(following.layer):
+            self._require_whole(run, following)
             tap = self.adapter.decoder_attention(layer).__dict__["_vtc_tap"]
             tap.start()
-            last = torch.where(run.valid, run.columns, -1).argmax(dim=1)
-            tap.queries, tap.key_mask = last[:, None], run.keys_of(layer)
+            tap.queries = run.prompt_columns().argmax(dim=1)[:, None]
+            tap.key_mask = run.valid_keys(layer)
 
-    def _prune_at(self, stage: PlannedStage, run: _Run, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        prompt, layer = run.prompt, stage.layer
-        if prompt is None or layer is None:
-            return hidden
-        known = dict(run.steps)
-        if layer in known:  # gradient checkpointing runs a layer again
-            return known[layer].take(hidden)
+    def _prune(self, stage: PlannedStage, layer: int, run: Run, prompt: Prompt, hidden: torch.Tensor) -> torch.Tensor:
+        known = dict(run.steps).get(layer)
+        if known is not None:  # gradient checkpointing runs a layer again
+            return known.take(hidden)
         if not prompt.decided(layer):
-            self._select_inside(stage, run, prompt, hidden)
-        keep = run.valid & self._keep(run, prompt.keep_at(layer))
+            self._select_inside(stage, layer, run, prompt, hidden)
+        keep = run.kept(prompt.keep_at(layer))
         if torch.equal(keep, run.valid):
             return hidden
-        plan = PackPlan.from_keep(keep)
-        run.steps.append((layer, plan))
-        run.columns, run.valid = plan.take(run.columns), plan.mask
-        run.cache = run.cache if run.cache is not None else kwargs.get("past_key_values")
-        starts = sorted({start for start, _ in run.history.groups} | {start for start, _ in run.groups} | {layer})
-        current = {start: keys for start, keys in run.groups}
-        run.groups = [
-            (start, current[start] if start < layer else torch.cat([run.history.mask_of(start), run.valid], dim=1))
-            for start in starts
-        ]
-        record = record_of(run.cache)
-        length = keep.shape[1] if run.packed is None else run.packed.source_length
-        if record is not None:
-            record.groups, record.lease = list(run.groups), self.lease
-        elif run.cache is not None:
-            first = run.steps[0][1].source_length if run.packed is None else length
-            self._write_record(run, first, None)
-        run.masks, run.cos_sin = {}, {}
+        plan = run.step(layer, keep)
+        run.write_record(self.lease, run.shift)
         return plan.take(hidden)
 
-    def _select_inside(self, stage: PlannedStage, run: _Run, prompt: Prompt, hidden: torch.Tensor) -> None:
-        layer = stage.layer or 0
-        repeats = len(run.valid) // prompt.rows
+    def _select_inside(self, stage: PlannedStage, layer: int, run: Run, prompt: Prompt, hidden: torch.Tensor) -> None:
         self._require_whole(run, stage)
         rows: torch.Tensor | None = None
         if Need.TEXT_ATTENTION in stage.requires:
@@ -637,35 +559,21 @@ class Engine:
                     "registered after compress()? call compress() again"
                 )
             rows = records[-1]["text_attention"]
-        past = run.keys_of(layer - 1).shape[1] - run.valid.shape[1]
+        stored = run.keys_of(layer - 1).shape[1] - run.columns.shape[1]
         for segment in prompt.segments:
-            row = segment.row * repeats
-            at = torch.full((prompt.columns,), -1, dtype=torch.long, device=run.columns.device)
-            here = (run.valid[row] & (run.columns[row] >= 0)).nonzero()[:, 0]
-            at[run.columns[row, here]] = here
-            index = at[segment.columns[segment.alive]]
-            extra = {"hidden_states": hidden[row, index].detach()} if Need.HIDDEN_STATES in stage.requires else {}
+            row = segment.row * (len(run.columns) // prompt.rows)
+            places = run.places(row, segment.columns[segment.alive])
+            extra = {"hidden_states": hidden[row, places].detach()} if Need.HIDDEN_STATES in stage.requires else {}
             if rows is not None:
-                extra["text_attention"] = rows[row][:, :, past + index]
+                extra["text_attention"] = rows[row][:, :, stored + places]
             self._select(stage, segment, extra)
         prompt.decide(layer)
-
-    def _rotary(self, run: _Run, layer: int, key: tuple[int, str], tables: Any) -> Any:
-        if key not in run.cos_sin:
-            for step, plan in run.steps:
-                if step <= layer:
-                    tables = tuple(plan.take(table) for table in tables)
-            run.cos_sin[key] = tables
-        return run.cos_sin[key]
 
     def around_deepstack(self, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Thin out the planes that deepstack adds behind the first layers, as far as decoder stages have pruned."""
         hidden, where, plane = args
         if self._run is not None and self._prepared is None:
-            for _, plan in self._run.steps:
-                kept = plan.scatter(plan.mask)[where.to(plan.mask.device)]
-                plane = plane[kept.to(plane.device)]
-                where = plan.take(where) & plan.mask.to(where.device)
+            where, plane = self._run.thin(where, plane)
         return original(hidden, where, plane, **kwargs)
 
     def after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -675,12 +583,9 @@ class Engine:
         if run.prompt is not None and self._prompt_ids is None:
             run.prompt.release()
             self._encoded = {}
-        plans = [plan for _, plan in reversed(run.steps)] + ([run.packed] if run.packed is not None else [])
-        if not plans:
+        if run.packed is None and not run.steps:
             return None
-        hidden = output[0]
-        for plan in plans:
-            hidden = plan.scatter(hidden)
+        hidden = run.scatter(output[0])
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden

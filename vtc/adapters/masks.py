@@ -1,20 +1,38 @@
-"""Attention masks for layers that store different numbers of keys."""
+"""Attention masks for layers that store different keys, some of them no longer neighbours."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from torch import nn
+from transformers.masking_utils import blockwise_overlay, create_causal_mask
 
 
 def layer_type(config: Any, layer: int) -> str:
     """Kind of attention of a decoder layer, in the words of the configuration."""
     types = getattr(config, "layer_types", None)
-    return types[layer] if types else "full_attention"
+    if types:
+        return types[layer]
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
 
 
-def causal_mask(config: Any, layer: int, hidden: torch.Tensor, keys: torch.Tensor | None, cache: Any) -> Any:
+def window_of(config: Any, layer: int) -> int | None:
+    """Length of a sliding layer's window in tokens, None for a layer that sees everything."""
+    return config.sliding_window if layer_type(config, layer) == "sliding_attention" else None
+
+
+def causal_mask(
+    config: Any,
+    layer: int,
+    hidden: torch.Tensor,
+    columns: torch.Tensor,
+    cache: Any,
+    *,
+    blocks: torch.Tensor | None = None,
+    seen: int = 0,
+) -> Any:
     """The mask that decoder layer `layer` needs, in the form that the model's attention implementation takes.
 
     Parameters
@@ -25,16 +43,40 @@ def causal_mask(config: Any, layer: int, hidden: torch.Tensor, keys: torch.Tenso
         Sizes are those of this layer's cache.
     hidden : Tensor (B, T, ...)
         Only its batch, length, dtype and device are used.
-    keys : Tensor (B, P) or None
-        Keys that exist, past and current.
+    columns : LongTensor (B, P)
+        Where every key, past and current, stands in the uncompressed conversation; -1 for padding. A window reaches as far
+        back as it would without compression.
     cache : Cache or None
+    blocks : LongTensor (B, T), optional
+        Current tokens that see each other in both directions share a number >= 0.
+    seen : int
+        Length of the uncompressed conversation.
     """
-    sliding = layer_type(config, layer) == "sliding_attention"
-    create = create_sliding_window_causal_mask if sliding else create_causal_mask
-    return create(
+    arguments: dict[str, Any] = dict(
         config=config,
         inputs_embeds=hidden,
-        attention_mask=None if keys is None else keys.long(),
+        attention_mask=(columns >= 0).long(),
         past_key_values=cache,
         layer_idx=layer,
     )
+    if blocks is not None:
+        blocks = nn.functional.pad(blocks, (columns.shape[1] - blocks.shape[1], 0), value=-1)
+    window = window_of(config, layer)
+    if window is None or seen <= window:
+        return create_causal_mask(**arguments, block_sequence_ids=blocks)
+    room = columns.shape[1] if cache is None else max(columns.shape[1], int(cache.get_max_length(layer)) + 1)
+    if blocks is not None:
+        arguments["or_mask_function"] = blockwise_overlay(_padded(blocks, room))
+    return create_causal_mask(**arguments, and_mask_function=_window(_padded(columns, room), window))
+
+
+def _padded(table: torch.Tensor, room: int) -> torch.Tensor:
+    """`table` (B, P), as long as the keys a static cache has room for."""
+    return nn.functional.pad(table, (0, max(0, room - table.shape[1])), value=-1)
+
+
+def _window(columns: torch.Tensor, window: int) -> Callable:
+    def near(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return columns[batch, query] - columns[batch, key] < window
+
+    return near

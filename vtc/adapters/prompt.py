@@ -92,7 +92,7 @@ class Prompt:
         self.rows, self.columns = ids.shape
         self.segments: list[Segment] = []
         self.visual = torch.zeros_like(ids, dtype=torch.bool)
-        self.valid = torch.zeros_like(self.visual)  # filled by the forward passes that bring the columns
+        self.valid = torch.zeros_like(self.visual)  # filled as the columns come
         for modality, call in encoded.items():
             where = ids == adapter.token_id(modality)
             self.visual |= where
@@ -107,6 +107,12 @@ class Prompt:
             for segment in self.segments:
                 first[segment.row, segment.columns[segment.structural]] = False
         self._keep: dict[int, torch.Tensor] = {-1: first}
+
+    def see(self, columns: torch.Tensor) -> None:
+        """Note which columns of the conversation, (S, T) with -1 for padding, really came."""
+        here = columns - self.offset
+        rows, at = torch.where((here >= 0) & (here < self.columns) & (columns >= 0))
+        self.valid[rows, here[rows, at]] = True
 
     def decided(self, layer: int | None) -> bool:
         """Whether the stage at `layer` has been here."""

@@ -1,0 +1,61 @@
+"""Gemma 3 and PaliGemma: tokens of an image (or of the whole prefix) see each other in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtc.adapters.base import Adapter, Layout
+from vtc.registry import register_adapter
+
+
+class _GemmaAdapter(Adapter):
+    builds_masks = True
+
+    def tower(self, modality: str) -> nn.Module:
+        return self.base.vision_tower
+
+    def side(self) -> int:
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
+        images, tokens = output.pooler_output.shape[:2]
+        side = round(tokens**0.5)
+        structural = torch.zeros(images * tokens, dtype=torch.bool, device=output.pooler_output.device)
+        return Layout([tokens] * images, [((1, side, side),)] * images, structural)
+
+
+@register_adapter("gemma3")
+class Gemma3Adapter(_GemmaAdapter):
+    """Gemma 3: average-pooled patches; the tokens of each image form a block."""
+
+    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        grid = patches.transpose(1, 2).unflatten(-1, (self.side(), self.side()))
+        edge = round(self.config.mm_tokens_per_image**0.5)
+        return nn.functional.avg_pool2d(grid, self.side() // edge).flatten(2).transpose(1, 2).flatten(0, 1)
+
+    def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
+        types = call.get("token_type_ids")
+        if types is None:
+            return None
+        image = types == 1
+        begins = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
+        return torch.where(image, begins.long().cumsum(dim=1) - 1, -1)
+
+
+@register_adapter("paligemma")
+class PaliGemmaAdapter(_GemmaAdapter):
+    """PaliGemma: the whole prefix, image and question, is one block."""
+
+    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        return patches.flatten(0, 1)
+
+    def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
+        types, cache = call.get("token_type_ids"), call.get("past_key_values")
+        # The model's own condition for a prefix.
+        first = cache is None or not cache.is_initialized or call.get("pixel_values") is not None
+        return torch.where(types == 0, 0, -1) if types is not None and first else None
