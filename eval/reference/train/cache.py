@@ -2,8 +2,8 @@
 
     python -m eval.reference.train.cache --split train --count 12000 --tower tower/ --folder cache/train
 
-writes ``features.npy`` ``(scenes, views, 256, 384)`` float16 (the second-last layer's patch tokens, [CLS] dropped, as the
-stock LLaVA class reads them), ``things.pkl`` (what stands in each scene) and, for the test split, ``cls_attention.npy``
+writes ``features.npy`` ``(scenes, views, 256, 384)`` float16 (the second-last layer's patch tokens, [CLS] dropped, as
+the stock LLaVA class reads them), ``things.pkl`` (what stands in each scene) and, for the test split, ``cls_attention.npy``
 ``(scenes, layers, heads, 256)``. Interrupted runs continue where they stopped.
 """
 

@@ -34,7 +34,12 @@ _RENAMES = (
 def config(image_size: int) -> Dinov2Config:
     """Configuration of the tower whose position table fits ``image_size`` pixels."""
     return Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=image_size, patch_size=PATCH
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        mlp_ratio=4,
+        image_size=image_size,
+        patch_size=PATCH,
     )
 
 

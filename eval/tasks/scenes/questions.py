@@ -64,7 +64,7 @@ _EXTREMES: dict[str, tuple[int, int]] = {
 
 
 class _Asker:
-    """Asks about one scene; every ``_ask_*`` method returns a question, or None where the scene has none of its kind."""
+    """Asks about one scene; each ``_ask_*`` method returns a question, or None where the scene has none of its kind."""
 
     def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
         self.scene = scene
@@ -130,7 +130,12 @@ class _Asker:
             return None
         target = self._one(candidates)
         text = self._pick(
-            ("What colour is the {0}?", "What color is the {0}?", "What is the colour of the {0}?", "Which colour has the {0}?")
+            (
+                "What colour is the {0}?",
+                "What color is the {0}?",
+                "What is the colour of the {0}?",
+                "Which colour has the {0}?",
+            )
         ).format(target.name)
         return Question("colour", text, target.colour, self._index(target), tuple(COLOURS))
 
@@ -146,14 +151,21 @@ class _Asker:
 
     def _ask_place(self) -> Question | None:
         middle = CANVAS / 2
-        candidates = [t for t in self.scene.objects if min(abs(t.centre[0] - middle), abs(t.centre[1] - middle)) >= MARGIN]
+        candidates = [
+            t for t in self.scene.objects if min(abs(t.centre[0] - middle), abs(t.centre[1] - middle)) >= MARGIN
+        ]
         if not candidates:
             return None
         target = self._one(candidates)
         x, y = target.centre
         answer = f"{'top' if y < middle else 'bottom'} {'left' if x < middle else 'right'}"
         text = self._pick(
-            ("Where is {0}?", "In which corner is {0}?", "In which part of the picture is {0}?", "Where do you see {0}?")
+            (
+                "Where is {0}?",
+                "In which corner is {0}?",
+                "In which part of the picture is {0}?",
+                "Where do you see {0}?",
+            )
         ).format(self._refer(target))
         return Question("place", text, answer, self._index(target), PLACES)
 
@@ -175,11 +187,13 @@ class _Asker:
         return Question("relation", text, "yes" if lead > 0 else "no", self._index(first, second), YES_NO)
 
     def _ask_beside(self) -> Question | None:
-        """What is left of X: asked where one object alone is clearly there and none is there by less than the margin."""
+        """What is left of X: asked where one object alone is there, and clearly, not by less than the margin."""
         choices = []
         for side, (axis, sign) in _SIDES.items():
             for anchor in self.scene.objects:
-                leads = {t: sign * (anchor.centre[axis] - t.centre[axis]) for t in self.scene.objects if t is not anchor}
+                leads = {
+                    t: sign * (anchor.centre[axis] - t.centre[axis]) for t in self.scene.objects if t is not anchor
+                }
                 there = [t for t, lead in leads.items() if lead > 0]
                 if len(there) == 1 and leads[there[0]] >= MARGIN and min(abs(v) for v in leads.values()) >= MARGIN:
                     choices.append((side, anchor, there[0]))
@@ -226,7 +240,12 @@ class _Asker:
             return None
         target = self._one(candidates)
         text = self._pick(
-            ("What digit is on {0}?", "Which digit is on {0}?", "What digit is written on {0}?", "Which digit do you see on {0}?")
+            (
+                "What digit is on {0}?",
+                "Which digit is on {0}?",
+                "What digit is written on {0}?",
+                "Which digit do you see on {0}?",
+            )
         ).format(self._refer(target))
         return Question("digit", text, target.text, self._index(target), DIGITS)
 
@@ -238,12 +257,20 @@ class _Asker:
         sign = "the sign" if alone else f"the {target.colour} sign"
         what = "number" if target.text in NUMBERS else "word"
         text = self._pick(
-            ("What {1} is on {0}?", "Which {1} is written on {0}?", "What does {0} say?", "What is written on {0}?", "Read {0}.")
+            (
+                "What {1} is on {0}?",
+                "Which {1} is written on {0}?",
+                "What does {0} say?",
+                "What is written on {0}?",
+                "Read {0}.",
+            )
         ).format(sign, what)
         return Question("reading", text, target.text, self._index(target), WRITINGS)
 
 
-def ask(scene: Scene, count: int, *, kinds: Sequence[str] = KINDS, seed: int = 0, attempts: int = 4) -> tuple[Question, ...]:
+def ask(
+    scene: Scene, count: int, *, kinds: Sequence[str] = KINDS, seed: int = 0, attempts: int = 4
+) -> tuple[Question, ...]:
     """Ask up to ``count`` different questions about a scene, kinds in turn from a random start.
 
     Parameters

@@ -143,7 +143,9 @@ class _Board:
                 return left, top
         return None
 
-    def put(self, thing: tuple[str, str, str, str], picture: objects.Array, alpha: objects.Array, at: tuple[int, int]) -> None:
+    def put(
+        self, thing: tuple[str, str, str, str], picture: objects.Array, alpha: objects.Array, at: tuple[int, int]
+    ) -> None:
         """Draw and remember: ``thing`` is (role, name, colour, text), ``at`` its upper left corner."""
         left, top = at
         objects.paste(self.canvas, picture, alpha, top, left)
@@ -153,7 +155,10 @@ class _Board:
 
 def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     return (
-        a[0] + a[2] + _GAP <= b[0] or b[0] + b[2] + _GAP <= a[0] or a[1] + a[3] + _GAP <= b[1] or b[1] + b[3] + _GAP <= a[1]
+        a[0] + a[2] + _GAP <= b[0]
+        or b[0] + b[2] + _GAP <= a[0]
+        or a[1] + a[3] + _GAP <= b[1]
+        or b[1] + b[3] + _GAP <= a[1]
     )
 
 

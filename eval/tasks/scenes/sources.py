@@ -22,7 +22,9 @@ PHOTOGRAPHS: Final[dict[Split, tuple[str, ...]]] = {
         "sklearn:china.jpg", "skimage:astronaut.png", "skimage:coffee.png", "skimage:hubble_deep_field.jpg",
         "skimage:motorcycle_left.png", "skimage:brick.png", "skimage:grass.png", "skimage:ihc.png",
     ),
-    "test": ("sklearn:flower.jpg", "skimage:chelsea.png", "skimage:rocket.jpg", "skimage:retina.jpg", "skimage:gravel.png"),
+    "test": (
+        "sklearn:flower.jpg", "skimage:chelsea.png", "skimage:rocket.jpg", "skimage:retina.jpg", "skimage:gravel.png",
+    ),
 }  # fmt: skip
 
 FONTS: Final[dict[Split, tuple[str | None, ...]]] = {

@@ -1,0 +1,52 @@
+"""Which models there are, and how each is put together from the files beside this one.
+
+To add a model: make a folder with ``config.json``, ``model.safetensors`` (everything but a shared tower), the
+processor's JSON files, ``chat_template.jinja`` and ``README.md``; then add one entry to :data:`CATALOGUE`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one model is assembled.
+
+    Attributes
+    ----------
+    folder : str
+        Folder beside this file with the model's own files.
+    architecture : str
+        Name of the transformers class.
+    tower_prefix : str or None
+        Where the shared tower's weights go in a checkpoint of the family; None if the model brings its own tower.
+    tower_renames : tuple of (str, str)
+        Substring replacements from the shared tower's weight names to the family's.
+    """
+
+    folder: str
+    architecture: str
+    tower_prefix: str | None = None
+    tower_renames: tuple[tuple[str, str], ...] = ()
+
+
+CATALOGUE: Final[dict[str, Entry]] = {
+    "llava": Entry(folder="llava", architecture="LlavaForConditionalGeneration", tower_prefix="vision_tower."),
+    "internvl": Entry(
+        folder="internvl",
+        architecture="InternVLForConditionalGeneration",
+        tower_prefix="vision_tower.",
+        tower_renames=(
+            (".norm1.", ".layernorm_before."),
+            (".norm2.", ".layernorm_after."),
+            (".attention.attention.query.", ".attention.q_proj."),
+            (".attention.attention.key.", ".attention.k_proj."),
+            (".attention.attention.value.", ".attention.v_proj."),
+            (".attention.output.dense.", ".attention.projection_layer."),
+            (".layer_scale1.lambda1", ".lambda_1"),
+            (".layer_scale2.lambda1", ".lambda_2"),
+        ),
+    ),
+}

@@ -1,0 +1,117 @@
+"""Assemble a model from its configuration, the shared tower and its own weights."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from vtc_reference.catalogue import CATALOGUE, Entry
+
+_HERE = Path(__file__).parent
+_IMAGE_SUFFIXES = {".png", ".jpg"}
+
+
+def names() -> tuple[str, ...]:
+    """Names of the models that :func:`load` knows and whose weights are here."""
+    return tuple(name for name, entry in CATALOGUE.items() if (_HERE / entry.folder / "model.safetensors").is_file())
+
+
+def _entry(name: str) -> Entry:
+    if name not in names():
+        raise KeyError(f"no reference model is called {name!r}; there are: {', '.join(names()) or 'none'}")
+    return CATALOGUE[name]
+
+
+def tower_weights(entry: Entry) -> dict[str, torch.Tensor]:
+    """The shared tower's weights under the names of the entry's family; empty if it brings its own tower."""
+    if entry.tower_prefix is None:
+        return {}
+    weights = {}
+    for key, tensor in load_file(_HERE / "tower" / "model.safetensors").items():
+        for old, new in entry.tower_renames:
+            key = key.replace(old, new)
+        weights[entry.tower_prefix + key] = tensor
+    return weights
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a reference model as the stock transformers class, in eval mode, and its processor.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`names`.
+    dtype : torch.dtype
+        Weights are stored in float16 and converted to this.
+
+    Returns
+    -------
+    (model, processor)
+
+    Raises
+    ------
+    KeyError
+        If there is no such model.
+    RuntimeError
+        If this release of transformers names the architecture's weights differently.
+    """
+    entry = _entry(name)
+    folder = _HERE / entry.folder
+    weights = tower_weights(entry) | load_file(folder / "model.safetensors")
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random state alone
+        model, found = getattr(transformers, entry.architecture).from_pretrained(
+            None,
+            config=transformers.AutoConfig.from_pretrained(folder),
+            state_dict=weights,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    wrong = {kind: sorted(keys) for kind, keys in found.items() if keys}
+    if wrong:
+        raise RuntimeError(f"the weights of {name!r} do not fit transformers {transformers.__version__}: {wrong}")
+    model.eval()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model, _processor(folder)
+
+
+def _processor(folder: Path) -> Any:
+    """The family's processor: the shared tokenizer's files with the family's own laid over them."""
+    with tempfile.TemporaryDirectory() as place:
+        for source in (_HERE / "tokenizer", folder):
+            for file in source.iterdir():
+                if file.suffix in (".json", ".jinja"):
+                    shutil.copy(file, place)
+        return transformers.AutoProcessor.from_pretrained(place)
+
+
+def export(name: str, folder: str | Path) -> Path:
+    """Write the model and its processor as an ordinary checkpoint, for tools that want a path.
+
+    Returns
+    -------
+    Path
+        The folder; ``from_pretrained`` reads it.
+    """
+    target = Path(folder)
+    model, processor = load(name)
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    (target / "README.md").write_text(card(name), encoding="utf-8")
+    return target
+
+
+def card(name: str) -> str:
+    """The model card as Markdown."""
+    return (_HERE / _entry(name).folder / "README.md").read_text(encoding="utf-8")
+
+
+def samples() -> list[Path]:
+    """Paths of the sample images, sorted; ``questions.jsonl`` beside them holds questions and answers."""
+    return sorted(path for path in (_HERE / "samples").iterdir() if path.suffix in _IMAGE_SUFFIXES)

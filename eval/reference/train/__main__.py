@@ -1,0 +1,252 @@
+"""Train a reference model on cached tower features.
+
+    python -m eval.reference.train llava --minutes 60 --cache cache/ --folder runs/llava [--resume]
+
+    torchrun --nproc-per-node 2 -m eval.reference.train llava ...      (one thread each: best on a busy CPU)
+
+``cache/train`` and ``cache/test`` come from ``python -m eval.reference.train.cache``. The learning rate follows the
+share of ``--minutes`` used up, so a run ends on time on any machine; a checkpoint is written every ``--save-every`` seconds,
+and ``--resume`` continues from it with the clock where it stood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from eval.reference.train import models
+from eval.reference.train.labels import patch_labels
+from eval.reference.train.packing import IGNORE, Packer, bare_scene
+from eval.tasks.scenes.questions import ask
+from eval.tasks.scenes.vocabulary import KINDS
+
+TOKENIZER = Path(__file__).parents[1] / "src" / "vtc_reference" / "tokenizer"
+
+
+@dataclass
+class Data:
+    """Cached features of one split with what the scenes hold."""
+
+    features: np.ndarray
+    things: list[tuple]
+    split: str
+    seed: int
+
+    @classmethod
+    def load(cls, folder: Path) -> Data:
+        state = json.loads((folder / "state.json").read_text())
+        features = np.load(folder / "features.npy", mmap_mode="r")[: state["done"]]
+        things = pickle.loads((folder / "things.pkl").read_bytes())
+        return cls(features, things, state["split"], state["seed"])
+
+    def scene(self, index: int):  # type: ignore[no-untyped-def]
+        return bare_scene(self.things[index], self.split, self.seed, index)
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.features[np.sort(indices)])
+
+
+def learning_rate(peak: float, step: int, share: float, warmup: int = 100) -> float:
+    """Warm-up by steps, flat until 55 % of the time, then a linear descent to 2 % of the peak."""
+    descent = 1.0 if share < 0.55 else max(0.02, (1 - share) / 0.45)
+    return peak * min(1.0, (step + 1) / warmup) * descent
+
+
+@torch.no_grad()
+def accuracy(
+    packed: models.PackedLlava, packer: Packer, data: Data, scenes: int, per_scene: int = 10
+) -> dict[str, float]:
+    """Share of questions whose whole answer is the greedy one, by kind and over all, on the first ``scenes`` scenes."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    packed.eval()
+    for start in range(0, scenes, 20):
+        indices = np.arange(start, min(start + 20, scenes))
+        rows = [ask(data.scene(int(i)), per_scene) for i in indices]
+        text = packer.pack(rows)
+        with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
+            logits, _ = packed(data.batch(indices), text)
+        hit = torch.ones_like(text.labels, dtype=torch.bool)
+        hit[text.labels != IGNORE] = logits.argmax(-1) == text.labels[text.labels != IGNORE]
+        for row, questions in enumerate(rows):
+            for number, question in enumerate(questions, 1):
+                own = text.segments[row] == number
+                if own.any():
+                    right[question.kind].append(bool(hit[row][own].all()))
+    packed.train()
+    table = {kind: round(float(np.mean(right[kind])), 3) for kind in KINDS if right[kind]}
+    return table | {"all": round(float(np.mean([hit for hits in right.values() for hit in hits])), 4)}
+
+
+def workers() -> tuple[int, int]:
+    """Rank of this process and number of processes (see ``torchrun``)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Mean of the gradients over the processes, in one exchange; parameters without a gradient are skipped."""
+    _, world = workers()
+    if world == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def learn_words(
+    packed: models.PackedLlava, data: Data, labels: torch.Tensor, steps: int, batch: int, seed: int
+) -> None:
+    """Before anything else: projector and word embeddings alone, by the word loss.
+
+    A step costs a tenth of a full one, and a decoder that starts on tokens which already carry their words skips the
+    long plateau in which it can only guess.
+    """
+    rank, world = workers()
+    parameters = [*packed.projector.parameters(), packed.decoder.embed_tokens.weight, packed.scale]
+    optimiser = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    rng = np.random.default_rng([seed, rank, 1])
+    losses = []
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
+        indices = np.sort(rng.choice(len(data.things), batch // world, replace=False))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = packed.word_loss(packed.visual(data.batch(indices)), labels[indices])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(parameters)
+        optimiser.step()
+        losses.append(loss.item())
+        if rank == 0 and step % 100 == 99:
+            print(f"words, step {step + 1}: {np.mean(losses[-100:]):.3f}, {time.process_time():.0f} s CPU", flush=True)
+
+
+def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The training loop."""
+    torch.manual_seed(arguments.seed)
+    rank, world = workers()
+    if world > 1:
+        dist.init_process_group("gloo")
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    data, test = Data.load(arguments.cache / "train"), Data.load(arguments.cache / "test")
+    labels = torch.stack([patch_labels(things) for things in data.things])
+    sample = torch.from_numpy(data.features[:: max(1, len(data.things) // 200)]).float().flatten(0, 2)
+    packed = models.PackedLlava(models.new_llava(tokenizer), tokenizer, sample.mean(0), sample.std(0))
+    packer = Packer(tokenizer, len(packed.prefix), arguments.text_length)
+    evaluator = Packer(tokenizer, len(packed.prefix), 192)
+    parameters = [p for p in packed.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    step, used, epoch, order = 0, 0.0, 0, np.empty(0, np.int64)
+    checkpoint = folder / "checkpoint.pt"
+    if arguments.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        packed.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        step, used, epoch = saved["step"], saved["used"], saved["epoch"] + 1
+    elif arguments.start is not None:
+        packed.load_state_dict(torch.load(arguments.start, weights_only=True)["model"])
+    else:
+        learn_words(packed, data, labels, arguments.word_steps, arguments.word_batch, arguments.seed)
+    if rank == 0:
+        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(data.things)} scenes", flush=True)
+    if arguments.compile:
+        packed.decoder.compile(dynamic=False)
+
+    def save() -> None:
+        state = {"model": packed.state_dict(), "optimiser": optimiser.state_dict()}
+        torch.save(state | {"step": step, "used": used, "epoch": epoch}, folder / "checkpoint.tmp")
+        (folder / "checkpoint.tmp").replace(checkpoint)
+
+    start, window = time.time() - used, defaultdict(list)
+    saved_at = evaluated_at = time.time()
+    while True:
+        used = time.time() - start
+        if world > 1:  # all processes must stop at the same step
+            clock = torch.tensor(used, dtype=torch.float64)
+            dist.broadcast(clock, 0)
+            used = float(clock)
+        share = used / (60 * arguments.minutes)
+        if share >= 1:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(arguments.lr, step, share)
+        if len(order) < arguments.batch:
+            epoch += 1
+            order = np.random.default_rng([arguments.seed, epoch]).permutation(len(data.things))
+        indices, order = np.sort(order[: arguments.batch][rank::world]), order[arguments.batch :]
+        text = packer.ask_and_pack([data.scene(int(i)) for i in indices], arguments.per_scene, seed=epoch)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, visual = packed(data.batch(indices), text)
+            targets = text.labels[text.labels != IGNORE]
+            loss = packed.answer_loss(logits, targets, packer.eos)
+            words = packed.word_loss(visual, labels[indices])
+        optimiser.zero_grad(set_to_none=True)
+        (loss + arguments.word_weight * words).backward()
+        average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        step += 1
+        if rank != 0:
+            continue
+        content = targets != packer.eos
+        window["loss"].append(loss.item())
+        window["words"].append(words.item())
+        window["hit"].append((logits.argmax(-1) == targets)[content].float().mean().item())
+        if step % 50 == 0:
+            means = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in window.items())
+            window.clear()
+            print(f"step {step}, {used:.0f} s, {time.process_time():.0f} s CPU: {means}", flush=True)
+        if time.time() - saved_at > arguments.save_every:
+            save()
+            saved_at = time.time()
+        if time.time() - evaluated_at > arguments.evaluate_every:
+            print(f"test, step {step}: {accuracy(packed, evaluator, test, 100)}", flush=True)
+            evaluated_at = time.time()
+    if rank != 0:
+        return
+    save()
+    print(f"end, step {step}: {accuracy(packed, evaluator, test, len(test.things))}", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("llava",))
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument(
+        "--start", type=Path, help="checkpoint whose weights to begin with (a new clock, a new optimiser)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="scenes per step, over all processes")
+    parser.add_argument("--word-steps", type=int, default=1200, help="steps of the word loss alone at the start")
+    parser.add_argument("--word-batch", type=int, default=48)
+    parser.add_argument("--per-scene", type=int, default=18)
+    parser.add_argument("--text-length", type=int, default=175)
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--word-weight", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--save-every", type=float, default=240.0)
+    parser.add_argument("--evaluate-every", type=float, default=420.0)
+    arguments = parser.parse_args()
+    train(arguments, AutoTokenizer.from_pretrained(TOKENIZER))
+
+
+if __name__ == "__main__":
+    main()
