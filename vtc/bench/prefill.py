@@ -33,6 +33,7 @@ from vtc.bench._timing import (
     markdown_table,
     write_json,
 )
+from vtc.flops import DecoderShape
 
 MODELS = {model.name: model for model in (LLAVA_7B, QWEN_3B)}
 
@@ -126,10 +127,11 @@ def measure(
         )
         cases[f"plain {ratio}"] = Case(partial(prefill, model, plain))
     timings = {name: figures["prefill"] for name, figures in interleave(cases, repeats=repeats, warmup=warmup).items()}
+    decoder = DecoderShape.from_config(model.config.get_text_config())
     return [
         {
             "model": shape.name,
-            "layers": model.config.get_text_config().num_hidden_layers,
+            "layers": len(decoder.layers),
             "layers_of_checkpoint": shape.full_depth,
             "method": method,
             "visual_tokens": visual_tokens,
@@ -138,7 +140,8 @@ def measure(
             "tokens_after": packed_length(report),
             "speed_up": timings["whole"].median / timings[f"compressed {ratio}"].median,
             "realised_share": timings[f"plain {ratio}"].median / timings[f"compressed {ratio}"].median,
-            "flops_ratio": report.prefill_flops_before / report.prefill_flops_after,
+            "flops_ratio": decoder.prefill_flops(report.lengths_before[0])
+            / decoder.prefill_flops(packed_length(report)),
             "selector_ms": report.selector_ms,
             "whole": timings["whole"].to_dict(),
             "compressed": timings[f"compressed {ratio}"].to_dict(),
