@@ -128,6 +128,7 @@ def measure(
         cases[f"plain {ratio}"] = Case(partial(prefill, model, plain))
     timings = {name: figures["prefill"] for name, figures in interleave(cases, repeats=repeats, warmup=warmup).items()}
     decoder = DecoderShape.from_config(model.config.get_text_config())
+    whole_flops = decoder.prefill_flops(inputs["input_ids"].shape[1])
     return [
         {
             "model": shape.name,
