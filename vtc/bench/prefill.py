@@ -141,8 +141,7 @@ def measure(
             "tokens_after": packed_length(report),
             "speed_up": timings["whole"].median / timings[f"compressed {ratio}"].median,
             "realised_share": timings[f"plain {ratio}"].median / timings[f"compressed {ratio}"].median,
-            "flops_ratio": decoder.prefill_flops(report.lengths_before[0])
-            / decoder.prefill_flops(packed_length(report)),
+            "flops_ratio": whole_flops / decoder.prefill_flops(packed_length(report)),
             "selector_ms": report.selector_ms,
             "whole": timings["whole"].to_dict(),
             "compressed": timings[f"compressed {ratio}"].to_dict(),
