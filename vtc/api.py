@@ -124,12 +124,14 @@ def is_compressed(model: nn.Module) -> bool:
 
 
 def report(model: nn.Module) -> Report:
-    """What the last call with images or videos kept, and what that saves.
+    """What the last prompt kept, and what that saves.
+
+    Turns that only add text to a conversation do not count as a prompt.
 
     Raises
     ------
     StateError
-        The model is not compressed, or has not seen an image since.
+        The model is not compressed, or has not been run since.
     """
     return _engine(model).report()
 

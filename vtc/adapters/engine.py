@@ -320,6 +320,8 @@ class Engine:
         cache = kwargs.get("past_key_values")
         record = record_of(cache)
         if record is None and not self._call.encoded:
+            if self.enabled and (cache is None or not cache.is_initialized):
+                self._note_text(embeds)
             return None
         self._refuse_custom_mask(kwargs.get("attention_mask"))
         run = self._start(embeds, cache, record)
@@ -356,6 +358,13 @@ class Engine:
         self._run = run
         self._hook_layers(self._first_layer_to_follow(run))
         return args, kwargs
+
+    def _note_text(self, embeds: torch.Tensor) -> None:
+        """A prompt without images is reported as one, not as the images of the prompt before it."""
+        ids = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=embeds.device)
+        self.last, self.selector_ms = Prompt(ids, 0, {}, self.adapter, self.structural), 0.0
+        mask = self._call.mask
+        self.last.valid |= True if mask is None else mask.bool().to(embeds.device)
 
     def _refuse_custom_mask(self, mask: Any) -> None:
         given = mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2)
@@ -594,12 +603,12 @@ class Engine:
     # -- report ---------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """What the last prompt with images or videos kept."""
+        """What the last prompt kept."""
         import transformers
 
         prompt = self.last
         if prompt is None:
-            raise StateError("nothing to report yet: run generate() or forward() with an image or a video first")
+            raise StateError("nothing to report yet: run generate() or forward() first")
         valid = prompt.valid
         layers = range(len(self.adapter.text_model.layers))
         segments = []
