@@ -58,6 +58,8 @@ def test_half_precision_is_computed_in_float32(method: str, dtype: torch.dtype) 
     for name in FLOATS:
         setattr(wide, name, getattr(wide, name).float())
     assert torch.equal(selector.select(half).keep, selector.select(wide).keep)
+    if isinstance(selector, ScoreSelector):
+        assert torch.equal(selector.score(half), selector.score(wide))
 
 
 @pytest.mark.parametrize("method", METHODS)
