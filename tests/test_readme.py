@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from vtc import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,13 +52,16 @@ def comparable(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run_and_print_what_the_page_shows(page, monkeypatch):
     monkeypatch.chdir(ROOT)  # pages name files as seen from the checkout
-    namespace: dict[str, object] = {"__name__": f"page_{page.stem.replace('-', '_')}"}
+    module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up there
+    for table in (registry._SELECTORS, registry._ADAPTERS):  # what a page registers, other tests must not find
+        monkeypatch.setattr(table, "_classes", dict(table._classes))
     for block in blocks(page):
         # Blank lines before the code make a traceback point at the line of the page.
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(code, namespace)
+            exec(code, module.__dict__)
         if block.output is not None:
             assert comparable(printed.getvalue()) == comparable(block.output), f"{page.name}, line {block.line}"
 
