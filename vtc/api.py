@@ -33,8 +33,8 @@ def compress(
 ) -> Model:
     """Compress the visual tokens of `model`, in place: the same object is returned.
 
-    From then on every call that brings images or videos keeps a part of their tokens; text is never touched. Calling again
-    replaces the configuration.
+    From then on every call that brings images or videos keeps a part of their tokens; text is never touched. Calling
+    again replaces the configuration.
 
     Parameters
     ----------
@@ -65,7 +65,13 @@ def compress(
     ConfigError
         An argument is wrong. Whatever is raised, the model is as it was.
     """
-    shared = dict(keep_ratio=keep_ratio, keep_tokens=keep_tokens, positions=positions, structural=structural, seed=seed)
+    shared = {
+        "keep_ratio": keep_ratio,
+        "keep_tokens": keep_tokens,
+        "positions": positions,
+        "structural": structural,
+        "seed": seed,
+    }
     configs = _configs(method, shared, options)
     target = _unwrap(model)
     adapter = get_adapter(str(target.config.model_type))(target)
@@ -160,7 +166,7 @@ def _configs(method: Method, shared: dict[str, Any], options: dict[str, Any]) ->
     if isinstance(method, str):
         return [CompressionConfig(method=method, options=options, **shared)]
     configs = [method] if isinstance(method, CompressionConfig) else list(method)
-    defaults = dict(keep_ratio=None, keep_tokens=None, positions="original", structural="keep", seed=0)
+    defaults = {"keep_ratio": None, "keep_tokens": None, "positions": "original", "structural": "keep", "seed": 0}
     given = [name for name, value in {**shared, **options}.items() if value != defaults.get(name)]
     if given:
         raise ConfigError(f"{', '.join(given)} given beside a CompressionConfig; put them into the configuration")
@@ -192,7 +198,9 @@ def _plan(configs: Sequence[CompressionConfig], adapter: Any) -> list[PlannedSta
                         f"{adapter.decoder_stages_refused}"
                     )
                 if not 1 <= stage.layer < depth:
-                    raise ConfigError(f"{config.method} prunes at decoder layer {stage.layer}; this model has layers 1 to {depth - 1}")
+                    raise ConfigError(
+                        f"{config.method} prunes at decoder layer {stage.layer}; this model has layers 1 to {depth - 1}"
+                    )
             stages.append(PlannedStage(config, selector, stage.layer, stage.requires))
         for modality in adapter.modalities:
             if any(stage.layer is None and stage.requires for stage in selector.stages()):
@@ -201,10 +209,14 @@ def _plan(configs: Sequence[CompressionConfig], adapter: Any) -> list[PlannedSta
     order = [-1 if stage.layer is None else stage.layer for stage in stages]
     inside = [layer for layer in order if layer >= 0]
     if order != sorted(order) or len(set(inside)) < len(inside):
-        raise ConfigError(f"stages must come in the order in which tokens meet them, one per decoder layer; got {order}")
+        raise ConfigError(
+            f"stages must come in the order in which tokens meet them, one per decoder layer; got {order}"
+        )
     if configs[0].positions == "compact":
         if adapter.multi_axis_positions:
-            raise ConfigError(f"positions='compact' has no meaning for the (t, h, w) positions of {kind}; use 'original'")
+            raise ConfigError(
+                f"positions='compact' has no meaning for the (t, h, w) positions of {kind}; use 'original'"
+            )
         if all(stage.layer is not None for stage in stages):
             raise ConfigError("positions='compact' renumbers before the language model, but no stage works there")
     return stages

@@ -21,8 +21,8 @@ class Layout:
     Attributes
     ----------
     lengths : list of int, or None
-        Rows per image or video, in order. None where the call does not say: then each unbroken run of placeholders in the
-        prompt is one segment, a whole number of `unit` rows long.
+        Rows per image or video, in order. None where the call does not say: then each unbroken run of placeholders in
+        the prompt is one segment, a whole number of `unit` rows long.
     grids : list of tuple of (t, h, w)
         Views per segment (or, without `lengths`, the one view of a unit), without structural rows.
     structural : BoolTensor (total,)
@@ -46,8 +46,8 @@ class Layout:
 class Adapter(ABC):
     """All that `vtc` knows about a family: where its towers are and how patches become tokens.
 
-    Subclasses are registered with `@register_adapter(model_type, ...)`. Everything else, the language model above all, is
-    the same for all families and lives in the engine.
+    Subclasses are registered with `@register_adapter(model_type, ...)`. Everything else, the language model above all,
+    is the same for all families and lives in the engine.
 
     Parameters
     ----------
@@ -148,9 +148,9 @@ class Adapter(ABC):
         """
 
     def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
-        """Where `builds_masks`: (B, L) numbers >= 0 shared by tokens that see each other in both directions, -1 elsewhere.
+        """Where `builds_masks`: which tokens see each other in both directions.
 
-        `call` holds the arguments of the base model's forward.
+        They share a number >= 0 in (B, L), which is -1 elsewhere. `call` holds the arguments of the base model's forward.
         """
         return None
 

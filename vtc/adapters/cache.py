@@ -2,8 +2,8 @@
 
 transformers asks a cache two different questions through two different methods: how far the *conversation* has come
 (`get_seq_length`, from which positions and the slice of unseen tokens follow) and how many keys are *stored*
-(`get_query_offset` and `get_mask_sizes`, from which masks follow). After compression the answers differ, so the class of
-the cache object is switched in place to one that tells them apart. The object stays the one the user holds.
+(`get_query_offset` and `get_mask_sizes`, from which masks follow). After compression the answers differ, so the class
+of the cache object is switched in place to one that tells them apart. The object stays the one the user holds.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class CacheRecord:
     logical : int
         Tokens seen so far as the user counts them, dropped ones included.
     groups : list of (start_layer, columns)
-        Decoder layers from `start_layer` on (until the next group) store the keys of `columns` (B, P): where each stands in
-        the uncompressed conversation, -1 for padding. Ascending in `start_layer`, the first is 0.
+        Decoder layers from `start_layer` on (until the next group) store the keys of `columns` (B, P): where each stands
+        in the uncompressed conversation, -1 for padding. Ascending in `start_layer`, the first is 0.
     shift : LongTensor (B,) or None
         With compact positions: how far each row's text positions moved down.
     lease : Lease

@@ -5,10 +5,10 @@ One `Engine` serves one model. Its hooks follow a forward pass in this order:
 1. `around_encode`: features, grids and tapped attention of images and videos are read off as they are made;
 2. `before_base`: what the forward pass was called with is remembered;
 3. `before_text`: the stages before the language model choose; embeddings, positions and mask are shortened;
-4. `before_layer`: decoder stages choose; hidden states and rotary tables are shortened, later layers get masks of their own;
+4. `before_layer`: decoder stages choose; hidden states and rotary tables are shortened, later layers get their own masks;
 5. `after_text`: hidden states are put back where the caller expects them, zeros where tokens were dropped.
 
-Positions are those of the full prompt unless compact ones are asked for, so that nothing moves for the tokens that stay.
+Positions are those of the full prompt unless compact ones are asked for: nothing moves for the tokens that stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.base import Adapter, rows_of
-from vtc.adapters.cache import CacheRecord, Lease, compacted, record_of
+from vtc.adapters.cache import CacheRecord, Lease, record_of
 from vtc.adapters.prompt import Encoded, Prompt, Segment
 from vtc.adapters.run import Run, thin
 from vtc.adapters.seams import Seams
@@ -38,7 +38,14 @@ from vtc.report import Report, SegmentReport
 from vtc.selection import PackPlan
 from vtc.selectors.base import Selector
 
-_TOWER_NEEDS = (Need.CLS_ATTENTION, Need.RECEIVED_ATTENTION, Need.KEYS)
+_TAP: dict[Need, str] = {
+    Need.CLS_ATTENTION: "cls_rows",
+    Need.RECEIVED_ATTENTION: "received",
+    Need.KEYS: "keys",
+}
+"""What a tap on the tower is told to record for a need."""
+
+_TOWER_NEEDS = frozenset(_TAP)
 
 
 @dataclass(frozen=True)
@@ -148,18 +155,18 @@ class Engine:
             layers = self.adapter.tower_attentions(modality)
             for layer in self._tapped_layers(modality, {}):
                 if "_vtc_tap" not in layers[layer].__dict__:
-                    attach(layers[layer], AttentionTap(*(need in wanted for need in _TOWER_NEEDS)))
+                    attach(layers[layer], AttentionTap.of(_TAP[need] for need in wanted))
 
     def _tapped_layers(self, modality: str, call: dict[str, Any]) -> tuple[int, ...]:
         depth = len(self.adapter.tower_attentions(modality))
         feature_layer = self.adapter.feature_layer(modality, call)
         chosen = {
-            stage.selector.vision_layers(depth, feature_layer)
-            for stage in self.before
-            if stage.requires & frozenset(_TOWER_NEEDS)
+            stage.selector.vision_layers(depth, feature_layer) for stage in self.before if stage.requires & _TOWER_NEEDS
         }
         if len(chosen) > 1:
-            raise UnsupportedMethodError(f"the composed methods read different tower layers {sorted(chosen)}; choose the same")
+            raise UnsupportedMethodError(
+                f"the composed methods read different tower layers {sorted(chosen)}; choose the same"
+            )
         return chosen.pop() if chosen else ()
 
     def _hook_layers(self, first: int) -> None:
@@ -171,14 +178,14 @@ class Engine:
 
     # -- encoders -------------------------------------------------------------------------------------------------
 
-    def around_encode(self, modality: str, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def around_encode(self, modality: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled or self._encoding:  # some families encode a video by encoding its frames as images
             return original(*args, **kwargs)
         call = dict(self._parameters[modality].bind_partial(*args, **kwargs).arguments)
         call |= call.pop("kwargs", {})
         layers = self._tapped_layers(modality, call)
         attentions = self.adapter.tower_attentions(modality) if layers else []
-        taps = [attentions[layer].__dict__.get("_vtc_tap") for layer in layers]
+        taps: list[Any] = [attentions[layer].__dict__.get("_vtc_tap") for layer in layers]
         if None in taps:
             raise StateError(
                 f"this call reads the features of tower layer {self.adapter.feature_layer(modality, call)}, "
@@ -196,7 +203,7 @@ class Engine:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
         with torch.no_grad():
             layout = self.adapter.layout(modality, call, output)
-            wanted = frozenset().union(*(stage.requires for stage in self.before)) & frozenset(_TOWER_NEEDS)
+            wanted = frozenset().union(*(stage.requires for stage in self.before)) & _TOWER_NEEDS
             needs = {need: self._needs(modality, call, need, records) for need in wanted}
         encoded = Encoded(modality, rows_of(output).detach(), layout, needs)
         self._encoded[modality] = encoded
@@ -225,7 +232,7 @@ class Engine:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
-    def around_generate(self, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def around_generate(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._forget()
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
@@ -245,14 +252,14 @@ class Engine:
                 self.last.release()
             self._forget()
 
-    def around_prepare(self, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def around_prepare(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep what a static cache hides, and build masks outside of the region that gets compiled."""
         self._prepared = None
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             return original(*args, **kwargs)
         self._prompt_mask = mask
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         record = record_of(cache)
         ids = args[0] if args else kwargs["input_ids"]
         length = kwargs.get("next_sequence_length") or ids.shape[1]
@@ -275,7 +282,7 @@ class Engine:
         run.write_record(self.lease, record.shift)
         return inputs
 
-    def before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._prepared is not None:
             return
         self._run = None
@@ -313,7 +320,9 @@ class Engine:
 
     # -- before the language model --------------------------------------------------------------------------------
 
-    def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def before_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         embeds = kwargs.get("inputs_embeds")
         if self._prepared is not None or embeds is None:
             return None
@@ -335,7 +344,7 @@ class Engine:
                 kwargs["inputs_embeds"] = embeds = self._write_merged(run, prompt, embeds)
         dropped = not torch.equal(keep, run.valid)
         if not dropped and record is None:
-            # Nothing to change before the first layer, so the model does what it always does; decoder stages may drop later.
+            # Nothing changes before the first layer, so the model does what it always does; decoder stages may drop later.
             self._run = run if self.inside else None
             return args, kwargs
         positions = kwargs.get("position_ids")
@@ -436,7 +445,9 @@ class Engine:
 
     def _select(self, stage: PlannedStage, segment: Segment, extra: dict[str, torch.Tensor]) -> None:
         """Let one stage choose among what is left of one image or video."""
-        fields = {need.value: _for_context(need, segment.needs[need]) for need in stage.requires if need in segment.needs}
+        fields = {
+            need.value: _for_context(need, segment.needs[need]) for need in stage.requires if need in segment.needs
+        }
         context = VisualContext(
             features=segment.features,
             budget=resolve_budget(len(segment.alive), stage.config.keep_ratio, stage.config.keep_tokens),
@@ -484,7 +495,9 @@ class Engine:
     def _thin_deepstack(self, kwargs: dict[str, Any], plan: PackPlan) -> None:
         where = kwargs.get("visual_pos_masks")
         if where is not None:
-            kwargs["deepstack_visual_embeds"] = [thin(plan, where, plane)[1] for plane in kwargs["deepstack_visual_embeds"]]
+            kwargs["deepstack_visual_embeds"] = [
+                thin(plan, where, plane)[1] for plane in kwargs["deepstack_visual_embeds"]
+            ]
             kwargs["visual_pos_masks"] = plan.take(where) & plan.mask.to(where.device)
 
     def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
@@ -495,7 +508,7 @@ class Engine:
         """What the language model builds its masks from; where the outer model has built them, their replacement."""
         if not self.adapter.builds_masks:
             return run.valid_keys(0).long()
-        return {name: None for name in given} if isinstance(given, dict) else run.mask(0, embeds)
+        return dict.fromkeys(given) if isinstance(given, dict) else run.mask(0, embeds)
 
     def _first_layer_to_follow(self, run: Run) -> int:
         """First layer that must be told something of its own."""
@@ -506,8 +519,8 @@ class Engine:
     # -- inside the language model --------------------------------------------------------------------------------
 
     def before_layer(
-        self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         prepared = self._prepared
         if prepared is not None:
             mask = prepared[layer]
@@ -578,14 +591,14 @@ class Engine:
             self._select(stage, segment, extra)
         prompt.decide(layer)
 
-    def around_deepstack(self, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def around_deepstack(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Thin out the planes that deepstack adds behind the first layers, as far as decoder stages have pruned."""
         hidden, where, plane = args
         if self._run is not None and self._prepared is None:
             where, plane = self._run.thin(where, plane)
         return original(hidden, where, plane, **kwargs)
 
-    def after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run = self._run
         if run is None or self._prepared is not None:
             return None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vtc.adapters.base import Adapter, Layout, hidden_state_layer
+from vtc.context import Grid
 from vtc.registry import register_adapter
 
 
@@ -42,10 +43,11 @@ class LlavaAdapter(CropAdapter):
         lengths = [len(features) for features in output.pooler_output]
         prefix, lost = self._edges(modality, call)
         sizes = call.get("image_sizes")
-        structural, grids = [], []
+        structural: list[bool] = []
+        grids: list[tuple[Grid, ...]] = []
         for index, length in enumerate(lengths):
             if sizes is not None:  # towers for any image size, one patch grid per image
-                height, width = (int(edge) // self.tower(modality).patch_size for edge in sizes[index])
+                height, width = (int(edge) // int(self.base.vision_tower.patch_size) for edge in sizes[index])
             elif lost:  # no rectangle any more
                 height, width = 1, length
             else:

@@ -22,7 +22,9 @@ class AnyResAdapter(CropAdapter):
     unpad, interpolate) is done to them.
     """
 
-    def pack(self, call: Mapping[str, Any], crops: Sequence[torch.Tensor], newline: torch.Tensor | None) -> list[torch.Tensor]:
+    def pack(
+        self, call: Mapping[str, Any], crops: Sequence[torch.Tensor], newline: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         """The model's packing of features, for values (tiles, M, C) per image; `newline` (C,) or None for none."""
         packed, _ = self.base.pack_image_features(
             list(crops), call["image_sizes"], vision_feature_select_strategy="default", image_newline=newline
@@ -100,11 +102,13 @@ class LlavaNextVideoAdapter(AnyResAdapter):
 
 @register_adapter("llava_onevision")
 class LlavaOnevisionAdapter(AnyResAdapter):
-    """LLaVA-OneVision: big grids interpolated down to a limit; video frames halved bilinearly, one newline at the end."""
+    """LLaVA-OneVision: big grids interpolated down to a limit; video frames halved, one newline at the end."""
 
     modalities = ("image", "video")
 
-    def pack(self, call: Mapping[str, Any], crops: Sequence[torch.Tensor], newline: torch.Tensor | None) -> list[torch.Tensor]:
+    def pack(
+        self, call: Mapping[str, Any], crops: Sequence[torch.Tensor], newline: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         ratio = call.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
         packed, _ = self.base.pack_image_features(
             list(crops), call["image_sizes"], image_newline=newline, vision_aspect_ratio=ratio

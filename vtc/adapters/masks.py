@@ -44,21 +44,21 @@ def causal_mask(
     hidden : Tensor (B, T, ...)
         Only its batch, length, dtype and device are used.
     columns : LongTensor (B, P)
-        Where every key, past and current, stands in the uncompressed conversation; -1 for padding. A window reaches as far
-        back as it would without compression.
+        Where every key, past and current, stands in the uncompressed conversation; -1 for padding. A window reaches as
+        far back as it would without compression.
     cache : Cache or None
     blocks : LongTensor (B, T), optional
         Current tokens that see each other in both directions share a number >= 0.
     seen : int
         Length of the uncompressed conversation.
     """
-    arguments: dict[str, Any] = dict(
-        config=config,
-        inputs_embeds=hidden,
-        attention_mask=(columns >= 0).long(),
-        past_key_values=cache,
-        layer_idx=layer,
-    )
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": hidden,
+        "attention_mask": (columns >= 0).long(),
+        "past_key_values": cache,
+        "layer_idx": layer,
+    }
     if blocks is not None:
         blocks = nn.functional.pad(blocks, (columns.shape[1] - blocks.shape[1], 0), value=-1)
     window = window_of(config, layer)
@@ -75,7 +75,7 @@ def _padded(table: torch.Tensor, room: int) -> torch.Tensor:
     return nn.functional.pad(table, (0, max(0, room - table.shape[1])), value=-1)
 
 
-def _window(columns: torch.Tensor, window: int) -> Callable:
+def _window(columns: torch.Tensor, window: int) -> Callable[..., Any]:
     def near(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return columns[batch, query] - columns[batch, key] < window
 

@@ -1,7 +1,7 @@
 """Which column of a prompt is which token of which image, and what the stages decided about it.
 
-A prompt outlives one forward pass: it is read in chunks, repeated for beams, or fed again at every step where there is no
-cache. Decisions are therefore made once per prompt and looked up afterwards.
+A prompt outlives one forward pass: it is read in chunks, repeated for beams, or fed again at every step where there is
+no cache. Decisions are therefore made once per prompt and looked up afterwards.
 """
 
 from __future__ import annotations
@@ -91,10 +91,11 @@ class Prompt:
         self.offset = offset
         self.rows, self.columns = ids.shape
         self.segments: list[Segment] = []
-        self.visual = torch.zeros_like(ids, dtype=torch.bool)
+        self.visual: torch.Tensor = torch.zeros_like(ids, dtype=torch.bool)
         self.valid = torch.zeros_like(self.visual)  # filled as the columns come
         for modality, call in encoded.items():
-            where = ids == adapter.token_id(modality)
+            token = adapter.token_id(modality)
+            where = torch.zeros_like(self.visual) if token is None else ids == token
             self.visual |= where
             self.segments += _cut(where, call)
         order: dict[int, int] = {}
@@ -193,10 +194,13 @@ def _lengths(columns: torch.Tensor, layout: Layout, part: int, modality: str, ro
             if run % layout.unit:
                 raise InputError(f"row {row}: a run of {run} {modality} placeholders is no multiple of {layout.unit}")
         return runs
-    lengths, left = [], len(columns)
+    lengths: list[int] = []
+    left = len(columns)
     while left > 0 and part + len(lengths) < len(layout.lengths):
         lengths.append(layout.lengths[part + len(lengths)])
         left -= lengths[-1]
     if left != 0:
-        raise InputError(f"row {row}: {len(columns)} {modality} placeholders do not fall into whole {modality}s {lengths}")
+        raise InputError(
+            f"row {row}: {len(columns)} {modality} placeholders do not fall into whole {modality}s {lengths}"
+        )
     return lengths

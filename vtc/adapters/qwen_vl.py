@@ -55,7 +55,7 @@ class Qwen2_5VLAdapter(QwenVLAdapter):
 
 @register_adapter("qwen3_5")
 class Qwen3_5Adapter(QwenVLAdapter):
-    """The hybrid: a recurrent layer cannot see a token as masked, so tokens may only be left out before the first layer."""
+    """The hybrid: recurrent layers know no mask, so tokens may only be left out before the first layer."""
 
     decoder_stages_refused = (
         "three of four decoder layers are recurrent: what they have read of a token cannot be taken back later"

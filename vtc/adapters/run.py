@@ -196,8 +196,8 @@ def layer_mask(run: Run, layer: int, hidden: torch.Tensor) -> Any:
     window = window_of(run.config, layer)
     if window is not None and run.seen > window and "flash" in str(run.config._attn_implementation):
         raise UnsupportedModelError(
-            f"layer {layer} slides a window of {window} tokens over {run.seen}, and flash attention would count kept tokens "
-            "only; use attn_implementation='sdpa'"
+            f"layer {layer} slides a window of {window} tokens over {run.seen}, and flash attention would count kept "
+            "tokens only; use attn_implementation='sdpa'"
         )
     return causal_mask(run.config, layer, hidden, run.keys_of(layer), run.cache, blocks=run.blocks, seen=run.seen)
 

@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 class WrappedMethod:
     """An instance attribute that stands before a bound method.
 
-    A class rather than a closure so that a deep copy of the model gets one that belongs to the copy. transformers reads the
-    signature of these methods, which `update_wrapper` keeps.
+    A class rather than a closure so that a deep copy of the model gets one that belongs to the copy. transformers reads
+    the signature of these methods, which `update_wrapper` keeps.
     """
 
-    def __init__(self, original: Callable, around: Callable) -> None:
+    def __init__(self, original: Callable[..., Any], around: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
         self._original, self._around = original, around
 
@@ -32,16 +32,16 @@ class Seams:
         self._hooks: list[RemovableHandle] = []
         self._methods: list[tuple[nn.Module, str]] = []
 
-    def wrap(self, owner: nn.Module, name: str, around: Callable) -> None:
+    def wrap(self, owner: nn.Module, name: str, around: Callable[..., Any]) -> None:
         """Put `around(original, args, kwargs)` before the method `name` of this instance."""
         setattr(owner, name, WrappedMethod(getattr(owner, name), around))
         self._methods.append((owner, name))
 
-    def before(self, module: nn.Module, hook: Callable) -> None:
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before each forward."""
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook: Callable) -> None:
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, output)` after each forward."""
         self._hooks.append(module.register_forward_hook(hook))
 

@@ -1,9 +1,9 @@
 """Attention scores without eager attention.
 
 Every attention module of transformers looks its kernel up by name for each call and hands it the queries and keys after
-normalisation and rotation. The tap stands between: for a module that carries a tap it computes just the rows or sums that
-were asked for, then calls the kernel that would have run. Nothing about the model's configuration, masks or outputs
-changes, and no N x N matrix is made for a score that needs only rows or column sums of it.
+normalisation and rotation. The tap stands between: for a module that carries a tap it computes just the rows or sums
+that were asked for, then calls the kernel that would have run. Nothing about the model's configuration, masks or
+outputs changes, and no N x N matrix is made for a score that needs only rows or column sums of it.
 
 The table of kernels is shared by all models of a process, so the wrappers are in it only while a tap exists, and pass
 every module without a tap straight through.
@@ -52,7 +52,16 @@ class AttentionTap:
     active: bool = False
     records: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, fields: Iterable[str]) -> AttentionTap:
+        """A tap that records the named fields."""
+        tap = cls()
+        for name in fields:
+            setattr(tap, name, True)
+        return tap
+
     def start(self) -> None:
+        """Begin to record."""
         self.records = []
         self.active = True
 
@@ -116,7 +125,7 @@ def detach(modules: Iterable[nn.Module]) -> None:
 
 _LOCK = threading.RLock()
 _LIVE: weakref.WeakSet[AttentionTap] = weakref.WeakSet()
-_FOUND: dict[str, Callable | None] = {}  # name -> the local override that was there before, None if none
+_FOUND: dict[str, Callable[..., Any] | None] = {}  # name -> the local override that was there before, None if none
 
 
 def _live(tap: AttentionTap) -> AttentionTap:
@@ -131,7 +140,7 @@ def _synchronise() -> None:
     table = ALL_ATTENTION_FUNCTIONS
     with _LOCK:
         if _LIVE and not _FOUND:
-            for name in [key for key in table.keys() if not key.startswith("paged|")]:
+            for name in [key for key in table if not key.startswith("paged|")]:
                 _FOUND[name] = table._local_mapping.get(name)
                 table[name] = _tapped(table[name])
             _FOUND.setdefault("eager", table._local_mapping.get("eager"))
@@ -146,7 +155,7 @@ def _synchronise() -> None:
             _FOUND.clear()
 
 
-def _tapped(kernel: Callable) -> Callable:
+def _tapped(kernel: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(kernel)
     def attention(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
