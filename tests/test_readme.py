@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import vtc
 from vtc import registry
 
 ROOT = Path(__file__).parent.parent
@@ -83,3 +84,15 @@ def test_ci_finds_the_readme_test_command():
     commands = re.findall(r"^pip install .*&& pytest.*$", text, re.MULTILINE)
     assert len(commands) == 1
     assert commands[0] in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def _first_column(heading: str, column: int) -> set[str]:
+    """Code spans in one column of the table under a heading of README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row[column])}
+
+
+def test_tables_name_every_family_and_method_and_no_other():
+    assert _first_column("Which models", 1) == set(vtc.supported_models())
+    assert _first_column("Which methods", 0) == set(vtc.list_methods())

@@ -66,7 +66,7 @@ def _add_ask(commands: Any) -> None:
     parser.add_argument(
         "--model",
         default="reference",
-        help='"reference", the small model of vtc-reference, or a folder with a checkpoint',
+        help="reference (the small LLaVA of vtc-reference), reference:NAME (another one), or a checkpoint's folder",
     )
     parser.add_argument("--method", default="vtc-cls", help="see `vtc methods` (vtc-cls)")
     keep = parser.add_mutually_exclusive_group()
@@ -145,10 +145,11 @@ def _open_image(path: Path) -> Image:
 
 def _load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     """Model in evaluation mode on `device`, and its processor, from this machine's disk alone."""
-    if name == "reference":
+    source, _, reference_name = name.partition(":")
+    if source == "reference":
         from vtc import reference
 
-        model, processor = reference.load("llava")
+        model, processor = reference.load(reference_name or "llava")
     else:
         model, processor = _load_folder(Path(name))
     if dtype != "auto":
