@@ -150,7 +150,8 @@ class Adapter(ABC):
     def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
         """Where `builds_masks`: which tokens see each other in both directions.
 
-        They share a number >= 0 in (B, L), which is -1 elsewhere. `call` holds the arguments of the base model's forward.
+        They share a number >= 0 in (B, L), which is -1 elsewhere; `call` holds the arguments of the base model's
+        forward.
         """
         return None
 

@@ -36,8 +36,8 @@ class CacheRecord:
     logical : int
         Tokens seen so far as the user counts them, dropped ones included.
     groups : list of (start_layer, columns)
-        Decoder layers from `start_layer` on (until the next group) store the keys of `columns` (B, P): where each stands
-        in the uncompressed conversation, -1 for padding. Ascending in `start_layer`, the first is 0.
+        Decoder layers from `start_layer` on (until the next group) store the keys of `columns` (B, P): where each
+        stands in the uncompressed conversation, -1 for padding. Ascending in `start_layer`, the first is 0.
     shift : LongTensor (B,) or None
         With compact positions: how far each row's text positions moved down.
     lease : Lease

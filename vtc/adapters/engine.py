@@ -5,7 +5,7 @@ One `Engine` serves one model. Its hooks follow a forward pass in this order:
 1. `around_encode`: features, grids and tapped attention of images and videos are read off as they are made;
 2. `before_base`: what the forward pass was called with is remembered;
 3. `before_text`: the stages before the language model choose; embeddings, positions and mask are shortened;
-4. `before_layer`: decoder stages choose; hidden states and rotary tables are shortened, later layers get their own masks;
+4. `before_layer`: decoder stages choose; hidden states and rotary tables are shortened, later masks rebuilt;
 5. `after_text`: hidden states are put back where the caller expects them, zeros where tokens were dropped.
 
 Positions are those of the full prompt unless compact ones are asked for: nothing moves for the tokens that stay.
@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.base import Adapter, rows_of
 from vtc.adapters.cache import CacheRecord, Lease, record_of
+from vtc.adapters.masks import LayerKinds
 from vtc.adapters.prompt import Encoded, Prompt, Segment
 from vtc.adapters.run import Run, thin
 from vtc.adapters.seams import Seams
@@ -90,6 +91,7 @@ class Engine:
         self.inside = {stage.layer: stage for stage in stages if stage.layer is not None}
         self.positions, self.structural = configs[0].positions, configs[0].structural
         self.text_config = adapter.text_model.config
+        self.kinds = LayerKinds(self.text_config)
         self.enabled = True
         self.selector_ms = 0.0
         self.last: Prompt | None = None
@@ -269,7 +271,7 @@ class Engine:
         columns = torch.full((ids.shape[0], 1), record.logical, dtype=torch.long, device=ids.device)
         if mask is not None:
             columns = columns.masked_fill(~mask[:, -1:].bool(), -1)
-        run = Run(self.text_config, cache, columns, record.logical, record)
+        run = Run(self.kinds, cache, columns, record.logical, record)
         kwargs["attention_mask"] = run.valid_keys(0).long()
         inputs = original(*args, **kwargs)
         hidden = torch.empty(ids.shape[0], 1, 0, dtype=self.model.dtype, device=ids.device)
@@ -344,7 +346,7 @@ class Engine:
                 kwargs["inputs_embeds"] = embeds = self._write_merged(run, prompt, embeds)
         dropped = not torch.equal(keep, run.valid)
         if not dropped and record is None:
-            # Nothing changes before the first layer, so the model does what it always does; decoder stages may drop later.
+            # Nothing changes before the first layer: the model does what it always does; decoder stages may drop later.
             self._run = run if self.inside else None
             return args, kwargs
         positions = kwargs.get("position_ids")
@@ -397,7 +399,7 @@ class Engine:
             if mask is not None and mask.shape[1] >= past + length:
                 seen = seen.masked_fill(~mask[:, :past].bool().to(embeds.device), -1)
             record = CacheRecord(past, [(0, seen)])
-        run = Run(self.text_config, cache, columns, past, record)
+        run = Run(self.kinds, cache, columns, past, record)
         if self._call.blocks is not None:
             run.blocks = self._call.blocks[:, -length:]
         return run

@@ -10,21 +10,32 @@ from torch import nn
 from transformers.masking_utils import blockwise_overlay, create_causal_mask
 
 
-def layer_type(config: Any, layer: int) -> str:
-    """Kind of attention of a decoder layer, in the words of the configuration."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return types[layer]
-    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+class LayerKinds:
+    """What kinds of attention the decoder layers of a language model have.
 
+    Attributes
+    ----------
+    config : PreTrainedConfig
+        Of the language model.
+    names : tuple of str
+        Per layer, in the words of the configuration.
+    windows : tuple of (int or None)
+        Per layer the length of its sliding window in tokens, None for a layer that sees everything.
+    shortest : int or None
+        The shortest window.
+    """
 
-def window_of(config: Any, layer: int) -> int | None:
-    """Length of a sliding layer's window in tokens, None for a layer that sees everything."""
-    return config.sliding_window if layer_type(config, layer) == "sliding_attention" else None
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        window = getattr(config, "sliding_window", None)
+        usual = "sliding_attention" if window else "full_attention"
+        self.names = tuple(getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers)
+        self.windows = tuple(window if name == "sliding_attention" else None for name in self.names)
+        self.shortest = min((length for length in self.windows if length is not None), default=None)
 
 
 def causal_mask(
-    config: Any,
+    kinds: LayerKinds,
     layer: int,
     hidden: torch.Tensor,
     columns: torch.Tensor,
@@ -37,8 +48,7 @@ def causal_mask(
 
     Parameters
     ----------
-    config : PreTrainedConfig
-        Of the language model.
+    kinds : LayerKinds
     layer : int
         Sizes are those of this layer's cache.
     hidden : Tensor (B, T, ...)
@@ -53,7 +63,7 @@ def causal_mask(
         Length of the uncompressed conversation.
     """
     arguments: dict[str, Any] = {
-        "config": config,
+        "config": kinds.config,
         "inputs_embeds": hidden,
         "attention_mask": (columns >= 0).long(),
         "past_key_values": cache,
@@ -61,7 +71,7 @@ def causal_mask(
     }
     if blocks is not None:
         blocks = nn.functional.pad(blocks, (columns.shape[1] - blocks.shape[1], 0), value=-1)
-    window = window_of(config, layer)
+    window = kinds.windows[layer]
     if window is None or seen <= window:
         return create_causal_mask(**arguments, block_sequence_ids=blocks)
     room = columns.shape[1] if cache is None else max(columns.shape[1], int(cache.get_max_length(layer)) + 1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vtc.adapters.cache import CacheRecord, Lease, compacted, record_of
-from vtc.adapters.masks import causal_mask, layer_type, window_of
+from vtc.adapters.masks import LayerKinds, causal_mask
 from vtc.adapters.prompt import Prompt
 from vtc.errors import UnsupportedModelError
 from vtc.selection import PackPlan
@@ -30,8 +30,8 @@ class Run:
         The prompt, if this pass brings visual tokens; `source` (B,) has the prompt row of every row.
     """
 
-    def __init__(self, config: Any, cache: Any, columns: torch.Tensor, past: int, history: CacheRecord) -> None:
-        self.config, self.cache, self.past, self.history = config, cache, past, history
+    def __init__(self, kinds: LayerKinds, cache: Any, columns: torch.Tensor, past: int, history: CacheRecord) -> None:
+        self.kinds, self.cache, self.past, self.history = kinds, cache, past, history
         self.columns = columns
         self.length = columns.shape[1]
         self.seen = past + self.length
@@ -138,12 +138,11 @@ class Run:
     @property
     def slides(self) -> bool:
         """Whether some layer's window is shorter than what was seen."""
-        windows = [window_of(self.config, layer) for layer in range(self.config.num_hidden_layers)]
-        return any(window is not None and window < self.seen for window in windows)
+        return self.kinds.shortest is not None and self.kinds.shortest < self.seen
 
     def needs_mask(self, layer: int) -> bool:
         """Whether the mask that the language model makes for all layers is wrong for this one."""
-        window = window_of(self.config, layer)
+        window = self.kinds.windows[layer]
         return self._key(layer)[0] > 0 or (window is not None and window < self.seen)
 
     def scatter(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -182,7 +181,7 @@ class Run:
         return self._rotary[key]
 
     def _key(self, layer: int) -> tuple[int, str]:
-        return max(start for start, _ in self.groups if start <= layer), layer_type(self.config, layer)
+        return max(start for start, _ in self.groups if start <= layer), self.kinds.names[layer]
 
 
 def layer_mask(run: Run, layer: int, hidden: torch.Tensor) -> Any:
@@ -193,13 +192,13 @@ def layer_mask(run: Run, layer: int, hidden: torch.Tensor) -> Any:
     UnsupportedModelError
         The kernel counts a window in stored tokens, of which there are fewer than were seen.
     """
-    window = window_of(run.config, layer)
-    if window is not None and run.seen > window and "flash" in str(run.config._attn_implementation):
+    window = run.kinds.windows[layer]
+    if window is not None and run.seen > window and "flash" in str(run.kinds.config._attn_implementation):
         raise UnsupportedModelError(
             f"layer {layer} slides a window of {window} tokens over {run.seen}, and flash attention would count kept "
             "tokens only; use attn_implementation='sdpa'"
         )
-    return causal_mask(run.config, layer, hidden, run.keys_of(layer), run.cache, blocks=run.blocks, seen=run.seen)
+    return causal_mask(run.kinds, layer, hidden, run.keys_of(layer), run.cache, blocks=run.blocks, seen=run.seen)
 
 
 def thin(plan: PackPlan, where: torch.Tensor, plane: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
