@@ -8,7 +8,8 @@ of the cache object is switched in place to one that tells them apart. The objec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,13 +19,10 @@ from vtc.errors import StateError
 
 
 class Lease:
-    """Whether the engine that filled a cache is still installed; copies of the cache share it."""
+    """Whether the engine that filled a cache is still installed."""
 
     def __init__(self) -> None:
         self.live = True
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
-        return self
 
 
 @dataclass
@@ -52,6 +50,10 @@ class CacheRecord:
     def keys_of(self, layer: int) -> torch.Tensor:
         """Columns (B, P) of the group that `layer` belongs to."""
         return next(keys for start, keys in reversed(self.groups) if start <= layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
+        # A copied cache still depends on the engine that filled it; a copied model has an engine, and a lease, of its own.
+        return replace(self, groups=deepcopy(self.groups, memo), shift=deepcopy(self.shift, memo))
 
     def map(self, rows: Any) -> None:
         """Apply `rows`, a function of a tensor with the batch first, to everything that has a batch dimension."""

@@ -503,6 +503,9 @@ class Engine:
             kwargs["visual_pos_masks"] = plan.take(where) & plan.mask.to(where.device)
 
     def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
+        text = self.adapter.text_model
+        if text.training and getattr(text, "gradient_checkpointing", False):
+            return False
         use_cache = kwargs.get("use_cache")
         return bool(getattr(self.text_config, "use_cache", False) if use_cache is None else use_cache)
 
