@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -203,6 +206,16 @@ class TestLists:
         names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
         assert names == sorted(vtc.registry.adapters())
         assert {"llava", "qwen2_5_vl", "internvl"} <= set(names)
+
+    def test_reader_that_leaves_early_sees_no_traceback(self):
+        command = [sys.executable, "-c", "import sys; from vtc.cli import main; sys.exit(main(['methods']))"]
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
+        ) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 1
 
     def test_version(self, capsys):
         with pytest.raises(SystemExit) as caught:
