@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = ["farthest_point", "topk_indices"]
 
 _BLOCK = 512  # rows of the similarity matrix that exist at a time
+_WORKSPACE = 64 * 2**20  # bytes up to which all of it may
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
@@ -31,8 +32,8 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     farthest from everything taken. Taken rows are out of the game, so the picks are distinct even among duplicates.
     Lower index wins ties. A zero row has cosine 0 to every other.
 
-    One matrix-vector product per pick, and O(N) memory beside one normalised float32 copy of `x`; the nearest
-    neighbours for the first pick go through the similarity matrix in blocks, each pair once.
+    Up to N = 4096 the similarities are computed once, as one product in `_WORKSPACE` bytes; each pick then reads one row.
+    Beyond that each pick is one matrix-vector product, in O(N) memory beside one normalised float32 copy of `x`.
 
     Returns
     -------
@@ -45,15 +46,26 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     picks = torch.empty(k, dtype=torch.long, device=x.device)
     if k == 0:
         return picks
-    taken = _nearest_similarity(unit).argmin() if first is None else torch.tensor(first, device=x.device)
+    table = _similarities(unit) if 4 * n * n <= _WORKSPACE else None
+    if first is not None:
+        taken = torch.tensor(first, device=x.device)
+    else:
+        taken = (_nearest_similarity(unit) if table is None else table.amax(dim=1)).argmin()
     similarity = torch.full((n,), -torch.inf, device=x.device)  # to the closest row taken so far
     for step in range(k):
         if step:
             taken = similarity.argmin()  # argmin returns the first of equals
         picks[step] = taken
-        row = unit.index_select(0, taken.view(1)).squeeze(0)  # a tensor index: a GPU is never waited for
-        similarity = torch.maximum(similarity, unit @ row).index_fill(0, picks[: step + 1], torch.inf)
+        # A tensor index: a GPU is never waited for.
+        row = (unit if table is None else table).index_select(0, taken.view(1)).squeeze(0)
+        similarity = torch.maximum(similarity, row if table is not None else unit @ row)
+        similarity.index_fill_(0, taken.view(1), torch.inf)
     return picks
+
+
+def _similarities(unit: Tensor) -> Tensor:
+    """(N, N): `unit` @ `unit`.T with -inf on the diagonal."""
+    return (unit @ unit.T).fill_diagonal_(-torch.inf)
 
 
 def _nearest_similarity(unit: Tensor) -> Tensor:
