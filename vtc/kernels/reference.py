@@ -32,7 +32,7 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     farthest from everything taken. Taken rows are out of the game, so the picks are distinct even among duplicates.
     Lower index wins ties. A zero row has cosine 0 to every other.
 
-    Up to N = 4096 the similarities are computed once, as one product in `_WORKSPACE` bytes; each pick then reads one row.
+    Up to N = 4096 the similarities are computed once, as one product in `_WORKSPACE` bytes; a pick then reads one row.
     Beyond that each pick is one matrix-vector product, in O(N) memory beside one normalised float32 copy of `x`.
 
     Returns

@@ -1,0 +1,47 @@
+"""Rows and sums of attention against the whole matrix."""
+
+import pytest
+import torch
+
+from vtc.kernels.attention import attention_received, attention_rows
+
+
+def whole(query: torch.Tensor, key: torch.Tensor, scaling: float, allowed: torch.Tensor | None = None) -> torch.Tensor:
+    """The attention matrix the plain way, with keys repeated for their query heads."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = (query @ key.transpose(2, 3)).float() * scaling
+    return (logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))).softmax(dim=-1)
+
+
+def heads(batch: int, count: int, length: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, count, length, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+def test_rows_equal_those_of_the_matrix(key_heads: int) -> None:
+    query, key = heads(2, 6, 17, 8), heads(2, key_heads, 17, 8, seed=1)
+    allowed = torch.rand(2, 1, 17, 17, generator=torch.Generator().manual_seed(2)) > 0.3
+    allowed |= torch.eye(17, dtype=torch.bool)
+    expected = whole(query, key, 0.3, allowed)
+    torch.testing.assert_close(attention_rows(query[:, :, 4:7], key, 0.3, allowed[:, :, 4:7]), expected[:, :, 4:7])
+    torch.testing.assert_close(attention_rows(query, key, 0.3), whole(query, key, 0.3))
+
+
+def test_a_query_that_sees_nothing_gets_zeros() -> None:
+    rows = attention_rows(heads(1, 2, 1, 4), heads(1, 2, 5, 4, seed=1), 0.5, torch.zeros(1, 1, 1, 5, dtype=torch.bool))
+    assert torch.equal(rows, torch.zeros(1, 2, 1, 5))
+
+
+@pytest.mark.parametrize(("length", "block"), [(1, 256), (64, 16), (65, 16), (300, 256)])
+def test_received_is_the_mean_over_queries(length: int, block: int) -> None:
+    query, key = heads(2, 4, length, 8), heads(2, 2, length, 8, seed=1)
+    received = attention_received(query, key, 0.4, block=block)
+    torch.testing.assert_close(received, whole(query, key, 0.4).mean(dim=2))
+    torch.testing.assert_close(received.sum(dim=-1), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
+    query = torch.full((1, 1, 3, 64), 40.0, dtype=dtype)  # products of 102 400, beyond what float16 holds
+    assert torch.isfinite(attention_rows(query, query, 0.125)).all()
+    torch.testing.assert_close(attention_received(query, query, 0.125), torch.full((1, 1, 3), 1 / 3))
