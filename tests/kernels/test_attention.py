@@ -45,3 +45,19 @@ def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
     query = torch.full((1, 1, 3, 64), 40.0, dtype=dtype)  # products of 102 400, beyond what float16 holds
     assert torch.isfinite(attention_rows(query, query, 0.125)).all()
     torch.testing.assert_close(attention_received(query, query, 0.125), torch.full((1, 1, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("per_query", [False, True])
+def test_received_leaves_padding_out(per_query: bool) -> None:
+    query, key = heads(2, 2, 9, 8), heads(2, 2, 9, 8, seed=1)
+    real = [9, 6]
+    allowed = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
+    for row, count in enumerate(real):
+        allowed[row, ..., :count] = True
+    if per_query:
+        allowed = allowed.expand(2, 1, 9, 9)
+    received = attention_received(query, key, 0.4, allowed, block=4)
+    for row, count in enumerate(real):
+        expected = whole(query[row : row + 1, :, :count], key[row : row + 1, :, :count], 0.4).mean(dim=2)
+        torch.testing.assert_close(received[row : row + 1, :, :count], expected)
+        assert (received[row, :, count:] == 0).all()

@@ -36,7 +36,7 @@ from vtc.config import CompressionConfig
 from vtc.context import Need, VisualContext
 from vtc.errors import InputError, StateError, UnsupportedMethodError
 from vtc.report import Report, SegmentReport
-from vtc.selection import PackPlan
+from vtc.selection import PackPlan, Selection
 from vtc.selectors.base import Selector
 
 _TAP: dict[Need, str] = {
@@ -57,6 +57,18 @@ class PlannedStage:
     selector: Selector
     layer: int | None
     requires: frozenset[Need]
+    keep: float | None = None
+
+    def budget(self, n: int) -> int:
+        """How many of `n` tokens may stay; a method that plans its stages itself may plan to keep none."""
+        if self.keep is not None:
+            return round(n * self.keep)
+        return resolve_budget(n, self.config.keep_ratio, self.config.keep_tokens)
+
+    @property
+    def keep_ratio(self) -> float | None:
+        """Fraction behind `budget`, if it is one."""
+        return self.config.keep_ratio if self.keep is None else self.keep
 
 
 @dataclass(eq=False)
@@ -160,6 +172,8 @@ class Engine:
                     attach(layers[layer], AttentionTap.of(_TAP[need] for need in wanted))
 
     def _tapped_layers(self, modality: str, call: dict[str, Any]) -> tuple[int, ...]:
+        if not any(stage.requires & _TOWER_NEEDS for stage in self.before):
+            return ()
         depth = len(self.adapter.tower_attentions(modality))
         feature_layer = self.adapter.feature_layer(modality, call)
         chosen = {
@@ -169,7 +183,7 @@ class Engine:
             raise UnsupportedMethodError(
                 f"the composed methods read different tower layers {sorted(chosen)}; choose the same"
             )
-        return chosen.pop() if chosen else ()
+        return chosen.pop()
 
     def _hook_layers(self, first: int) -> None:
         """Make sure that decoder layers from `first` on are followed."""
@@ -450,13 +464,19 @@ class Engine:
         fields = {
             need.value: _for_context(need, segment.needs[need]) for need in stage.requires if need in segment.needs
         }
+        if not len(segment.alive):  # an earlier stage has dropped the whole image
+            segment.apply(stage.layer, Selection.full(0, segment.alive.device))
+            return
         context = VisualContext(
             features=segment.features,
-            budget=resolve_budget(len(segment.alive), stage.config.keep_ratio, stage.config.keep_tokens),
+            budget=stage.budget(len(segment.alive)),
             generator=torch.Generator().manual_seed(stage.config.seed),
             grids=segment.grids,
             modality=segment.modality,
             layer_idx=stage.layer,
+            keep_ratio=stage.keep_ratio,
+            structural=int(segment.structural.sum()) if self.structural == "keep" else 0,
+            entered=segment.entered if stage.layer is not None else None,
             **{**fields, **extra},
         )
         with torch.no_grad():

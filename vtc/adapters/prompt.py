@@ -47,6 +47,12 @@ class Segment:
     merged: bool = False
     selections: list[tuple[int | None, Selection]] = field(default_factory=list)
 
+    @property
+    def entered(self) -> int:
+        """Scorable tokens that came, or will come, to the language model."""
+        kept = [selection.k for layer, selection in self.selections if layer is None]
+        return kept[-1] if kept else int((~self.structural).sum())
+
     def apply(self, layer: int | None, selection: Selection) -> None:
         """Keep what `selection`, which speaks about the tokens alive now, kept."""
         self.selections.append((layer, selection))
@@ -129,8 +135,9 @@ class Prompt:
         """Write down what the segments keep, now that the stage at `layer` has been applied to all of them."""
         keep = self.keep_at(layer).clone()
         for segment in self.segments:
-            scorable = segment.columns[~segment.structural]
-            keep[segment.row, scorable] = False
+            # The newlines of an image of which nothing is left separate nothing.
+            gone = segment.columns if not len(segment.alive) else segment.columns[~segment.structural]
+            keep[segment.row, gone] = False
             keep[segment.row, segment.columns[segment.alive]] = True
         self._keep[_key(layer)] = keep
         self._before_done |= layer is None

@@ -71,24 +71,29 @@ class AttentionTap:
         return records
 
     @torch.no_grad()
-    def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float | None, kwargs: dict[str, Any]) -> None:
-        """Record from one call: `query` (B, H, Lq, d), `key` (B, Hkv, M, d), after rotation."""
+    def observe(
+        self, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Record from one call: `query` (B, H, Lq, d), `key` (B, Hkv, M, d), after rotation, and the kernel's mask."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if cu_seqlens is not None and self.queries is None:
             # A flash kernel got all images of a packed tower in one call; the other kernels get them one by one.
             lengths = cu_seqlens.diff().tolist()
             for q, k in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True):
-                self._observe_one(q, k, scaling)
+                self._observe_one(q, k, None, scaling)
         else:
-            self._observe_one(query, key, scaling)
+            self._observe_one(query, key, _allowed(mask), scaling)
 
-    def _observe_one(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+    def _observe_one(
+        self, query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, scaling: float
+    ) -> None:
         record: dict[str, torch.Tensor] = {}
         if self.cls_rows:
-            record["cls_attention"] = attention_rows(query[:, :, :1], key, scaling)[:, :, 0]
+            first = None if allowed is None else allowed[:, :, :1]
+            record["cls_attention"] = attention_rows(query[:, :, :1], key, scaling, first)[:, :, 0]
         if self.received:
-            record["received_attention"] = attention_received(query, key, scaling)
+            record["received_attention"] = attention_received(query, key, scaling, allowed)
         if self.keys:
             record["keys"] = key.transpose(1, 2).flatten(2)
         if self.queries is not None:
@@ -106,6 +111,15 @@ class AttentionTap:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionTap:
         return _live(AttentionTap(self.cls_rows, self.received, self.keys))
+
+
+def _allowed(mask: Any) -> torch.Tensor | None:
+    """Who may see whom, (B, 1, Lq or 1, M), from any mask that a tower's kernel takes."""
+    if mask is None or not isinstance(mask, torch.Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask[:, None, None].bool()
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def attach(module: nn.Module, tap: AttentionTap) -> None:
@@ -162,7 +176,8 @@ def _tapped(kernel: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         tap = getattr(module, "_vtc_tap", None)
         if tap is not None and tap.active:
-            tap.observe(query, key, kwargs.get("scaling"), kwargs)
+            mask = args[0] if args else kwargs.get("attention_mask")
+            tap.observe(query, key, mask, kwargs.get("scaling"), kwargs)
         return kernel(module, query, key, value, *args, **kwargs)
 
     return attention

@@ -32,14 +32,18 @@ def attention_rows(
     return logits.softmax(dim=-1).nan_to_num(nan=0.0)
 
 
-def attention_received(query: torch.Tensor, key: torch.Tensor, scaling: float, block: int = 256) -> torch.Tensor:
-    """Attention that each key receives, averaged over all queries, in blocks of queries: O(block x M) memory.
+def attention_received(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, allowed: torch.Tensor | None = None, block: int = 256
+) -> torch.Tensor:
+    """Attention that each key receives, averaged over the queries, in blocks of queries: O(block x M) memory.
 
     Parameters
     ----------
     query : Tensor (B, H, M, d)
     key : Tensor (B, Hkv, M, d)
     scaling : float
+    allowed : BoolTensor (B, 1, M or 1, M), optional
+        Keys a query may see. Keys that nobody may see are padding, and do not count as queries either.
     block : int
         Queries per block.
 
@@ -49,9 +53,18 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, scaling: float, b
         Sums to 1 over the keys.
     """
     received = query.new_zeros(query.shape[0], query.shape[1], key.shape[2], dtype=torch.float32)
-    for rows in query.split(block, dim=2):
-        received += _logits(rows, key, scaling).softmax(dim=-1).sum(dim=2)
-    return received / query.shape[2]
+    if allowed is None:
+        for rows in query.split(block, dim=2):
+            received += _logits(rows, key, scaling).softmax(dim=-1).sum(dim=2)
+        return received / query.shape[2]
+    exists = allowed.any(dim=2)  # (B, 1, M)
+    for start in range(0, query.shape[2], block):
+        part = slice(start, start + block)
+        rows = attention_rows(
+            query[:, :, part], key, scaling, allowed if allowed.shape[2] == 1 else allowed[:, :, part]
+        )
+        received += (rows * exists[:, :, part, None]).sum(dim=2)
+    return received / exists.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
