@@ -47,6 +47,11 @@ def test_coords_run_over_views_frames_rows_columns() -> None:
         ("text_attention", (6, 2)),
         ("clip_relevance", (5,)),
         ("hidden_states", (6, 2, 2)),
+        ("context_relevance", (1, 6)),
+        ("entropy", (5,)),
+        ("modality_attention", (2, 5)),
+        ("pagerank", (6, 1)),
+        ("origin", (5, 4)),
     ],
 )
 def test_wrong_shapes_are_named(name: str, shape: tuple[int, ...]) -> None:
@@ -59,7 +64,8 @@ def test_wrong_shapes_are_named(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_that_are_none_are_named(name: str, value: float, dtype: torch.dtype) -> None:
     shapes = {"cls_attention": (1, 1, 6), "received_attention": (1, 1, 6), "text_attention": (1, 1, 6)}
-    broken = torch.zeros(shapes.get(name, (6,) if name == "clip_relevance" else (6, 6)), dtype=dtype)
+    per_token = ("clip_relevance", "context_relevance", "entropy", "pagerank")
+    broken = torch.zeros(shapes.get(name, (6,) if name in per_token else (6, 6)), dtype=dtype)
     broken.view(-1)[3] = value
     it = context(group=torch.arange(6))
     it.check()

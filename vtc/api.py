@@ -185,7 +185,8 @@ def _plan(configs: Sequence[CompressionConfig], adapter: Any) -> list[PlannedSta
     kind = adapter.config.model_type
     for config in configs:
         selector = get_selector(config.method, **config.options)
-        for stage in selector.stages():
+        planned = selector.plan(depth, config.keep_ratio)
+        for stage in planned:
             for need in sorted(stage.requires - adapter.supplies()):
                 raise UnsupportedMethodError(
                     f"{config.method} needs {need.value}, which {kind} cannot give: {adapter.why_not(need)}; "
@@ -201,9 +202,9 @@ def _plan(configs: Sequence[CompressionConfig], adapter: Any) -> list[PlannedSta
                     raise ConfigError(
                         f"{config.method} prunes at decoder layer {stage.layer}; this model has layers 1 to {depth - 1}"
                     )
-            stages.append(PlannedStage(config, selector, stage.layer, stage.requires))
+            stages.append(PlannedStage(config, selector, stage.layer, stage.requires, stage.keep))
         for modality in adapter.modalities:
-            if any(stage.layer is None and stage.requires for stage in selector.stages()):
+            if any(stage.layer is None and stage.requires for stage in planned):
                 layers = len(adapter.tower_attentions(modality))
                 selector.vision_layers(layers, adapter.feature_layer(modality, {}))
     order = [-1 if stage.layer is None else stage.layer for stage in stages]

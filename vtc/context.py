@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError, InputError
 
-__all__ = ["Grid", "Need", "Stage", "VisualContext", "VisualSegment"]
+__all__ = ["Grid", "Need", "Stage", "VisualContext", "VisualSegment", "grid_coords"]
 
 Grid = tuple[int, int, int]
 """One view as (t, rows, columns) of language-model tokens, in raster order."""
@@ -32,6 +32,12 @@ class Need(str, enum.Enum):
     CLIP_RELEVANCE = "clip_relevance"
     TEXT_ATTENTION = "text_attention"
     HIDDEN_STATES = "hidden_states"
+    CONTEXT_RELEVANCE = "context_relevance"
+    ENTROPY = "entropy"
+    MODALITY_ATTENTION = "modality_attention"
+    ATTENTION_EXCHANGE = "attention_exchange"
+    PAGERANK = "pagerank"
+    ORIGIN = "origin"
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,19 @@ class Stage:
         everything. `Need.TEXT_ATTENTION` of a stage at layer k are attention rows of layer k - 1, the last one that
         ran.
     requires
-        What the selector wants to be given at this stage.
+        What the selector wants to be given at this stage. Values of the vision tower are there at every stage, for the
+        tokens that are still alive.
+    keep
+        Fraction of the tokens entering this stage that is its budget; None: what the configuration says.
     """
 
     layer: int | None = None
     requires: frozenset[Need] = frozenset()
+    keep: float | None = None
 
     def __post_init__(self) -> None:
+        if self.keep is not None and not 0 <= self.keep <= 1:
+            raise ConfigError(f"A stage keeps a fraction between 0 and 1 of what enters it, got {self.keep}.")
         if self.layer is not None and self.layer < 0:
             raise ConfigError(
                 f"A stage's decoder layer is 0 or more (or None: before the language model), got {self.layer}."
@@ -143,6 +155,12 @@ class VisualContext:
         "image" or "video".
     layer_idx
         Decoder layer of the stage; None before the language model.
+    keep_ratio
+        Fraction that `budget` was rounded from, for methods that round in their own way; None if a count was asked for.
+    structural
+        How many structural tokens of the segment stay beside the N, for methods that count them in their budget.
+    entered
+        N when the segment entered the language model, for schedules that refer to it; None: this very N.
     cls_attention
         (layers, heads, N): attention of the vision tower's [CLS] query, in the layers that the selector named.
     received_attention
@@ -163,6 +181,20 @@ class VisualContext:
         (N,): similarity of each token to the text in the space of a contrastive model.
     hidden_states
         (N, D): hidden states of the visual tokens on entering decoder layer `layer_idx`.
+    context_relevance
+        (N,): attention that each token receives from the tokens that receive most, `kernels.context_relevance`.
+    entropy
+        (N,): share of each token in the pixel entropy of its crop, `kernels.patch_entropy` through a softmax.
+    modality_attention
+        (2, N): attention that each token receives from the text and from the visual tokens of its prompt, averaged over
+        heads and over those tokens, in decoder layer `layer_idx` - 1.
+    attention_exchange
+        (2,): which part of its attention the text gives to the visual tokens, and they to the text, over the whole
+        prompt, in decoder layer `layer_idx` - 1.
+    pagerank
+        (N,): stationary importance of each token in decoder layer `layer_idx` - 1, `kernels.pagerank`.
+    origin
+        (N, 4) long: (view, t, row, column) of each token before any stage dropped some.
     """
 
     features: Tensor
@@ -171,6 +203,9 @@ class VisualContext:
     grids: tuple[Grid, ...]
     modality: str = "image"
     layer_idx: int | None = None
+    keep_ratio: float | None = None
+    structural: int = 0
+    entered: int | None = None
     cls_attention: Tensor | None = field(default=None, repr=False)
     received_attention: Tensor | None = field(default=None, repr=False)
     attention: Tensor | None = field(default=None, repr=False)
@@ -182,6 +217,12 @@ class VisualContext:
     text_attention: Tensor | None = field(default=None, repr=False)
     clip_relevance: Tensor | None = field(default=None, repr=False)
     hidden_states: Tensor | None = field(default=None, repr=False)
+    context_relevance: Tensor | None = field(default=None, repr=False)
+    entropy: Tensor | None = field(default=None, repr=False)
+    modality_attention: Tensor | None = field(default=None, repr=False)
+    attention_exchange: Tensor | None = field(default=None, repr=False)
+    pagerank: Tensor | None = field(default=None, repr=False)
+    origin: Tensor | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -203,12 +244,7 @@ class VisualContext:
 
     def coords(self) -> Tensor:
         """(N, 4) long: (view, t, row, column) of every token, on the features' device."""
-        parts = []
-        for view, (t, h, w) in enumerate(self.grids):
-            axes = [torch.arange(size, device=self.features.device) for size in (t, h, w)]
-            thw = torch.cartesian_prod(*axes)
-            parts.append(torch.cat([thw.new_full((thw.shape[0], 1), view), thw], dim=1))
-        return torch.cat(parts)
+        return grid_coords(self.grids, self.features.device)
 
     def check(self) -> VisualContext:
         """Check shapes against N and that every number is finite; returns the context itself.
@@ -262,7 +298,21 @@ _TOKEN_AXES: dict[str, tuple[int, tuple[int, ...]]] = {
     "text_attention": (3, (2,)),
     "clip_relevance": (1, (0,)),
     "hidden_states": (2, (0,)),
+    "context_relevance": (1, (0,)),
+    "entropy": (1, (0,)),
+    "modality_attention": (2, (1,)),
+    "pagerank": (1, (0,)),
+    "origin": (2, (0,)),
 }
+
+
+def grid_coords(grids: tuple[Grid, ...], device: torch.device | str | None = None) -> Tensor:
+    """(N, 4) long: (view, t, row, column) of every token of these views, in their order."""
+    parts = []
+    for view, (t, h, w) in enumerate(grids):
+        thw = torch.cartesian_prod(*(torch.arange(size, device=device) for size in (t, h, w)))
+        parts.append(torch.cat([thw.new_full((thw.shape[0], 1), view), thw], dim=1))
+    return torch.cat(parts)
 
 
 def _count(grids: tuple[Grid, ...]) -> int:

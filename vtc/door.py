@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .budget import resolve_budget
-from .context import Grid, Need, VisualContext
+from .context import Grid, Need, VisualContext, grid_coords
 from .errors import ConfigError, InputError
 from .registry import get_selector
 from .selection import Selection
@@ -27,6 +27,11 @@ _TOKEN_AXIS = {
     "keys": 0,
     "clip_relevance": 0,
     "hidden_states": 0,
+    "context_relevance": 0,
+    "entropy": 0,
+    "modality_attention": -1,
+    "pagerank": 0,
+    "origin": 0,
 }
 
 
@@ -49,6 +54,13 @@ def select(
     pixels: Tensor | None = None,
     clip_relevance: Tensor | None = None,
     hidden_states: Tensor | None = None,
+    context_relevance: Tensor | None = None,
+    entropy: Tensor | None = None,
+    modality_attention: Tensor | None = None,
+    attention_exchange: Tensor | None = None,
+    pagerank: Tensor | None = None,
+    origin: Tensor | None = None,
+    structural: int = 0,
     seed: int = 0,
     **options: Any,
 ) -> Selection:
@@ -87,6 +99,20 @@ def select(
         (N,): similarity of each token to the text.
     hidden_states
         (N, D): hidden states inside the language model.
+    context_relevance
+        (N,): from `kernels.context_relevance`.
+    entropy
+        (N,): softmax of `kernels.patch_entropy` over the patches of a crop.
+    modality_attention
+        (2, N): attention that each token receives on average from the text and from the visual tokens.
+    attention_exchange
+        (2,): from `kernels.attention_exchange`.
+    pagerank
+        (N,): from `kernels.pagerank`.
+    origin
+        (N, 4) long: (view, t, row, column) of each token; default: those of `grid_thw`.
+    structural
+        How many newline tokens stay beside the N, for methods that count them in their budget.
     seed
         Seed of the method's randomness, if it has any.
     **options
@@ -120,13 +146,21 @@ def select(
         "pixels": pixels,
         "clip_relevance": clip_relevance,
         "hidden_states": hidden_states,
+        "context_relevance": context_relevance,
+        "entropy": entropy,
+        "modality_attention": modality_attention,
+        "attention_exchange": attention_exchange,
+        "pagerank": pagerank,
+        "origin": origin,
     }
-    given = {name: value for name, value in inputs.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
     stage = selector.stages()[0]
-    _check_given(selector, stage.requires, given)
     views = _grids(grid_thw)
+    _check_given(selector, stage.requires - {Need.ORIGIN}, given)
     n = _count_tokens(given, views)
     some = next(iter(given.values()), torch.empty(0))
+    if Need.ORIGIN in stage.requires:
+        given.setdefault("origin", grid_coords(views or ((1, 1, n),), some.device))
     context = VisualContext(
         features=given.pop("features", torch.empty(n, 0, device=some.device)),
         budget=resolve_budget(n, keep_ratio, keep_tokens),
@@ -134,6 +168,8 @@ def select(
         grids=views or ((1, 1, n),),
         modality="video" if any(t > 1 for t, _, _ in views) else "image",
         layer_idx=stage.layer,
+        keep_ratio=keep_ratio,
+        structural=structural,
         **given,
     )
     return selector.select(context.check())

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vtc.context import Grid, VisualContext
+from vtc.context import Grid, VisualContext, grid_coords
 from vtc.selectors import Selector
 
 WIDTH, HEADS, LAYERS, TEXT = 12, 2, 3, 5
@@ -22,6 +22,11 @@ FLOATS = (
     "text_attention",
     "clip_relevance",
     "hidden_states",
+    "context_relevance",
+    "entropy",
+    "modality_attention",
+    "attention_exchange",
+    "pagerank",
 )
 
 
@@ -61,4 +66,10 @@ def make_context(
         text_attention=probabilities(HEADS, TEXT, n),
         clip_relevance=normal(n),
         hidden_states=normal(n, WIDTH),
+        context_relevance=probabilities(n),
+        entropy=probabilities(n),
+        modality_attention=probabilities(2, n),
+        attention_exchange=torch.tensor([0.3, 0.0], dtype=dtype),
+        pagerank=probabilities(n),
+        origin=grid_coords(grids),
     ).check()

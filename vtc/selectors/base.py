@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +18,9 @@ from ..selection import Selection
 
 __all__ = ["ScoreSelector", "Selector"]
 
-_TOWER_ATTENTION = frozenset({Need.CLS_ATTENTION, Need.RECEIVED_ATTENTION, Need.ATTENTION, Need.KEYS})
+_TOWER_ATTENTION = frozenset(
+    {Need.CLS_ATTENTION, Need.RECEIVED_ATTENTION, Need.ATTENTION, Need.KEYS, Need.CONTEXT_RELEVANCE}
+)
 
 
 class Selector(ABC):
@@ -36,16 +40,37 @@ class Selector(ABC):
         What it must be given besides the features. Methods for which this depends on their options override `stages`.
     reads_features
         False if it works without the features. Only `vtc.select` asks, where the caller may have none.
+    adaptive
+        True if the method itself decides how many tokens stay; the budget is then at most a ceiling.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     requires: ClassVar[frozenset[Need]] = frozenset()
     reads_features: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = False
 
-    def stages(self) -> tuple[Stage, ...]:
-        """Where tokens are removed; by default once, before the language model."""
+    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Where tokens are removed; by default once, before the language model.
+
+        Parameters
+        ----------
+        depth
+            Decoder layers of the model; None: no model, only the first stage is asked for.
+        keep_ratio
+            Fraction that the configuration keeps; None if it names a count.
+        """
         return (Stage(requires=self.requires),)
+
+    def plan(self, depth: int, keep_ratio: float | None) -> tuple[Stage, ...]:
+        """`stages` on one model; an override may leave out the parameters that its stages do not depend on."""
+        known = inspect.signature(self.stages).parameters
+        given: dict[str, Any] = {"depth": depth, "keep_ratio": keep_ratio}
+        return self.stages(**{name: value for name, value in given.items() if name in known})
+
+    def parameters(self, need: Need) -> Mapping[str, Any]:
+        """Arguments of the computation behind `need`, where it has some."""
+        return {}
 
     def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
         """Layers of the vision tower (0-based) whose attention or keys the method wants, in the order it wants them.

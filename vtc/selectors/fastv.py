@@ -51,7 +51,7 @@ class FastVSelector(ScoreSelector):
                 f"fastv: layer must be an integer of at least 1 (scores come from layer - 1), got {self.layer!r}."
             )
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, on entering decoder layer `layer`."""
         return (Stage(layer=self.layer, requires=self.requires),)
 

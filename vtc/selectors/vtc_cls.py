@@ -58,7 +58,7 @@ class VtcClsSelector(ScoreSelector):
         if self.score_source not in _SOURCES:
             raise ConfigError(f"vtc-cls: score_source must be one of {sorted(_SOURCES)}, got {self.score_source!r}.")
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, before the language model; what it needs depends on `score_source`."""
         return (Stage(requires=frozenset({_SOURCES[self.score_source]})),)
 
