@@ -1,12 +1,15 @@
-"""Train a reference model on cached tower features.
+r"""Train a reference model on cached tower features.
 
     python -m eval.reference.train llava --minutes 60 --cache cache/ --folder runs/llava [--resume]
+    python -m eval.reference.train internvl --minutes 30 --cache cache/ --tiles cache_tiles/ --folder runs/internvl \
+        --start runs/llava/checkpoint.pt
 
-    torchrun --nproc-per-node 2 -m eval.reference.train llava ...      (one thread each: best on a busy CPU)
+On a busy CPU, two processes of one thread each get much further than one of two threads: start the same command twice
+with RANK=0 and RANK=1, WORLD_SIZE=2, MASTER_ADDR, MASTER_PORT (or through ``torchrun --nproc-per-node 2``).
 
 ``cache/train`` and ``cache/test`` come from ``python -m eval.reference.train.cache``. The learning rate follows the
-share of ``--minutes`` used up, so a run ends on time on any machine; a checkpoint is written every ``--save-every`` seconds,
-and ``--resume`` continues from it with the clock where it stood.
+share of ``--minutes`` used up, so a run ends on time on any machine; a checkpoint is written every ``--save-every``
+seconds, and ``--resume`` continues from it with the clock where it stood.
 """
 
 from __future__ import annotations
@@ -36,25 +39,30 @@ TOKENIZER = Path(__file__).parents[1] / "src" / "vtc_reference" / "tokenizer"
 
 @dataclass
 class Data:
-    """Cached features of one split with what the scenes hold."""
+    """Cached features of one split with what the scenes hold; ``features`` are arrays to be joined along the views."""
 
-    features: np.ndarray
+    features: list[np.ndarray]
     things: list[tuple]
     split: str
     seed: int
 
     @classmethod
-    def load(cls, folder: Path) -> Data:
-        state = json.loads((folder / "state.json").read_text())
-        features = np.load(folder / "features.npy", mmap_mode="r")[: state["done"]]
-        things = pickle.loads((folder / "things.pkl").read_bytes())
-        return cls(features, things, state["split"], state["seed"])
+    def load(cls, *folders: Path) -> Data:
+        """Read caches of the same scenes; as many scenes as the shortest holds."""
+        states = [json.loads((folder / "state.json").read_text()) for folder in folders]
+        count = min(state["done"] for state in states)
+        if len({(state["split"], state["seed"]) for state in states}) != 1:
+            raise ValueError(f"caches of different scenes cannot be joined: {states}")
+        features = [np.load(folder / "features.npy", mmap_mode="r") for folder in folders]
+        things = pickle.loads((folders[0] / "things.pkl").read_bytes())[:count]
+        return cls(features, things, states[0]["split"], states[0]["seed"])
 
     def scene(self, index: int):  # type: ignore[no-untyped-def]
         return bare_scene(self.things[index], self.split, self.seed, index)
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.features[np.sort(indices)])
+        """Features ``(n, views, 256, 384)`` of the scenes, in the order given."""
+        return torch.from_numpy(np.concatenate([part[indices] for part in self.features], 1))
 
 
 def learning_rate(peak: float, step: int, share: float, warmup: int = 100) -> float:
@@ -65,7 +73,7 @@ def learning_rate(peak: float, step: int, share: float, warmup: int = 100) -> fl
 
 @torch.no_grad()
 def accuracy(
-    packed: models.PackedLlava, packer: Packer, data: Data, scenes: int, per_scene: int = 10
+    packed: models.PackedModel, packer: Packer, data: Data, scenes: int, per_scene: int = 10
 ) -> dict[str, float]:
     """Share of questions whose whole answer is the greedy one, by kind and over all, on the first ``scenes`` scenes."""
     right: dict[str, list[bool]] = defaultdict(list)
@@ -75,7 +83,7 @@ def accuracy(
         rows = [ask(data.scene(int(i)), per_scene) for i in indices]
         text = packer.pack(rows)
         with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
-            logits, _ = packed(data.batch(indices), text)
+            logits, *_ = packed(data.batch(indices), text)
         hit = torch.ones_like(text.labels, dtype=torch.bool)
         hit[text.labels != IGNORE] = logits.argmax(-1) == text.labels[text.labels != IGNORE]
         for row, questions in enumerate(rows):
@@ -106,16 +114,17 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def learn_words(
-    packed: models.PackedLlava, data: Data, labels: torch.Tensor, steps: int, batch: int, seed: int
-) -> None:
+def learn_words(packed: models.PackedModel, data: Data, labels: torch.Tensor, arguments: argparse.Namespace) -> None:
     """Before anything else: projector and word embeddings alone, by the word loss.
 
     A step costs a tenth of a full one, and a decoder that starts on tokens which already carry their words skips the
-    long plateau in which it can only guess.
+    long plateau in which it can only guess. With ``--start`` the words are already there and only the projector moves.
     """
     rank, world = workers()
-    parameters = [*packed.projector.parameters(), packed.decoder.embed_tokens.weight, packed.scale]
+    steps, batch, seed = arguments.word_steps, arguments.word_batch, arguments.seed
+    parameters = list(packed.projector.parameters())
+    if arguments.start is None:
+        parameters += [packed.decoder.embed_tokens.weight, packed.scale]
     optimiser = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     rng = np.random.default_rng([seed, rank, 1])
     losses = []
@@ -124,7 +133,7 @@ def learn_words(
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
         indices = np.sort(rng.choice(len(data.things), batch // world, replace=False))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = packed.word_loss(packed.visual(data.batch(indices)), labels[indices])
+            loss = packed.word_loss(packed.visual(data.batch(indices)), packed.token_labels(labels[indices]))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(parameters)
@@ -132,6 +141,15 @@ def learn_words(
         losses.append(loss.item())
         if rank == 0 and step % 100 == 99:
             print(f"words, step {step + 1}: {np.mean(losses[-100:]):.3f}, {time.process_time():.0f} s CPU", flush=True)
+
+
+def begin_with(packed: models.PackedModel, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Take over a trained model's weights; another family's projector does not fit and is left as it is."""
+    if name != "llava":
+        weights = {key: tensor for key, tensor in weights.items() if key.startswith(("decoder.", "head.", "scale"))}
+    found = packed.load_state_dict(weights, strict=False)
+    if found.unexpected_keys or any(not key.startswith(("projector.", "pointe")) for key in found.missing_keys):
+        raise ValueError(f"the checkpoint to start from does not fit: {found}")
 
 
 def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -142,10 +160,11 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         dist.init_process_group("gloo")
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    data, test = Data.load(arguments.cache / "train"), Data.load(arguments.cache / "test")
+    folders = [arguments.cache] if arguments.tiles is None else [arguments.tiles, arguments.cache]
+    data, test = (Data.load(*(folder / split for folder in folders)) for split in ("train", "test"))
     labels = torch.stack([patch_labels(things) for things in data.things])
-    sample = torch.from_numpy(data.features[:: max(1, len(data.things) // 200)]).float().flatten(0, 2)
-    packed = models.PackedLlava(models.new_llava(tokenizer), tokenizer, sample.mean(0), sample.std(0))
+    _, packed = models.new_packed(arguments.model, tokenizer)
+    packed.prepare(data.batch(np.arange(0, len(data.things), max(1, len(data.things) // 200))))
     packer = Packer(tokenizer, len(packed.prefix), arguments.text_length)
     evaluator = Packer(tokenizer, len(packed.prefix), 192)
     parameters = [p for p in packed.parameters() if p.requires_grad]
@@ -157,14 +176,14 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         packed.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         step, used, epoch = saved["step"], saved["used"], saved["epoch"] + 1
-    elif arguments.start is not None:
-        packed.load_state_dict(torch.load(arguments.start, weights_only=True)["model"])
     else:
-        learn_words(packed, data, labels, arguments.word_steps, arguments.word_batch, arguments.seed)
+        if arguments.start is not None:
+            begin_with(packed, torch.load(arguments.start, weights_only=True)["model"], arguments.model)
+        learn_words(packed, data, labels, arguments)
     if rank == 0:
         print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(data.things)} scenes", flush=True)
     if arguments.compile:
-        packed.decoder.compile(dynamic=False)
+        packed.layers = torch.compile(packed.layers, dynamic=False)
 
     def save() -> None:
         state = {"model": packed.state_dict(), "optimiser": optimiser.state_dict()}
@@ -190,12 +209,12 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         indices, order = np.sort(order[: arguments.batch][rank::world]), order[arguments.batch :]
         text = packer.ask_and_pack([data.scene(int(i)) for i in indices], arguments.per_scene, seed=epoch)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, visual = packed(data.batch(indices), text)
+            logits, visual, pointing = packed(data.batch(indices), text)
             targets = text.labels[text.labels != IGNORE]
             loss = packed.answer_loss(logits, targets, packer.eos)
-            words = packed.word_loss(visual, labels[indices])
+            words = packed.word_loss(visual, packed.token_labels(labels[indices]))
         optimiser.zero_grad(set_to_none=True)
-        (loss + arguments.word_weight * words).backward()
+        (loss + arguments.word_weight * words + arguments.point_weight * pointing).backward()
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -205,6 +224,7 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         content = targets != packer.eos
         window["loss"].append(loss.item())
         window["words"].append(words.item())
+        window["pointing"].append(pointing.item())
         window["hit"].append((logits.argmax(-1) == targets)[content].float().mean().item())
         if step % 50 == 0:
             means = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in window.items())
@@ -225,8 +245,9 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=("llava",))
+    parser.add_argument("model", choices=("llava", "internvl"))
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--tiles", type=Path, help="cache of tiles, for internvl")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--resume", action="store_true")
@@ -240,6 +261,7 @@ def main() -> None:
     parser.add_argument("--text-length", type=int, default=175)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--word-weight", type=float, default=0.3)
+    parser.add_argument("--point-weight", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--save-every", type=float, default=240.0)

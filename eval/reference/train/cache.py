@@ -3,8 +3,10 @@
     python -m eval.reference.train.cache --split train --count 12000 --tower tower/ --folder cache/train
 
 writes ``features.npy`` ``(scenes, views, 256, 384)`` float16 (the second-last layer's patch tokens, [CLS] dropped, as
-the stock LLaVA class reads them), ``things.pkl`` (what stands in each scene) and, for the test split, ``cls_attention.npy``
-``(scenes, layers, heads, 256)``. Interrupted runs continue where they stopped.
+the stock LLaVA class reads them), ``things.pkl`` (what stands in each scene) and, for the test split,
+``cls_attention.npy`` ``(scenes, layers, heads, 256)``. One view is the whole scene; ``--tiles`` stores the four tiles
+that InternVL's image processor cuts from the scene enlarged twice (its fifth view, the thumbnail, is the whole scene
+again). Interrupted runs continue where they stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from transformers import Dinov2Model
+from transformers.models.got_ocr2 import GotOcr2ImageProcessor
 
 from eval.tasks.scenes.scene import make_scene
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+TILES = 4
 FEATURE_LAYER = -2  # index into hidden_states: the output of the second-last layer
 ATTENTION_LAYERS = (9, 10, 11)  # 0-based layers whose [CLS] rows are kept for the test split
 
@@ -47,14 +52,36 @@ def tower_features(tower: Dinov2Model, pixels: torch.Tensor, attention: bool = F
     return features, rows.half()
 
 
-def build(split: str, seed: int, count: int, tower: Dinov2Model, folder: Path, batch: int = 16) -> None:
+def tile_processor() -> GotOcr2ImageProcessor:
+    """InternVL's image processor, set to cut square pictures into 2 x 2 tiles of 224 pixels and a thumbnail."""
+    return GotOcr2ImageProcessor(
+        size={"height": 224, "width": 224},
+        crop_to_patches=True,
+        min_patches=TILES,
+        max_patches=TILES,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )
+
+
+def tiled(images: NDArray[np.uint8]) -> torch.Tensor:
+    """``(n, 224, 224, 3)`` uint8 to the tiles ``(n * 4, 3, 224, 224)`` without the thumbnails."""
+    pictures = [Image.fromarray(image) for image in images]
+    pixels = tile_processor()(pictures, return_tensors="pt").pixel_values
+    return pixels.unflatten(0, (len(images), TILES + 1))[:, :TILES].flatten(0, 1)
+
+
+def build(
+    split: str, seed: int, count: int, tower: Dinov2Model, folder: Path, tiles: bool = False, batch: int = 16
+) -> None:
     """Fill ``folder`` (see the module's text); continues an interrupted run."""
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / "state.json"
     done = json.loads(state_file.read_text())["done"] if state_file.exists() else 0
     mode = "r+" if done else "w+"
-    features = np.lib.format.open_memmap(folder / "features.npy", mode, np.float16, (count, 1, 256, 384))
-    with_attention = split == "test"
+    views = TILES if tiles else 1
+    features = np.lib.format.open_memmap(folder / "features.npy", mode, np.float16, (count, views, 256, 384))
+    with_attention = split == "test" and not tiles
     if with_attention:
         rows = np.lib.format.open_memmap(folder / "cls_attention.npy", mode, np.float16, (count, 3, 6, 256))
         tower.set_attn_implementation("eager")
@@ -62,9 +89,10 @@ def build(split: str, seed: int, count: int, tower: Dinov2Model, folder: Path, b
     start = time.time()
     for first in range(done, count, batch):
         scenes = [make_scene(split, seed, index) for index in range(first, min(first + batch, count))]  # type: ignore[arg-type]
-        out = tower_features(tower, normalised(np.stack([scene.image for scene in scenes])), with_attention)
+        images = np.stack([scene.image for scene in scenes])
+        out = tower_features(tower, tiled(images) if tiles else normalised(images), with_attention)
         last = first + len(scenes)
-        features[first:last, 0] = out[0].numpy()
+        features[first:last] = out[0].unflatten(0, (len(scenes), views)).numpy()
         if with_attention:
             rows[first:last] = out[1].numpy()
         things += [scene.things for scene in scenes]
@@ -84,9 +112,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--tower", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--tiles", action="store_true", help="four tiles per scene instead of the whole scene")
     arguments = parser.parse_args()
     tower = Dinov2Model.from_pretrained(arguments.tower).eval()
-    build(arguments.split, arguments.seed, arguments.count, tower, arguments.folder)
+    build(arguments.split, arguments.seed, arguments.count, tower, arguments.folder, arguments.tiles)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python -m eval.reference.train.export tower tower/
 python -m eval.reference.train.export llava runs/llava/checkpoint.pt
+python -m eval.reference.train.export internvl runs/internvl/checkpoint.pt
 """
 
 from __future__ import annotations
@@ -16,32 +17,29 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.clip import CLIPImageProcessor
 
 from eval.reference.train import models, tower
-from eval.reference.train.cache import IMAGE_MEAN, IMAGE_STD
+from eval.reference.train.cache import IMAGE_MEAN, IMAGE_STD, tile_processor
 from eval.reference.train.tokenizer import chat_template
 
 PACKAGE = Path(__file__).parents[1] / "src" / "vtc_reference"
+_SIZE = {"height": tower.IMAGE_SIZE, "width": tower.IMAGE_SIZE}
 
 
 def export_tower(source: Path, package: Path) -> None:
-    """Store the converted tower once, in float16."""
+    """Store the converted tower once, in float16, under its checkpoint names."""
     target = package / "tower"
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.half().contiguous() for name, tensor in load_file(source / "model.safetensors").items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-
-
-def image_processor() -> CLIPImageProcessor:
-    """Resize to 224 x 224 (no crop: nothing of the picture is lost), ImageNet statistics."""
-    size = {"height": tower.IMAGE_SIZE, "width": tower.IMAGE_SIZE}
-    return CLIPImageProcessor(
-        do_resize=True, size=size, do_center_crop=False, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
-    )
 
 
 def save_family(model: Any, target: Path) -> None:
@@ -62,21 +60,29 @@ def save_family(model: Any, target: Path) -> None:
 
 
 def keep_family_files(processor: Any, target: Path) -> None:
-    """Save the processor, then drop the tokenizer's files: the distribution stores them once for all models."""
+    """Save the processor, then drop what the shared tokenizer's folder holds already."""
     processor.save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        (target / name).unlink(missing_ok=True)
+    for shared in (PACKAGE / "tokenizer").iterdir():
+        own = target / shared.name
+        if own.exists() and (shared.name == "tokenizer.json" or own.read_bytes() == shared.read_bytes()):
+            own.unlink()
 
 
-def export_llava(checkpoint: Path, package: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """LLaVA from its training checkpoint."""
-    model = models.new_llava(tokenizer)
-    packed = models.PackedLlava(model, tokenizer, torch.zeros(384), torch.ones(384))
+def trained(name: str, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The stock model with the weights of a training checkpoint (its tower is left random: it is stored apart)."""
+    model, packed = models.new_packed(name, tokenizer)
     packed.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
     packed.fold()
-    save_family(model, package / "llava")
-    processor = LlavaProcessor(
-        image_processor(),
+    return model
+
+
+def llava_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """One picture resized to 224 x 224 (no crop: nothing of it is lost), 256 placeholders."""
+    images = CLIPImageProcessor(
+        do_resize=True, size=_SIZE, do_center_crop=False, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
+    )
+    return LlavaProcessor(
+        images,
         tokenizer,
         patch_size=tower.PATCH,
         vision_feature_select_strategy="default",
@@ -84,21 +90,53 @@ def export_llava(checkpoint: Path, package: Path, tokenizer: PreTrainedTokenizer
         image_token="<image>",
         chat_template=chat_template("<image>"),
     )
-    keep_family_files(processor, package / "llava")
+
+
+def internvl_processor(tokenizer: PreTrainedTokenizerBase) -> InternVLProcessor:
+    """Four tiles and a thumbnail, 64 placeholders each.
+
+    The class asks its tokenizer for the names of the image tokens, so the tokenizer configuration is the family's own.
+    """
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<|video_pad|>",
+    }
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        pad_token=tokenizer.pad_token,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        padding_side="left",
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=names,
+    )
+    return InternVLProcessor(
+        image_processor=tile_processor(),
+        tokenizer=own,
+        video_processor=InternVLVideoProcessor(size=_SIZE, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)),
+        image_seq_length=64,
+        chat_template=chat_template("<IMG_CONTEXT>"),
+    )
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tower", "llava"))
+    parser.add_argument("what", choices=("tower", "llava", "internvl"))
     parser.add_argument("source", type=Path)
     parser.add_argument("--package", type=Path, default=PACKAGE)
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "tokenizer")
     if arguments.what == "tower":
         export_tower(arguments.source, arguments.package)
-    else:
-        export_llava(arguments.source, arguments.package, tokenizer)
+        return
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "tokenizer")
+    make_processor = {"llava": llava_processor, "internvl": internvl_processor}[arguments.what]
+    target = arguments.package / arguments.what
+    save_family(trained(arguments.what, arguments.source, tokenizer), target)
+    keep_family_files(make_processor(tokenizer), target)
 
 
 if __name__ == "__main__":

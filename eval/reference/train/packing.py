@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.tasks.scenes.questions import Question, ask
 from eval.tasks.scenes.scene import Scene, Thing
+from eval.tasks.scenes.vocabulary import COLOURS, GRID, SHAPES, SIGN_COLOURS
 
 IGNORE = -100
 EOS_WEIGHT = 0.1  # the end of an answer is learned in minutes and then only dilutes the loss
@@ -36,12 +37,22 @@ class PackedText:
         Position ids, restarting at the length of the prefix.
     segments : LongTensor (B, T)
         Number of the question from 1; 0 is padding.
+    spots : LongTensor (M, 2)
+        Row and place of what points at the scene: each question's first prediction, and every colour or shape word
+        that names something in the scene.
+    focus : BoolTensor (M, patches)
+        The patches that each of them points at: what the answer speaks about, or everything that the word fits.
+    mentions : BoolTensor (M,)
+        Which of the spots are words.
     """
 
     ids: Tensor
     labels: Tensor
     positions: Tensor
     segments: Tensor
+    spots: Tensor
+    focus: Tensor
+    mentions: Tensor
 
 
 def bare_scene(things: tuple[Thing, ...], split: str, seed: int, index: int) -> Scene:
@@ -69,6 +80,9 @@ class Packer:
         self._known: dict[str, list[int]] = {}
         self.end_of_turn = int(tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.eos = int(tokenizer.eos_token_id)
+        plurals = {f"{shape}s": shape for shape in SHAPES}
+        names = {word: word for word in (*COLOURS, *SIGN_COLOURS, *SHAPES, "sign")} | plurals
+        self._names = {self._ids(word)[0]: name for word, name in names.items()}
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._known:
@@ -79,8 +93,11 @@ class Packer:
         """Prompt and answer tokens as the chat template lays them out after the image."""
         return [*self._ids(question.text), self.end_of_turn], [*self._ids(question.answer), self.eos]
 
-    def pack(self, rows: Sequence[Sequence[Question]]) -> PackedText:
-        """Pack one row per image; questions that no longer fit are left out."""
+    def pack(self, rows: Sequence[Sequence[Question]], scenes: Sequence[Scene] = ()) -> PackedText:
+        """Pack one row per image, leaving out questions that do not fit; ``scenes`` are needed for the pointing."""
+        spots: list[tuple[int, int]] = []
+        focus: list[Tensor] = []
+        mentions: list[bool] = []
         shape = (len(rows), self.length)
         ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         labels = np.full(shape, IGNORE, np.int64)
@@ -97,12 +114,36 @@ class Packer:
                 segments[row, start:stop] = number
                 positions[row, start:stop] = np.arange(self.prefix_length, self.prefix_length + len(tokens))
                 labels[row, stop - len(answer) : stop] = answer
+                if scenes:
+                    pointers = [(stop - len(answer), question.focus, False)]
+                    for place, token in enumerate(prompt, start):
+                        name = self._names.get(token)
+                        fitting = [i for i, t in enumerate(scenes[row].things) if name in (t.colour, t.name)]
+                        pointers.append((place, tuple(fitting), True))
+                    for place, things, is_word in pointers:
+                        if things:
+                            spots.append((row, place))
+                            focus.append(patches_of(scenes[row], things))
+                            mentions.append(is_word)
                 start = stop
-        return PackedText(*(torch.from_numpy(a) for a in (ids, labels, positions, segments)))
+        return PackedText(
+            *(torch.from_numpy(array) for array in (ids, labels, positions, segments)),
+            spots=torch.tensor(spots, dtype=torch.long).view(-1, 2),
+            focus=torch.stack(focus) if focus else torch.zeros(0, GRID * GRID, dtype=torch.bool),
+            mentions=torch.tensor(mentions, dtype=torch.bool),
+        )
 
     def ask_and_pack(self, scenes: Sequence[Scene], per_scene: int, seed: int) -> PackedText:
         """Ask fresh questions (another ``seed``, other questions) and pack them."""
-        return self.pack([ask(scene, per_scene, seed=seed) for scene in scenes])
+        return self.pack([ask(scene, per_scene, seed=seed) for scene in scenes], scenes)
+
+
+def patches_of(scene: Scene, things: Sequence[int]) -> Tensor:
+    """Which patches show any of the things with these indices, ``(GRID * GRID,)`` bool."""
+    mask = torch.zeros(GRID * GRID, dtype=torch.bool)
+    for index in things:
+        mask[list(scene.things[index].patches)] = True
+    return mask
 
 
 def attention_mask(prefix_length: int, segments: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class Question:
         Indices into ``scene.things`` of what must be seen to answer; for absent things and totals, every object.
     options : tuple of str
         All answers that a question of this form can have.
+    focus : tuple of int
+        Indices into ``scene.things`` of what the answer speaks about; empty where it speaks of something absent.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Question:
     answer: str
     targets: tuple[int, ...]
     options: tuple[str, ...]
+    focus: tuple[int, ...] = ()
 
 
 YES_NO = ("yes", "no")
@@ -122,7 +125,7 @@ class _Asker:
         text = self._pick(
             ("Is there {0} {1}?", "Do you see {0} {1}?", "Does the picture show {0} {1}?", "Is {0} {1} in the picture?")
         ).format(article, phrase)
-        return Question("exist", text, "yes" if yes else "no", targets, YES_NO)
+        return Question("exist", text, "yes" if yes else "no", targets, YES_NO, targets if yes else ())
 
     def _ask_colour(self) -> Question | None:
         candidates = [thing for thing in self.scene.objects if self._unique_shape(thing)]
@@ -137,7 +140,7 @@ class _Asker:
                 "Which colour has the {0}?",
             )
         ).format(target.name)
-        return Question("colour", text, target.colour, self._index(target), tuple(COLOURS))
+        return Question("colour", text, target.colour, self._index(target), tuple(COLOURS), self._index(target))
 
     def _ask_shape(self) -> Question | None:
         if not self.scene.objects:
@@ -147,7 +150,7 @@ class _Asker:
             ("What shape is the {0} object?", "What shape is the {0} thing?", "What is the shape of the {0} object?",
              "Which shape is {0}?")
         ).format(target.colour)  # fmt: skip
-        return Question("shape", text, target.name, self._index(target), SHAPES)
+        return Question("shape", text, target.name, self._index(target), SHAPES, self._index(target))
 
     def _ask_place(self) -> Question | None:
         middle = CANVAS / 2
@@ -167,7 +170,7 @@ class _Asker:
                 "Where do you see {0}?",
             )
         ).format(self._refer(target))
-        return Question("place", text, answer, self._index(target), PLACES)
+        return Question("place", text, answer, self._index(target), PLACES, self._index(target))
 
     def _ask_relation(self) -> Question | None:
         if len(self.scene.objects) < 2:
@@ -184,7 +187,14 @@ class _Asker:
         text = self._pick(("Is {0} {1} {2}?", "Would you say that {0} is {1} {2}?")).format(
             self._refer(first), side, self._refer(second)
         )
-        return Question("relation", text, "yes" if lead > 0 else "no", self._index(first, second), YES_NO)
+        return Question(
+            "relation",
+            text,
+            "yes" if lead > 0 else "no",
+            self._index(first, second),
+            YES_NO,
+            self._index(first, second),
+        )
 
     def _ask_beside(self) -> Question | None:
         """What is left of X: asked where one object alone is there, and clearly, not by less than the margin."""
@@ -205,7 +215,7 @@ class _Asker:
             wording, self._refer(anchor)
         )
         answer = f"{target.colour} {target.name}"
-        return Question("relation", text, answer, self._index(target, anchor), OBJECT_NAMES)
+        return Question("relation", text, answer, self._index(target, anchor), OBJECT_NAMES, self._index(target))
 
     def _ask_extreme(self) -> Question | None:
         objects = self.scene.objects
@@ -219,20 +229,21 @@ class _Asker:
         target = ranked[0]
         if self.rng.random() < 0.6:
             text = self._pick(("What colour is the {0} object?", "What color is the {0} thing?")).format(word)
-            return Question("extreme", text, target.colour, self.everything, tuple(COLOURS))
+            return Question("extreme", text, target.colour, self.everything, tuple(COLOURS), self._index(target))
         text = self._pick(("What shape is the {0} object?", "What is the shape of the {0} thing?")).format(word)
-        return Question("extreme", text, target.name, self.everything, SHAPES)
+        return Question("extreme", text, target.name, self.everything, SHAPES, self._index(target))
 
     def _ask_count(self) -> Question:
         objects = self.scene.objects
         if self.rng.random() < 0.5:
             text = self._pick(("How many coloured objects are there?", "How many colored objects do you see?",
                                "Count the coloured objects."))  # fmt: skip
-            return Question("count", text, str(len(objects)), self.everything, COUNTS)
+            return Question("count", text, str(len(objects)), self.everything, COUNTS, self.everything)
         names = sorted({thing.name for thing in objects})
         shape = self._pick(names) if names and self.rng.random() < 0.75 else self._pick(SHAPES)
         text = self._pick(("How many {0}s are there?", "How many {0}s do you see?", "Count the {0}s.")).format(shape)
-        return Question("count", text, str(sum(t.name == shape for t in objects)), self.everything, COUNTS)
+        counted = self._index(*(thing for thing in objects if thing.name == shape))
+        return Question("count", text, str(len(counted)), self.everything, COUNTS, counted)
 
     def _ask_digit(self) -> Question | None:
         candidates = [thing for thing in self.scene.objects if thing.text]
@@ -247,7 +258,7 @@ class _Asker:
                 "Which digit do you see on {0}?",
             )
         ).format(self._refer(target))
-        return Question("digit", text, target.text, self._index(target), DIGITS)
+        return Question("digit", text, target.text, self._index(target), DIGITS, self._index(target))
 
     def _ask_reading(self) -> Question | None:
         if not self.scene.signs:
@@ -265,7 +276,7 @@ class _Asker:
                 "Read {0}.",
             )
         ).format(sign, what)
-        return Question("reading", text, target.text, self._index(target), WRITINGS)
+        return Question("reading", text, target.text, self._index(target), WRITINGS, self._index(target))
 
 
 def ask(
