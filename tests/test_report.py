@@ -266,7 +266,7 @@ class TestReport:
         assert lines[0] == "random(keep_ratio=0.5) then fastv(keep_ratio=0.5) on llava"
         table = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines[1:-1]}
         assert table["row 0 image 0, tokens"] == "25.0 %"
-        assert table["row 1, whole prompt"] == "62.5 %"
+        assert table["row 1, prompt in the last layer"] == "62.5 %"
         assert table["visual tokens, layer 0"] == "50.0 %"
         assert table["visual tokens, mean over layers"] == "42.9 %"
         assert table["selector"] == "1.25 ms"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 import vtc
 from vtc import registry
@@ -152,6 +153,7 @@ def _open_image(path: Path) -> Image:
 
 def _load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     """Model in evaluation mode on `device`, and its processor, from this machine's disk alone."""
+    disable_progress_bar()
     source, _, reference_name = name.partition(":")
     if source == "reference":
         from vtc import reference
@@ -169,9 +171,7 @@ def _load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
 
 def _load_folder(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. --model takes the folder of a checkpoint, or the word reference.")
     try:

@@ -272,9 +272,11 @@ class Report:
         for segment in self.segments:
             label = f"row {segment.row} {segment.modality} {segment.index}, tokens"
             rows.append(_counted(label, segment.tokens_before, segment.tokens_after))
+        shrinks_inside = len(set(self.visual_tokens_per_layer)) > 1
+        where = " in the last layer" if shrinks_inside else ""
         for row, before in enumerate(self.lengths_before):
-            rows.append(_counted(f"row {row}, whole prompt", before, self.lengths_per_layer[-1][row]))
-        if len(set(self.visual_tokens_per_layer)) > 1:
+            rows.append(_counted(f"row {row}, prompt{where}", before, self.lengths_per_layer[-1][row]))
+        if shrinks_inside:
             rows += [
                 _counted(f"visual tokens, {where}", self.visual_tokens_before, count)
                 for where, count in _layer_groups(self.visual_tokens_per_layer)
