@@ -44,7 +44,7 @@ def test_a_patch_arrives_where_its_pixels_do(family: tiny.Family) -> None:
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            pooled = encode(**{name: pixels}, **call, return_dict=True).pooler_output
+            pooled = encode(pixels, **call, return_dict=True).pooler_output
         parts = [pooled] if isinstance(pooled, torch.Tensor) else pooled
         return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 

@@ -48,6 +48,9 @@ _TAP: dict[Need, str] = {
 
 _TOWER_NEEDS = frozenset(_TAP)
 
+_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+"""Arguments of the base model that bring a modality; Video-LLaVA has called its images differently over time."""
+
 
 @dataclass(frozen=True)
 class PlannedStage:
@@ -314,7 +317,7 @@ class Engine:
                         f"the {modality} features passed as mm_encoder_outputs were made before compress() and carry "
                         "none of what a selector reads; encode them again"
                     )
-            elif given.get("pixel_values" if modality == "image" else "pixel_values_videos") is not None:
+            elif any(given.get(name) is not None for name in _PIXELS[modality]):
                 call.encoded[modality] = None
         if not isinstance(call.mask, torch.Tensor) or call.mask.dim() != 2:
             call.mask = self._prompt_mask
