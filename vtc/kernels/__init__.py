@@ -6,6 +6,26 @@ can be put underneath without touching a method.
 
 from __future__ import annotations
 
-from .reference import farthest_point, topk_indices
+from .reference import (
+    attention_exchange,
+    bipartite_merge,
+    context_relevance,
+    farthest_point,
+    max_sum,
+    pagerank,
+    patch_entropy,
+    recycle_cells,
+    topk_indices,
+)
 
-__all__ = ["farthest_point", "topk_indices"]
+__all__ = [
+    "attention_exchange",
+    "bipartite_merge",
+    "context_relevance",
+    "farthest_point",
+    "max_sum",
+    "pagerank",
+    "patch_entropy",
+    "recycle_cells",
+    "topk_indices",
+]
