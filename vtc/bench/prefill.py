@@ -26,6 +26,7 @@ from vtc.bench._timing import (
     Case,
     Figures,
     Stopwatch,
+    Timing,
     add_timing_arguments,
     conditions,
     describe,
@@ -115,20 +116,19 @@ def measure(
     list of dict
         One JSON-able result per ratio.
     """
-    cases = {"whole": Case(partial(prefill, model, inputs))}
-    reports = {}
+    cases = {"whole": Case(partial(prefill, model, inputs)), "vision": Case(partial(_encode, model, inputs))}
+    packed = {}
     for ratio in keep_ratios:
-        with vtc.compressed(model, method, keep_ratio=ratio):
+        compressed = partial(vtc.compressed, model, method, keep_ratio=ratio)
+        with compressed():
             prefill(model, inputs)
-            reports[ratio] = vtc.report(model)
-        plain = plain_prompt(model, packed_length(reports[ratio]))
-        cases[f"compressed {ratio}"] = Case(
-            partial(prefill, model, inputs), partial(vtc.compressed, model, method, keep_ratio=ratio)
-        )
-        cases[f"plain {ratio}"] = Case(partial(prefill, model, plain))
-    timings = {name: figures["prefill"] for name, figures in interleave(cases, repeats=repeats, warmup=warmup).items()}
+            packed[ratio] = packed_length(vtc.report(model))
+        cases[f"compressed {ratio}"] = Case(partial(_compressed_prefill, model, inputs), compressed)
+        cases[f"plain {ratio}"] = Case(partial(prefill, model, plain_prompt(model, packed[ratio])))
+    timings = interleave(cases, repeats=repeats, warmup=warmup)
+
     decoder = DecoderShape.from_config(model.config.get_text_config())
-    whole_flops = decoder.prefill_flops(inputs["input_ids"].shape[1])
+    tokens = inputs["input_ids"].shape[1]
     return [
         {
             "model": shape.name,
@@ -137,18 +137,32 @@ def measure(
             "method": method,
             "visual_tokens": visual_tokens,
             "keep_ratio": ratio,
-            "tokens_before": report.lengths_before[0],
-            "tokens_after": packed_length(report),
-            "speed_up": timings["whole"].median / timings[f"compressed {ratio}"].median,
-            "realised_share": timings[f"plain {ratio}"].median / timings[f"compressed {ratio}"].median,
-            "flops_ratio": whole_flops / decoder.prefill_flops(packed_length(report)),
-            "selector_ms": report.selector_ms,
-            "whole": timings["whole"].to_dict(),
-            "compressed": timings[f"compressed {ratio}"].to_dict(),
-            "plain": timings[f"plain {ratio}"].to_dict(),
+            "tokens_before": tokens,
+            "tokens_after": packed[ratio],
+            "flops_ratio": decoder.prefill_flops(tokens) / decoder.prefill_flops(packed[ratio]),
+            **_figures(
+                whole=timings["whole"]["prefill"],
+                compressed=timings[f"compressed {ratio}"]["prefill"],
+                plain=timings[f"plain {ratio}"]["prefill"],
+            ),
+            "selector": timings[f"compressed {ratio}"]["selector"].to_dict(),
+            "vision": timings["vision"]["vision"].to_dict(),
         }
-        for ratio, report in reports.items()
+        for ratio in keep_ratios
     ]
+
+
+def _figures(whole: Timing, compressed: Timing, plain: Timing) -> dict[str, Any]:
+    """The two figures, and what they are made of."""
+    shares = Timing(tuple(p / c for p, c in zip(plain.seconds, compressed.seconds, strict=True)))
+    return {
+        "speed_up": whole.median / compressed.median,
+        "realised_share": plain.median / compressed.median,
+        "realised_share_quartiles": list(shares.quartiles),  # of the rounds
+        "whole": whole.to_dict(),
+        "compressed": compressed.to_dict(),
+        "plain": plain.to_dict(),
+    }
 
 
 @torch.inference_mode()
@@ -157,6 +171,22 @@ def prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
     watch = Stopwatch(model.device)
     with watch.part("prefill"):
         model(**inputs, use_cache=True, logits_to_keep=1)
+    return watch.figures
+
+
+def _compressed_prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
+    """As `prefill`, with the part of it that was spent choosing tokens."""
+    figures = prefill(model, inputs)
+    return {**figures, "selector": vtc.report(model).selector_ms / 1e3}
+
+
+@torch.inference_mode()
+def _encode(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
+    """Tower and projector alone: the part of a prefill that compression cannot touch."""
+    watch = Stopwatch(model.device)
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    with watch.part("vision"):
+        model.get_image_features(**pictures)
     return watch.figures
 
 
@@ -170,8 +200,10 @@ def table(results: list[dict[str, Any]]) -> str:
         "tokens",
         "whole",
         "compressed",
+        "of that selector",
+        "of that vision",
         "speed-up",
-        "FLOPs",
+        "by FLOPs",
         "realised share",
     )
     return markdown_table(
@@ -185,9 +217,11 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['tokens_before']} → {r['tokens_after']}",
                 _seconds(r["whole"]),
                 _seconds(r["compressed"]),
+                f"{r['selector']['median']:.3f} s",
+                f"{r['vision']['median']:.3f} s",
                 f"{r['speed_up']:.2f}x",
                 f"{r['flops_ratio']:.2f}x",
-                f"{r['realised_share']:.3f}",
+                "{:.3f} [{:.3f}, {:.3f}]".format(r["realised_share"], *r["realised_share_quartiles"]),
             )
             for r in results
         ],
