@@ -123,8 +123,9 @@ class TestPrefill:
             assert r["speed_up"] == pytest.approx(r["whole"]["median"] / r["compressed"]["median"])
             assert r["realised_share"] == pytest.approx(r["plain"]["median"] / r["compressed"]["median"])
             assert len(r["compressed"]["seconds"]) == 2
-            assert 0 < r["selector"]["median"] < r["compressed"]["median"]
-            assert 0 < r["vision"]["median"] < r["whole"]["median"]
+            # Nested within one run, so true however busy the machine is.
+            assert all(0 < s < c for s, c in zip(r["selector"]["seconds"], r["compressed"]["seconds"], strict=True))
+            assert min(r["vision"]["seconds"]) > 0
         assert not vtc.is_compressed(model)
 
     def test_methods_inside_the_decoder_are_refused(self, shape):
