@@ -12,6 +12,7 @@ import transformers
 from PIL import Image
 
 import vtc
+from vtc import cli
 from vtc.cli import main
 
 TEMPLATE = (
@@ -200,6 +201,17 @@ class TestLists:
         assert "text_attention" in lines["fastv"]
         assert "cls_attention" in lines["vtc-cls"]
         assert "arXiv" in lines["divprune"]
+
+    @pytest.mark.parametrize(
+        ("layers", "text"),
+        [
+            ([None], "before the language model"),
+            ([3], "entering decoder layer 3"),
+            ([None, 2, 9], "before the language model and entering decoder layers 2, 9"),
+        ],
+    )
+    def test_places_of_several_stages_read_as_a_sentence(self, layers, text):
+        assert cli._where([vtc.Stage(layer=layer) for layer in layers]) == text
 
     def test_models_are_those_with_an_adapter(self, capsys):
         assert main(["models"]) == 0

@@ -216,13 +216,16 @@ def _methods(_: argparse.Namespace) -> int:
     for name, cls in registry.selectors().items():
         stages = cls().stages()
         needs = sorted({need.value for stage in stages for need in stage.requires})
-        rows.append((name, ", ".join(map(_where, stages)), ", ".join(needs) or "-", cls.paper))
+        rows.append((name, _where(stages), ", ".join(needs) or "-", cls.paper))
     _print_table(("method", "where", "needs besides features", "from"), rows)
     return 0
 
 
-def _where(stage: Stage) -> str:
-    return "before the language model" if stage.layer is None else f"entering decoder layer {stage.layer}"
+def _where(stages: Sequence[Stage]) -> str:
+    layers = [str(stage.layer) for stage in stages if stage.layer is not None]
+    before = ["before the language model"] if len(layers) < len(stages) else []
+    inside = [f"entering decoder layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"] if layers else []
+    return " and ".join(before + inside)
 
 
 def _add_models(commands: Any) -> None:
