@@ -51,7 +51,7 @@ def test_coords_run_over_views_frames_rows_columns() -> None:
         ("entropy", (5,)),
         ("modality_attention", (2, 5)),
         ("pagerank", (6, 1)),
-        ("origin", (5, 4)),
+        ("origin", (5, 6)),
     ],
 )
 def test_wrong_shapes_are_named(name: str, shape: tuple[int, ...]) -> None:

@@ -184,7 +184,7 @@ def _plan(configs: Sequence[CompressionConfig], adapter: Any) -> list[PlannedSta
     depth = len(adapter.text_model.layers)
     kind = adapter.config.model_type
     for config in configs:
-        selector = get_selector(config.method, **config.options)
+        selector = get_selector(config.method, **config.options).resolve(depth, config.keep_ratio)
         planned = selector.plan(depth, config.keep_ratio)
         for stage in planned:
             for need in sorted(stage.requires - adapter.supplies()):

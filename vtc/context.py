@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError, InputError
 
-__all__ = ["Grid", "Need", "Stage", "VisualContext", "VisualSegment", "grid_coords"]
+__all__ = ["Grid", "Need", "Stage", "VisualContext", "VisualSegment", "grid_coords", "grid_origin"]
 
 Grid = tuple[int, int, int]
 """One view as (t, rows, columns) of language-model tokens, in raster order."""
@@ -194,7 +194,8 @@ class VisualContext:
     pagerank
         (N,): stationary importance of each token in decoder layer `layer_idx` - 1, `kernels.pagerank`.
     origin
-        (N, 4) long: (view, t, row, column) of each token before any stage dropped some.
+        (N, 6) long: (view, t, row, column) of each token before any stage dropped some, and the rows and columns of its
+        view, `grid_origin`.
     """
 
     features: Tensor
@@ -321,3 +322,10 @@ def _count(grids: tuple[Grid, ...]) -> int:
 
 def _describe(value: Tensor | None) -> str:
     return "None" if value is None else f"{tuple(value.shape)} {value.dtype}".replace("torch.", "")
+
+
+def grid_origin(grids: tuple[Grid, ...], device: torch.device | str | None = None) -> Tensor:
+    """(N, 6) long: `grid_coords`, and the rows and columns of the token's view."""
+    coords = grid_coords(grids, device)
+    sizes = torch.tensor([(h, w) for _, h, w in grids], device=coords.device)
+    return torch.cat([coords, sizes[coords[:, 0]]], dim=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .budget import resolve_budget
-from .context import Grid, Need, VisualContext, grid_coords
+from .context import Grid, Need, VisualContext, grid_origin
 from .errors import ConfigError, InputError
 from .registry import get_selector
 from .selection import Selection
@@ -110,7 +110,7 @@ def select(
     pagerank
         (N,): from `kernels.pagerank`.
     origin
-        (N, 4) long: (view, t, row, column) of each token; default: those of `grid_thw`.
+        (N, 6) long: (view, t, row, column, rows, columns) of each token; default: those of `grid_thw`.
     structural
         How many newline tokens stay beside the N, for methods that count them in their budget.
     seed
@@ -132,7 +132,7 @@ def select(
     InputError
         The inputs disagree about N, have the wrong shape, or are not finite.
     """
-    selector = get_selector(method, **options)
+    selector = get_selector(method, **options).resolve(None, keep_ratio)
     inputs = {
         "features": features,
         "cls_attention": cls_attention,
@@ -160,7 +160,7 @@ def select(
     n = _count_tokens(given, views)
     some = next(iter(given.values()), torch.empty(0))
     if Need.ORIGIN in stage.requires:
-        given.setdefault("origin", grid_coords(views or ((1, 1, n),), some.device))
+        given.setdefault("origin", grid_origin(views or ((1, 1, n),), some.device))
     context = VisualContext(
         features=given.pop("features", torch.empty(n, 0, device=some.device)),
         budget=resolve_budget(n, keep_ratio, keep_tokens),

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vtc.context import Grid, VisualContext, grid_coords
+from vtc.context import Grid, VisualContext, grid_origin
 from vtc.selectors import Selector
 
 WIDTH, HEADS, LAYERS, TEXT = 12, 2, 3, 5
@@ -71,5 +71,5 @@ def make_context(
         modality_attention=probabilities(2, n),
         attention_exchange=torch.tensor([0.3, 0.0], dtype=dtype),
         pagerank=probabilities(n),
-        origin=grid_coords(grids),
+        origin=grid_origin(grids),
     ).check()

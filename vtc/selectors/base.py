@@ -62,6 +62,13 @@ class Selector(ABC):
         """
         return (Stage(requires=self.requires),)
 
+    def resolve(self, depth: int | None, keep_ratio: float | None) -> Selector:
+        """Settle options that were left open, for one model and budget; by default there are none.
+
+        Parameters as in `stages`. What comes back is asked for the stages, and chooses.
+        """
+        return self
+
     def plan(self, depth: int, keep_ratio: float | None) -> tuple[Stage, ...]:
         """`stages` on one model; an override may leave out the parameters that its stages do not depend on."""
         known = inspect.signature(self.stages).parameters

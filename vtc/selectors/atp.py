@@ -1,0 +1,335 @@
+"""ATP-LLaVA: at a few decoder layers, every image keeps the tokens above its own thresholds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..context import Need, Stage, VisualContext
+from ..errors import ConfigError
+from ..registry import register_selector
+from ..selection import Selection
+from .base import Selector
+from .schedule import at_depth, check_fraction, check_layer, check_number
+
+__all__ = [
+    "AtpModule",
+    "AtpSelector",
+    "depth_loss",
+    "load_modules",
+    "redundancy_score",
+    "save_modules",
+    "soft_mask",
+    "spatial_score",
+    "target_loss",
+]
+
+_RELEASED = (4, 14, 24)  # of 32 layers: the modules stand behind these
+
+
+@register_selector
+@dataclass(frozen=True)
+class AtpSelector(Selector):
+    """Keep what is important or stands on a coarse grid, each above a threshold.
+
+    A token stays if its redundancy score, the mean of the attention it receives from visual tokens and from the text,
+    is above `theta_r`, or its spatial score, which tokens on a sub-grid of every `stride`-th row and column have, is
+    above `theta_s`. How many that are depends on the image and on the layer. At least one stays.
+
+    Thresholds are options (training-free), or come from trained modules, one per place, that read the scores. The
+    budget is a ceiling for the first place: if more tokens are above their thresholds, those furthest above stay. With
+    ``keep_ratio=1`` everything stays; a `keep_tokens` of more than there are leaves the thresholds alone.
+
+    The paper's sources are second hand and disagree in places. Here both scores are attention after the softmax, and
+    received; `scale` makes them comparable with a threshold between 0 and 1, which raw probabilities of about 1/N are
+    not.
+
+    Parameters
+    ----------
+    layers
+        Decoder layers (0-based) behind which tokens are dropped, by that layer's attention; None: 4, 14 and 24 of 32,
+        in proportion for other depths.
+    theta_r, theta_s
+        Thresholds, one for all places or one each.
+    stride
+        Of the sub-grid, over the grid that the image had before anything was dropped; one for all places or one each.
+    lambda_sample
+        A token on the sub-grid has the spatial score ``1 - lambda_sample / stride ** 2``, others 0.
+    scale
+        "relative": a redundancy score s becomes ``s / (s + mean)``, so that a token of average attention has 1/2.
+        "none": as it is.
+    modules
+        File made by `save_modules`; the thresholds then come from it.
+    text
+        Which text counts. "after": all behind the first visual token of the prompt; "all": the whole prompt's.
+
+    Raises
+    ------
+    ConfigError
+        An option is invalid, or the file is none of modules.
+
+    References
+    ----------
+    "ATP-LLaVA: Adaptive Token Pruning for Large Vision Language Models", arXiv 2412.00447.
+    """
+
+    name: ClassVar[str] = "atp"
+    paper: ClassVar[str] = "ATP-LLaVA, arXiv 2412.00447"
+    requires: ClassVar[frozenset[Need]] = frozenset({Need.MODALITY_ATTENTION, Need.ORIGIN})
+    reads_features: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = True
+
+    layers: tuple[int, ...] | None = None
+    theta_r: float | tuple[float, ...] = 0.5
+    theta_s: float | tuple[float, ...] = 0.2
+    stride: int | tuple[int, ...] = 2
+    lambda_sample: float = 3.0
+    scale: str = "relative"
+    modules: str | None = None
+    text: str = "after"
+
+    def __post_init__(self) -> None:
+        for option in ("layers", "theta_r", "theta_s", "stride"):  # JSON has lists only
+            if isinstance(getattr(self, option), list):
+                object.__setattr__(self, option, tuple(getattr(self, option)))
+        if self.scale not in ("relative", "none"):
+            raise ConfigError(f'atp: scale must be "relative" or "none", got {self.scale!r}.')
+        if self.text not in ("after", "all"):
+            raise ConfigError(f'atp: text must be "after" or "all", got {self.text!r}.')
+        for option in ("theta_r", "theta_s"):
+            for value in _each(getattr(self, option)):
+                check_fraction("atp", option, value)
+        for value in _each(self.stride):
+            check_layer("atp", "stride", value, least=1)
+        check_number("atp", "lambda_sample", self.lambda_sample, 0)
+        for layer in self.layers or ():
+            check_layer("atp", "layers", layer)
+        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ConfigError(f"atp: layers must be ascending decoder layers, got {self.layers}.")
+        if self.modules is not None:
+            load_modules(self.modules)
+
+    def resolve(self, depth: int | None, keep_ratio: float | None) -> AtpSelector:
+        """With `layers` of a decoder of this depth, and as many thresholds as there are."""
+        layers = self.layers
+        if layers is None:
+            scaled = {at_depth(layer + 1, 32, depth or 32) - 1 for layer in _RELEASED}
+            layers = tuple(sorted({max(0, min(layer, (depth or 32) - 2)) for layer in scaled}))
+        for option in ("theta_r", "theta_s", "stride"):
+            value = getattr(self, option)
+            if isinstance(value, tuple) and len(value) != len(layers):
+                raise ConfigError(f"atp: {option} has {len(value)} values for the {len(layers)} layers {layers}.")
+        if self.modules is not None and len(load_modules(self.modules)) != len(layers):
+            found = len(load_modules(self.modules))
+            raise ConfigError(f"atp: {self.modules} holds {found} modules for the {len(layers)} layers {layers}.")
+        return dataclasses.replace(self, layers=layers)
+
+    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Behind each of `layers`."""
+        if depth is not None and keep_ratio == 1:
+            return ()
+        layers = self.resolve(depth, keep_ratio).layers or ()
+        return tuple(
+            Stage(layer=layer + 1, requires=self.requires, keep=1.0 if place else None)
+            for place, layer in enumerate(layers)
+        )
+
+    def parameters(self, need: Need) -> dict[str, str]:
+        """Which text counts."""
+        return {"text": self.text} if need is Need.MODALITY_ATTENTION else {}
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """What is above a threshold."""
+        place = self._place(ctx.layer_idx)
+        s_cross, s_self = ctx.need(Need.MODALITY_ATTENTION).float()
+        origin = ctx.need(Need.ORIGIN)
+        redundancy = redundancy_score(s_self, s_cross, scale=self.scale)
+        spatial = spatial_score(origin, _at(self.stride, place), self.lambda_sample)
+        theta_r, theta_s = self._thresholds(place, s_self, s_cross, origin)
+        above = torch.maximum(redundancy - theta_r, spatial - theta_s)
+        count = min(max(1, int((above > 0).sum())), ctx.budget)
+        return Selection.from_indices(ctx.n, kernels.topk_indices(above, count))
+
+    def _place(self, layer_idx: int | None) -> int:
+        """Which of the modules stands before decoder layer `layer_idx`."""
+        layers = self.layers or self.resolve(None, None).layers or ()
+        if layer_idx is None or layer_idx - 1 not in layers:
+            raise ConfigError(
+                f"atp: entering decoder layer {layer_idx} is none of its places; they are behind {layers}."
+            )
+        return layers.index(layer_idx - 1)
+
+    def _thresholds(self, place: int, s_self: Tensor, s_cross: Tensor, origin: Tensor) -> tuple[Any, Any]:
+        if self.modules is None:
+            return _at(self.theta_r, place), _at(self.theta_s, place)
+        module = load_modules(self.modules)[place]  # shared, so the few scores go to it
+        theta_r, theta_s = module(s_self[None].cpu(), s_cross[None].cpu(), origin.cpu())
+        return float(theta_r), float(theta_s)
+
+
+# --- scores and masks ------------------------------------------------------------------------------------------------
+
+
+def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none") -> Tensor:
+    """Mean of the attention received from visual tokens and from the text.
+
+    Parameters
+    ----------
+    s_self, s_cross
+        (..., N) attention probability, averaged over heads and over the visual or the text queries.
+    scale
+        As in `AtpSelector`.
+
+    Returns
+    -------
+    Tensor
+        (..., N).
+    """
+    score = (s_self + s_cross) / 2
+    if scale == "none":
+        return score
+    mean = score.mean(dim=-1, keepdim=True)
+    return score / (score + mean).clamp(min=torch.finfo(score.dtype).tiny)
+
+
+def spatial_score(origin: Tensor, stride: int, lambda_sample: float = 3.0) -> Tensor:
+    """(N,): ``1 - lambda_sample / stride ** 2`` on every `stride`-th row and column, 0 elsewhere.
+
+    `origin` (N, 4 or more) long begins with (view, t, row, column).
+    """
+    sampled = (origin[:, 2:4] % stride == 0).all(dim=1)
+    return sampled.float() * (1 - lambda_sample / stride**2)
+
+
+def soft_mask(
+    redundancy: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Tensor, temperature: float = 10.0
+) -> Tensor:
+    """What training uses for the hard choice: the larger of two sigmoids, above 1/2 exactly where a token stays.
+
+    Parameters
+    ----------
+    redundancy, spatial
+        (..., N) scores.
+    theta_r, theta_s
+        (...) thresholds.
+    temperature
+        Steepness; the paper's sources have 10 and 100.
+
+    Returns
+    -------
+    Tensor
+        (..., N) in 0..1.
+    """
+    by_redundancy = torch.sigmoid(temperature * (redundancy - theta_r[..., None]))
+    by_place = torch.sigmoid(temperature * (spatial - theta_s[..., None]))
+    return torch.maximum(by_redundancy, by_place)
+
+
+def depth_loss(masks: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+    """Sum over places of the fraction kept times the layer, averaged over the batch: deeper tokens cost more.
+
+    Parameters
+    ----------
+    masks
+        (B, N) each, hard or soft, over all N tokens of an image.
+    layers
+        Decoder layer of each place.
+    """
+    return torch.stack([mask.mean(dim=-1) * layer for mask, layer in zip(masks, layers, strict=True)]).sum(dim=0).mean()
+
+
+def target_loss(masks: Sequence[Tensor], target: float) -> Tensor:
+    """Distance of the number of tokens kept, averaged over places and batch, from `target`."""
+    return (torch.stack([mask.sum(dim=-1) for mask in masks]).mean() - target).abs()
+
+
+# --- trained thresholds ----------------------------------------------------------------------------------------------
+
+
+class AtpModule(nn.Module):
+    """Two thresholds per image, read off its scores.
+
+    The scores of the tokens that are left are laid on the image's grid, 0 where a token was dropped, resampled to a
+    square of `grid` x `grid`, and concatenated: one module serves images of any size. On a grid of that size nothing is
+    resampled, and this is the paper's linear layer over all tokens.
+
+    Parameters
+    ----------
+    grid
+        Edge of the square, 24 for LLaVA-1.5.
+    width
+        Of the hidden layer.
+    """
+
+    def __init__(self, grid: int = 24, width: int = 64) -> None:
+        super().__init__()
+        self.grid, self.width = grid, width
+        self.mix = nn.Linear(2 * grid**2, width)
+        self.head_r = nn.Linear(width, 1)
+        self.head_s = nn.Linear(width, 1)
+
+    def forward(self, s_self: Tensor, s_cross: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) and (B,) thresholds from scores (B, N) of tokens that stand at `origin` (N, 6)."""
+        scores = torch.stack([s_self, s_cross], dim=1).to(self.mix.weight.dtype)
+        hidden = self.mix(self._square(scores, origin).flatten(1))
+        return torch.sigmoid(self.head_r(hidden)).squeeze(-1), torch.sigmoid(self.head_s(hidden)).squeeze(-1)
+
+    def _square(self, scores: Tensor, origin: Tensor) -> Tensor:
+        """(B, 2, grid, grid) of scores (B, 2, N), averaged over views and frames; relative to their mean."""
+        scores = scores / scores.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        squares = []
+        for frame in origin[:, :2].unique(dim=0):
+            here = (origin[:, :2] == frame).all(dim=1)
+            _, _, row, column, rows, columns = origin[here].unbind(1)
+            plane = scores.new_zeros(*scores.shape[:2], int(rows[0]), int(columns[0]))
+            plane[:, :, row, column] = scores[:, :, here]
+            squares.append(nn.functional.adaptive_avg_pool2d(plane, self.grid))
+        return torch.stack(squares).mean(dim=0)
+
+
+def save_modules(modules: Sequence[AtpModule], path: str | Path) -> None:
+    """Write trained modules, first place first, to a file that `AtpSelector(modules=...)` reads."""
+    records = [{"grid": module.grid, "width": module.width, "state": module.state_dict()} for module in modules]
+    torch.save({"format": "vtc-atp-1", "modules": records}, path)
+
+
+@functools.lru_cache(maxsize=8)
+def load_modules(path: str) -> nn.ModuleList:
+    """Read what `save_modules` wrote; a file is read once.
+
+    Raises
+    ------
+    ConfigError
+        There is no such file, or it holds something else.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        if data["format"] != "vtc-atp-1":
+            raise ConfigError(f"atp: {path} has the format {data['format']!r}, expected 'vtc-atp-1'.")
+        modules = nn.ModuleList()
+        for record in data["modules"]:
+            module = AtpModule(record["grid"], record["width"])
+            module.load_state_dict(record["state"])
+            modules.append(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"atp: {path} cannot be read as modules made by save_modules: {error}") from error
+    return modules.eval().requires_grad_(False)
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _at(value: Any, place: int) -> Any:
+    """The value of one place, where each may have its own."""
+    return value[place] if isinstance(value, tuple) else value

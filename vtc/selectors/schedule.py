@@ -1,0 +1,58 @@
+"""Where in a decoder a method works and how much it keeps there: what the methods of several stages share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import ConfigError
+
+__all__ = ["at_depth", "average_kept", "check_fraction", "check_layer", "check_number", "stretches"]
+
+
+def at_depth(layer: int, of: int, depth: int) -> int:
+    """The layer of a decoder of `depth` layers that stands where `layer` stands in one of `of` layers."""
+    return round(layer * depth / of)
+
+
+def stretches(layers: Sequence[int], depth: int) -> list[int]:
+    """How many decoder layers run before the first stage inside, between stages, and behind the last."""
+    return [stop - start for start, stop in itertools.pairwise([0, *layers, depth])]
+
+
+def average_kept(ratios: Sequence[float], lengths: Sequence[int]) -> float:
+    """Fraction of the visual tokens that a layer sees on average.
+
+    Parameters
+    ----------
+    ratios
+        What each stage keeps of what enters it.
+    lengths
+        How many layers run behind each stage, until the next.
+    """
+    alive, total = 1.0, 0.0
+    for ratio, length in zip(ratios, lengths, strict=True):
+        alive *= ratio
+        total += alive * length
+    return total / sum(lengths)
+
+
+def check_layer(method: str, option: str, value: Any, *, least: int = 0) -> None:
+    """Raise ConfigError unless `value` is a layer number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{method}: {option} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_number(method: str, option: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raise ConfigError unless `value` is a finite number within the limits."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not least <= value <= most:
+        within = f" between {least:g} and {most:g}" if most < math.inf else f" of at least {least:g}"
+        raise ConfigError(f"{method}: {option} must be a number{within if least > -math.inf else ''}, got {value!r}.")
+
+
+def check_fraction(method: str, option: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is a number between 0 and 1."""
+    check_number(method, option, value, 0, 1)

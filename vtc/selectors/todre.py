@@ -1,0 +1,122 @@
+"""ToDRE: the most diverse tokens before the language model, none behind the layer where the text stops looking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..context import Need, Stage, VisualContext
+from ..errors import ConfigError
+from ..registry import register_selector
+from ..selection import Selection
+from .base import Selector
+from .schedule import check_fraction, check_layer
+
+__all__ = ["ToDreSelector"]
+
+_PIVOTS = {"cls": Need.CLS_ATTENTION, "received": Need.RECEIVED_ATTENTION, "random": None, "center": None}
+_DIVERSITY: dict[str, Callable[[Tensor, int, int], Tensor]] = {"sum": kernels.max_sum, "min": kernels.farthest_point}
+
+
+@register_selector
+@dataclass(frozen=True)
+class ToDreSelector(Selector):
+    """Keep a diverse subset; drop it whole once text and vision hardly attend to each other any more.
+
+    Stage 1, before the language model: start at a pivot token, then always add the token that is least similar to
+    those chosen so far. Stage 2, on entering decoder layer `exit_layer`: if the text gives less than `tau` of its
+    attention to the visual tokens, and they less than `tau` of theirs to the text, no visual token goes on, and the
+    layers from there on keep none in their caches. With one image before the question nothing visual can see the
+    question, so the text alone decides.
+
+    ``keep_ratio=1`` keeps everything, at both stages. A `keep_tokens` of more than there are leaves stage 2 alone.
+
+    Parameters
+    ----------
+    pivot
+        Where stage 1 starts. "cls": the token with the most [CLS] attention in the last layer of the tower, the method.
+        For towers without a [CLS] token: "received", the token that receives the most attention there; "random"; or
+        "center", the middle of the picture. Where there is a thumbnail beside one grid of tiles, the pivot lies in it.
+    diversity
+        "sum" (version 2 of the paper): least similar to the chosen tokens together; "min" (version 1): to the closest.
+    exit_layer
+        Decoder layer (0-based) of stage 2, whose ratios are those of the layer before it; None: 7/8 of the depth.
+    tau
+        Threshold of both ratios; 0 switches stage 2 off.
+    text
+        Which text stage 2 asks. "after": all behind the first visual token of the prompt, so that what stands before it
+        counts as the system's; "all": the whole prompt's.
+
+    Raises
+    ------
+    ConfigError
+        An option is invalid.
+
+    References
+    ----------
+    "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", arXiv 2505.18757v2.
+    """
+
+    name: ClassVar[str] = "todre"
+    paper: ClassVar[str] = "ToDRE, arXiv 2505.18757"
+    requires: ClassVar[frozenset[Need]] = frozenset({Need.CLS_ATTENTION})
+
+    pivot: str = "cls"
+    diversity: str = "sum"
+    exit_layer: int | None = None
+    tau: float = 0.10
+    text: str = "after"
+
+    def __post_init__(self) -> None:
+        if self.pivot not in _PIVOTS:
+            raise ConfigError(f"todre: pivot must be one of {sorted(_PIVOTS)}, got {self.pivot!r}.")
+        if self.diversity not in _DIVERSITY:
+            raise ConfigError(f"todre: diversity must be one of {sorted(_DIVERSITY)}, got {self.diversity!r}.")
+        if self.text not in ("after", "all"):
+            raise ConfigError(f'todre: text must be "after" or "all", got {self.text!r}.')
+        if self.exit_layer is not None:
+            check_layer("todre", "exit_layer", self.exit_layer, least=1)
+        check_fraction("todre", "tau", self.tau)
+
+    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Before the language model, and on entering `exit_layer`."""
+        need = _PIVOTS[self.pivot]
+        first = Stage(requires=frozenset({need} if need else ()))
+        if depth is None or keep_ratio == 1 or self.tau == 0:
+            return (first,)
+        layer = max(1, 7 * depth // 8) if self.exit_layer is None else self.exit_layer
+        return first, Stage(layer=layer, requires=frozenset({Need.ATTENTION_EXCHANGE}), keep=1.0)
+
+    def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
+        """The last one, if the pivot comes from attention."""
+        return (depth - 1,) if _PIVOTS[self.pivot] else ()
+
+    def parameters(self, need: Need) -> dict[str, str]:
+        """Which text is asked."""
+        return {"text": self.text} if need is Need.ATTENTION_EXCHANGE else {}
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """The diverse subset; at stage 2 all or nothing."""
+        if ctx.layer_idx is None:
+            spread = _DIVERSITY[self.diversity](ctx.features, min(ctx.budget, ctx.n), self._pivot(ctx))
+            return Selection.from_indices(ctx.n, spread)
+        if bool((ctx.need(Need.ATTENTION_EXCHANGE).float() < self.tau).all()):
+            return Selection.from_indices(ctx.n, torch.empty(0, dtype=torch.long, device=ctx.features.device))
+        return Selection.full(ctx.n, ctx.features.device)
+
+    def _pivot(self, ctx: VisualContext) -> int:
+        """Index of the first token."""
+        t, h, w = ctx.grids[0]
+        candidates = t * h * w if len(ctx.grids) == 2 else ctx.n  # a thumbnail comes before its tiles
+        need = _PIVOTS[self.pivot]
+        if need is not None:
+            scores = ctx.need(need)[-1].float().mean(dim=0)[:candidates]
+            return int(scores.argmax())  # the first of equals
+        if self.pivot == "random":
+            return int(torch.randint(candidates, (1,), generator=ctx.generator))
+        return (t // 2 * h + h // 2) * w + w // 2
