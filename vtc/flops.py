@@ -12,14 +12,17 @@ Conventions
 
 For multi-head attention and a plain two-matrix MLP one layer costs ``4nd^2 + 2n^2d + 2ndm`` MACs, with a gated MLP
 ``4nd^2 + 2n^2d + 3ndm`` (FastV, arXiv 2403.06764, section 4.2 writes the former).
+
+Papers that count otherwise have a function of their own: `llm_viewer_prefill_flops`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vtc.errors import UnsupportedModelError
+from vtc.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -142,6 +145,47 @@ class DecoderShape:
     def prefill_flops(self, n: int) -> int:
         """FLOPs of all layers and the head on a prefill of `n` tokens of one row, the same n in every layer."""
         return sum(self.layer_flops(i, n) for i in range(len(self.layers))) + self.head_flops()
+
+
+def llm_viewer_prefill_flops(text_config: PreTrainedConfig, tokens_per_layer: Sequence[int]) -> int:
+    """FLOPs of a prefill in the convention of LLM-Viewer, for comparison with papers that used it (AIM, 2412.03248).
+
+    Unlike `DecoderShape` it also counts what is linear in the tokens: five operations per entry of the softmax, seven
+    per value of each norm, one per value of each addition and two of the activation; it counts one, not two, per weight
+    of the head. Reproduces the tool exactly for Qwen2 and LLaMA, where its description of Qwen2 leaves out one of the
+    two residual additions.
+
+    Parameters
+    ----------
+    text_config : transformers.PreTrainedConfig
+        Of a decoder with a gated MLP.
+    tokens_per_layer : sequence of int
+        Tokens of one row that every layer sees.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The decoder is of an unknown kind, or has no gated MLP.
+    ConfigError
+        There are not as many numbers as layers.
+    """
+    config: Any = text_config
+    if config.model_type not in _GATED_MLP:
+        raise UnsupportedModelError(
+            f"LLM-Viewer's convention is known for decoders with a gated MLP ({', '.join(sorted(_GATED_MLP))}), got "
+            f"{config.model_type!r}."
+        )
+    shape = DecoderShape.from_config(text_config)
+    if len(tokens_per_layer) != len(shape.layers):
+        raise ConfigError(f"Got {len(tokens_per_layer)} token counts for {len(shape.layers)} layers.")
+    d, heads = config.hidden_size, config.num_attention_heads
+    additions = 1 if config.model_type.startswith("qwen2") else 2
+    linear = (14 + additions + 2) * d
+    layers = (
+        FLOPS_PER_MAC * layer.macs(n) + 5 * heads * n * n + linear * n
+        for layer, n in zip(shape.layers, tokens_per_layer, strict=True)
+    )
+    return sum(layers) + shape.head_macs
 
 
 def _mlp_macs_per_layer(config: Any) -> list[int]:
