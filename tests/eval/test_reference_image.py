@@ -90,7 +90,7 @@ def test_training_and_inference_see_the_same_prompt(family: str, tokenizer: Any,
             [*messages, {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}]
         )
         ids = processor(images=[Image.fromarray(scene.image)], text=[whole], return_tensors="pt").input_ids[0].tolist()
-        assert ids == packed.prefix.tolist() + [*packer.turn(question)[0], *packer.turn(question)[1]]
+        assert ids == [*packed.prefix.tolist(), *packer.turn(question)[0], *packer.turn(question)[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -169,12 +169,16 @@ def test_a_few_steps_lower_every_loss(tokenizer: Any) -> None:
     optimiser = torch.optim.AdamW(packed.parameters(), lr=5e-4)
     history = []
     for _ in range(6):
-        logits, visual, pointing = packed(features, text)
-        answer = packed.answer_loss(logits, text.labels[text.labels != IGNORE], packer.eos)
-        words = packed.word_loss(visual, packed.token_labels(labels))
-        history.append([answer.item(), words.item(), pointing.item()])
+        logits, visual, halfway = packed(features, text)
+        losses = [
+            packed.answer_loss(logits, text.labels[text.labels != IGNORE], packer.eos),
+            packed.word_loss(visual, packed.token_labels(labels)),
+            packed.reading_loss(halfway, packed.token_labels(labels)),
+            packed.pointing_loss(halfway, text),
+        ]
+        history.append([loss.item() for loss in losses])
         optimiser.zero_grad()
-        (answer + words + pointing).backward()
+        torch.stack(losses).sum().backward()
         optimiser.step()
     assert all(last < first for first, last in zip(history[0], history[-1], strict=True)), history
 

@@ -7,7 +7,7 @@ r"""Train a reference model on cached tower features.
 On a busy CPU, two processes of one thread each get much further than one of two threads: start the same command twice
 with RANK=0 and RANK=1, WORLD_SIZE=2, MASTER_ADDR, MASTER_PORT (or through ``torchrun --nproc-per-node 2``).
 
-``cache/train`` and ``cache/test`` come from ``python -m eval.reference.train.cache``. The learning rate follows the
+``cache/train*`` and ``cache/test`` come from ``python -m eval.reference.train.cache``. The learning rate follows the
 share of ``--minutes`` used up, so a run ends on time on any machine; a checkpoint is written every ``--save-every``
 seconds, and ``--resume`` continues from it with the clock where it stood.
 """
@@ -32,6 +32,7 @@ from eval.reference.train import models
 from eval.reference.train.labels import patch_labels
 from eval.reference.train.packing import IGNORE, Packer, bare_scene
 from eval.tasks.scenes.questions import ask
+from eval.tasks.scenes.scene import Scene
 from eval.tasks.scenes.vocabulary import KINDS
 
 TOKENIZER = Path(__file__).parents[1] / "src" / "vtc_reference" / "tokenizer"
@@ -39,30 +40,37 @@ TOKENIZER = Path(__file__).parents[1] / "src" / "vtc_reference" / "tokenizer"
 
 @dataclass
 class Data:
-    """Cached features of one split with what the scenes hold; ``features`` are arrays to be joined along the views."""
+    """Cached features with what the scenes hold: shards of scenes, each of arrays to be joined along the views."""
 
-    features: list[np.ndarray]
-    things: list[tuple]
-    split: str
-    seed: int
+    shards: list[list[np.ndarray]]
+    scenes: list[Scene]
+    places: list[tuple[int, int]]
 
     @classmethod
-    def load(cls, *folders: Path) -> Data:
-        """Read caches of the same scenes; as many scenes as the shortest holds."""
-        states = [json.loads((folder / "state.json").read_text()) for folder in folders]
-        count = min(state["done"] for state in states)
-        if len({(state["split"], state["seed"]) for state in states}) != 1:
-            raise ValueError(f"caches of different scenes cannot be joined: {states}")
-        features = [np.load(folder / "features.npy", mmap_mode="r") for folder in folders]
-        things = pickle.loads((folders[0] / "things.pkl").read_bytes())[:count]
-        return cls(features, things, states[0]["split"], states[0]["seed"])
-
-    def scene(self, index: int):  # type: ignore[no-untyped-def]
-        return bare_scene(self.things[index], self.split, self.seed, index)
+    def load(cls, split: str, *caches: Path) -> Data:
+        """Read every shard ``<split>*`` that all the caches hold; as many scenes as the shortest holds."""
+        data = cls([], [], [])
+        for name in sorted(folder.name for folder in caches[0].glob(f"{split}*")):
+            folders = [cache / name for cache in caches]
+            if not all((folder / "state.json").exists() for folder in folders):
+                continue
+            states = [json.loads((folder / "state.json").read_text()) for folder in folders]
+            if len({(state["split"], state["seed"]) for state in states}) != 1:
+                raise ValueError(f"caches of different scenes cannot be joined: {states}")
+            count = min(state["done"] for state in states)
+            things = pickle.loads((folders[0] / "things.pkl").read_bytes())[:count]
+            data.places += [(len(data.shards), index) for index in range(count)]
+            data.shards.append([np.load(folder / "features.npy", mmap_mode="r") for folder in folders])
+            data.scenes += [bare_scene(t, split, states[0]["seed"], index) for index, t in enumerate(things)]
+        if not data.scenes:
+            raise ValueError(f"no cached {split} scenes in {', '.join(map(str, caches))}; make them with train.cache")
+        return data
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
         """Features ``(n, views, 256, 384)`` of the scenes, in the order given."""
-        return torch.from_numpy(np.concatenate([part[indices] for part in self.features], 1))
+        places = [self.places[int(index)] for index in indices]
+        rows = [np.concatenate([part[index] for part in self.shards[shard]]) for shard, index in places]
+        return torch.from_numpy(np.stack(rows))
 
 
 def learning_rate(peak: float, step: int, share: float, warmup: int = 100) -> float:
@@ -80,7 +88,7 @@ def accuracy(
     packed.eval()
     for start in range(0, scenes, 20):
         indices = np.arange(start, min(start + 20, scenes))
-        rows = [ask(data.scene(int(i)), per_scene) for i in indices]
+        rows = [ask(data.scenes[int(i)], per_scene) for i in indices]
         text = packer.pack(rows)
         with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
             logits, *_ = packed(data.batch(indices), text)
@@ -131,7 +139,7 @@ def learn_words(packed: models.PackedModel, data: Data, labels: torch.Tensor, ar
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
-        indices = np.sort(rng.choice(len(data.things), batch // world, replace=False))
+        indices = np.sort(rng.choice(len(data.scenes), batch // world, replace=False))
         with torch.autocast("cpu", torch.bfloat16):
             loss = packed.word_loss(packed.visual(data.batch(indices)), packed.token_labels(labels[indices]))
         optimiser.zero_grad(set_to_none=True)
@@ -161,10 +169,10 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     folders = [arguments.cache] if arguments.tiles is None else [arguments.tiles, arguments.cache]
-    data, test = (Data.load(*(folder / split for folder in folders)) for split in ("train", "test"))
-    labels = torch.stack([patch_labels(things) for things in data.things])
+    data, test = (Data.load(split, *folders) for split in ("train", "test"))
+    labels = torch.stack([patch_labels(scene.things) for scene in data.scenes])
     _, packed = models.new_packed(arguments.model, tokenizer)
-    packed.prepare(data.batch(np.arange(0, len(data.things), max(1, len(data.things) // 200))))
+    packed.prepare(data.batch(np.arange(0, len(data.scenes), max(1, len(data.scenes) // 200))))
     packer = Packer(tokenizer, len(packed.prefix), arguments.text_length)
     evaluator = Packer(tokenizer, len(packed.prefix), 192)
     parameters = [p for p in packed.parameters() if p.requires_grad]
@@ -181,7 +189,7 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
             begin_with(packed, torch.load(arguments.start, weights_only=True)["model"], arguments.model)
         learn_words(packed, data, labels, arguments)
     if rank == 0:
-        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(data.things)} scenes", flush=True)
+        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(data.scenes)} scenes", flush=True)
     if arguments.compile:
         packed.layers = torch.compile(packed.layers, dynamic=False)
 
@@ -205,16 +213,21 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
             group["lr"] = learning_rate(arguments.lr, step, share)
         if len(order) < arguments.batch:
             epoch += 1
-            order = np.random.default_rng([arguments.seed, epoch]).permutation(len(data.things))
+            data = Data.load("train", *folders)  # scenes that were cached meanwhile join in
+            labels = torch.stack([patch_labels(scene.things) for scene in data.scenes])
+            order = np.random.default_rng([arguments.seed, epoch]).permutation(len(data.scenes))
         indices, order = np.sort(order[: arguments.batch][rank::world]), order[arguments.batch :]
-        text = packer.ask_and_pack([data.scene(int(i)) for i in indices], arguments.per_scene, seed=epoch)
+        text = packer.ask_and_pack([data.scenes[int(i)] for i in indices], arguments.per_scene, seed=epoch)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, visual, pointing = packed(data.batch(indices), text)
+            logits, visual, halfway = packed(data.batch(indices), text)
             targets = text.labels[text.labels != IGNORE]
             loss = packed.answer_loss(logits, targets, packer.eos)
-            words = packed.word_loss(visual, packed.token_labels(labels[indices]))
+            shown = packed.token_labels(labels[indices])
+            words, reading = packed.word_loss(visual, shown), packed.reading_loss(halfway, shown)
+            pointing = packed.pointing_loss(halfway, text)
         optimiser.zero_grad(set_to_none=True)
-        (loss + arguments.word_weight * words + arguments.point_weight * pointing).backward()
+        help_weight = arguments.help_weight
+        (loss + help_weight * (words + reading + pointing)).backward()
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -224,6 +237,7 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         content = targets != packer.eos
         window["loss"].append(loss.item())
         window["words"].append(words.item())
+        window["reading"].append(reading.item())
         window["pointing"].append(pointing.item())
         window["hit"].append((logits.argmax(-1) == targets)[content].float().mean().item())
         if step % 50 == 0:
@@ -239,7 +253,7 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     if rank != 0:
         return
     save()
-    print(f"end, step {step}: {accuracy(packed, evaluator, test, len(test.things))}", flush=True)
+    print(f"end, step {step}: {accuracy(packed, evaluator, test, len(test.scenes))}", flush=True)
 
 
 def main() -> None:
@@ -260,8 +274,7 @@ def main() -> None:
     parser.add_argument("--per-scene", type=int, default=18)
     parser.add_argument("--text-length", type=int, default=175)
     parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--word-weight", type=float, default=0.3)
-    parser.add_argument("--point-weight", type=float, default=0.3)
+    parser.add_argument("--help-weight", type=float, default=0.3, help="weight of the three auxiliary losses")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--save-every", type=float, default=240.0)

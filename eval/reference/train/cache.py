@@ -1,6 +1,6 @@
 """Cache what the frozen tower says about many scenes, so that decoders train without running it again.
 
-    python -m eval.reference.train.cache --split train --count 12000 --tower tower/ --folder cache/train
+    python -m eval.reference.train.cache --split train --count 12000 --tower tower/ --folder cache/train-0
 
 writes ``features.npy`` ``(scenes, views, 256, 384)`` float16 (the second-last layer's patch tokens, [CLS] dropped, as
 the stock LLaVA class reads them), ``things.pkl`` (what stands in each scene) and, for the test split,

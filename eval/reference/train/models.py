@@ -137,10 +137,28 @@ class PackedModel(nn.Module):
         return candidates.gather(2, first[..., None, None].expand(-1, -1, 1, labels.shape[-1])).squeeze(2)
 
     def forward(self, features: Tensor, text: PackedText) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``(answers, vocabulary)`` at every labelled place, visual tokens ``(B, N, HIDDEN)``, pointing loss."""
+        """Logits ``(answers, vocabulary)`` where labelled, visual tokens ``(B, N, HIDDEN)``, states half-way up."""
         visual = self.visual(features)
         hidden, halfway = self.decode(visual, text)
-        return self.head(hidden[text.labels != IGNORE]).float(), visual, self.pointing_loss(halfway, text)
+        return self.head(hidden[text.labels != IGNORE]).float(), visual, halfway
+
+    def _visual_part(self, halfway: Tensor) -> Tensor:
+        first = int(self.is_image.nonzero()[0])
+        return halfway[:, first : first + len(self.sources)]
+
+    def reading_loss(self, halfway: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of what is written against the word embeddings, at the tokens of writing, half-way up.
+
+        One patch shows a stroke of a digit or a letter or two, so the word loss on single tokens cannot teach reading;
+        half-way up the decoder a token has seen its neighbours. ``labels (B, N, groups)``.
+        """
+        wanted = labels[..., -1]
+        written = wanted > 0
+        if not written.any():
+            return halfway.new_zeros(())
+        states = functional.layer_norm(self._visual_part(halfway)[written], halfway.shape[-1:])
+        embeddings = self.decoder.embed_tokens.weight[self.groups[-1]] * self.scale
+        return functional.cross_entropy((states @ embeddings.to(states.dtype).t()).float(), wanted[written].long())
 
     def pointing_loss(self, halfway: Tensor, text: PackedText) -> Tensor:
         """Where the answer is to be found: cross-entropy of pointers against the patches that they should point at.
@@ -154,10 +172,9 @@ class PackedModel(nn.Module):
         if not len(text.spots):
             return halfway.new_zeros(())
         prefix_length = halfway.shape[1] - text.ids.shape[1]
-        first = int(self.is_image.nonzero()[0])
         rows, places = text.spots.unbind(1)
         queries = self.pointer(halfway[rows, prefix_length + places])
-        keys = self.pointed(halfway[:, first : first + len(self.sources)])[rows]
+        keys = self.pointed(self._visual_part(halfway))[rows]
         scores = (keys @ queries[..., None]).squeeze(-1).float() / queries.shape[-1] ** 0.5
         wanted = text.focus[:, self.sources].any(-1).float()
         each = functional.cross_entropy(scores, wanted / wanted.sum(-1, keepdim=True), reduction="none")

@@ -24,6 +24,12 @@ SPECIAL = (
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 
+SPARE_WORDS = (
+    "book", "park", "shop", "rain", "door", "lamp", "bread", "train", "hotel", "music", "pizza", "queen", "25", "40",
+    "61", "74", "90", "98",
+)  # fmt: skip
+"""Single tokens that no scene shows at present, for signs of other tasks."""
+
 VIDEO_SENTENCES = (
     "Which way does the red star move?", "In which direction does the blue cup move?",
     "Does the circle move left or right?", "It moves up.", "It moves down.", "It does not move.", "still", "stays",
@@ -91,6 +97,7 @@ def corpus(scenes: int = 400) -> Iterator[str]:
     for _ in range(4):  # rare words must be seen often enough to be merged
         yield from sentences()
         yield from VIDEO_SENTENCES
+        yield from SPARE_WORDS
 
 
 def train(vocabulary: int = 2560) -> PreTrainedTokenizerFast:

@@ -160,18 +160,19 @@ def text_mask(text: str, font: str | None, size: int) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _size_for(font: str | None, x_height: int) -> int:
-    """Point size at which a lower-case x of the font is about ``x_height`` pixels tall (fonts differ a lot)."""
-    _, top, _, bottom = _font(font, 100).getbbox("x")
-    return round(100 * x_height / (bottom - top))
+def _size_for(font: str | None, height: int) -> int:
+    """Point size at which capitals of the font are about ``height`` pixels tall (fonts differ a lot)."""
+    _, top, _, bottom = _font(font, 100).getbbox("H")
+    return round(100 * height / (bottom - top))
 
 
-def sign(text: str, font: str | None, x_height: int, paper: Array, margin: int = 6) -> Array:
+def sign(text: str, font: str | None, height: int, paper: Array, margin: int = 6) -> Array:
     """A plate of colour ``paper (3,)`` with ``text`` on it, as a picture ``(h, w, 3)`` in 0..255.
 
-    ``x_height`` is the height of a small letter in pixels, so that writing is equally large in every font.
+    It is written in capitals, ``height`` pixels tall in every font: letters below about two patches of the vision tower
+    cannot be read from its features.
     """
-    ink = text_mask(text, font, _size_for(font, x_height))
+    ink = text_mask(text.upper(), font, _size_for(font, height))
     plate = np.empty((ink.shape[0] + 2 * margin, ink.shape[1] + 2 * margin, 3), np.float32)
     plate[:] = paper
     edge = ink_for(paper)

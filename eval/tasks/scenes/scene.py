@@ -111,13 +111,14 @@ def make_scene(split: Split, seed: int, index: int) -> Scene:
     counts, weights = zip(*_OBJECT_COUNTS, strict=True)
     n_objects = int(rng.choice(counts, p=weights))
     colours = list(rng.permutation(list(COLOURS))[:n_objects])
-    sign_colours = list(rng.permutation(list(SIGN_COLOURS))[: int(rng.choice(3, p=(0.35, 0.45, 0.20)))])
+    sign_colours = list(rng.permutation(list(SIGN_COLOURS))[: int(rng.choice(3, p=(0.20, 0.68, 0.12)))])
+    n_digits = int(rng.choice(3, p=(0.25, 0.60, 0.15)))
 
     for colour in sign_colours:  # the widest first: they are the hardest to place
         _add_sign(board, str(colour), fonts, rng)
     digits = sources.handwritten(split)
-    for colour in colours:
-        _add_object(board, str(colour), digits, rng)
+    for number, colour in enumerate(colours):
+        _add_object(board, str(colour), digits if number < n_digits else None, rng)
     for _ in range(int(rng.integers(0, 6))):
         _add_distractor(board, fonts, rng)
 
@@ -172,17 +173,19 @@ def covered_patches(alpha: NDArray[np.float32], left: int, top: int) -> tuple[in
     return tuple(int(i) for i in order[:count])
 
 
-def _add_object(board: _Board, colour: str, digits: tuple[NDArray[np.float64], ...], rng: np.random.Generator) -> None:
-    shape = str(rng.choice(SHAPES))
-    with_digit = shape in DIGIT_SHAPES and rng.random() < 0.75
-    size = int(rng.integers(46, 61)) if with_digit else int(rng.integers(26, 51))
+def _add_object(
+    board: _Board, colour: str, digits: tuple[NDArray[np.float64], ...] | None, rng: np.random.Generator
+) -> None:
+    """Add an object, with a handwritten digit on it if ``digits`` are given."""
+    shape = str(rng.choice(SHAPES if digits is None else DIGIT_SHAPES))
+    size = int(rng.integers(26, 51)) if digits is None else int(rng.integers(58, 79))
     at = board.room(size, size)
     if at is None:
         return  # a full board: the scene simply holds one object fewer
     paint = objects.jittered(colour, rng)
     picture = np.broadcast_to(paint, (size, size, 3)).copy()
     text = ""
-    if with_digit:
+    if digits is not None:
         text = str(rng.choice(DIGITS))
         examples = digits[int(text)]
         ink_size = int(size * (0.78 if shape == "square" else 0.68))
@@ -195,7 +198,7 @@ def _add_object(board: _Board, colour: str, digits: tuple[NDArray[np.float64], .
 def _add_sign(board: _Board, colour: str, fonts: tuple[str | None, ...], rng: np.random.Generator) -> None:
     text = str(rng.choice(WORDS if rng.random() < 0.65 else NUMBERS))
     font = fonts[int(rng.integers(len(fonts)))]
-    plate = objects.sign(text, font, int(rng.integers(15, 19)), objects.jittered(colour, rng, 10))
+    plate = objects.sign(text, font, int(rng.integers(25, 31)), objects.jittered(colour, rng, 10))
     at = board.room(plate.shape[1], plate.shape[0])
     if at is not None:
         board.put(("sign", "sign", colour, text), plate, np.ones(plate.shape[:2], np.float32), at)
