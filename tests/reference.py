@@ -1,9 +1,9 @@
 """An independent answer to "what should the compressed model say?".
 
 The reference is the untouched model, run at full length on the same inputs with the same position ids, with
-`attention_mask = 0` where a token was dropped before the language model, and with the same columns hidden from decoder
-layer k on where it was dropped there. It shares no code with the engine. All it takes from it is the public report: which
-tokens of which image were kept.
+`attention_mask = 0` where a token was dropped before the language model, and with the same columns hidden from
+decoder layer k on where it was dropped there. It shares no code with the engine. All it takes from it is the public
+report: which tokens of which image were kept.
 
 Nothing here depends on how a family merges images or computes rotary positions: the model's own methods are asked.
 """

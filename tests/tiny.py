@@ -1,18 +1,19 @@
 """Tiny random-weight vision-language models, built from their configs in milliseconds, with inputs to match.
 
-Every test that needs a model takes it from here. A family is one `Family` line in `FAMILIES`: an architecture (how the
-config is built and what its images and videos look like) and the modality that this line exercises. A batch is described
-once, as rows of text runs and visuals, and collated from there, so that a test can ask for the same rows singly, padded on
-the other side or in another order and be sure that ids and pixels are the same.
+Every test that needs a model takes it from here. A family is one `Family` line in `FAMILIES`: an architecture (how
+the config is built and what its images and videos look like) and the modality that this line exercises. A batch is
+described once, as rows of text runs and visuals, and collated from there, so that a test can ask for the same rows
+singly, padded on the other side or in another order and be sure that ids and pixels are the same.
 
-The weights are large on purpose (standard deviation 0.2, logits of about 5): an error of one token or one position moves
-the logits by whole units, while float32 rounding stays below 1e-5.
+The weights are large on purpose (standard deviation 0.2, logits of about 5): an error of one token or one position
+moves the logits by whole units, while float32 rounding stays below 1e-5.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,7 @@ class ProbedVisuals(Visuals):
 
     def _count(self, model: Any, size: int, alone: bool) -> int:
         tensors = self.tensors(size, torch.Generator().manual_seed(0))
+        tensors = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in tensors.items()}
         if self.batch_num_images and not alone:
             # Two copies in one "row": the model then leaves out the tiles of both.
             tensors = {key: torch.cat([value, value]) for key, value in tensors.items()}
@@ -628,7 +630,12 @@ class TinyCase:
             tensors = [[t for name, t in row_tensors if name == modality] for _, row_tensors in built]
             if any(tensors):
                 inputs |= visuals.collate(tensors)
-        return inputs
+        parameters = inspect.signature(self.model.forward).parameters
+        if "pixel_values" in inputs and "pixel_values" not in parameters:
+            # The older name of Video-LLaVA's images.
+            inputs["pixel_values_images"] = inputs.pop("pixel_values")
+        dtype = self.model.dtype
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
     def _row(self, row: Row) -> tuple[list[int], list[tuple[str, Inputs]]]:
         # One generator per row, not per batch: a row must be the same whichever batch it stands in.
@@ -651,7 +658,7 @@ class TinyCase:
         return ids + text(row.tail), tensors
 
 
-def build(name: str, *, seed: int = 0) -> TinyCase:
+def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyCase:
     """Build the tiny model of a family.
 
     Parameters
@@ -660,11 +667,13 @@ def build(name: str, *, seed: int = 0) -> TinyCase:
         A name of `FAMILIES`.
     seed : int
         Seed of weights, texts and pixels. The global random state is left alone.
+    dtype : torch.dtype
+        Of the weights and the pixels; the same numbers, rounded.
 
     Returns
     -------
     TinyCase
-        Model in float32, evaluation mode, and its batches.
+        Model in evaluation mode, and its batches.
     """
     line = family(name)
     architecture = ARCHITECTURES[line.architecture]
@@ -673,7 +682,7 @@ def build(name: str, *, seed: int = 0) -> TinyCase:
         model = getattr(transformers, architecture.model_class)(architecture.config())
         with torch.no_grad():
             architecture.prepare(model)
-    model.eval()
+    model.eval().to(dtype)
     # Random models sample the end token like any other; sequences of known length are easier to compare.
     model.generation_config.pad_token_id = PAD
     model.generation_config.bos_token_id = BOS

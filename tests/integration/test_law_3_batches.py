@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vtc
 from tests import reference, tiny
-from tests.integration.matrix import METHODS, TOLERANCE, Method, build, over_matrix
+from tests.integration.matrix import METHODS, Method, over_matrix, sharp, tolerance
 
 Kept = dict[tuple[int, int], list[int]]
 
@@ -31,9 +31,9 @@ def generated(
         return reference.stacked_logits(out), reference.answers(out, inputs), kept(vtc.report(model))
 
 
-@over_matrix()
+@over_matrix(attentions=("sdpa",))
 def test_a_batch_equals_its_rows(family: tiny.Family, method: Method, attention: str) -> None:
-    case = build(family, attention)
+    case = sharp(family, attention)
     for kind in ("ragged", "two_images", "no_image_row"):
         logits, _, together = generated(case, method, case.batch(kind))
         alone: Kept = {}
@@ -47,14 +47,14 @@ def test_a_batch_equals_its_rows(family: tiny.Family, method: Method, attention:
                 )
                 single = reference.stacked_logits(out)
             error = reference.max_error(logits[row : row + 1], single)
-            assert error <= TOLERANCE, (kind, row, error)
+            assert error <= tolerance(case), (kind, row, error)
         assert together == alone, kind
 
 
 @over_matrix(attentions=("sdpa",))
 @torch.no_grad()
 def test_padding_side_does_not_matter(family: tiny.Family, method: Method, attention: str) -> None:
-    case = build(family, attention)
+    case = sharp(family, attention)
     if family.hybrid:
         pytest.skip("right padding reaches the recurrent state of linear-attention layers, compressed or not")
     outputs, choices = [], []
@@ -71,17 +71,17 @@ def test_padding_side_does_not_matter(family: tiny.Family, method: Method, atten
         outputs.append([logits[row, real[row]][visible[row, real[row]]] for row in range(len(real))])
     assert choices[0] == choices[1]
     for left, right in zip(*outputs, strict=True):
-        assert reference.max_error(left, right) <= TOLERANCE
+        assert reference.max_error(left, right) <= tolerance(case)
 
 
 @over_matrix(attentions=("sdpa",))
 def test_the_order_of_rows_does_not_matter(family: tiny.Family, method: Method, attention: str) -> None:
-    case = build(family, attention)
+    case = sharp(family, attention)
     for kind in ("ragged", "no_image_row"):
         rows = tiny.ROWS[kind]
         forward, _, first = generated(case, method, case.collate(rows))
         backward, _, second = generated(case, method, case.collate(rows[::-1]))
-        assert reference.max_error(forward, backward.flip(0)) <= TOLERANCE, kind
+        assert reference.max_error(forward, backward.flip(0)) <= tolerance(case), kind
         assert first == {(len(rows) - 1 - row, index): indices for (row, index), indices in second.items()}, kind
 
 
@@ -89,7 +89,7 @@ def test_the_order_of_rows_does_not_matter(family: tiny.Family, method: Method, 
 @torch.no_grad()
 def test_the_order_of_images_does_not_matter(family: tiny.Family, method: Method, attention: str) -> None:
     # Three different images in one row and backwards in another: every one keeps the same tokens.
-    case = build(family, attention)
+    case = sharp(family, attention)
     sizes = (0, 1, 2)
     rows = [tiny.Row(20, 4, tuple((None, size) for size in order), 5) for order in (sizes, sizes[::-1])]
     pixels = _same_pixels(case, rows)

@@ -198,11 +198,8 @@ def test_the_global_random_state_is_left_alone(method: Method) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision_stays_finite(family: tiny.Family, method: Method, attention: str, dtype: torch.dtype) -> None:
-    case = build(family, attention)
-    inputs = {
-        key: value.to(dtype) if value.is_floating_point() else value for key, value in case.batch("ragged").items()
-    }
-    model = case.model.to(dtype)
+    case = build(family, attention, dtype=dtype)
+    model, inputs = case.model, case.batch("ragged")
     with method.on(model):
         out = model.generate(
             **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
