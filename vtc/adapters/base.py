@@ -104,7 +104,19 @@ class Adapter(ABC):
 
     def supplies(self) -> frozenset[Need]:
         """What selectors may require on this model."""
-        needs = {Need.RECEIVED_ATTENTION, Need.KEYS, Need.TEXT_EMBEDS, Need.TEXT_ATTENTION, Need.HIDDEN_STATES}
+        needs = {
+            Need.RECEIVED_ATTENTION,
+            Need.KEYS,
+            Need.CONTEXT_RELEVANCE,
+            Need.ENTROPY,
+            Need.TEXT_EMBEDS,
+            Need.TEXT_ATTENTION,
+            Need.MODALITY_ATTENTION,
+            Need.ATTENTION_EXCHANGE,
+            Need.PAGERANK,
+            Need.HIDDEN_STATES,
+            Need.ORIGIN,
+        }
         if all(self.prefix_tokens(modality) for modality in self.modalities):
             needs.add(Need.CLS_ATTENTION)
         return frozenset(needs)
@@ -146,6 +158,30 @@ class Adapter(ABC):
         Tensor (total, C)
             Values per feature row, in the order of `layout`; averaged where patches are pooled, 0 on structural rows.
         """
+
+    def patch_pixels(self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Pixels of every patch, from what the tower is given.
+
+        Parameters
+        ----------
+        modality, call
+            As in `layout`.
+        pixels : Tensor (crops, C, H, W)
+
+        Returns
+        -------
+        list of Tensor (M, C, P)
+            One per crop, patches in the order in which they enter the tower.
+        """
+        config: Any = self.tower(modality).config
+        size = config.patch_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        patches = nn.functional.unfold(pixels, (height, width), stride=(height, width))
+        return list(patches.transpose(1, 2).unflatten(2, (pixels.shape[1], -1)))
+
+    def arrange_inputs(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        """As `arrange`, for values in the order in which patches enter the tower."""
+        return self.arrange(modality, call, patches)
 
     def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
         """Where `builds_masks`: which tokens see each other in both directions.

@@ -22,19 +22,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
+from vtc import kernels
 from vtc.adapters.base import Adapter, rows_of
 from vtc.adapters.cache import CacheRecord, Lease, record_of
-from vtc.adapters.masks import LayerKinds
+from vtc.adapters.masks import LayerKinds, Sight
 from vtc.adapters.prompt import Encoded, Prompt, Segment
 from vtc.adapters.run import Run, thin
 from vtc.adapters.seams import Seams
 from vtc.adapters.tap import AttentionTap, attach, detach
 from vtc.budget import resolve_budget
 from vtc.config import CompressionConfig
-from vtc.context import Need, VisualContext
+from vtc.context import Need, VisualContext, grid_origin
 from vtc.errors import InputError, StateError, UnsupportedMethodError
+from vtc.kernels.attention import received_from, streamed_context_relevance, streamed_pagerank
 from vtc.report import Report, SegmentReport
 from vtc.selection import PackPlan, Selection
 from vtc.selectors.base import Selector
@@ -46,7 +49,13 @@ _TAP: dict[Need, str] = {
 }
 """What a tap on the tower is told to record for a need."""
 
-_TOWER_NEEDS = frozenset(_TAP)
+_TOWER_NEEDS = frozenset({*_TAP, Need.CONTEXT_RELEVANCE})
+"""What is read from the tower's attention."""
+
+_DECODER_NEEDS = frozenset({Need.TEXT_ATTENTION, Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE, Need.PAGERANK})
+"""What is read from a decoder layer's attention."""
+
+_MODALITIES = frozenset({Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE})
 
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 """Arguments of the base model that bring a modality; Video-LLaVA has called its images differently over time."""
@@ -65,7 +74,7 @@ class PlannedStage:
     def budget(self, n: int) -> int:
         """How many of `n` tokens may stay; a method that plans its stages itself may plan to keep none."""
         if self.keep is not None:
-            return round(n * self.keep)
+            return max(round(n * self.keep), 1 if self.layer is None else 0)
         return resolve_budget(n, self.config.keep_ratio, self.config.keep_tokens)
 
     @property
@@ -102,6 +111,7 @@ class Engine:
         self.model: Any = model
         self.adapter = adapter
         self.configs = tuple(configs)
+        self.stages = tuple(stages)
         self.before = [stage for stage in stages if stage.layer is None]
         self.inside = {stage.layer: stage for stage in stages if stage.layer is not None}
         self.positions, self.structural = configs[0].positions, configs[0].structural
@@ -153,7 +163,7 @@ class Engine:
             if self.inside:
                 self._hook_layers(max(0, min(self.inside) - 1))
             for layer, stage in self.inside.items():
-                if Need.TEXT_ATTENTION in stage.requires:
+                if stage.requires & _DECODER_NEEDS:
                     attach(self.adapter.decoder_attention(layer - 1), AttentionTap())
         except BaseException:
             self.uninstall()
@@ -167,20 +177,37 @@ class Engine:
         self._first_hooked = len(self.adapter.text_model.layers)
 
     def _attach_taps(self, modality: str) -> None:
-        wanted = {need for stage in self.before for need in stage.requires if need in _TOWER_NEEDS}
+        wanted = self._wanted(_TOWER_NEEDS)
         if wanted:
             layers = self.adapter.tower_attentions(modality)
             for layer in self._tapped_layers(modality, {}):
                 if "_vtc_tap" not in layers[layer].__dict__:
-                    attach(layers[layer], AttentionTap.of(_TAP[need] for need in wanted))
+                    tap = AttentionTap.of(_TAP[need] for need in wanted if need in _TAP)
+                    if Need.CONTEXT_RELEVANCE in wanted:
+                        prefix = self.adapter.prefix_tokens(modality)
+                        parameters = self._parameters_of(Need.CONTEXT_RELEVANCE)
+                        read = functools.partial(streamed_context_relevance, prefix=prefix, **parameters)
+                        tap.readers[Need.CONTEXT_RELEVANCE.value] = read
+                    attach(layers[layer], tap)
+
+    def _wanted(self, needs: frozenset[Need]) -> frozenset[Need]:
+        """Those of `needs` that some stage requires."""
+        return frozenset(need for stage in self.stages for need in stage.requires if need in needs)
+
+    def _parameters_of(self, need: Need) -> dict[str, Any]:
+        """How a value that is computed once for all stages is to be computed."""
+        asked = [dict(stage.selector.parameters(need)) for stage in self.stages if need in stage.requires]
+        if any(parameters != asked[0] for parameters in asked):
+            raise UnsupportedMethodError(f"the composed methods want different kinds of {need.value}: {asked}")
+        return asked[0]
 
     def _tapped_layers(self, modality: str, call: dict[str, Any]) -> tuple[int, ...]:
-        if not any(stage.requires & _TOWER_NEEDS for stage in self.before):
+        if not self._wanted(_TOWER_NEEDS):
             return ()
         depth = len(self.adapter.tower_attentions(modality))
         feature_layer = self.adapter.feature_layer(modality, call)
         chosen = {
-            stage.selector.vision_layers(depth, feature_layer) for stage in self.before if stage.requires & _TOWER_NEEDS
+            stage.selector.vision_layers(depth, feature_layer) for stage in self.stages if stage.requires & _TOWER_NEEDS
         }
         if len(chosen) > 1:
             raise UnsupportedMethodError(
@@ -211,6 +238,8 @@ class Engine:
                 "but compress() prepared another one; call compress() again after changing vision_feature_layer"
             )
         self._encoding = True
+        pixels: list[torch.Tensor] = []
+        grabbed = self._grab_pixels(modality, pixels) if self._wanted(frozenset({Need.ENTROPY})) else None
         for tap in taps:
             tap.start()
         try:
@@ -218,12 +247,15 @@ class Engine:
         finally:
             self._encoding = False
             records = [tap.stop() for tap in taps]
+            if grabbed is not None:
+                grabbed.remove()
         if getattr(output, "pooler_output", None) is None:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
         with torch.no_grad():
             layout = self.adapter.layout(modality, call, output)
-            wanted = frozenset().union(*(stage.requires for stage in self.before)) & _TOWER_NEEDS
-            needs = {need: self._needs(modality, call, need, records) for need in wanted}
+            needs = {need: self._needs(modality, call, need, records) for need in self._wanted(_TOWER_NEEDS)}
+            if grabbed is not None:
+                needs[Need.ENTROPY] = self._entropy(modality, call, torch.cat(pixels))
         encoded = Encoded(modality, rows_of(output).detach(), layout, needs)
         self._encoded[modality] = encoded
         output._vtc_encoded = encoded  # follows features that are computed once and passed on
@@ -248,6 +280,27 @@ class Engine:
         stacked = torch.stack(layers, dim=2)  # (crops, M, layers, C)
         arranged = self.adapter.arrange(modality, call, stacked.flatten(2))
         return arranged.unflatten(-1, stacked.shape[2:])
+
+    def _grab_pixels(self, modality: str, into: list[torch.Tensor]) -> RemovableHandle:
+        """Note what the tower is given: it gets the pixels without padding and in its own shape."""
+
+        def grab(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            into.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).detach())
+
+        return self.adapter.tower(modality).register_forward_pre_hook(grab, with_kwargs=True)
+
+    def _entropy(self, modality: str, call: dict[str, Any], pixels: torch.Tensor) -> torch.Tensor:
+        """Share in the pixel entropy of its crop per feature row, (total,)."""
+        crops = self.adapter.patch_pixels(modality, call, pixels)
+        parameters = self._parameters_of(Need.ENTROPY)
+        channels = crops[0].shape[1]
+        mean, std = (
+            torch.as_tensor(parameters[name], dtype=torch.float32, device=pixels.device).expand(channels)
+            for name in ("mean", "std")
+        )
+        shares = [kernels.patch_entropy(crop, mean, std).softmax(dim=0) for crop in crops]
+        patches = torch.cat(shares)[None] if pixels.dim() == 2 else torch.stack(shares)  # packed towers: one crop
+        return self.adapter.arrange_inputs(modality, call, patches[..., None])[:, 0]
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
@@ -434,6 +487,9 @@ class Engine:
             self._prompt = Prompt(ids.to(run.columns.device), offset, encoded, self.adapter, self.structural)
             if valid is not None:
                 self._prompt.valid |= valid.to(run.columns.device)
+            if self._wanted(frozenset({Need.ORIGIN})):
+                for segment in self._prompt.segments:
+                    segment.needs[Need.ORIGIN] = grid_origin(segment.grids, segment.features.device)
             self.last, self.selector_ms = self._prompt, 0.0
         if len(run.columns) % self._prompt.rows:
             raise InputError(f"{len(run.columns)} rows cannot come from a prompt of {self._prompt.rows}")
@@ -563,7 +619,7 @@ class Engine:
             stage, following = self.inside.get(layer), self.inside.get(layer + 1)
             if stage is not None:
                 hidden = self._prune(stage, layer, run, run.prompt, hidden)
-            if following is not None and Need.TEXT_ATTENTION in following.requires:
+            if following is not None and following.requires & _DECODER_NEEDS:
                 self._watch(layer, following, run, run.prompt)
         if not run.touched:
             return None
@@ -577,13 +633,43 @@ class Engine:
         return args, {**kwargs, "hidden_states": hidden}
 
     def _watch(self, layer: int, following: PlannedStage, run: Run, prompt: Prompt) -> None:
-        """Have this layer's attention rows of the last prompt token recorded for the stage that follows."""
-        if not prompt.decided(following.layer):
-            self._require_whole(run, following)
-            tap = self.adapter.decoder_attention(layer).__dict__["_vtc_tap"]
-            tap.start()
-            tap.queries = run.prompt_columns().argmax(dim=1)[:, None]
+        """Have recorded of this layer's attention what the stage that follows requires."""
+        if prompt.decided(following.layer):
+            return
+        self._require_whole(run, following)
+        tap: AttentionTap = self.adapter.decoder_attention(layer).__dict__["_vtc_tap"]
+        tap.start()
+        if Need.TEXT_ATTENTION in following.requires:
+            tap.queries = run.prompt_columns().argmax(dim=1)[:, None]  # of the last prompt token
             tap.key_mask = run.valid_keys(layer)
+        keys = run.keys_of(layer)
+        sight = Sight(run.columns, keys, run.kinds.windows[layer], run.blocks)
+        known = keys.shape[1]
+        if Need.PAGERANK in following.requires:
+            parameters = following.selector.parameters(Need.PAGERANK)
+
+            def walk(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
+                return streamed_pagerank(query, key, scaling, sight, run.valid, known=known, **parameters)
+
+            tap.once[Need.PAGERANK.value] = walk
+        if following.requires & _MODALITIES:
+            groups = self._modalities(following, run, prompt)
+
+            def receive(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
+                return received_from(query, key, scaling, sight, groups, known=known)
+
+            tap.once[Need.MODALITY_ATTENTION.value] = receive
+
+    def _modalities(self, stage: PlannedStage, run: Run, prompt: Prompt) -> torch.Tensor:
+        """(B, 2, T) bool: current tokens that are text of the prompt, as the method counts it, and the visual ones."""
+        columns = run.prompt_columns()
+        here = columns >= 0
+        visual = here & prompt.visual[run.source].gather(1, columns.clamp(min=0))
+        text = here & ~visual
+        parameters = [stage.selector.parameters(need) for need in _MODALITIES & stage.requires]
+        if parameters[0].get("text", "after") == "after":
+            text &= visual.cumsum(dim=1) > 0
+        return torch.stack([text, visual], dim=1)
 
     def _prune(self, stage: PlannedStage, layer: int, run: Run, prompt: Prompt, hidden: torch.Tensor) -> torch.Tensor:
         known = dict(run.steps).get(layer)
@@ -600,24 +686,38 @@ class Engine:
 
     def _select_inside(self, stage: PlannedStage, layer: int, run: Run, prompt: Prompt, hidden: torch.Tensor) -> None:
         self._require_whole(run, stage)
-        rows: torch.Tensor | None = None
-        if Need.TEXT_ATTENTION in stage.requires:
-            records = self.adapter.decoder_attention(layer - 1).__dict__["_vtc_tap"].stop()
-            if not records:
-                raise StateError(
-                    f"decoder layer {layer - 1} ran without its attention being seen; was its attention implementation "
-                    "registered after compress()? call compress() again"
-                )
-            rows = records[-1]["text_attention"]
+        record = self._recorded(layer - 1) if stage.requires & _DECODER_NEEDS else {}
         stored = run.keys_of(layer - 1).shape[1] - run.columns.shape[1]
+        groups = self._modalities(stage, run, prompt) if stage.requires & _MODALITIES else None
         for segment in prompt.segments:
             row = segment.row * (len(run.columns) // prompt.rows)
             places = run.places(row, segment.columns[segment.alive])
-            extra = {"hidden_states": hidden[row, places].detach()} if Need.HIDDEN_STATES in stage.requires else {}
-            if rows is not None:
-                extra["text_attention"] = rows[row][:, :, stored + places]
+            extra: dict[str, torch.Tensor] = {}
+            if Need.HIDDEN_STATES in stage.requires:
+                extra["hidden_states"] = hidden[row, places].detach()
+            if Need.TEXT_ATTENTION in stage.requires:
+                extra["text_attention"] = record["text_attention"][row][:, :, stored + places]
+            if Need.PAGERANK in stage.requires:
+                extra["pagerank"] = record["pagerank"][row, places]
+            if groups is not None:
+                received = record["modality_attention"][row]
+                if Need.MODALITY_ATTENTION in stage.requires:
+                    extra["modality_attention"] = received[:, places]
+                if Need.ATTENTION_EXCHANGE in stage.requires:
+                    text, visual = groups[row]
+                    extra["attention_exchange"] = torch.stack([received[0, visual].sum(), received[1, text].sum()])
             self._select(stage, segment, extra)
         prompt.decide(layer)
+
+    def _recorded(self, layer: int) -> dict[str, torch.Tensor]:
+        """What `_watch` had recorded of a decoder layer."""
+        records = self.adapter.decoder_attention(layer).__dict__["_vtc_tap"].stop()
+        if not records:
+            raise StateError(
+                f"decoder layer {layer} ran without its attention being seen; was its attention implementation "
+                "registered after compress()? call compress() again"
+            )
+        return records[-1]
 
     def around_deepstack(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Thin out the planes that deepstack adds behind the first layers, as far as decoder stages have pruned."""
@@ -682,5 +782,10 @@ class Engine:
 
 
 def _for_context(need: Need, value: torch.Tensor) -> torch.Tensor:
-    """(N, layers, C) as the context has it: (layers, heads, N) for attention, (N, d) of the last layer for keys."""
+    """What comes per token, (N, layers, C) if from a tapped tower, as the context has it."""
+    if need in (Need.ENTROPY, Need.ORIGIN):
+        return value
+    if need is Need.CONTEXT_RELEVANCE:  # (N,) of the last layer
+        return value[:, -1, 0]
+    # (N, d) of the last layer for keys, (layers, heads, N) for attention.
     return value[:, -1] if need is Need.KEYS else value.permute(1, 2, 0)

@@ -36,6 +36,14 @@ class QwenVLAdapter(Adapter):
     def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         return patches.flatten(0, 1).unflatten(0, (-1, self.base.visual.spatial_merge_size**2)).mean(dim=1)
 
+    def arrange_inputs(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        # Named by its class: a tower that reorders its patches does so behind its entrance.
+        return QwenVLAdapter.arrange(self, modality, call, patches)
+
+    def patch_pixels(self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Here `pixels` are rows (M, C * P), one image after the other."""
+        return list(pixels.unflatten(1, (3, -1)).split(self._grids(modality, call).prod(dim=1).tolist()))
+
 
 @register_adapter("qwen2_5_vl")
 class Qwen2_5VLAdapter(QwenVLAdapter):

@@ -25,6 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtc.kernels.attention import attention_received, attention_rows
 
+Reader = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
+
 
 @dataclass(eq=False)
 class AttentionTap:
@@ -42,6 +44,10 @@ class AttentionTap:
         Rows to record, as column indices among the current queries; needs `key_mask`.
     key_mask : BoolTensor (B, M) or None
         Keys that exist, past ones included.
+    readers : mapping of name to function
+        What else to record: functions of query, key, scaling and, in a tower, who may see whom.
+    once : mapping of name to function
+        The same until `stop`, for one pass.
     """
 
     cls_rows: bool = False
@@ -49,6 +55,8 @@ class AttentionTap:
     keys: bool = False
     queries: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
+    readers: dict[str, Reader] = field(default_factory=dict)
+    once: dict[str, Reader] = field(default_factory=dict)
     active: bool = False
     records: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
@@ -68,6 +76,7 @@ class AttentionTap:
     def stop(self) -> list[dict[str, torch.Tensor]]:
         """End recording and hand over what was recorded, one entry per call of the kernel."""
         records, self.records, self.active, self.queries, self.key_mask = self.records, [], False, None, None
+        self.once = {}
         return records
 
     @torch.no_grad()
@@ -96,6 +105,8 @@ class AttentionTap:
             record["received_attention"] = attention_received(query, key, scaling, allowed)
         if self.keys:
             record["keys"] = key.transpose(1, 2).flatten(2)
+        for name, read in {**self.readers, **self.once}.items():
+            record[name] = read(query, key, scaling, allowed)
         if self.queries is not None:
             if self.key_mask is None:
                 raise RuntimeError("a tap with queries needs key_mask")
@@ -110,7 +121,7 @@ class AttentionTap:
         self.records.append(record)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionTap:
-        return _live(AttentionTap(self.cls_rows, self.received, self.keys))
+        return _live(AttentionTap(self.cls_rows, self.received, self.keys, readers=dict(self.readers)))
 
 
 def _allowed(mask: Any) -> torch.Tensor | None:

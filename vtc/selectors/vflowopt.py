@@ -222,7 +222,7 @@ class VFlowOptSelector(Selector):
     def select(self, ctx: VisualContext) -> Selection:
         """The most important tokens; before the language model, one more for every cell of an image."""
         scores = self.score(ctx)
-        budget = max(0, ctx.n - self._dropped(ctx))
+        budget = max(1, ctx.n - self._dropped(ctx))
         if ctx.layer_idx is None and ctx.modality == "image" and self.recycle and budget < ctx.n:
             return self._recycle(ctx, scores, budget)
         return Selection.from_indices(ctx.n, kernels.topk_indices(scores, budget))
