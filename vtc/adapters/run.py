@@ -31,7 +31,8 @@ class Run:
     """
 
     def __init__(self, kinds: LayerKinds, cache: Any, columns: torch.Tensor, past: int, history: CacheRecord) -> None:
-        self.kinds, self.cache, self.past, self.history = kinds, cache, past, history
+        self.kinds, self.cache, self.past = kinds, cache, past
+        self.history = CacheRecord(history.logical, list(history.groups), history.shift)  # `write_record` moves on
         self.columns = columns
         self.length = columns.shape[1]
         self.seen = past + self.length
