@@ -105,7 +105,8 @@ def keep_masks(model: Any, inputs: Inputs, report: Any) -> dict[int, Tensor]:
         for layer, selection in segment.selections:
             assert selection.n == len(left), "a selection speaks about the tokens that entered its stage"
             left = left[selection.keep]
-            kept = torch.cat([always, left]).sort().values
+            # The newlines of an image go with its last token.
+            kept = torch.cat([always, left]).sort().values if len(left) else left
             stage = BEFORE_LM if layer is None else layer
             for later in stages:
                 if later >= stage:
