@@ -38,6 +38,10 @@ from eval.tasks.scenes.vocabulary import KINDS
 TOKENIZER = Path(__file__).parents[1] / "src" / "vtc_reference" / "tokenizer"
 
 
+PRACTICE = (*KINDS, "relation", "relation", "extreme", "place", "count", "digit", "digit", "reading", "reading")
+"""Kinds of question in training: what takes longest to learn is asked more often."""
+
+
 @dataclass
 class Data:
     """Cached features with what the scenes hold: shards of scenes, each of arrays to be joined along the views."""
@@ -217,7 +221,8 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
             labels = torch.stack([patch_labels(scene.things) for scene in data.scenes])
             order = np.random.default_rng([arguments.seed, epoch]).permutation(len(data.scenes))
         indices, order = np.sort(order[: arguments.batch][rank::world]), order[arguments.batch :]
-        text = packer.ask_and_pack([data.scenes[int(i)] for i in indices], arguments.per_scene, seed=epoch)
+        scenes = [data.scenes[int(i)] for i in indices]
+        text = packer.ask_and_pack(scenes, arguments.per_scene, seed=epoch, kinds=PRACTICE)
         with torch.autocast("cpu", torch.bfloat16):
             logits, visual, halfway = packed(data.batch(indices), text)
             targets = text.labels[text.labels != IGNORE]
@@ -227,7 +232,7 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
             pointing = packed.pointing_loss(halfway, text)
         optimiser.zero_grad(set_to_none=True)
         help_weight = arguments.help_weight
-        (loss + help_weight * (words + reading + pointing)).backward()
+        (loss + help_weight * (words + pointing) + arguments.reading_weight * reading).backward()
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -274,7 +279,8 @@ def main() -> None:
     parser.add_argument("--per-scene", type=int, default=18)
     parser.add_argument("--text-length", type=int, default=175)
     parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--help-weight", type=float, default=0.3, help="weight of the three auxiliary losses")
+    parser.add_argument("--help-weight", type=float, default=0.3, help="weight of the word and pointing losses")
+    parser.add_argument("--reading-weight", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--save-every", type=float, default=240.0)

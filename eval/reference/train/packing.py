@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.tasks.scenes.questions import Question, ask
 from eval.tasks.scenes.scene import Scene, Thing
-from eval.tasks.scenes.vocabulary import COLOURS, GRID, SHAPES, SIGN_COLOURS
+from eval.tasks.scenes.vocabulary import COLOURS, GRID, KINDS, SHAPES, SIGN_COLOURS
 
 IGNORE = -100
 EOS_WEIGHT = 0.1  # the end of an answer is learned in minutes and then only dilutes the loss
@@ -133,9 +133,11 @@ class Packer:
             mentions=torch.tensor(mentions, dtype=torch.bool),
         )
 
-    def ask_and_pack(self, scenes: Sequence[Scene], per_scene: int, seed: int) -> PackedText:
+    def ask_and_pack(
+        self, scenes: Sequence[Scene], per_scene: int, seed: int, kinds: Sequence[str] = KINDS
+    ) -> PackedText:
         """Ask fresh questions (another ``seed``, other questions) and pack them."""
-        return self.pack([ask(scene, per_scene, seed=seed) for scene in scenes], scenes)
+        return self.pack([ask(scene, per_scene, seed=seed, kinds=kinds) for scene in scenes], scenes)
 
 
 def patches_of(scene: Scene, things: Sequence[int]) -> Tensor:
