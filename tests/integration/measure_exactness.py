@@ -1,0 +1,69 @@
+"""Worst error of law 2 per family, as a Markdown table.
+
+    python -m tests.integration.measure_exactness --output exactness.md
+
+The compressed model beside the untouched one with the dropped tokens masked: largest absolute difference of the
+logits over all methods of the law matrix that apply and over the batch kinds, at prefill (all tokens that are left)
+and over the cached decode steps of a greedy generate().
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests import tiny
+from tests.integration.matrix import METHODS, build
+from tests.integration.test_law_2_masking import DECODE_STEPS, HYBRID, decode_error, hybrid_error, prefill_error
+
+KINDS = ("single", "ragged", "two_images", "no_image_row")
+COLUMNS = (("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.float64))
+
+
+def worst(family: tiny.Family, attention: str, dtype: torch.dtype) -> tuple[float | None, float]:
+    """Errors at prefill and over the decode steps; a linear-attention decoder has the second alone."""
+    case = build(family, attention, dtype=dtype)
+    methods = [method for method in METHODS if method.applies_to(family)]
+    batches = [case.batch(kind) for kind in KINDS]
+    if family in HYBRID:
+        return None, max(hybrid_error(case, method, inputs) for method in methods for inputs in batches)
+    prefill = max(prefill_error(case, method, inputs)[0] for method in methods for inputs in batches)
+    return prefill, max(decode_error(case, method, inputs) for method in methods for inputs in batches)
+
+
+def table() -> str:
+    """The table, conditions first."""
+    names = [f"{attention} {str(dtype).removeprefix('torch.')}" for attention, dtype in COLUMNS]
+    head = ["family", *(f"{name}, {part}" for name in names for part in ("prefill", "decode"))]
+    lines = [
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, CPU, "
+        f"{torch.get_num_threads()} thread(s). Tiny random-weight models, logits up to 10 in size. "
+        f"Methods: {', '.join(map(str, METHODS))}. Batches: {', '.join(KINDS)}. Decode: first token and {DECODE_STEPS} "
+        "cached steps.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "| --- " * len(head) + "|",
+    ]
+    for family in tiny.FAMILIES:
+        cells = [family.name]
+        for attention, dtype in COLUMNS:
+            cells += ["-" if error is None else f"{error:.1e}" for error in worst(family, attention, dtype)]
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.output.write_text(table(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
