@@ -154,9 +154,10 @@ _FOUND: dict[str, Callable[..., Any] | None] = {}  # name -> the local override 
 
 
 def _live(tap: AttentionTap) -> AttentionTap:
+    # Callbacks on a dying object run newest first: `_LIVE` must have forgotten it before the table is looked at.
+    weakref.finalize(tap, _synchronise).atexit = False
     with _LOCK:
         _LIVE.add(tap)
-    weakref.finalize(tap, _synchronise)
     _synchronise()
     return tap
 
