@@ -47,9 +47,9 @@ def over(methods: dict[str, Any]) -> Any:
     return pytest.mark.parametrize(("method", "options"), methods.values(), ids=methods)
 
 
-def generated(case: tiny.TinyCase, inputs: dict[str, Any], steps: int = 3) -> Tensor:
+def generated(case: tiny.TinyCase, inputs: dict[str, Any], steps: int = 3, **modes: Any) -> Tensor:
     out = case.model.generate(
-        **inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True
+        **inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True, **modes
     )
     return reference.stacked_logits(out)
 
@@ -84,6 +84,19 @@ def test_dropping_equals_masking(name: str, method: str, options: dict[str, Any]
     expected = reference.Reference.of(case.model, inputs, report)
     theirs = expected.logits_along(reference.answers(ours, inputs))
     assert reference.max_error(reference.stacked_logits(ours), theirs) <= tolerance(case)
+
+
+@over(METHODS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_caches_make_no_difference(name: str, method: str, options: dict[str, Any]) -> None:
+    # Without a cache the prompt is fed again at every step, when the stages have long decided.
+    case = sharp(tiny.family(name))
+    inputs = case.batch("ragged")
+    with vtc.compressed(case.model, method, **options):
+        usual = generated(case, inputs)
+        for other in ({"use_cache": False}, {"cache_implementation": "static"}):
+            assert reference.max_error(generated(case, inputs, **other), usual) <= tolerance(case), other
+        assert torch.equal(generated(case, inputs), usual)
 
 
 @pytest.mark.parametrize("method", ["todre", "atp", "aim", "vflowopt"])

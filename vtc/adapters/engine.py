@@ -22,65 +22,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
-from vtc import kernels
-from vtc.adapters.base import Adapter, rows_of
+from vtc.adapters.base import Adapter
 from vtc.adapters.cache import CacheRecord, Lease, record_of
-from vtc.adapters.masks import LayerKinds, Sight
+from vtc.adapters.decoder import DECODER_NEEDS, DecoderReader
+from vtc.adapters.masks import LayerKinds
 from vtc.adapters.prompt import Encoded, Prompt, Segment
 from vtc.adapters.run import Run, thin
 from vtc.adapters.seams import Seams
-from vtc.adapters.tap import AttentionTap, attach, detach
-from vtc.budget import resolve_budget
+from vtc.adapters.stages import PlannedStage, wanted
+from vtc.adapters.tap import detach
+from vtc.adapters.tower import TowerReader
 from vtc.config import CompressionConfig
 from vtc.context import Need, VisualContext, grid_origin
 from vtc.errors import InputError, StateError, UnsupportedMethodError
-from vtc.kernels.attention import received_from, streamed_context_relevance, streamed_pagerank
 from vtc.report import Report, SegmentReport
 from vtc.selection import PackPlan, Selection
-from vtc.selectors.base import Selector
-
-_TAP: dict[Need, str] = {
-    Need.CLS_ATTENTION: "cls_rows",
-    Need.RECEIVED_ATTENTION: "received",
-    Need.KEYS: "keys",
-}
-"""What a tap on the tower is told to record for a need."""
-
-_TOWER_NEEDS = frozenset({*_TAP, Need.CONTEXT_RELEVANCE})
-"""What is read from the tower's attention."""
-
-_DECODER_NEEDS = frozenset({Need.TEXT_ATTENTION, Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE, Need.PAGERANK})
-"""What is read from a decoder layer's attention."""
-
-_MODALITIES = frozenset({Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE})
 
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 """Arguments of the base model that bring a modality; Video-LLaVA has called its images differently over time."""
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """One stage of one configured method."""
-
-    config: CompressionConfig
-    selector: Selector
-    layer: int | None
-    requires: frozenset[Need]
-    keep: float | None = None
-
-    def budget(self, n: int) -> int:
-        """How many of `n` tokens may stay; a method that plans its stages itself may plan to keep none."""
-        if self.keep is not None:
-            return max(round(n * self.keep), 1 if self.layer is None else 0)
-        return resolve_budget(n, self.config.keep_ratio, self.config.keep_tokens)
-
-    @property
-    def keep_ratio(self) -> float | None:
-        """Fraction behind `budget`, if it is one."""
-        return self.config.keep_ratio if self.keep is None else self.keep
 
 
 @dataclass(eq=False)
@@ -111,7 +72,7 @@ class Engine:
         self.model: Any = model
         self.adapter = adapter
         self.configs = tuple(configs)
-        self.stages = tuple(stages)
+        self.tower, self.decoder = TowerReader(adapter, stages), DecoderReader(adapter)
         self.before = [stage for stage in stages if stage.layer is None]
         self.inside = {stage.layer: stage for stage in stages if stage.layer is not None}
         self.positions, self.structural = configs[0].positions, configs[0].structural
@@ -123,10 +84,8 @@ class Engine:
         self.lease = Lease()
         self._seams = Seams()
         self._first_hooked = len(adapter.text_model.layers)
-        self._parameters: dict[str, inspect.Signature] = {}
         self._forget()
         self._prepared: list[Any] | None = None
-        self._encoding = False
 
     def _forget(self) -> None:
         """Drop everything that belongs to one call."""
@@ -149,9 +108,8 @@ class Engine:
             self._signature = inspect.signature(base.forward)
             for modality in self.adapter.modalities:
                 name = f"get_{modality}_features"
-                self._parameters[modality] = inspect.signature(getattr(base, name))
+                self.tower.attach(modality)
                 self._seams.wrap(base, name, functools.partial(self.around_encode, modality))
-                self._attach_taps(modality)
             if hasattr(self.model, "generate"):
                 self._seams.wrap(self.model, "generate", self.around_generate)
                 self._seams.wrap(self.model, "prepare_inputs_for_generation", self.around_prepare)
@@ -163,8 +121,7 @@ class Engine:
             if self.inside:
                 self._hook_layers(max(0, min(self.inside) - 1))
             for layer, stage in self.inside.items():
-                if stage.requires & _DECODER_NEEDS:
-                    attach(self.adapter.decoder_attention(layer - 1), AttentionTap())
+                self.decoder.attach(stage, layer)
         except BaseException:
             self.uninstall()
             raise
@@ -176,45 +133,6 @@ class Engine:
         detach(list(self.adapter.base.modules()))
         self._first_hooked = len(self.adapter.text_model.layers)
 
-    def _attach_taps(self, modality: str) -> None:
-        wanted = self._wanted(_TOWER_NEEDS)
-        if wanted:
-            layers = self.adapter.tower_attentions(modality)
-            for layer in self._tapped_layers(modality, {}):
-                if "_vtc_tap" not in layers[layer].__dict__:
-                    tap = AttentionTap.of(_TAP[need] for need in wanted if need in _TAP)
-                    if Need.CONTEXT_RELEVANCE in wanted:
-                        prefix = self.adapter.prefix_tokens(modality)
-                        parameters = self._parameters_of(Need.CONTEXT_RELEVANCE)
-                        read = functools.partial(streamed_context_relevance, prefix=prefix, **parameters)
-                        tap.readers[Need.CONTEXT_RELEVANCE.value] = read
-                    attach(layers[layer], tap)
-
-    def _wanted(self, needs: frozenset[Need]) -> frozenset[Need]:
-        """Those of `needs` that some stage requires."""
-        return frozenset(need for stage in self.stages for need in stage.requires if need in needs)
-
-    def _parameters_of(self, need: Need) -> dict[str, Any]:
-        """How a value that is computed once for all stages is to be computed."""
-        asked = [dict(stage.selector.parameters(need)) for stage in self.stages if need in stage.requires]
-        if any(parameters != asked[0] for parameters in asked):
-            raise UnsupportedMethodError(f"the composed methods want different kinds of {need.value}: {asked}")
-        return asked[0]
-
-    def _tapped_layers(self, modality: str, call: dict[str, Any]) -> tuple[int, ...]:
-        if not self._wanted(_TOWER_NEEDS):
-            return ()
-        depth = len(self.adapter.tower_attentions(modality))
-        feature_layer = self.adapter.feature_layer(modality, call)
-        chosen = {
-            stage.selector.vision_layers(depth, feature_layer) for stage in self.stages if stage.requires & _TOWER_NEEDS
-        }
-        if len(chosen) > 1:
-            raise UnsupportedMethodError(
-                f"the composed methods read different tower layers {sorted(chosen)}; choose the same"
-            )
-        return chosen.pop()
-
     def _hook_layers(self, first: int) -> None:
         """Make sure that decoder layers from `first` on are followed."""
         layers = self.adapter.text_model.layers
@@ -222,87 +140,14 @@ class Engine:
             self._seams.before(layers[index], functools.partial(self.before_layer, index))
         self._first_hooked = min(first, self._first_hooked)
 
-    # -- encoders -------------------------------------------------------------------------------------------------
+    # -- calls ----------------------------------------------------------------------------------------------------
 
     def around_encode(self, modality: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.enabled or self._encoding:  # some families encode a video by encoding its frames as images
+        """Read images or videos while they are encoded."""
+        if not self.enabled or self.tower.busy:  # some families encode a video by encoding its frames as images
             return original(*args, **kwargs)
-        call = dict(self._parameters[modality].bind_partial(*args, **kwargs).arguments)
-        call |= call.pop("kwargs", {})
-        layers = self._tapped_layers(modality, call)
-        attentions = self.adapter.tower_attentions(modality) if layers else []
-        taps: list[Any] = [attentions[layer].__dict__.get("_vtc_tap") for layer in layers]
-        if None in taps:
-            raise StateError(
-                f"this call reads the features of tower layer {self.adapter.feature_layer(modality, call)}, "
-                "but compress() prepared another one; call compress() again after changing vision_feature_layer"
-            )
-        self._encoding = True
-        pixels: list[torch.Tensor] = []
-        grabbed = self._grab_pixels(modality, pixels) if self._wanted(frozenset({Need.ENTROPY})) else None
-        for tap in taps:
-            tap.start()
-        try:
-            output = original(*args, **kwargs)
-        finally:
-            self._encoding = False
-            records = [tap.stop() for tap in taps]
-            if grabbed is not None:
-                grabbed.remove()
-        if getattr(output, "pooler_output", None) is None:
-            raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
-        with torch.no_grad():
-            layout = self.adapter.layout(modality, call, output)
-            needs = {need: self._needs(modality, call, need, records) for need in self._wanted(_TOWER_NEEDS)}
-            if grabbed is not None:
-                needs[Need.ENTROPY] = self._entropy(modality, call, torch.cat(pixels))
-        encoded = Encoded(modality, rows_of(output).detach(), layout, needs)
-        self._encoded[modality] = encoded
-        output._vtc_encoded = encoded  # follows features that are computed once and passed on
+        output, self._encoded[modality] = self.tower.read(modality, original, args, kwargs)
         return output
-
-    def _needs(
-        self, modality: str, call: dict[str, Any], need: Need, records: list[list[dict[str, torch.Tensor]]]
-    ) -> torch.Tensor:
-        """Tower values per feature row, (total, layers, ...)."""
-        name = need.value
-        prefix = self.adapter.prefix_tokens(modality)
-        layers = []
-        for record in records:
-            if not record:
-                raise StateError(
-                    "the tower ran without its attention being seen; was its attention implementation registered after "
-                    "compress()? call compress() again"
-                )
-            parts = [part[name].movedim(-1, 1) if need is not Need.KEYS else part[name] for part in record]  # (B, M, C)
-            # Packed towers take their images one by one; together they are one crop.
-            layers.append((torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])[:, prefix:].float())
-        stacked = torch.stack(layers, dim=2)  # (crops, M, layers, C)
-        arranged = self.adapter.arrange(modality, call, stacked.flatten(2))
-        return arranged.unflatten(-1, stacked.shape[2:])
-
-    def _grab_pixels(self, modality: str, into: list[torch.Tensor]) -> RemovableHandle:
-        """Note what the tower is given: it gets the pixels without padding and in its own shape."""
-
-        def grab(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            into.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).detach())
-
-        return self.adapter.tower(modality).register_forward_pre_hook(grab, with_kwargs=True)
-
-    def _entropy(self, modality: str, call: dict[str, Any], pixels: torch.Tensor) -> torch.Tensor:
-        """Share in the pixel entropy of its crop per feature row, (total,)."""
-        crops = self.adapter.patch_pixels(modality, call, pixels)
-        parameters = self._parameters_of(Need.ENTROPY)
-        channels = crops[0].shape[1]
-        mean, std = (
-            torch.as_tensor(parameters[name], dtype=torch.float32, device=pixels.device).expand(channels)
-            for name in ("mean", "std")
-        )
-        shares = [kernels.patch_entropy(crop, mean, std).softmax(dim=0) for crop in crops]
-        patches = torch.cat(shares)[None] if pixels.dim() == 2 else torch.stack(shares)  # packed towers: one crop
-        return self.adapter.arrange_inputs(modality, call, patches[..., None])[:, 0]
-
-    # -- calls ----------------------------------------------------------------------------------------------------
 
     def around_generate(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._forget()
@@ -487,7 +332,7 @@ class Engine:
             self._prompt = Prompt(ids.to(run.columns.device), offset, encoded, self.adapter, self.structural)
             if valid is not None:
                 self._prompt.valid |= valid.to(run.columns.device)
-            if self._wanted(frozenset({Need.ORIGIN})):
+            if wanted(self.tower.stages, frozenset({Need.ORIGIN})):
                 for segment in self._prompt.segments:
                     segment.needs[Need.ORIGIN] = grid_origin(segment.grids, segment.features.device)
             self.last, self.selector_ms = self._prompt, 0.0
@@ -514,15 +359,13 @@ class Engine:
     def _require_whole(self, run: Run, stage: PlannedStage) -> None:
         if not run.brings_all():
             raise UnsupportedMethodError(
-                f"{stage.selector.name} reads the text of the prompt, which arrives in pieces with prefill_chunk_size; "
-                "prefill in one piece or choose a method that does not need the text"
+                f"{stage.selector.name} needs the whole prompt at once, for its text or inside the decoder, but it arrives "
+                "in pieces with prefill_chunk_size; prefill in one piece or choose a method that does not need it"
             )
 
     def _select(self, stage: PlannedStage, segment: Segment, extra: dict[str, torch.Tensor]) -> None:
         """Let one stage choose among what is left of one image or video."""
-        fields = {
-            need.value: _for_context(need, segment.needs[need]) for need in stage.requires if need in segment.needs
-        }
+        fields = {need.value: segment.told(need) for need in stage.requires if need in segment.needs}
         if not len(segment.alive):  # an earlier stage has dropped the whole image
             segment.apply(stage.layer, Selection.full(0, segment.alive.device))
             return
@@ -552,13 +395,15 @@ class Engine:
         embeds = embeds.clone()
         repeats = len(run.columns) // prompt.rows
         for segment in prompt.segments:
-            if not segment.merged:
+            if not segment.merged or segment.anchors is None or segment.anchor_features is None:
                 continue
             for row in range(segment.row * repeats, (segment.row + 1) * repeats):
                 scorable = run.places(row, segment.columns[~segment.structural])
-                anchors = run.places(row, segment.columns[segment.alive])
+                # Those of the stages before the language model: without a cache the prompt comes again, when decoder
+                # stages have dropped some.
+                anchors = run.places(row, segment.columns[segment.anchors])
                 here = anchors >= 0
-                features = segment.features
+                features = segment.anchor_features
                 if bool((scorable >= 0).all()):  # merged from the live rows, for their gradients
                     features = segment.merge(embeds[row, scorable])
                 embeds[row, anchors[here]] = features[here].to(embeds.dtype)
@@ -619,8 +464,9 @@ class Engine:
             stage, following = self.inside.get(layer), self.inside.get(layer + 1)
             if stage is not None:
                 hidden = self._prune(stage, layer, run, run.prompt, hidden)
-            if following is not None and following.requires & _DECODER_NEEDS:
-                self._watch(layer, following, run, run.prompt)
+            if following is not None and following.requires & DECODER_NEEDS and not run.prompt.decided(layer + 1):
+                self._require_whole(run, following)
+                self.decoder.watch(layer, following, run, run.prompt)
         if not run.touched:
             return None
         kwargs = {**kwargs, "position_ids": None}  # flash attention would read gaps as packed sequences
@@ -632,92 +478,21 @@ class Engine:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    def _watch(self, layer: int, following: PlannedStage, run: Run, prompt: Prompt) -> None:
-        """Have recorded of this layer's attention what the stage that follows requires."""
-        if prompt.decided(following.layer):
-            return
-        self._require_whole(run, following)
-        tap: AttentionTap = self.adapter.decoder_attention(layer).__dict__["_vtc_tap"]
-        tap.start()
-        if Need.TEXT_ATTENTION in following.requires:
-            tap.queries = run.prompt_columns().argmax(dim=1)[:, None]  # of the last prompt token
-            tap.key_mask = run.valid_keys(layer)
-        keys = run.keys_of(layer)
-        sight = Sight(run.columns, keys, run.kinds.windows[layer], run.blocks)
-        known = keys.shape[1]
-        if Need.PAGERANK in following.requires:
-            parameters = following.selector.parameters(Need.PAGERANK)
-
-            def walk(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
-                return streamed_pagerank(query, key, scaling, sight, run.valid, known=known, **parameters)
-
-            tap.once[Need.PAGERANK.value] = walk
-        if following.requires & _MODALITIES:
-            groups = self._modalities(following, run, prompt)
-
-            def receive(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
-                return received_from(query, key, scaling, sight, groups, known=known)
-
-            tap.once[Need.MODALITY_ATTENTION.value] = receive
-
-    def _modalities(self, stage: PlannedStage, run: Run, prompt: Prompt) -> torch.Tensor:
-        """(B, 2, T) bool: current tokens that are text of the prompt, as the method counts it, and the visual ones."""
-        columns = run.prompt_columns()
-        here = columns >= 0
-        visual = here & prompt.visual[run.source].gather(1, columns.clamp(min=0))
-        text = here & ~visual
-        parameters = [stage.selector.parameters(need) for need in _MODALITIES & stage.requires]
-        if parameters[0].get("text", "after") == "after":
-            text &= visual.cumsum(dim=1) > 0
-        return torch.stack([text, visual], dim=1)
-
     def _prune(self, stage: PlannedStage, layer: int, run: Run, prompt: Prompt, hidden: torch.Tensor) -> torch.Tensor:
         known = dict(run.steps).get(layer)
         if known is not None:  # gradient checkpointing runs a layer again
             return known.take(hidden)
         if not prompt.decided(layer):
-            self._select_inside(stage, layer, run, prompt, hidden)
+            self._require_whole(run, stage)
+            for segment, extra in self.decoder.read(stage, layer, run, prompt, hidden):
+                self._select(stage, segment, extra)
+            prompt.decide(layer)
         keep = run.kept(prompt.keep_at(layer))
         if torch.equal(keep, run.valid):
             return hidden
         plan = run.step(layer, keep)
         run.write_record(self.lease, run.shift)
         return plan.take(hidden)
-
-    def _select_inside(self, stage: PlannedStage, layer: int, run: Run, prompt: Prompt, hidden: torch.Tensor) -> None:
-        self._require_whole(run, stage)
-        record = self._recorded(layer - 1) if stage.requires & _DECODER_NEEDS else {}
-        stored = run.keys_of(layer - 1).shape[1] - run.columns.shape[1]
-        groups = self._modalities(stage, run, prompt) if stage.requires & _MODALITIES else None
-        for segment in prompt.segments:
-            row = segment.row * (len(run.columns) // prompt.rows)
-            places = run.places(row, segment.columns[segment.alive])
-            extra: dict[str, torch.Tensor] = {}
-            if Need.HIDDEN_STATES in stage.requires:
-                extra["hidden_states"] = hidden[row, places].detach()
-            if Need.TEXT_ATTENTION in stage.requires:
-                extra["text_attention"] = record["text_attention"][row][:, :, stored + places]
-            if Need.PAGERANK in stage.requires:
-                extra["pagerank"] = record["pagerank"][row, places]
-            if groups is not None:
-                received = record["modality_attention"][row]
-                if Need.MODALITY_ATTENTION in stage.requires:
-                    extra["modality_attention"] = received[:, places]
-                if Need.ATTENTION_EXCHANGE in stage.requires:
-                    text, visual = groups[row]
-                    extra["attention_exchange"] = torch.stack([received[0, visual].sum(), received[1, text].sum()])
-            self._select(stage, segment, extra)
-        prompt.decide(layer)
-
-    def _recorded(self, layer: int) -> dict[str, torch.Tensor]:
-        """What `_watch` had recorded of a decoder layer."""
-        records = self.adapter.decoder_attention(layer).__dict__["_vtc_tap"].stop()
-        if not records:
-            raise StateError(
-                f"decoder layer {layer} ran without its attention being seen; was its attention implementation "
-                "registered after compress()? call compress() again"
-            )
-        return records[-1]
 
     def around_deepstack(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Thin out the planes that deepstack adds behind the first layers, as far as decoder stages have pruned."""
@@ -779,13 +554,3 @@ class Engine:
             dtype=self.model.dtype,
             transformers_version=transformers.__version__,
         )
-
-
-def _for_context(need: Need, value: torch.Tensor) -> torch.Tensor:
-    """What comes per token, (N, layers, C) if from a tapped tower, as the context has it."""
-    if need in (Need.ENTROPY, Need.ORIGIN):
-        return value
-    if need is Need.CONTEXT_RELEVANCE:  # (N,) of the last layer
-        return value[:, -1, 0]
-    # (N, d) of the last layer for keys, (layers, heads, N) for attention.
-    return value[:, -1] if need is Need.KEYS else value.permute(1, 2, 0)

@@ -32,7 +32,8 @@ class Segment:
     """One image or video of the prompt while stages work on it.
 
     `columns` (n,) are its positions in the prompt, `alive` (K,) the scorable tokens that no stage has dropped yet, as
-    indices within the segment, `features` (K, D) their embeddings, merged ones included.
+    indices within the segment, `features` (K, D) their embeddings, merged ones included. `anchors` and
+    `anchor_features` are the same as the language model got them, before stages inside it dropped some.
     """
 
     row: int
@@ -45,6 +46,8 @@ class Segment:
     needs: dict[Need, torch.Tensor]
     alive: torch.Tensor
     merged: bool = False
+    anchors: torch.Tensor | None = None
+    anchor_features: torch.Tensor | None = None
     selections: list[tuple[int | None, Selection]] = field(default_factory=list)
 
     @property
@@ -58,13 +61,25 @@ class Segment:
         self.selections.append((layer, selection))
         if layer is None:
             self.merged |= selection.assign is not None
-            self.features = selection.merge(self.features)
+            self.features = self.anchor_features = selection.merge(self.features)
         else:
             self.features = self.features[selection.keep.to(self.features.device)]
         keep = selection.keep.to(self.alive.device)
         self.needs = {need: value[keep] for need, value in self.needs.items()}
         self.alive = self.alive[keep]
+        if layer is None:
+            self.anchors = self.alive
         self.grids = self.grids if selection.k == selection.n else ((1, 1, selection.k),)
+
+    def told(self, need: Need) -> torch.Tensor:
+        """What was read for `need`, for the tokens alive now, as a context has it."""
+        value = self.needs[need]
+        if need in (Need.ENTROPY, Need.ORIGIN):
+            return value
+        if need is Need.CONTEXT_RELEVANCE:  # (N,) of the last layer
+            return value[:, -1, 0]
+        # (N, d) of the last layer for keys, (layers, heads, N) for attention.
+        return value[:, -1] if need is Need.KEYS else value.permute(1, 2, 0)
 
     def merge(self, rows: torch.Tensor) -> torch.Tensor:
         """Reduce any values of the scorable tokens as the stages before the language model reduced the features."""
@@ -150,6 +165,7 @@ class Prompt:
         """Let go of the features; the decisions stay for the report."""
         for segment in self.segments:
             segment.features = segment.features.new_empty(0)
+            segment.anchor_features = None
             segment.needs = {}
 
 
