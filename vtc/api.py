@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vtc.adapters.engine import Engine, PlannedStage
+from vtc.adapters.engine import Engine
+from vtc.adapters.stages import PlannedStage
 from vtc.config import CompressionConfig
 from vtc.errors import ConfigError, StateError, UnsupportedMethodError, UnsupportedModelError
 from vtc.registry import adapters, get_adapter, get_selector, selectors

@@ -52,7 +52,7 @@ class CacheRecord:
         return next(keys for start, keys in reversed(self.groups) if start <= layer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
-        # A copied cache still depends on the engine that filled it; a copied model has an engine and a lease of its own.
+        # A copied cache depends on the engine that filled it; a copied model has an engine and a lease of its own.
         return replace(self, groups=deepcopy(self.groups, memo), shift=deepcopy(self.shift, memo))
 
     def map(self, rows: Any) -> None:

@@ -359,8 +359,8 @@ class Engine:
     def _require_whole(self, run: Run, stage: PlannedStage) -> None:
         if not run.brings_all():
             raise UnsupportedMethodError(
-                f"{stage.selector.name} needs the whole prompt at once, for its text or inside the decoder, but it arrives "
-                "in pieces with prefill_chunk_size; prefill in one piece or choose a method that does not need it"
+                f"{stage.selector.name} needs the whole prompt at once, for its text or inside the decoder, but "
+                "prefill_chunk_size brings it in pieces; prefill in one piece or choose a method that does not need it"
             )
 
     def _select(self, stage: PlannedStage, segment: Segment, extra: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,113 @@
+"""Reading the attention of decoder layers for the stages that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vtc.adapters.base import Adapter
+from vtc.adapters.masks import Sight
+from vtc.adapters.prompt import Prompt, Segment
+from vtc.adapters.run import Run
+from vtc.adapters.stages import PlannedStage
+from vtc.adapters.tap import AttentionTap, attach
+from vtc.context import Need
+from vtc.errors import StateError
+from vtc.kernels.attention import received_from, streamed_pagerank
+
+DECODER_NEEDS = frozenset({Need.TEXT_ATTENTION, Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE, Need.PAGERANK})
+"""What is read from a decoder layer's attention."""
+
+_MODALITIES = frozenset({Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE})
+
+
+class DecoderReader:
+    """Reads decoder layers of one model: what a stage at layer k requires comes from the attention of layer k - 1."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def attach(self, stage: PlannedStage, layer: int) -> None:
+        """Prepare for a stage on entering `layer`."""
+        if stage.requires & DECODER_NEEDS:
+            attach(self.adapter.decoder_attention(layer - 1), AttentionTap())
+
+    def watch(self, layer: int, following: PlannedStage, run: Run, prompt: Prompt) -> None:
+        """Have recorded of this layer's attention what the stage that follows requires."""
+        tap: AttentionTap = self.adapter.decoder_attention(layer).__dict__["_vtc_tap"]
+        tap.start()
+        if Need.TEXT_ATTENTION in following.requires:
+            tap.queries = run.prompt_columns().argmax(dim=1)[:, None]  # of the last prompt token
+            tap.key_mask = run.valid_keys(layer)
+        keys = run.keys_of(layer)
+        sight = Sight(run.columns, keys, run.kinds.windows[layer], run.blocks)
+        known = keys.shape[1]
+        if Need.PAGERANK in following.requires:
+            parameters = following.selector.parameters(Need.PAGERANK)
+
+            def walk(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
+                return streamed_pagerank(query, key, scaling, sight, run.valid, known=known, **parameters)
+
+            tap.once[Need.PAGERANK.value] = walk
+        if following.requires & _MODALITIES:
+            groups = self._modalities(following, run, prompt)
+
+            def receive(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
+                return received_from(query, key, scaling, sight, groups, known=known)
+
+            tap.once[Need.MODALITY_ATTENTION.value] = receive
+
+    def _modalities(self, stage: PlannedStage, run: Run, prompt: Prompt) -> torch.Tensor:
+        """(B, 2, T) bool: current tokens that are text of the prompt, as the method counts it, and the visual ones."""
+        columns = run.prompt_columns()
+        here = columns >= 0
+        visual = here & prompt.visual[run.source].gather(1, columns.clamp(min=0))
+        text = here & ~visual
+        parameters = [stage.selector.parameters(need) for need in _MODALITIES & stage.requires]
+        if parameters[0].get("text", "after") == "after":
+            text &= visual.cumsum(dim=1) > 0
+        return torch.stack([text, visual], dim=1)
+
+    def read(
+        self, stage: PlannedStage, layer: int, run: Run, prompt: Prompt, hidden: torch.Tensor
+    ) -> Iterator[tuple[Segment, dict[str, torch.Tensor]]]:
+        """What a stage on entering `layer` requires, image by image; `hidden` (B, T, D) are the hidden states there.
+
+        Raises
+        ------
+        StateError
+            The layer before ran without its attention being seen.
+        """
+        record = self._recorded(layer - 1) if stage.requires & DECODER_NEEDS else {}
+        stored = run.keys_of(layer - 1).shape[1] - run.columns.shape[1]
+        groups = self._modalities(stage, run, prompt) if stage.requires & _MODALITIES else None
+        for segment in prompt.segments:
+            row = segment.row * (len(run.columns) // prompt.rows)
+            places = run.places(row, segment.columns[segment.alive])
+            extra: dict[str, torch.Tensor] = {}
+            if Need.HIDDEN_STATES in stage.requires:
+                extra["hidden_states"] = hidden[row, places].detach()
+            if Need.TEXT_ATTENTION in stage.requires:
+                extra["text_attention"] = record["text_attention"][row][:, :, stored + places]
+            if Need.PAGERANK in stage.requires:
+                extra["pagerank"] = record["pagerank"][row, places]
+            if groups is not None:
+                received = record["modality_attention"][row]
+                if Need.MODALITY_ATTENTION in stage.requires:
+                    extra["modality_attention"] = received[:, places]
+                if Need.ATTENTION_EXCHANGE in stage.requires:
+                    text, visual = groups[row]
+                    extra["attention_exchange"] = torch.stack([received[0, visual].sum(), received[1, text].sum()])
+            yield segment, extra
+
+    def _recorded(self, layer: int) -> dict[str, torch.Tensor]:
+        """What `watch` had recorded of a decoder layer."""
+        records = self.adapter.decoder_attention(layer).__dict__["_vtc_tap"].stop()
+        if not records:
+            raise StateError(
+                f"decoder layer {layer} ran without its attention being seen; was its attention implementation "
+                "registered after compress()? call compress() again"
+            )
+        return records[-1]

@@ -1,0 +1,54 @@
+"""The stages that a compression plans on one model, and what they want to be told together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtc.budget import resolve_budget
+from vtc.config import CompressionConfig
+from vtc.context import Need
+from vtc.errors import UnsupportedMethodError
+from vtc.selectors.base import Selector
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of one configured method."""
+
+    config: CompressionConfig
+    selector: Selector
+    layer: int | None
+    requires: frozenset[Need]
+    keep: float | None = None
+
+    def budget(self, n: int) -> int:
+        """How many of `n` tokens may stay; a method that plans its stages itself may plan to keep none."""
+        if self.keep is not None:
+            return max(round(n * self.keep), 1 if self.layer is None else 0)
+        return resolve_budget(n, self.config.keep_ratio, self.config.keep_tokens)
+
+    @property
+    def keep_ratio(self) -> float | None:
+        """Fraction behind `budget`, if it is one."""
+        return self.config.keep_ratio if self.keep is None else self.keep
+
+
+def wanted(stages: Sequence[PlannedStage], needs: frozenset[Need]) -> frozenset[Need]:
+    """Those of `needs` that some stage requires."""
+    return frozenset(need for stage in stages for need in stage.requires if need in needs)
+
+
+def parameters_of(stages: Sequence[PlannedStage], need: Need) -> dict[str, Any]:
+    """How a value that is computed once for all stages is to be computed.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        Two methods want it computed in different ways.
+    """
+    asked = [dict(stage.selector.parameters(need)) for stage in stages if need in stage.requires]
+    if any(parameters != asked[0] for parameters in asked):
+        raise UnsupportedMethodError(f"the composed methods want different kinds of {need.value}: {asked}")
+    return asked[0]
