@@ -23,6 +23,20 @@ GROUPS: tuple[tuple[str, ...], ...] = (
 """Colour, shape and writing; label 0 of each group means none."""
 
 
+SIDES: tuple[tuple[str, str], ...] = (("left", "right"), ("top", "bottom"))
+"""What every patch is besides what it shows; position embeddings alone tell a small decoder too little about places."""
+
+
+def side_ids(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """Token ids of the two words of each of :data:`SIDES`."""
+    return [torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in pair]) for pair in SIDES]
+
+
+def side_labels(patches: Tensor) -> Tensor:
+    """On which side of the scene each patch number lies: ``(..., 2)`` long, columns as :data:`SIDES`."""
+    return torch.stack([patches % GRID >= GRID // 2, patches // GRID >= GRID // 2], -1).long()
+
+
 def word_ids(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """Token ids of each group, the pad token first (it stands for none).
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from eval.reference.train import tower
-from eval.reference.train.labels import word_ids
+from eval.reference.train.labels import side_ids, side_labels, word_ids
 from eval.reference.train.packing import EOS_WEIGHT, IGNORE, PackedText, attention_mask
 
 HIDDEN = 256
@@ -113,6 +113,7 @@ class PackedModel(nn.Module):
         self.prefix = torch.tensor(prefix)
         self.is_image = self.prefix == image_token
         self.groups = word_ids(tokenizer)
+        self.sides = side_ids(tokenizer)
         self.pointer = nn.Linear(HIDDEN, 64)  # these two serve the pointing loss and are not shipped either
         self.pointed = nn.Linear(HIDDEN, 64)
 
@@ -220,7 +221,7 @@ class PackedModel(nn.Module):
         return self.decoder.norm(hidden), halfway
 
     def word_loss(self, visual: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each visual token against the embeddings of the words of what it shows.
+        """Cross-entropy of each visual token against the embeddings of the words of what it shows and where it is.
 
         ``labels (B, N, groups)`` as :func:`~eval.reference.train.labels.patch_labels`; object patches weigh seven times
         as much as the background, which outnumbers them.
@@ -233,6 +234,14 @@ class PackedModel(nn.Module):
             logits = (flat @ embeddings.to(flat.dtype).t()).float().flatten(0, 1)
             each = functional.cross_entropy(logits, labels[..., column].flatten().long(), reduction="none")
             loss = loss + (each * weight).sum() / weight.sum()
+        sides = side_labels(self.sources[:, 0]).expand(len(visual), -1, -1).flatten(0, 1)
+        for column, ids in enumerate(self.sides):
+            embeddings = self.decoder.embed_tokens.weight[ids] * self.scale
+            logits = (flat @ embeddings.to(flat.dtype).t()).float().flatten(0, 1)
+            loss = (
+                loss
+                + (functional.cross_entropy(logits, sides[:, column], reduction="none") * weight).sum() / weight.sum()
+            )
         return loss
 
     def answer_loss(self, logits: Tensor, targets: Tensor, eos: int) -> Tensor:
