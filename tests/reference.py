@@ -122,6 +122,61 @@ def keep_masks(model: Any, inputs: Inputs, report: Any) -> dict[int, Tensor]:
 # ---------------------------------------------------------------------------------------------- the masked model
 
 
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Tokens of one row that are averages of others when they come to the language model."""
+
+    row: int
+    columns: Tensor
+    """(N,) scorable columns of the segment."""
+    selection: Any
+    """Over those, with `assign`."""
+
+
+def merges(model: Any, inputs: Inputs, report: Any) -> list[Merge]:
+    """What merging methods did before the language model."""
+    found: list[Merge] = []
+    if not any(selection.assign is not None for s in report.segments for _, selection in s.selections):
+        return found
+    structural = structural_columns(model, inputs)
+    taken: dict[tuple[int, str], int] = {}
+    for segment in sorted(report.segments, key=lambda s: (s.row, s.index)):
+        columns = placeholder_columns(model, inputs["input_ids"], segment.row, segment.modality)
+        start = taken.get((segment.row, segment.modality), 0)
+        taken[segment.row, segment.modality] = start + segment.tokens_before
+        columns = columns[start : start + segment.tokens_before]
+        before = [selection for layer, selection in segment.selections if layer is None]
+        whole = before[0]
+        for selection in before[1:]:
+            whole = whole.then(selection)
+        found.append(Merge(segment.row, columns[~structural[segment.row, columns]], whole))
+    return found
+
+
+@contextlib.contextmanager
+def merged_before(model: Any, plan: Sequence[Merge]) -> Iterator[None]:
+    """Replace embeddings by the averages that stand for them, in forwards that bring the whole prompt."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        embeds = kwargs["inputs_embeds"]
+        if embeds.shape[1] <= max(int(merge.columns.max()) for merge in plan):
+            return args, kwargs
+        repeats = len(embeds) // (1 + max(merge.row for merge in plan))
+        embeds = embeds.clone()
+        for merge in plan:
+            for row in range(merge.row * repeats, (merge.row + 1) * repeats):
+                values = merge.selection.merge(embeds[row, merge.columns])
+                embeds[row, merge.columns[merge.selection.keep]] = values
+        return args, {**kwargs, "inputs_embeds": embeds}
+
+    handle = text_model(model).register_forward_pre_hook(hook, with_kwargs=True) if plan else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 @contextlib.contextmanager
 def hidden_from_layer(model: Any, keep_by_layer: dict[int, Tensor]) -> Iterator[None]:
     """Hide columns from decoder layer k on, by editing the mask that each layer gets and nothing else."""
@@ -138,6 +193,9 @@ def hidden_from_layer(model: Any, keep_by_layer: dict[int, Tensor]) -> Iterator[
             columns = keep.repeat_interleave(hidden.shape[0] // keep.shape[0], dim=0)
             columns = torch.nn.functional.pad(columns, (0, max(0, mask.shape[-1] - columns.shape[1])), value=True)
             columns = columns[:, None, None, : mask.shape[-1]]
+            # A dropped token may go on seeing itself: nobody else does, and a query that sees nothing is undefined.
+            past = mask.shape[-1] - mask.shape[-2]
+            columns = columns | torch.eye(mask.shape[-2], mask.shape[-1], dtype=torch.bool).roll(past, 1)
             if mask.dtype == torch.bool:
                 mask = mask & columns
             else:
@@ -180,15 +238,18 @@ class Reference:
         What the compressed model was called with.
     keep : dict of int to (B, L) bool
         From `keep_masks`.
+    merges : list of Merge
+        From `merges`.
     """
 
     model: Any
     inputs: Inputs
     keep: dict[int, Tensor]
+    merges: Sequence[Merge] = ()
 
     @classmethod
     def of(cls, model: Any, inputs: Inputs, report: Any) -> Reference:
-        return cls(model, inputs, keep_masks(model, inputs, report))
+        return cls(model, inputs, keep_masks(model, inputs, report), merges(model, inputs, report))
 
     @property
     def visible(self) -> Tensor:
@@ -214,9 +275,12 @@ class Reference:
             inputs["position_ids"] = self.model.model.get_rope_index(**_rope_arguments(self.inputs))[0]
         return inputs
 
-    def masked(self) -> contextlib.AbstractContextManager[None]:
-        """While entered, the model also hides what decoder stages dropped."""
-        return hidden_from_layer(self.model, {layer: keep for layer, keep in self.keep.items() if layer != BEFORE_LM})
+    @contextlib.contextmanager
+    def masked(self) -> Iterator[None]:
+        """While entered, the model also hides what decoder stages dropped, and sees merged tokens as merged."""
+        inside = {layer: keep for layer, keep in self.keep.items() if layer != BEFORE_LM}
+        with hidden_from_layer(self.model, inside), merged_before(self.model, self.merges):
+            yield
 
     def prefill(self, **kwargs: Any) -> Any:
         """Output of one bare forward; with gradients if they are enabled."""
@@ -263,6 +327,22 @@ class Reference:
                 )
                 logits.append(out.logits[:, -1])
         return torch.stack(logits, dim=1)
+
+    @torch.no_grad()
+    def logits_at_once(self, tokens: Tensor) -> Tensor:
+        """`logits_along` without a cache: one forward over the left-padded prompt and its answer."""
+        inputs = self.generation_inputs()
+        length, n = inputs["input_ids"].shape[1], tokens.shape[1] - 1
+        positions = inputs["position_ids"]
+        positions = positions[1:] if positions.dim() == 3 else positions
+        following = positions[..., -1:] + 1 + torch.arange(n)
+        inputs["position_ids"] = torch.cat([positions, following], dim=-1) + int(self._one_based)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :-1]], dim=1)
+        for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+            if name in inputs:
+                inputs[name] = torch.nn.functional.pad(inputs[name], (0, n), value=value)
+        with self.masked():
+            return self.model(**inputs, use_cache=False).logits[:, length - 1 :]
 
     @property
     def _one_based(self) -> bool:

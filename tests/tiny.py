@@ -26,6 +26,7 @@ VOCAB, PAD, BOS, VISION_START, VISION_END, VIDEO, IMAGE = 300, 0, 1, 296, 297, 2
 """Token ids shared by all tiny models; ordinary text is drawn from 3..289."""
 
 HIDDEN = 64
+WINDOW = 24
 INIT = 0.2
 
 Inputs = dict[str, Tensor]
@@ -265,10 +266,10 @@ def _llava(tower: Callable[[], Any]) -> Any:
     )
 
 
-def _llava_next() -> Any:
+def _llava_next(sliding_window: int | None = None) -> Any:
     return transformers.LlavaNextConfig(
         vision_config=_clip(),
-        text_config=transformers.MistralConfig(sliding_window=None, **_text()),
+        text_config=transformers.MistralConfig(sliding_window=sliding_window, **_text()),
         image_seq_length=16,
         image_grid_pinpoints=_PINPOINTS,
         **_PLACEHOLDERS,
@@ -387,11 +388,11 @@ def _idefics3(config_class: str) -> Any:
     )
 
 
-def _gemma3() -> Any:
+def _gemma3(sliding_window: int = 256) -> Any:
     text = transformers.Gemma3TextConfig(
         head_dim=16,
         query_pre_attn_scalar=16,
-        sliding_window=256,
+        sliding_window=sliding_window,
         layer_types=["sliding_attention", "full_attention"] * 2,
         **_text(),
     )
@@ -476,6 +477,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         "LlavaForConditionalGeneration",
         functools.partial(_llava, functools.partial(_clip, 144)),
         {"image": FixedVisuals(324, side=144)},
+    ),
+    "llava_next_window": Architecture(
+        "LlavaNextForConditionalGeneration", functools.partial(_llava_next, WINDOW), {"image": _anyres()}
+    ),
+    "gemma3_window": Architecture(
+        "Gemma3ForConditionalGeneration",
+        functools.partial(_gemma3, WINDOW),
+        {"image": FixedVisuals(16)},
+        extras=lambda ids: {"token_type_ids": (ids == IMAGE).long()},
+        prepare=_fill_gemma3_projector,
     ),
     "internvl_large": Architecture(
         "InternVLForConditionalGeneration",
@@ -583,10 +594,16 @@ LARGE: tuple[Family, ...] = (
 )
 """324 tokens per image, more than any width of these models: a tensor of tokens x tokens can be told by its shape."""
 
+WINDOWED: tuple[Family, ...] = (
+    Family("llava_next_window", "llava_next_window", cls=True),
+    Family("gemma3_window", "gemma3_window"),
+)
+"""Layers that look back `WINDOW` tokens, less than a picture is long."""
+
 
 def family(name: str) -> Family:
-    """The line of `FAMILIES` or `LARGE` with this name."""
-    for candidate in FAMILIES + LARGE:
+    """The line of `FAMILIES`, `LARGE` or `WINDOWED` with this name."""
+    for candidate in FAMILIES + LARGE + WINDOWED:
         if candidate.name == name:
             return candidate
     raise KeyError(f"no tiny family {name!r}; there are {', '.join(f.name for f in FAMILIES)}")

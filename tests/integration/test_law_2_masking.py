@@ -127,6 +127,35 @@ def test_three_stages_compose(name: str) -> None:
         assert decode_error(case, stages, inputs) <= tolerance(case), kind
 
 
+@over_matrix(families=tiny.WINDOWED, attentions=("sdpa",))
+def test_sliding_windows_reach_as_far_as_without_compression(
+    family: tiny.Family, method: Method, attention: str
+) -> None:
+    # The reference runs without a cache: what a sliding cache forgets is then only a matter of the mask.
+    case = sharp(family)
+    for kind in ("single", "ragged"):
+        inputs = case.batch(kind)
+        assert inputs["input_ids"].shape[1] > tiny.WINDOW
+        assert prefill_error(case, method, inputs)[0] <= tolerance(case), kind
+        with method.on(case.model):
+            ours = case.model.generate(**inputs, **GREEDY)
+            report = vtc.report(case.model)
+        expected = reference.Reference.of(case.model, inputs, report)
+        theirs = expected.logits_at_once(reference.answers(ours, inputs))
+        error = reference.max_error(reference.stacked_logits(ours), theirs)
+        assert error <= tolerance(case), (kind, error)
+
+
+@pytest.mark.parametrize("kind", ["single", "ragged"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
+def test_merged_tokens_are_their_averages(name: str, kind: str) -> None:
+    case = sharp(tiny.family(name))
+    merging = Method("aim", (vtc.CompressionConfig("aim", keep_ratio=0.5, options={"l1": 1, "l2": 3}),), decoder=True)
+    inputs = case.batch(kind)
+    assert prefill_error(case, merging, inputs)[0] <= tolerance(case)
+    assert decode_error(case, merging, inputs) <= tolerance(case)
+
+
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_onevision_video", "video_llava"])
 def test_structural_tokens_stay_or_go_as_asked(name: str) -> None:
     case = sharp(tiny.family(name))
