@@ -162,9 +162,7 @@ class AtpSelector(Selector):
         """Which of the modules stands before decoder layer `layer_idx`."""
         layers = self.layers or self.resolve(None, None).layers or ()
         if layer_idx is None or layer_idx - 1 not in layers:
-            raise ConfigError(
-                f"atp: entering decoder layer {layer_idx} is none of its places; they are behind {layers}."
-            )
+            raise ConfigError(f"atp: drops tokens behind decoder layers {layers}, asked on entering layer {layer_idx}.")
         return layers.index(layer_idx - 1)
 
     def _thresholds(self, place: int, s_self: Tensor, s_cross: Tensor, origin: Tensor) -> tuple[Any, Any]:
