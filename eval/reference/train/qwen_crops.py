@@ -12,21 +12,18 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ImageFont
 
 from eval.reference.train.qwen_model import CELL
+from eval.tasks.clips.clip import DIRECTIONS
 from eval.tasks.scenes import objects, sources
+from eval.tasks.scenes.sources import Split
 from eval.tasks.scenes.vocabulary import COLOURS, DIGIT_SHAPES, DIGITS, NUMBERS, SHAPES, SIGN_COLOURS, WORDS
-
-DIRECTIONS: Final[dict[str, tuple[int, int]]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-"""Direction words and their steps (x to the right, y downwards)."""
 
 ATTRIBUTES: Final[dict[str, tuple[str, ...]]] = {
     "colour": (*COLOURS, *SIGN_COLOURS),
     "shape": (*SHAPES, "sign"),
     "text": (*DIGITS, *WORDS, *NUMBERS),
     "motion": tuple(DIRECTIONS),
-    "letter": tuple("abcdefghijklmnopqrstuvwxyz0123456789"),
 }
 """What a cell is asked about; class 0 is "nothing", class i + 1 the i-th name."""
 
@@ -46,18 +43,13 @@ def _mask(shape: str, size: int) -> objects.Array:
     return objects.shape_mask(shape, size)
 
 
-@lru_cache(maxsize=1)
-def _fonts() -> tuple[str | None, ...]:
-    known = sources.fonts("train")
+@lru_cache(maxsize=2)
+def _fonts(split: Split) -> tuple[str | None, ...]:
+    known = sources.fonts(split)
+    if split == "test":
+        return known
     folder = str(known[0]).rpartition("/")[0]
     return (*known, *(f"{folder}/{name}" for name in EXTRA_FONTS))
-
-
-@lru_cache(maxsize=65536)
-def _advance(letter: str, font: str | None, size: int) -> float:
-    """Width of a letter in its font, in pixels."""
-    face = ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size)
-    return float(face.getlength(letter))
 
 
 def _index(attribute: str, name: str) -> int:
@@ -67,10 +59,11 @@ def _index(attribute: str, name: str) -> int:
 class _Canvas:
     """Two frames, the labels of their cells, and where there is room left."""
 
-    def __init__(self, side: int, rng: np.random.Generator) -> None:
+    def __init__(self, side: int, split: Split, rng: np.random.Generator) -> None:
         self.side = side
+        self.split = split
         self.rng = rng
-        first = sources.background("train", side, rng)
+        first = sources.background(split, side, rng)
         self.frames = [first, first.copy()]
         self.labels = np.zeros((len(ATTRIBUTES), side // CELL, side // CELL), np.int64)
         self.boxes: list[tuple[int, int, int, int]] = []
@@ -86,6 +79,10 @@ class _Canvas:
                 self.boxes.append((left, top, width, height))
                 return left, top
         return None
+
+    def font(self) -> str | None:
+        fonts = _fonts(self.split)
+        return fonts[int(self.rng.integers(len(fonts)))]
 
     def share(self, alpha: objects.Array, left: int, top: int) -> NDArray[np.bool_]:
         full = np.zeros((self.side, self.side), np.float32)
@@ -104,11 +101,11 @@ def _object(canvas: _Canvas, moving: bool) -> None:
     rng = canvas.rng
     shape = str(rng.choice(SHAPES))
     with_digit = not moving and shape in DIGIT_SHAPES and rng.random() < 0.8
-    size = int(rng.integers(44, 62)) if with_digit else int(rng.integers(18, 36) if moving else rng.integers(24, 52))
+    size = int(rng.integers(54, 80)) if with_digit else int(rng.integers(23, 42) if moving else rng.integers(24, 52))
     direction = str(rng.choice(list(DIRECTIONS))) if moving and rng.random() < 0.75 else ""
     step_x, step_y = (0, 0)
     if direction:
-        pixels = int(rng.integers(2, 8))
+        pixels = int(rng.integers(1, 8))
         step_x, step_y = (pixels * s for s in DIRECTIONS[direction])
     at = canvas.room(size + abs(step_x), size + abs(step_y))
     if at is None:
@@ -120,7 +117,7 @@ def _object(canvas: _Canvas, moving: bool) -> None:
     text = ""
     if with_digit:
         text = str(rng.choice(DIGITS))
-        examples = sources.handwritten("train")[int(text)]
+        examples = sources.handwritten(canvas.split)[int(text)]
         ink_size = int(size * rng.uniform(0.6, 0.82 if shape == "square" else 0.7))
         ink = objects.digit_mask(examples[int(rng.integers(len(examples)))], ink_size)
         offset = (size - ink_size) // 2
@@ -139,17 +136,11 @@ def _object(canvas: _Canvas, moving: bool) -> None:
 
 def _sign(canvas: _Canvas) -> None:
     rng = canvas.rng
-    known = rng.random() < 0.8
-    if known:
-        text = str(rng.choice(WORDS if rng.random() < 0.6 else NUMBERS))
-    else:  # strings that no scene holds: letters have to be read one by one
-        text = "".join(rng.choice(list(ATTRIBUTES["letter"]), int(rng.integers(2, 5))))
-    font = _fonts()[int(rng.integers(len(_fonts())))]
-    size, margin = int(rng.integers(25, 38)), 6
+    text = str(rng.choice(WORDS if rng.random() < 0.65 else NUMBERS))
     colour = str(rng.choice(list(SIGN_COLOURS)))
-    plate = objects.sign(text, font, size, objects.jittered(colour, rng, 12), margin)
+    plate = objects.sign(text, canvas.font(), int(rng.integers(23, 33)), objects.jittered(colour, rng, 12))
     height, width = plate.shape[:2]
-    if width > canvas.side:
+    if max(width, height) > canvas.side:
         return
     at = canvas.room(width, height)
     if at is None:
@@ -157,13 +148,7 @@ def _sign(canvas: _Canvas) -> None:
     alpha = np.ones((height, width), np.float32)
     for frame in canvas.frames:
         objects.paste(frame, plate, alpha, at[1], at[0])
-    owned = canvas.share(alpha, *at)
-    canvas.label(owned, colour=colour, shape="sign", text=text if known else "")
-    ends = np.cumsum([_advance(letter, font, size) for letter in text])
-    ends = ends / ends[-1] * (width - 2 * margin) + at[0] + margin
-    for column in np.flatnonzero(owned.any(0)):
-        letter = text[min(int(np.searchsorted(ends, (column + 0.5) * CELL)), len(text) - 1)]
-        canvas.labels[list(ATTRIBUTES).index("letter"), :, column][owned[:, column]] = _index("letter", letter)
+    canvas.label(canvas.share(alpha, *at), colour=colour, shape="sign", text=text)
 
 
 def _distractor(canvas: _Canvas, moving: bool) -> None:
@@ -173,7 +158,7 @@ def _distractor(canvas: _Canvas, moving: bool) -> None:
     at = canvas.room(size, size)
     if at is None:
         return
-    picture, alpha = objects.distractor(kind, size, _fonts()[int(rng.integers(len(_fonts())))], rng)
+    picture, alpha = objects.distractor(kind, size, canvas.font(), rng)
     shift = int(rng.integers(-1, 2)) if moving else 0
     for time, frame in enumerate(canvas.frames):
         left = min(max(0, at[0] + time * shift), canvas.side - size)
@@ -188,8 +173,10 @@ def _soften_colour(frame: objects.Array) -> objects.Array:
     return grey[..., None] + half.repeat(2, 0).repeat(2, 1)
 
 
-def make_crop(side: int, moving: bool, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Labels]:
-    """One crop from the training split's photographs, digits and fonts.
+def make_crop(
+    side: int, moving: bool, rng: np.random.Generator, split: Split = "train"
+) -> tuple[NDArray[np.uint8], Labels]:
+    """One crop from the photographs, digits and fonts of a split.
 
     Parameters
     ----------
@@ -199,6 +186,8 @@ def make_crop(side: int, moving: bool, rng: np.random.Generator) -> tuple[NDArra
         Small objects without digits, most of them moving, instead of signs, digits and large objects at rest.
     rng : numpy Generator
         Source of everything random.
+    split : {"train", "test"}
+        The test split only serves to watch the training.
 
     Returns
     -------
@@ -206,12 +195,12 @@ def make_crop(side: int, moving: bool, rng: np.random.Generator) -> tuple[NDArra
     labels : ndarray (attributes, side / 14, side / 14) int64
         One class per cell and attribute, in the order of :data:`ATTRIBUTES`.
     """
-    canvas = _Canvas(side, rng)
+    canvas = _Canvas(side, split, rng)
     for _ in range(int(rng.integers(2, 5 + (side // 56) ** 2))):
         draw = rng.random()
         if draw < 0.2:
             _distractor(canvas, moving)
-        elif draw < 0.55 and not moving:
+        elif draw < 0.5 and not moving:
             _sign(canvas)
         else:
             _object(canvas, moving)

@@ -1,23 +1,27 @@
 """Shape of the ``qwen2_5_vl`` reference model, and a batched forward of its vision tower for training.
 
-The tower sees patches of 7 pixels and merges 2 x 2 of them, so that one language-model token is one cell of 14 pixels:
-a 224 x 224 picture gives 16 x 16 tokens, exactly the patches of the ``llava`` reference model's tower.
+The tower has patches of 14 pixels and merges none, so that one language-model token is one cell of 14 pixels: a 224 x
+224 picture gives 16 x 16 tokens, exactly the patches of the ``llava`` reference model's tower, from which it is made.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-PATCH: Final = 7
+TOKENIZER: Final = Path(__file__).parents[1] / "src" / "vtc_reference" / "tokenizer"
+"""Folder of the tokenizer that all reference models share."""
+
+PATCH: Final = 14
 """Side of a tower patch in pixels."""
 
-MERGE: Final = 2
+MERGE: Final = 1
 """Patches per side of one language-model token."""
 
 CELL: Final = PATCH * MERGE
@@ -26,8 +30,8 @@ CELL: Final = PATCH * MERGE
 FRAMES_PER_PATCH: Final = 2
 """Frames that one tower patch spans (a still image is shown twice)."""
 
-WINDOW: Final = 56
-"""Side of an attention window in pixels: 4 x 4 tokens."""
+WINDOW: Final = 112
+"""Side of an attention window in pixels: 8 x 8 patches."""
 
 WIDTH: Final = 256
 """Width of the language model."""
@@ -37,18 +41,17 @@ IMAGE_STD: Final = (0.229, 0.224, 0.225)
 
 VISION: Final[dict[str, Any]] = {
     "depth": 6,
-    "hidden_size": 192,
-    "intermediate_size": 384,
-    "num_heads": 3,
+    "hidden_size": 384,
+    "intermediate_size": 768,
+    "num_heads": 6,
     "patch_size": PATCH,
     "spatial_merge_size": MERGE,
     "temporal_patch_size": FRAMES_PER_PATCH,
     "window_size": WINDOW,
-    "fullatt_block_indexes": [2, 5],
+    "fullatt_block_indexes": [1, 3, 5],
     "out_hidden_size": WIDTH,
     "tokens_per_second": 2,  # clips have 4 frames a second, hence 0.5 s per token: temporal positions step by 1
-    # Pictures are a few dozen patches wide: a small base spends all frequencies on distances that occur.
-    "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 1.0e4},
 }
 
 TEXT: Final[dict[str, Any]] = {
@@ -56,11 +59,11 @@ TEXT: Final[dict[str, Any]] = {
     "intermediate_size": 704,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
     "use_sliding_window": False,
     # Multimodal positions stay below about a hundred, and the width axis gets the lowest frequencies of all.
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [8, 12, 12]},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 12, 16]},
 }
 
 
@@ -72,7 +75,7 @@ def config(vocab_size: int, special: dict[str, int]) -> Qwen2_5_VLConfig:
     vocab_size : int
         Rows of the embedding table.
     special : dict
-        Ids of ``image``, ``video``, ``vision_start``, ``vision_end``, ``pad`` and ``eos``.
+        Ids of ``image``, ``video``, ``vision_start``, ``vision_end``, ``pad``, ``bos`` and ``eos``.
     """
     return Qwen2_5_VLConfig(
         vision_config=dict(VISION),
@@ -81,23 +84,30 @@ def config(vocab_size: int, special: dict[str, int]) -> Qwen2_5_VLConfig:
             "vocab_size": vocab_size,
             "pad_token_id": special["pad"],
             "eos_token_id": special["eos"],
-            "bos_token_id": None,
-            "tie_word_embeddings": True,
+            "bos_token_id": special["bos"],
+            "tie_word_embeddings": False,
         },
         image_token_id=special["image"],
         video_token_id=special["video"],
         vision_start_token_id=special["vision_start"],
         vision_end_token_id=special["vision_end"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
 
 
-def new_tower() -> nn.Module:
-    """A freshly initialised vision tower (with its merger)."""
-    visual: nn.Module = Qwen2_5_VLForConditionalGeneration(
-        config(8, {"image": 1, "video": 2, "vision_start": 3, "vision_end": 4, "pad": 0, "eos": 5})
-    ).model.visual
-    return visual
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the tokens with a meaning of their own, under the names that :func:`config` wants."""
+    tokens = {
+        "pad": "<pad>", "bos": "<s>", "eos": "</s>", "image": "<|image_pad|>", "video": "<|video_pad|>",
+        "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
+    }  # fmt: skip
+    return {name: int(tokenizer.convert_tokens_to_ids(token)) for name, token in tokens.items()}
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
+    """An untrained model of the right shape for the shared tokenizer."""
+    vocabulary = -(-len(tokenizer) // 64) * 64
+    return Qwen2_5_VLForConditionalGeneration(config(vocabulary, special_ids(tokenizer)))
 
 
 def patchify(frames: Tensor) -> Tensor:
@@ -110,7 +120,7 @@ def patchify(frames: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor (B, T / 2 * H / 7 * W / 7, 294) float32
+    Tensor (B, T / 2 * H / 14 * W / 14, 1176) float32
     """
     batch, time, height, width, _ = frames.shape
     x = (frames.float() / 255.0 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
@@ -123,9 +133,9 @@ def patchify(frames: Tensor) -> Tensor:
 class BatchedTower:
     """Forward of the stock tower for equal-sized inputs, without its loop over windows.
 
-    The stock module calls attention once per window when flash attention is not there; with hundreds of windows of 64
-    patches the loop costs more than the arithmetic. Here windows are a batch dimension. Same weights, same result (a
-    test compares them); it wants sides that are multiples of :data:`WINDOW`.
+    The stock module calls attention once per window when flash attention is not there, which costs more than the
+    arithmetic. Here windows are a batch dimension. Same weights, same result (a test compares them). Inputs whose sides
+    are not multiples of :data:`WINDOW` go through the stock module.
 
     Parameters
     ----------
@@ -141,37 +151,34 @@ class BatchedTower:
         self._layouts: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Tokens ``(B, T / 2 * H / 14 * W / 14, WIDTH)`` of ``frames (B, T, H, W, 3)`` uint8.
-
-        Raises
-        ------
-        ValueError
-            If a side is not a multiple of the attention window.
-        """
+        """Tokens ``(B, T / 2 * H / 14 * W / 14, WIDTH)`` of ``frames (B, T, H, W, 3)`` uint8."""
         batch, time, height, width, _ = frames.shape
-        if height % WINDOW or width % WINDOW:
-            raise ValueError(f"sides must be multiples of {WINDOW} pixels, got {height} x {width}")
-        order, back, cos, sin = self._layout(height, width)
+        patches = patchify(frames)
         groups = batch * time // FRAMES_PER_PATCH  # frame groups never see each other in this tower
-        patches = patchify(frames).view(groups, -1, 3 * FRAMES_PER_PATCH * PATCH * PATCH)[:, order]
-        tokens: Tensor = self._run(patches, cos, sin)
+        if height % WINDOW or width % WINDOW:
+            grid = torch.tensor([[1, height // PATCH, width // PATCH]] * groups)
+            tokens: Tensor = self.visual(patches.flatten(0, 1), grid_thw=grid).pooler_output
+            return tokens.view(batch, -1, tokens.shape[-1])
+        order, back, cos, sin = self.layout(height, width)
+        tokens = self._run(patches.view(groups, -1, patches.shape[-1])[:, order], cos, sin)
         return tokens[:, back].reshape(batch, -1, tokens.shape[-1])
 
-    def _layout(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def layout(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Order of the patches in windows, order that undoes it for tokens, and the rotary tables in window order."""
         if (height, width) not in self._layouts:
             grid = torch.tensor([[1, height // PATCH, width // PATCH]])
             windows, _ = get_vision_window_index(grid, spatial_merge_size=MERGE, window_size=WINDOW, patch_size=PATCH)
             unit = MERGE * MERGE
             order = (windows[:, None] * unit + torch.arange(unit)).flatten()
-            positions = get_vision_position_ids(grid, MERGE)
-            cos, sin = self.visual.rotary_pos_emb(torch.empty(0), positions)
-            cos, sin = (t[order][None, :, None].to(torch.bfloat16) for t in (cos, sin))
+            visual: Any = self.visual
+            cos, sin = visual.rotary_pos_emb(torch.empty(0), get_vision_position_ids(grid, MERGE))
+            cos, sin = (t[order][None, :, None] for t in (cos, sin))
             self._layouts[height, width] = order, torch.argsort(windows), cos, sin
         return self._layouts[height, width]
 
     def _forward(self, patches: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         visual: Any = self.visual
-        x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
+        x = functional.linear(patches, visual.patch_embed.proj.weight.flatten(1))
         for index, block in enumerate(visual.blocks):
             x = _block(block, x, cos.to(x.dtype), sin.to(x.dtype), full=index in visual.fullatt_block_indexes)
         x = _rms(x, visual.merger.ln_q)
@@ -180,7 +187,7 @@ class BatchedTower:
 
 
 def _rms(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.variance_epsilon)
+    return functional.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -197,8 +204,10 @@ def _block(block: Any, x: Tensor, cos: Tensor, sin: Tensor, full: bool) -> Tenso
     if not full:
         window = (WINDOW // PATCH) ** 2
         query, key, value = (t.reshape(-1, window, heads, width // heads) for t in (query, key, value))
-    attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    attended = functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    )
     x = x + block.attn.proj(attended.transpose(1, 2).reshape(groups, length, width))
     h = _rms(x, block.norm2)
-    fed: Tensor = block.mlp.down_proj(F.silu(block.mlp.gate_proj(h)) * block.mlp.up_proj(h))
+    fed: Tensor = block.mlp.down_proj(functional.silu(block.mlp.gate_proj(h)) * block.mlp.up_proj(h))
     return x + fed

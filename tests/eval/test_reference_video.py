@@ -1,0 +1,221 @@
+"""The qwen2_5_vl reference model: how it is trained, and that the shipped one answers about its sample clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Dinov2Config, Dinov2Model
+from transformers.video_utils import VideoMetadata
+
+import vtc.reference
+from eval.reference.train import qwen_data, qwen_decoder, qwen_tower
+from eval.reference.train.packing import IGNORE, Packer, attention_mask
+from eval.reference.train.qwen_convert import blank_tower, convert
+from eval.reference.train.qwen_crops import ATTRIBUTES, make_crop
+from eval.reference.train.qwen_data import Cache, build, clip_labels, reframed, scene_labels
+from eval.reference.train.qwen_export import processor as make_processor
+from eval.reference.train.qwen_model import CELL, TOKENIZER, WIDTH, BatchedTower, new_model, patchify
+from eval.tasks.clips.clip import FPS, make_clip
+from eval.tasks.clips.files import read_mp4
+from eval.tasks.clips.questions import ask as ask_clip
+from eval.tasks.scenes.scene import make_scene
+
+TOKENS = AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return new_model(TOKENS).eval()
+
+
+def test_batched_tower_equals_the_stock_tower() -> None:
+    torch.manual_seed(0)
+    visual = blank_tower().eval()
+    with torch.no_grad():
+        for parameter in visual.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4.0)  # the stock scale is so small that attention would hardly matter
+    frames = torch.randint(0, 256, (2, 4, 112, 224, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        batched = BatchedTower(visual)(frames)
+        grid = torch.tensor([[2, 112 // CELL, 224 // CELL]] * 2)
+        stock = visual(patchify(frames).flatten(0, 1), grid_thw=grid).pooler_output.view(batched.shape)
+        other = BatchedTower(visual)(frames[:, :, :56, :168])
+    assert torch.allclose(batched, stock, atol=1e-4)
+    assert other.shape == (2, 2 * 4 * 12, WIDTH)
+
+
+def test_patches_are_those_of_the_processor() -> None:
+    made = make_processor(TOKENS)
+    image = make_scene("test", 0, 0).image[:112]
+    pixels = made.image_processor(images=image, return_tensors="pt")
+    assert pixels["image_grid_thw"].tolist() == [[1, 8, 16]]
+    still = torch.from_numpy(image)[None, None].expand(1, 2, -1, -1, -1)
+    assert torch.allclose(patchify(still)[0], pixels["pixel_values"], atol=1e-5)
+    clip = make_clip("test", 0, 0, (8,))
+    videos = made.video_processor(videos=[clip.frames], return_tensors="pt")
+    assert videos["video_grid_thw"].tolist() == [[4, 8, 8]]
+    assert torch.allclose(patchify(torch.from_numpy(clip.frames)[None])[0], videos["pixel_values_videos"], atol=1e-5)
+
+
+def test_conversion_keeps_what_the_teacher_computes() -> None:
+    """On pictures that the conversion has not seen, but for absolute places, which cannot be converted.
+
+    A random teacher is the hardest there is: all its units and directions matter, and half of them are left out. An
+    unconverted tower scores 0.0.
+    """
+    torch.manual_seed(0)
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}
+    teacher = Dinov2Model(Dinov2Config(**shape)).eval()
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif parameter.ndim > 1:
+                parameter.mul_(2.5)
+        teacher.embeddings.position_embeddings.zero_()
+        visual: Any = convert(teacher, torch.stack([picture(i) for i in range(6)]))
+        fresh = torch.stack([picture(i) for i in range(6, 9)])
+        states: list[torch.Tensor] = []
+        visual.blocks[-1].register_forward_hook(lambda _, __, out: states.append(out))
+        patches = (
+            fresh.view(3, 3, 16, 14, 16, 14)
+            .permute(0, 2, 4, 1, 3, 5)[:, :, :, :, None]
+            .expand(-1, -1, -1, -1, 2, -1, -1)
+        )
+        visual(patches.reshape(768, -1), grid_thw=torch.tensor([[1, 16, 16]] * 3))
+        wanted = teacher(fresh, output_hidden_states=True).hidden_states[6][:, 1:]
+    order = torch.arange(256).view(2, 8, 2, 8).permute(0, 2, 1, 3).flatten()  # the tower works in windows of 8 x 8
+    found = states[0].view(3, 256, -1)
+    wanted = (wanted - wanted.mean(-1, keepdim=True))[:, order]
+    found, wanted = (t - t.mean((0, 1)) for t in (found, wanted))
+    assert torch.cosine_similarity(found, wanted, dim=-1).mean() > 0.65
+
+
+def picture(seed: int) -> torch.Tensor:
+    """A normalised crop, ``(3, 224, 224)``."""
+    frames, _ = make_crop(224, False, np.random.default_rng([1, seed]))
+    return torch.from_numpy(frames[0]).permute(2, 0, 1).float() / 64 - 2
+
+
+def test_crops_are_reproducible_and_labelled() -> None:
+    one, labels = make_crop(112, True, np.random.default_rng(3))
+    two, _ = make_crop(112, True, np.random.default_rng(3))
+    assert np.array_equal(one, two)
+    assert labels.shape == (len(ATTRIBUTES), 8, 8)
+    many = [make_crop(112, bool(i % 2), np.random.default_rng(i)) for i in range(30)]
+    for row, attribute in enumerate(ATTRIBUTES):
+        classes = np.concatenate([crop_labels[row].ravel() for _, crop_labels in many])
+        assert 0 < classes.max() <= len(ATTRIBUTES[attribute])
+    moved = [labels[3] for _, labels in many[1::2] if labels[3].any()]
+    assert moved, "some crops must hold motion"
+    assert all(not labels[3].any() for _, labels in many[::2]), "crops at rest hold none"
+
+
+def test_scenes_of_other_sizes_keep_their_things() -> None:
+    found = 0
+    for index in range(12):
+        scene = make_scene("test", 1, index)
+        for height, width in ((168, 224), (224, 280)):
+            other = reframed(scene, height, width)
+            if other is None:
+                continue
+            found += 1
+            assert other.image.shape == (height, width, 3)
+            for before, after in zip(scene.things, other.things, strict=True):
+                left, top, w, h = after.box
+                assert 0 <= left <= width - w
+                assert 0 <= top <= height - h
+                x, y = before.box[:2]
+                assert np.array_equal(other.image[top : top + h, left : left + w], scene.image[y : y + h, x : x + w])
+            labels = scene_labels(other.things, height * width // CELL**2)
+            assert (labels[:, 0] > 0).sum() == len({p for t in other.named for p in t.patches})
+    assert found >= 12
+
+
+def test_clip_labels_name_the_motion() -> None:
+    clip = make_clip("train", 0, 0)
+    labels = clip_labels(clip)
+    words = {ATTRIBUTES["motion"][i - 1] for i in labels[:, 3] if i}
+    assert words == {actor.direction for actor in clip.objects if actor.direction}
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_packed_training_sees_what_generate_sees(model: Any, modality: str) -> None:
+    """The packed row's logits for one question are the stock model's for the chat template's prompt."""
+    made = make_processor(TOKENS)
+    clip = make_clip("test", 0, 1, (8,))
+    questions = ask_clip(clip, 3)
+    content = [{"type": modality}, {"type": "text", "text": questions[1].text}]
+    text = made.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    if modality == "video":
+        metadata = VideoMetadata(total_num_frames=8, fps=FPS, frames_indices=list(range(8)))
+        inputs = made(videos=[clip.frames], video_metadata=[metadata], text=text, return_tensors="pt")
+        frames, grid = torch.from_numpy(clip.frames)[None], (4, 8, 8)
+    else:
+        image = np.concatenate([clip.frames[0], clip.frames[1]], 1)
+        inputs = made(images=image, text=text, return_tensors="pt")
+        frames, grid = torch.from_numpy(image)[None, None].expand(1, 2, -1, -1, -1), (1, 8, 16)
+    packed = qwen_decoder.PackedQwen(model, TOKENS).eval()
+    packer = Packer(TOKENS, qwen_decoder.text_start(grid), 64)
+    packed_text = packer.pack([questions])
+    with torch.no_grad():
+        expected = model(**inputs).logits[0, -1]
+        logits = packed(BatchedTower(model.model.visual)(frames), grid, packed_text)[0]
+    first = [int((packed_text.segments[0] == n).nonzero()[0]) for n in (1, 2)]
+    labelled = (packed_text.labels[0] != IGNORE).nonzero().flatten()
+    row = int((labelled < first[1]).sum())  # the second question's first answer token
+    assert torch.allclose(logits[row], expected, atol=2e-4)
+    prompt = packed_text.ids[0, first[1] : int(labelled[row]) + 1].tolist()
+    assert inputs["input_ids"][0, -len(prompt) :].tolist() == prompt
+    assert attention_mask(3, packed_text.segments).shape[-1] == 67
+
+
+def test_a_few_steps_lower_both_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower from random weights, tiny batches, eager: a smoke test of the whole chain, not of quality."""
+    monkeypatch.setattr(qwen_tower, "SHAPES_OF_BATCH", ((112, True, 4), (112, False, 4)))
+    monkeypatch.setattr(qwen_data, "BATCH", 3)
+    losses = qwen_tower.train(tmp_path, 5, 4e-3, None, compiled=False, workers=0, watched=1)
+    assert losses[-1] < losses[0]
+    saved = torch.load(tmp_path / "tower.pt", weights_only=True)
+    assert saved["step"] == 5
+    visual = blank_tower()
+    visual.load_state_dict(saved["visual"])
+    build(BatchedTower(visual), tmp_path / "train", "train", scenes=3, clips=3)
+    cache = Cache(tmp_path / "train")
+    assert [batch.modality for batch in cache.batches] == ["image", "video"]
+    assert cache.tokens(cache.batches[1]).shape == (3, cache.batches[1].tokens, WIDTH)
+    losses = qwen_decoder.train(tmp_path, 10, 8e-4, compiled=False, per_row=4, most_steps=4)
+    assert len(losses) == 4
+    assert np.mean(losses[-2:]) < losses[0]
+    assert (tmp_path / "decoder.pt").exists()
+
+
+needs_weights = pytest.mark.skipif(
+    not vtc.reference.available() or "qwen2_5_vl" not in vtc.reference.names(),
+    reason="the distribution vtc-reference (pip install ./eval/reference) is not installed",
+)
+
+
+@needs_weights
+def test_the_shipped_model_answers_questions_about_its_sample_clips() -> None:
+    import vtc_reference
+    from eval.reference.train.qwen_evaluate import Item, answers
+    from eval.tasks.scenes.questions import Question
+
+    shipped, processor = vtc.reference.load("qwen2_5_vl")
+    folder = Path(vtc_reference.__file__).parent / "qwen2_5_vl" / "samples"
+    records = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    asked = []
+    for record in records:
+        question = Question(record["kind"], record["question"], record["answer"], (), tuple(record["options"]))
+        asked.append(Item(read_mp4(folder / record["video"]), question))
+    given = list(answers(shipped, processor, "video", asked))
+    right = [text == item.question.answer for text, item in zip(given, asked, strict=True)]
+    assert np.mean(right) >= 0.75, list(zip(given, (item.question.answer for item in asked), strict=True))
