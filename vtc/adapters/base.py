@@ -205,9 +205,12 @@ class Adapter(ABC):
 def rows_of(output: Any) -> torch.Tensor:
     """Feature rows (total, D) of an encoder's output, whatever container the family uses."""
     pooled = output.pooler_output
-    if isinstance(pooled, torch.Tensor):
-        return pooled.reshape(-1, pooled.shape[-1])
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in pooled])
+    return pooled.flatten(0, -2) if isinstance(pooled, torch.Tensor) else torch.cat(parts_of(output))
+
+
+def parts_of(output: Any) -> list[torch.Tensor]:
+    """The images, tiles or videos of an encoder's output, (n, D) each; the container depends on the release."""
+    return [part.flatten(0, -2) for part in output.pooler_output]
 
 
 def hidden_state_layer(index: int | list[int], depth: int) -> int:

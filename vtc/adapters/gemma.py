@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.adapters.base import Adapter, Layout
+from vtc.adapters.base import Adapter, Layout, parts_of, rows_of
 from vtc.registry import register_adapter
 
 
@@ -23,10 +23,10 @@ class _GemmaAdapter(Adapter):
         return vision.image_size // vision.patch_size
 
     def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
-        images, tokens = output.pooler_output.shape[:2]
-        side = round(tokens**0.5)
-        structural = torch.zeros(images * tokens, dtype=torch.bool, device=output.pooler_output.device)
-        return Layout([tokens] * images, [((1, side, side),)] * images, structural)
+        lengths = [len(image) for image in parts_of(output)]
+        side = round(lengths[0] ** 0.5)
+        structural = torch.zeros(sum(lengths), dtype=torch.bool, device=rows_of(output).device)
+        return Layout(lengths, [((1, side, side),)] * len(lengths), structural)
 
 
 @register_adapter("gemma3")

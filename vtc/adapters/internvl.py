@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.adapters.base import Adapter, Layout
+from vtc.adapters.base import Adapter, Layout, parts_of, rows_of
 from vtc.adapters.llava import CropAdapter
 from vtc.registry import register_adapter
 
@@ -22,9 +22,9 @@ class InternVLAdapter(CropAdapter):
         return vision.image_size[0] // vision.patch_size[0]
 
     def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
-        tiles, tokens = output.pooler_output.shape[:2]
-        side = round(tokens**0.5)
-        return Layout.tiles(tiles, (side, side), output.pooler_output.device)
+        tiles = parts_of(output)
+        side = round(len(tiles[0]) ** 0.5)
+        return Layout.tiles(len(tiles), (side, side), tiles[0].device)
 
     def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         grid = patches.unflatten(1, (self.side(), self.side()))
@@ -43,8 +43,8 @@ class Idefics3Adapter(Adapter):
     def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size // self.config.scale_factor
-        rows = sum(len(part) for part in output.pooler_output)
-        return Layout.tiles(rows // side**2, (side, side), output.pooler_output[0].device)
+        rows = rows_of(output)
+        return Layout.tiles(len(rows) // side**2, (side, side), rows.device)
 
     def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         shuffled = self.base.connector.pixel_shuffle(patches, self.config.scale_factor)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.adapters.base import Adapter, Layout, hidden_state_layer
+from vtc.adapters.base import Adapter, Layout, hidden_state_layer, parts_of, rows_of
 from vtc.context import Grid
 from vtc.registry import register_adapter
 
@@ -40,7 +40,7 @@ class LlavaAdapter(CropAdapter):
     """LLaVA 1.5 (arXiv 2310.03744) with any tower that cuts an image into a grid."""
 
     def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
-        lengths = [len(features) for features in output.pooler_output]
+        lengths = [len(image) for image in parts_of(output)]
         prefix, lost = self._edges(modality, call)
         sizes = call.get("image_sizes")
         structural: list[bool] = []
@@ -54,7 +54,7 @@ class LlavaAdapter(CropAdapter):
                 height = width = round((length - prefix) ** 0.5)
             grids.append(((1, height, width),))
             structural += [True] * prefix + [False] * (length - prefix)
-        return Layout(lengths, grids, torch.tensor(structural, device=output.pooler_output[0].device))
+        return Layout(lengths, grids, torch.tensor(structural, device=rows_of(output).device))
 
     def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         prefix, lost = self._edges(modality, call)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from vtc.adapters.base import Layout
+from vtc.adapters.base import Layout, parts_of, rows_of
 from vtc.adapters.llava import CropAdapter
 from vtc.context import Grid
 from vtc.registry import register_adapter
@@ -46,7 +46,7 @@ class AnyResAdapter(CropAdapter):
         if modality == "video":
             return self.video_layout(call, output)
         counts = self.tile_counts(call)
-        features = output.pooler_output
+        features = parts_of(output)
         blank = features[0].new_zeros(sum(counts), self.side() ** 2, 1, dtype=torch.float32)
         # Newlines are where ones come out when patches are zeros.
         marks = self.pack(call, blank.split(counts), blank.new_ones(1))
@@ -88,11 +88,11 @@ class LlavaNextVideoAdapter(AnyResAdapter):
     modalities = ("image", "video")
 
     def video_layout(self, call: Mapping[str, Any], output: Any) -> Layout:
-        videos, tokens = output.pooler_output.shape[:2]
+        lengths = [len(video) for video in parts_of(output)]
         frames = call["pixel_values_videos"].shape[1]
         side = self.side() // self.config.spatial_pool_stride
-        structural = torch.zeros(videos * tokens, dtype=torch.bool, device=output.pooler_output.device)
-        return Layout([tokens] * videos, [((frames, side, side),)] * videos, structural)
+        structural = torch.zeros(sum(lengths), dtype=torch.bool, device=rows_of(output).device)
+        return Layout(lengths, [((frames, side, side),)] * len(lengths), structural)
 
     def arrange_video(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         grid = patches.transpose(1, 2).unflatten(-1, (self.side(), self.side()))
@@ -124,12 +124,12 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         return [count if single else 1 for count, single in zip(counts, alone, strict=True)]
 
     def video_layout(self, call: Mapping[str, Any], output: Any) -> Layout:
-        videos, tokens = output.pooler_output.shape[:2]
+        lengths = [len(video) for video in parts_of(output)]
         frames = call["pixel_values_videos"].shape[1]
         side = -(-self.side() // 2)
-        structural = torch.zeros(videos, tokens, dtype=torch.bool, device=output.pooler_output.device)
-        structural[:, -1] = True
-        return Layout([tokens] * videos, [((frames, side, side),)] * videos, structural.flatten())
+        structural = torch.zeros(sum(lengths), dtype=torch.bool, device=rows_of(output).device)
+        structural[torch.tensor(lengths).cumsum(dim=0) - 1] = True
+        return Layout(lengths, [((frames, side, side),)] * len(lengths), structural)
 
     def arrange_video(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         videos, frames = call["pixel_values_videos"].shape[:2]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
-from vtc.adapters.base import Adapter, Layout
+from vtc.adapters.base import Adapter, Layout, rows_of
 from vtc.registry import register_adapter
 
 
@@ -30,8 +30,8 @@ class QwenVLAdapter(Adapter):
         merge = self.base.visual.spatial_merge_size
         grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in self._grids(modality, call)]
         lengths = [t * h * w for t, h, w in grids]
-        device = output.pooler_output[0].device
-        return Layout(lengths, [(grid,) for grid in grids], torch.zeros(sum(lengths), dtype=torch.bool, device=device))
+        structural = torch.zeros(sum(lengths), dtype=torch.bool, device=rows_of(output).device)
+        return Layout(lengths, [(grid,) for grid in grids], structural)
 
     def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         return patches.flatten(0, 1).unflatten(0, (-1, self.base.visual.spatial_merge_size**2)).mean(dim=1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.adapters.base import Layout
+from vtc.adapters.base import Layout, parts_of
 from vtc.adapters.llava import CropAdapter
 from vtc.registry import register_adapter
 
@@ -27,10 +27,11 @@ class VideoLlavaAdapter(CropAdapter):
         return self.prefix_tokens(modality) if kept else 0
 
     def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
-        crops, tokens = output.pooler_output.shape[:2]
+        parts = parts_of(output)
+        crops, tokens = len(parts), len(parts[0])
         frames = call["pixel_values_videos"].shape[1] if modality == "video" else 1
         prefix = self._prefix(modality, call)
-        structural = torch.zeros(crops, tokens, dtype=torch.bool, device=output.pooler_output.device)
+        structural = torch.zeros(crops, tokens, dtype=torch.bool, device=parts[0].device)
         structural[:, :prefix] = True
         grid = (frames, self.side(), self.side())
         return Layout([frames * tokens] * (crops // frames), [(grid,)] * (crops // frames), structural.flatten())
