@@ -72,8 +72,8 @@ def reframed(scene: Scene, height: int, width: int) -> Scene | None:
             return None
         offsets.append(-int(rng.integers(first, last + 1)))
     down, right = offsets
-    image = sources.background(scene.split, max(height, width), rng)[:height, :width]
-    image = np.clip(image, 0, 255).astype(np.uint8)
+    around = sources.background(scene.split, max(height, width), rng)[:height, :width]
+    image = np.clip(around, 0, 255).astype(np.uint8)
     top, left = max(0, down) * CELL, max(0, right) * CELL
     part = scene.image[max(0, -down) * CELL :, max(0, -right) * CELL :][: height - top, : width - left]
     image[top : top + part.shape[0], left : left + part.shape[1]] = part
@@ -132,7 +132,7 @@ class Batch:
     modality: str
     grid: tuple[int, int, int]
     first: int
-    sources: list[Scene] | list[Clip]
+    sources: Sequence[Scene | Clip]
     kinds: tuple[str, ...]
     owned: list[list[tuple[int, ...]]]
 
@@ -169,8 +169,9 @@ def drawn(batch_index: int, modality: str, split: Split, seed: int) -> tuple[Ten
         batch = Batch(modality, grid, 0, bare, clip_questions.KINDS, owned)
         return torch.from_numpy(np.stack(frames)), np.stack([clip_labels(clip) for clip in clips]), batch
     height, width = SIZES[batch_index % len(SIZES)]
+    kinds: tuple[str, ...] = KINDS
     if (height, width) == (CANVAS, CANVAS):
-        scenes, kinds = [make_scene(split, seed, index) for index in indices], KINDS
+        scenes = [make_scene(split, seed, index) for index in indices]
     else:
         scenes, kinds = [], KINDS_ANY_SIZE
         for index in indices:

@@ -30,9 +30,10 @@ from eval.reference.train.packing import EOS_WEIGHT, IGNORE, PackedText, Packer,
 from eval.reference.train.qwen_crops import ATTRIBUTES
 from eval.reference.train.qwen_data import LABELS, Batch, Cache
 from eval.reference.train.qwen_model import TOKENIZER, WIDTH, new_model
-from eval.tasks.clips.clip import Clip
+from eval.tasks.clips.clip import Actor, Clip
 from eval.tasks.clips.questions import KINDS as CLIP_KINDS
 from eval.tasks.scenes.questions import Question
+from eval.tasks.scenes.scene import Thing
 from eval.tasks.scenes.vocabulary import COLOURS, SHAPES, SIGN_COLOURS
 from eval.tasks.scenes.vocabulary import KINDS as SCENE_KINDS
 
@@ -87,7 +88,7 @@ def spots_of(text: PackedText, rows: Sequence[Sequence[Question]], batch: Batch,
     focus: list[Tensor] = []
     words: list[bool] = []
     for row, (questions, source) in enumerate(zip(rows, batch.sources, strict=True)):
-        things = source.actors if isinstance(source, Clip) else source.things
+        things: Sequence[Actor | Thing] = source.actors if isinstance(source, Clip) else source.things
         for number, question in enumerate(questions, 1):
             own = (text.segments[row] == number).nonzero().flatten().tolist()
             if not own:
@@ -145,7 +146,7 @@ class PackedQwen(nn.Module):
         self.groups = [word_ids(tokenizer, name) for name in LABELS]
         self.run = self._run
 
-    def compile(self) -> None:  # type: ignore[override]
+    def compile(self) -> None:
         """Compile the layers; every sequence length is compiled once."""
         self.run = torch.compile(self._run, dynamic=False)
 
@@ -324,7 +325,8 @@ def _pairs(data: Cache, state: dict[str, Tensor], features: Path, most: int = 40
     """Tokens of this tower and of the other model's projector for the same patches, each ``(n, WIDTH)``."""
     described = json.loads((features / "state.json").read_text())
     stored = np.load(features / "features.npy", mmap_mode="r")
-    tokens, wanted = [], []
+    tokens: list[Tensor] = []
+    wanted: list[Tensor] = []
     for batch in data.batches:
         if batch.grid != (1, 16, 16) or len(tokens) == most:
             continue
