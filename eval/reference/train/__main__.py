@@ -38,7 +38,7 @@ from eval.tasks.scenes.vocabulary import KINDS
 TOKENIZER = Path(__file__).parents[1] / "src" / "vtc_reference" / "tokenizer"
 
 
-PRACTICE = (*KINDS, "relation", "relation", "relation", "extreme", "place", "count", "digit", "digit", "reading")
+PRACTICE = (*KINDS, "relation", "relation", "relation", "extreme", "place", "digit", "digit", "digit", "reading")
 """Kinds of question in training: what takes longest to learn is asked more often."""
 
 

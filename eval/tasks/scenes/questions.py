@@ -24,6 +24,9 @@ from eval.tasks.scenes.vocabulary import (
 MARGIN = 12.0
 """Pixels by which a comparison of places must be decided before it is asked."""
 
+PLACE_MARGIN = 20.0
+"""Pixels by which an object must be off the middle lines before it is asked in which corner it is."""
+
 _QUESTION_PURPOSE = 1  # keeps the generator of questions apart from the generator of pixels
 
 
@@ -155,7 +158,7 @@ class _Asker:
     def _ask_place(self) -> Question | None:
         middle = CANVAS / 2
         candidates = [
-            t for t in self.scene.objects if min(abs(t.centre[0] - middle), abs(t.centre[1] - middle)) >= MARGIN
+            t for t in self.scene.objects if min(abs(t.centre[0] - middle), abs(t.centre[1] - middle)) >= PLACE_MARGIN
         ]
         if not candidates:
             return None
@@ -187,14 +190,9 @@ class _Asker:
         text = self._pick(("Is {0} {1} {2}?", "Would you say that {0} is {1} {2}?")).format(
             self._refer(first), side, self._refer(second)
         )
-        return Question(
-            "relation",
-            text,
-            "yes" if lead > 0 else "no",
-            self._index(first, second),
-            YES_NO,
-            self._index(first, second),
-        )
+        answer = "yes" if lead > 0 else "no"
+        farther = first if lead > 0 else second
+        return Question("relation", text, answer, self._index(first, second), YES_NO, self._index(farther))
 
     def _ask_beside(self) -> Question | None:
         """What is left of X: asked where one object alone is there, and clearly, not by less than the margin."""
