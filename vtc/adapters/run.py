@@ -176,8 +176,9 @@ class Run:
         """The layer's rotary tables (B or 1, T0, d), after the decoder stages so far."""
         key = self._key(layer)
         if key not in self._rotary:
-            for _, plan in self.steps:
-                tables = tuple(plan.take(table) for table in tables)
+            for step, plan in self.steps:
+                if step <= layer:  # where checkpointing runs an early layer again, later steps are known already
+                    tables = tuple(plan.take(table) for table in tables)
             self._rotary[key] = tables
         return self._rotary[key]
 
