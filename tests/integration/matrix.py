@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation import utils as generation_utils
 
 import vtc
 from tests import tiny
@@ -33,6 +34,11 @@ HYBRID_TOLERANCE = 4e-4
 batches differ from their rows by up to 2.4e-4."""
 
 PRECISION = {"sdpa": torch.float64, "eager": torch.float32}
+
+
+PREFILLS_IN_CHUNKS = hasattr(generation_utils, "_slice_mm_encoder_output")
+"""Whether this release of transformers can split a prompt with images; earlier ones feed the chunks no features at all,
+and in a later turn read token types from the start of the conversation."""
 
 
 @dataclass(frozen=True)

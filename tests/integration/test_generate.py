@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from transformers.generation import CompileConfig
 
 import vtc
 from tests import reference, tiny
-from tests.integration.matrix import REPRESENTATIVES, Method, method, over_representatives, sharp, tolerance
+from tests.integration.matrix import (
+    PREFILLS_IN_CHUNKS,
+    REPRESENTATIVES,
+    Method,
+    method,
+    over_representatives,
+    sharp,
+    tolerance,
+)
 
 STEPS = 8
 # A random model would say the placeholder ids too, which transformers refuses without a cache.
@@ -74,6 +83,7 @@ def test_greedy_in_other_words(family: tiny.Family, method: Method, mode: str, k
     assert error <= tolerance(case)
 
 
+@pytest.mark.skipif(not PREFILLS_IN_CHUNKS, reason="this release cannot split a prompt with images")
 @pytest.mark.parametrize("kind", ["single", "ragged"])
 @pytest.mark.parametrize("size", [7, 16])
 @pytest.mark.parametrize("name", ["divprune", "uniform"])
@@ -135,6 +145,7 @@ def test_compiled_decoding_in_one_graph(family: tiny.Family, method: Method) -> 
         graphs.append(graph)
         return graph
 
+    gc.collect()  # a compressed model that an earlier test forgot must not tidy up in the middle of a trace
     torch.compiler.reset()
     compiled = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
     compiled._compile_all_devices = True

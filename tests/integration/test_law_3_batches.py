@@ -114,6 +114,7 @@ def _same_pixels(case: tiny.TinyCase, rows: list[tiny.Row]) -> list[dict[str, An
     out = []
     for row in rows:
         inputs = case.collate((row,))
-        inputs |= visuals.collate([[drawn[size] for _, size in row.visuals]])
+        for name, value in visuals.collate([[drawn[size] for _, size in row.visuals]]).items():
+            inputs[name if name in inputs else "pixel_values_images"] = value  # as Video-LLaVA's were once called
         out.append(inputs)
     return out

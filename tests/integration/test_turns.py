@@ -10,7 +10,15 @@ import torch
 
 import vtc
 from tests import reference, tiny
-from tests.integration.matrix import REPRESENTATIVES, Method, method, over_representatives, sharp, tolerance
+from tests.integration.matrix import (
+    PREFILLS_IN_CHUNKS,
+    REPRESENTATIVES,
+    Method,
+    method,
+    over_representatives,
+    sharp,
+    tolerance,
+)
 
 STEPS = 5
 SAY = {
@@ -103,6 +111,8 @@ def with_new_image(case: tiny.TinyCase, turn: Turn) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["divprune", "fastv", "divprune+fastv"])
 @pytest.mark.parametrize("family_name", ["llava", "internvl", "idefics3", "llava_onevision_video", "gemma3"])
 def test_a_second_turn_with_a_new_image(family_name: str, name: str, kind: str) -> None:
+    if family_name == "gemma3" and not PREFILLS_IN_CHUNKS:
+        pytest.skip("this release reads the token types of a later turn at the wrong places")
     case = sharp(tiny.family(family_name))
     inputs = case.batch(kind)
     with method(name).on(case.model) as model:
