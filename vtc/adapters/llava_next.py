@@ -12,6 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from vtc.adapters.base import Layout, parts_of, rows_of
 from vtc.adapters.llava import CropAdapter
 from vtc.context import Grid
+from vtc.errors import UnsupportedModelError
 from vtc.registry import register_adapter
 
 
@@ -69,11 +70,11 @@ class AnyResAdapter(CropAdapter):
 
     def video_layout(self, call: Mapping[str, Any], output: Any) -> Layout:
         """As `layout`, for a video."""
-        raise NotImplementedError
+        raise UnsupportedModelError(f"{self.config.model_type} has no videos")
 
     def arrange_video(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         """As `arrange`, for the frames of videos."""
-        raise NotImplementedError
+        raise UnsupportedModelError(f"{self.config.model_type} has no videos")
 
 
 @register_adapter("llava_next")
