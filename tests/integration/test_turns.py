@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import vtc
 from tests import reference, tiny
@@ -19,6 +20,7 @@ from tests.integration.matrix import (
     sharp,
     tolerance,
 )
+from vtc.adapters.cache import record_of
 
 STEPS = 5
 SAY = {
@@ -264,3 +266,42 @@ def test_the_cache_is_shorter_and_knows_the_prompts_length(family_name: str) -> 
     assert held == [max(lengths) for lengths in report.lengths_per_layer]
     assert held[0] < length
     assert held[2] < held[1]
+
+
+@pytest.mark.parametrize("name", ["divprune", "divprune+fastv"])
+def test_cropping_forgets_the_last_tokens_everywhere(name: str) -> None:
+    # What rejected candidates of assisted decoding leave behind: lengths, columns and stored keys must shrink alike.
+    case = sharp(tiny.family("llava"))
+    inputs = case.batch("ragged")
+    with torch.no_grad(), method(name).on(case.model) as model:
+        cache = model(**inputs, use_cache=True).past_key_values
+        stored = [cache.get_query_offset(layer) for layer in range(len(cache.layers))]
+        model(input_ids=question(len(inputs["input_ids"])), past_key_values=cache, use_cache=True)
+        cache.crop(-4)
+    length = inputs["input_ids"].shape[1] + 6 - 4
+    record = record_of(cache)
+    assert cache.get_seq_length() == record.logical == length
+    for layer, before in enumerate(stored):
+        columns = record.keys_of(layer)
+        assert columns.shape[1] == cache.get_query_offset(layer) == before + 2
+        assert (columns.max(dim=1).values == length - 1).all(), "the last columns went, not the first"
+
+
+def test_a_reset_static_cache_is_an_ordinary_one() -> None:
+    case = sharp(tiny.family("llava"))
+    inputs, text = case.batch("single"), question(1)
+    cache = StaticCache(config=case.model.config.get_text_config(), max_cache_len=64)
+    with torch.no_grad():
+        expected = case.model(input_ids=text).logits
+        with method("divprune").on(case.model) as model:
+            model(**inputs, past_key_values=cache, use_cache=True)
+            assert record_of(cache) is not None
+            cache.reset()
+            assert record_of(cache) is None
+            assert int(cache.get_seq_length()) == 0
+            ours = model(input_ids=text, past_key_values=cache, use_cache=True).logits
+        assert reference.max_error(ours, expected) <= tolerance(case)
+        # Also behind restore(): nothing that was forgotten can be asked for.
+        cache.reset()
+        ours = case.model(input_ids=text, past_key_values=cache, use_cache=True).logits
+    assert reference.max_error(ours, expected) <= tolerance(case)
