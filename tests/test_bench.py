@@ -33,16 +33,24 @@ def shape():
 
 
 class TestTiming:
-    def test_rounds_rotate_and_warmup_is_not_counted(self):
+    def test_every_round_has_an_order_of_its_own_and_warmup_is_not_counted(self):
         order = []
 
         def run(name):
             order.append(name)
             return {"work": float(len(order))}
 
-        timings = interleave({name: Case(lambda name=name: run(name)) for name in "abc"}, repeats=2, warmup=1)
-        assert "".join(order) == "cab" + "abc" + "bca"
-        assert timings["a"]["work"].seconds == (4.0, 9.0)
+        cases = {name: Case(lambda name=name: run(name)) for name in "abc"}
+        timings = interleave(cases, repeats=8, warmup=1)
+        rounds = ["".join(order[start : start + 3]) for start in range(0, len(order), 3)]
+        assert len(rounds) == 9
+        assert all(sorted(one) == list("abc") for one in rounds)
+        assert len({one[0] for one in rounds}) > 1
+        assert len({one.index("b") - one.index("a") == 1 for one in rounds}) == 2, "b does not always follow a"
+        in_a = tuple(3.0 * number + one.index("a") + 1 for number, one in enumerate(rounds))
+        assert timings["a"]["work"].seconds == in_a[1:]
+        again = interleave(cases, repeats=8, warmup=1)
+        assert [s - 27 for s in again["a"]["work"].seconds] == list(timings["a"]["work"].seconds)
 
     def test_context_is_around_every_run(self):
         events = []
@@ -121,7 +129,9 @@ class TestPrefill:
         assert results[1]["flops_ratio"] == decoder.prefill_flops(584) / decoder.prefill_flops(152)
         for r in results:
             assert r["speed_up"] == pytest.approx(r["whole"]["median"] / r["compressed"]["median"])
-            assert r["realised_share"] == pytest.approx(r["plain"]["median"] / r["compressed"]["median"])
+            plain, compressed, vision = (r[part]["median"] for part in ("plain", "compressed", "vision"))
+            assert r["realised_share"] == pytest.approx(plain / (compressed - vision))
+            assert r["realised_share_of_whole_call"] == pytest.approx(plain / compressed)
             assert len(r["compressed"]["seconds"]) == 2
             # Nested within one run, so true however busy the machine is.
             assert all(0 < s < c for s, c in zip(r["selector"]["seconds"], r["compressed"]["seconds"], strict=True))

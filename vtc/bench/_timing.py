@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -93,7 +94,8 @@ def interleave(cases: Mapping[str, Case], *, repeats: int, warmup: int = 1) -> d
     ----------
     cases : mapping of str to Case
     repeats : int
-        Measured rounds. The order rotates by one from round to round: no case always follows the same other.
+        Measured rounds, each in an order of its own, the same in every run: a case pays for what ran before it (caches,
+        clock rates), so none may always follow the same other.
     warmup : int
         Rounds before them that are not measured.
 
@@ -104,8 +106,7 @@ def interleave(cases: Mapping[str, Case], *, repeats: int, warmup: int = 1) -> d
     names = list(cases)
     rounds: dict[str, list[Figures]] = {name: [] for name in names}
     for number in range(-warmup, repeats):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in random.Random(number).sample(names, len(names)):
             with cases[name].around():
                 figures = cases[name].run()
             if number >= 0:

@@ -74,8 +74,15 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
 
 
 def _similarities(unit: Tensor) -> Tensor:
-    """(N, N): `unit` @ `unit`.T with -inf on the diagonal."""
-    return (unit @ unit.T).fill_diagonal_(-torch.inf)
+    """(N, N): `unit` @ `unit`.T with -inf on the diagonal; the matrix is symmetric, so half of it is multiplied out."""
+    n = unit.shape[0]
+    table = unit.new_empty(n, n)
+    for start in range(0, n, _BLOCK):
+        stop = min(start + _BLOCK, n)
+        block = unit[start:stop] @ unit[start:].T
+        table[start:stop, start:] = block
+        table[start:, start:stop] = block.T
+    return table.fill_diagonal_(-torch.inf)
 
 
 def _nearest_similarity(unit: Tensor) -> Tensor:
