@@ -1,0 +1,545 @@
+"""Pictures of what was kept: which token stands for which part of an image or a frame, drawn on it."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vtc.errors import ConfigError, InputError
+from vtc.selection import Selection
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vtc.context import Grid
+    from vtc.report import Report, SegmentReport
+
+__all__ = ["animation", "save_animation", "visualize"]
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels of the picture; may reach beyond it where a model pads."""
+
+FITS = ("crop", "pad", "stretch")
+
+# What the processors of these families do with a picture unless they are told otherwise; the others stretch it.
+_CROPPED = {("llava", "image"), ("video_llava", "image"), ("video_llava", "video"), ("llava_next_video", "video")}
+_ANYRES = {"llava_next", "llava_next_video", "llava_onevision"}
+_TILED = {"internvl"}
+_TILES_APART = {"idefics3", "smolvlm"}
+
+_MARGIN, _TITLE = 6, 20
+
+
+@dataclass(frozen=True)
+class View:
+    """One grid of tokens on one picture.
+
+    Attributes
+    ----------
+    title
+        What the view is called where a picture has several; else empty.
+    picture
+        Which of the pictures it shows.
+    patches
+        (box, rows, columns, segment, first): a rectangle of tokens in raster order, and where it begins among the
+        scorable tokens of the segment.
+    """
+
+    title: str
+    picture: int
+    patches: tuple[tuple[Box, int, int, int, int], ...]
+
+
+def visualize(
+    report: Report,
+    pictures: Any,
+    *,
+    row: int = 0,
+    index: int | None = None,
+    processor: Any = None,
+    fit: str | None = None,
+    size: int = 448,
+    columns: int | None = None,
+    titles: bool = True,
+    last: bool = False,
+) -> Image:
+    """Draw what a report kept: kept patches bright, dropped ones dim, merged ones in the colour of their anchor.
+
+    One panel per view of a picture (thumbnail, tiles) and per range of decoder layers that saw the same tokens. The
+    frames of a video become a contact sheet. What the model never saw, like the margins of a centre crop, is hatched.
+
+    Parameters
+    ----------
+    report : Report
+        From `vtc.report(model)`.
+    pictures : PIL.Image, array (H, W, 3) of uint8, or a sequence of them
+        The picture; or one per image of the row, in order; or the frames of the video, as the processor was given them.
+    row : int
+        Row of the batch.
+    index : int, optional
+        Only this image or video of the row; `pictures` are then its own.
+    processor : optional
+        The model's processor, asked whether it crops, pads or stretches. Without one: what the family's does.
+    fit : {"crop", "pad", "stretch"}, optional
+        Says so in its place. Families that tile pictures do as they do.
+    size : int
+        Longer edge of a panel in pixels.
+    columns : int, optional
+        Panels side by side; by default what is closest to a square for the frames of a video.
+    titles : bool
+        Write above each panel what it shows.
+    last : bool
+        Only what the last decoder layers see.
+
+    Returns
+    -------
+    PIL.Image
+
+    Raises
+    ------
+    ConfigError
+        An argument is out of range, or pillow is not installed.
+    InputError
+        The pictures do not fit the report.
+    """
+    views, segments, images, states = _prepare(report, pictures, row, index, processor, fit, size)
+    states = states[-1:] if last else states
+    panels = [
+        [_panel(view, images, segments, state, size, _caption(view, segments, state, titles)) for view in views]
+        for state in states
+    ]
+    if columns is None:
+        # Few views stand in a row per state; frames make a sheet.
+        columns = math.ceil(math.sqrt(len(views))) if len(views) > 6 else len(views)
+        if len(views) == 1:
+            columns = len(states)
+    elif columns < 1:
+        raise ConfigError(f"columns must be 1 or more, got {columns}.")
+    sheets = panels if len(views) > 1 else [[panel for state in panels for panel in state]]
+    return _stack([_sheet(sheet, columns) for sheet in sheets])
+
+
+def animation(
+    report: Report,
+    frames: Any,
+    *,
+    row: int = 0,
+    index: int | None = None,
+    processor: Any = None,
+    fit: str | None = None,
+    size: int = 320,
+    titles: bool = True,
+) -> list[Image]:
+    """The frames of a video one after the other, ranges of decoder layers side by side; arguments as in `visualize`."""
+    views, segments, images, states = _prepare(report, frames, row, index, processor, fit, size)
+    return [
+        _sheet(
+            [_panel(view, images, segments, state, size, _caption(view, segments, state, titles)) for state in states],
+            len(states),
+        )
+        for view in views
+    ]
+
+
+def save_animation(frames: Sequence[Image], path: str | Path, fps: float = 2.0) -> None:
+    """Write pictures of one size as an animated GIF, WebP or PNG.
+
+    Raises
+    ------
+    ConfigError
+        The file's name ends in none of these, or `fps` is not positive.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".gif", ".webp", ".png", ".apng"):
+        raise ConfigError(f"{path}: animations are written as .gif, .webp or .png.")
+    if not fps > 0:
+        raise ConfigError(f"fps must be positive, got {fps}.")
+    first, *rest = frames
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+# ------------------------------------------------------------------------------------------------------- geometry
+
+
+def _prepare(
+    report: Report, pictures: Any, row: int, index: int | None, processor: Any, fit: str | None, size: int
+) -> tuple[list[View], list[SegmentReport], list[Image], list[_State]]:
+    if fit is not None and fit not in FITS:
+        raise ConfigError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
+    if size < 16:
+        raise ConfigError(f"size must be 16 pixels or more, got {size}.")
+    images = _images(pictures)
+    of_row = [segment for segment in report.segments if segment.row == row]
+    segments = [segment for segment in of_row if index is None or segment.index == index]
+    if not segments:
+        where = f"row {row}" if index is None else f"row {row}, image or video {index}"
+        raise InputError(f"The report has nothing about {where}; it has {len(report.segments)} images and videos.")
+    views = list(_views(report.model_type, segments, [image.size for image in images], processor, fit))
+    return views, segments, images, _states(segments, len(report.lengths_per_layer))
+
+
+def _views(
+    kind: str, segments: Sequence[SegmentReport], sizes: Sequence[tuple[int, int]], processor: Any, fit: str | None
+) -> Iterator[View]:
+    """Where the tokens of these segments lie on pictures of these (width, height)."""
+    videos = [segment for segment in segments if segment.modality == "video"]
+    if videos:
+        if len(segments) > 1:
+            raise InputError("Beside a video there are other images or videos in this row; say which by index=.")
+        yield from _frames(kind, segments[0], sizes, processor, fit)
+    elif kind in _TILES_APART and len(sizes) == 1 and len(segments) > 1:
+        tiles = [(segment.grids[0], number, 0) for number, segment in enumerate(segments)]
+        yield from _tiles(tiles, 0, sizes[0], _ceiled(len(tiles) - 1, sizes[0]))
+    elif len(segments) != len(sizes):
+        raise InputError(
+            f"The row shows {len(segments)} images, but {len(sizes)} pictures were given; give one per image, or say "
+            "which one by index=."
+        )
+    else:
+        for number, (segment, shape) in enumerate(zip(segments, sizes, strict=True)):
+            yield from _image(kind, segment, number, shape, processor, fit)
+
+
+def _image(
+    kind: str, segment: SegmentReport, number: int, shape: tuple[int, int], processor: Any, fit: str | None
+) -> Iterator[View]:
+    grids = segment.grids
+    if len(grids) == 1:
+        # Of several pictures in one prompt LLaVA-OneVision makes no tiles and pads them to squares instead.
+        usual = "pad" if kind == "llava_onevision" else "stretch" if kind in _ANYRES else None
+        box = _fitted(kind, "image", shape, processor, fit or usual)
+        yield View("", number, ((box, *grids[0][1:], number, 0),))
+    elif kind in _ANYRES:
+        _, rows, across = grids[1]
+        whole = (0.0, 0.0, float(shape[0]), float(shape[1]))
+        yield View("thumbnail", number, ((whole, *grids[0][1:], number, 0),))
+        # Square patches, the padding cut off to whole patches evenly on both sides.
+        side = max(shape[0] / across, shape[1] / rows)
+        box = _centred(shape, across * side, rows * side)
+        yield View("tiles", number, ((box, rows, across, number, math.prod(grids[0])),))
+    elif kind in _TILED:
+        starts = np.cumsum([0, *(math.prod(grid) for grid in grids)]).tolist()
+        tiles = [(grid, number, start) for grid, start in zip(grids, starts, strict=False)]
+        yield from _tiles(tiles, number, shape, _nearest(len(tiles) - 1, shape))
+    else:
+        raise InputError(
+            f"An image of a {kind} model has {len(grids)} views, and how they lie on the picture is not known; draw "
+            "them yourself from report.segments[...].grids."
+        )
+
+
+def _tiles(
+    tiles: Sequence[tuple[Grid, int, int]], number: int, shape: tuple[int, int], arrangement: tuple[int, int]
+) -> Iterator[View]:
+    """Tiles (grid, segment, first token) in raster order, the last one a thumbnail."""
+    rows, across = arrangement
+    width, height = shape[0] / across, shape[1] / rows
+    patches = []
+    for place, ((_, h, w), segment, first) in enumerate(tiles[:-1]):
+        x, y = place % across * width, place // across * height
+        patches.append(((x, y, x + width, y + height), h, w, segment, first))
+    yield View(f"{rows} x {across} tiles", number, tuple(patches))
+    (_, h, w), segment, first = tiles[-1]
+    yield View("thumbnail", number, (((0.0, 0.0, float(shape[0]), float(shape[1])), h, w, segment, first),))
+
+
+def _nearest(count: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of `count` tiles closest to the picture's shape, as InternVL chooses among all counts."""
+    return min(_arrangements(count), key=lambda way: abs(way[1] / way[0] - shape[0] / shape[1]))
+
+
+def _ceiled(count: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of `count` tiles with the longer edge full and the shorter rounded up, as Idefics3 cuts."""
+    width, height = shape
+
+    def missed(way: tuple[int, int]) -> tuple[bool, float]:
+        rows, across = way
+        if width >= height:
+            exact = math.ceil(across * height / width) == rows
+        else:
+            exact = math.ceil(rows * width / height) == across
+        return not exact, abs(across / rows - width / height)
+
+    return min(_arrangements(count), key=missed)
+
+
+def _arrangements(count: int) -> list[tuple[int, int]]:
+    return [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+
+
+def _frames(
+    kind: str, segment: SegmentReport, sizes: Sequence[tuple[int, int]], processor: Any, fit: str | None
+) -> Iterator[View]:
+    if len(segment.grids) != 1:
+        raise InputError(f"A video of {len(segment.grids)} views cannot be laid on frames.")
+    t, h, w = segment.grids[0]
+    per_token = -(-len(sizes) // t)
+    if per_token not in (1, 2) or -(-len(sizes) // per_token) != t:
+        raise InputError(
+            f"The video has {t} steps in time, which {len(sizes)} frames cannot make: give the frames that the "
+            "processor was given, after sampling."
+        )
+    for frame, shape in enumerate(sizes):
+        box = _fitted(kind, "video", shape, processor, fit)
+        yield View(f"frame {frame}", frame, ((box, h, w, 0, frame // per_token * h * w),))
+
+
+def _fitted(kind: str, modality: str, shape: tuple[int, int], processor: Any, fit: str | None) -> Box:
+    """The part of a picture that the model sees."""
+    width, height = shape
+    worker = None if processor is None else getattr(processor, f"{modality}_processor", None)
+    side = float(min(shape))
+    if fit is None and worker is not None:
+        fit, side = _read_fit(worker, side)
+    if fit is None:
+        fit = "crop" if (kind, modality) in _CROPPED else "stretch"
+    if fit == "crop":
+        return _centred(shape, side, side)
+    if fit == "pad":
+        return _centred(shape, max(width, height), max(width, height))
+    return 0.0, 0.0, float(width), float(height)
+
+
+def _read_fit(worker: Any, shorter: float) -> tuple[str, float]:
+    """What an image or video processor does, and the side of its crop in pixels of the picture."""
+    if getattr(worker, "do_pad", False):
+        return "pad", shorter
+    edge, crop = _number(worker, "size", "shortest_edge"), _number(worker, "crop_size", "height")
+    if getattr(worker, "do_center_crop", False) and edge and crop:
+        return "crop", shorter * crop / edge
+    return "stretch", shorter
+
+
+def _number(worker: Any, name: str, key: str) -> int | None:
+    """One entry of a size, a mapping or an object depending on the release."""
+    size = getattr(worker, name, None)
+    return size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)
+
+
+def _centred(shape: tuple[int, int], width: float, height: float) -> Box:
+    x, y = (shape[0] - width) / 2, (shape[1] - height) / 2
+    return x, y, x + width, y + height
+
+
+# --------------------------------------------------------------------------------------------------------- states
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What a range of decoder layers sees: per segment a selection of its scorable tokens."""
+
+    layers: str
+    selections: tuple[Selection, ...]
+
+
+def _states(segments: Sequence[SegmentReport], depth: int) -> list[_State]:
+    borders = sorted({layer or 0 for segment in segments for layer, _ in segment.selections} | {0})
+    ends = [*borders[1:], depth]
+    states = []
+    for start, end in zip(borders, ends, strict=True):
+        if start == end:
+            continue
+        name = "" if len(borders) == 1 else f"layer {start}" if end - start == 1 else f"layers {start}-{end - 1}"
+        states.append(_State(name, tuple(_at(segment, start) for segment in segments)))
+    return states
+
+
+def _at(segment: SegmentReport, layer: int) -> Selection:
+    """The stages up to `layer` as one selection."""
+    whole = Selection.full(sum(math.prod(grid) for grid in segment.grids))
+    for at, selection in segment.selections:
+        if (at or 0) <= layer:
+            whole = whole.then(_on_cpu(selection))
+    return whole
+
+
+def _on_cpu(selection: Selection) -> Selection:
+    parts = (selection.keep, selection.assign, selection.weight)
+    keep, assign, weight = (None if part is None else part.detach().cpu() for part in parts)
+    if keep is None:
+        raise InputError("a selection without indices cannot be drawn")
+    return Selection(selection.n, keep, assign, weight)
+
+
+# -------------------------------------------------------------------------------------------------------- drawing
+
+
+def _caption(view: View, segments: Sequence[SegmentReport], state: _State, wanted: bool) -> str | None:
+    if not wanted:
+        return None
+    kept = total = 0
+    for _, rows, across, segment, first in view.patches:
+        kept += int(state.selections[segment].mask[first : first + rows * across].sum())
+        total += rows * across
+    return ", ".join(part for part in (view.title, state.layers, f"{kept} of {total}") if part)
+
+
+def _panel(
+    view: View,
+    images: Sequence[Image],
+    segments: Sequence[SegmentReport],
+    state: _State,
+    size: int,
+    caption: str | None,
+) -> Image:
+    """One view of one picture in one state."""
+    from PIL import Image as Pillow
+
+    picture = images[view.picture]
+    scale = size / max(picture.size)
+    width, height = (max(1, round(edge * scale)) for edge in picture.size)
+    pixels = np.asarray(picture.resize((width, height), Pillow.Resampling.LANCZOS), dtype=np.float32)
+    cells = np.full((height, width), -1)
+    looks: list[_Looks] = []
+    offset = 0
+    for box, rows, across, segment, first in view.patches:
+        inside = _cells((height, width), tuple(edge * scale for edge in box), rows, across)
+        cells = np.where(inside >= 0, inside + offset, cells)
+        looks.append(_Looks.of(state.selections[segment], first, rows * across))
+        offset += rows * across
+    drawn = _drawn(pixels, cells, _Looks.joined(looks))
+    panel = Pillow.fromarray(drawn.round().clip(0, 255).astype(np.uint8))
+    return panel if caption is None else _titled(panel, caption)
+
+
+def _cells(shape: tuple[int, int], box: Sequence[float], rows: int, across: int) -> np.ndarray[Any, Any]:
+    """(H, W): which cell of a grid in `box` each pixel lies in, -1 outside."""
+    left, top, right, bottom = box
+    y = np.floor((np.arange(shape[0]) + 0.5 - top) / (bottom - top) * rows).astype(int)
+    x = np.floor((np.arange(shape[1]) + 0.5 - left) / (right - left) * across).astype(int)
+    seen = ((y >= 0) & (y < rows))[:, None] & ((x >= 0) & (x < across))
+    return np.where(seen, y[:, None] * across + x, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Looks:
+    """How n tokens are painted: `bright` those that stay, `tint` (n, 3) of merged and merging ones, where `tinted`."""
+
+    bright: np.ndarray[Any, Any]
+    tinted: np.ndarray[Any, Any]
+    tint: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, selection: Selection, first: int, count: int) -> _Looks:
+        tokens = slice(first, first + count)
+        bright = selection.mask[tokens].numpy()
+        if selection.assign is None or not selection.k:
+            return cls(bright, np.zeros(count, dtype=bool), np.zeros((count, 3), dtype=np.float32))
+        slots = selection.assign[tokens].numpy()
+        crowded = selection.sizes.numpy() > 1
+        tinted = (slots >= 0) & crowded[slots.clip(min=0)]
+        return cls(bright, tinted, _hues(slots.clip(min=0)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Looks]) -> _Looks:
+        names = ("bright", "tinted", "tint")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def _hues(slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(n, 3) colours, neighbours in number far apart in hue."""
+    unique, back = np.unique(slots, return_inverse=True)
+    colours = [colorsys.hsv_to_rgb((0.08 + 0.618034 * int(slot)) % 1, 0.85, 1.0) for slot in unique]
+    return (255 * np.array(colours, dtype=np.float32))[back]
+
+
+def _drawn(pixels: np.ndarray[Any, Any], cells: np.ndarray[Any, Any], looks: _Looks) -> np.ndarray[Any, Any]:
+    grey = pixels.mean(axis=2, keepdims=True)
+    dim = 0.28 * (0.4 * pixels + 0.6 * grey)
+    seen, at = cells >= 0, cells.clip(min=0)
+    bright, tinted = looks.bright[at] & seen, looks.tinted[at] & seen
+    tint = looks.tint[at]
+    out = np.where(bright[..., None], pixels, dim)
+    out = np.where((tinted & ~bright)[..., None], 0.6 * dim + 0.4 * tint, out)
+    # A line around what is kept; where tokens were merged into it, around every cell and in their colour.
+    border = _border(bright)
+    out = np.where(border[..., None], 0.5 * out + 0.5 * 255, out)
+    anchors = bright & tinted & _border(np.where(bright, cells, -1))
+    out = np.where(anchors[..., None], tint, out)
+    stripes = (np.add.outer(np.arange(cells.shape[0]), np.arange(cells.shape[1])) // 4) % 2
+    return np.where(seen[..., None], out, 0.15 * pixels + 0.85 * np.where(stripes, 150.0, 190.0)[..., None])
+
+
+def _border(region: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(H, W) bool: pixels of a region (not False, not -1) that touch a pixel of another value."""
+    inner = np.zeros(region.shape, dtype=bool)
+    inner[:-1] |= region[:-1] != region[1:]
+    inner[1:] |= region[1:] != region[:-1]
+    inner[:, :-1] |= region[:, :-1] != region[:, 1:]
+    inner[:, 1:] |= region[:, 1:] != region[:, :-1]
+    return inner & (region if region.dtype == bool else region >= 0)
+
+
+def _titled(panel: Image, text: str) -> Image:
+    from PIL import Image as Pillow
+    from PIL import ImageDraw, ImageFont
+
+    out = Pillow.new("RGB", (panel.width, panel.height + _TITLE), "white")
+    font = ImageFont.load_default(13)
+    ImageDraw.Draw(out).text((1, 2), text, fill=(40, 40, 40), font=font)
+    out.paste(panel, (0, _TITLE))
+    return out
+
+
+def _sheet(panels: Sequence[Image], columns: int) -> Image:
+    """Panels in rows of `columns`, each row as high as its highest."""
+    rows = [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
+    return _stack([_beside(row) for row in rows])
+
+
+def _beside(panels: Sequence[Image]) -> Image:
+    from PIL import Image as Pillow
+
+    width = sum(panel.width for panel in panels) + _MARGIN * (len(panels) - 1)
+    out = Pillow.new("RGB", (width, max(panel.height for panel in panels)), "white")
+    x = 0
+    for panel in panels:
+        out.paste(panel, (x, 0))
+        x += panel.width + _MARGIN
+    return out
+
+
+def _stack(panels: Sequence[Image]) -> Image:
+    from PIL import Image as Pillow
+
+    if len(panels) == 1:
+        return panels[0]
+    height = sum(panel.height for panel in panels) + _MARGIN * (len(panels) - 1)
+    out = Pillow.new("RGB", (max(panel.width for panel in panels), height), "white")
+    y = 0
+    for panel in panels:
+        out.paste(panel, (0, y))
+        y += panel.height + _MARGIN
+    return out
+
+
+def _images(pictures: Any) -> list[Image]:
+    try:
+        from PIL import Image as Pillow
+    except ImportError as error:
+        raise ConfigError('Drawing needs pillow: pip install "vtc[vision]".') from error
+
+    single = isinstance(pictures, Pillow.Image) or (hasattr(pictures, "ndim") and pictures.ndim == 3)
+    images = []
+    for picture in [pictures] if single else pictures:
+        if isinstance(picture, Pillow.Image):
+            images.append(picture.convert("RGB"))
+            continue
+        array = picture.cpu().numpy() if isinstance(picture, torch.Tensor) else np.asarray(picture)
+        if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+            array = array.transpose(1, 2, 0)
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+            raise InputError(
+                f"A picture is a PIL image or an array (H, W, 3) of uint8, got {array.shape} of {array.dtype}."
+            )
+        images.append(Pillow.fromarray(np.ascontiguousarray(array)))
+    if not images:
+        raise InputError("There are no pictures to draw on.")
+    return images
