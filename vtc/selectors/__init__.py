@@ -6,17 +6,20 @@ from .aim import AimSelector
 from .atp import AtpSelector
 from .base import ScoreSelector, Selector
 from .divprune import DivPruneSelector
+from .evs import EvsSelector
 from .fastv import FastVSelector
 from .random import RandomSelector
 from .todre import ToDreSelector
 from .uniform import UniformSelector
 from .vflowopt import VFlowOptSelector
+from .vidcom2 import VidCom2Selector
 from .vtc_cls import VtcClsSelector
 
 __all__ = [
     "AimSelector",
     "AtpSelector",
     "DivPruneSelector",
+    "EvsSelector",
     "FastVSelector",
     "RandomSelector",
     "ScoreSelector",
@@ -24,5 +27,6 @@ __all__ = [
     "ToDreSelector",
     "UniformSelector",
     "VFlowOptSelector",
+    "VidCom2Selector",
     "VtcClsSelector",
 ]

@@ -1,0 +1,118 @@
+"""VidCom2: frames that stand out get more tokens, and in each frame the least typical tokens stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..context import Need, VisualContext
+from ..errors import ConfigError
+from ..registry import register_selector
+from ..selection import Selection
+from .base import Selector
+
+__all__ = ["VidCom2Selector"]
+
+_BANDWIDTHS = tuple(2.0**power for power in range(-3, 2))
+
+
+@register_selector
+@dataclass(frozen=True)
+class VidCom2Selector(Selector):
+    """Keep the tokens least like the mean of the video and of their frame; more of them in frames that stand out.
+
+    Similarity is a sum of Gaussian kernels over the half of the channels that varies least, rows normalised. The
+    budget of a frame is its share of the whole, raised or lowered by a softmax over how unlike the video its tokens
+    are on average, at least one token. The frames' budgets are rounded one by one; the total is then made exact by
+    dropping the most or adding the least typical tokens of the whole video, as the variant in vLLM does, so that the
+    count is known before the pixels are. A budget below one token per frame is held too.
+
+    Parameters
+    ----------
+    temperature
+        Of the softmax over frames.
+
+    Raises
+    ------
+    ConfigError
+        The temperature is not positive.
+
+    References
+    ----------
+    "Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models",
+    arXiv 2505.14454.
+    """
+
+    name: ClassVar[str] = "vidcom2"
+    paper: ClassVar[str] = "VidCom2, arXiv 2505.14454"
+    requires: ClassVar[frozenset[Need]] = frozenset({Need.ORIGIN})
+
+    temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        if isinstance(self.temperature, bool) or not self.temperature > 0:
+            raise ConfigError(f"vidcom2: temperature must be positive, got {self.temperature!r}.")
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """Choose ``min(ctx.budget, N)`` tokens."""
+        budget = min(ctx.budget, ctx.n)
+        origin = ctx.need(Need.ORIGIN)
+        _, frame = torch.unique(origin[:, 0] * (origin[:, 1].max() + 1) + origin[:, 1], return_inverse=True)
+        to_video, to_frame = typicality(ctx.features, frame)
+        scores = to_video + to_frame
+        shares = frame_budgets(to_video, frame, budget / ctx.n, self.temperature)
+        chosen = lowest_per_frame(scores, frame, shares)
+        # Chosen tokens before the others, each by score: cutting this order at the budget drops or adds as it must.
+        by_score = torch.argsort(scores, stable=True)
+        order = by_score[torch.argsort((~chosen[by_score]).long(), stable=True)]
+        return Selection.from_indices(ctx.n, order[:budget])
+
+
+def typicality(x: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity of every token to the mean of the video and to the mean of its frame.
+
+    Parameters
+    ----------
+    x : Tensor (N, D)
+    frame : LongTensor (N,)
+        0..T-1.
+
+    Returns
+    -------
+    Two tensors (N,) float32 in 0..5.
+    """
+    x = x.float()
+    quiet = torch.topk(x.var(dim=0, correction=min(1, len(x) - 1)), max(1, x.shape[1] // 2), largest=False).indices
+    unit = F.normalize(x[:, quiet], dim=-1)
+    count = torch.bincount(frame)
+    means = unit.new_zeros(len(count), unit.shape[1]).index_add(0, frame, unit) / count[:, None]
+    return _kernel(unit, unit.mean(dim=0)), _kernel(unit, means[frame])
+
+
+def _kernel(x: Tensor, centre: Tensor) -> Tensor:
+    distance = (x - centre).square().sum(dim=-1)
+    return torch.stack([torch.exp(-distance / (2 * alpha)) for alpha in _BANDWIDTHS]).sum(dim=0)
+
+
+def frame_budgets(to_video: Tensor, frame: Tensor, keep: float, temperature: float = 0.01) -> Tensor:
+    """(T,) long: tokens per frame before the total is made exact; `keep` is the fraction of the whole."""
+    count = torch.bincount(frame)
+    unlike = -to_video.new_zeros(len(count)).index_add(0, frame, to_video) / count
+    excess = torch.softmax((unlike - unlike.max()) / temperature, dim=0)
+    scale = (keep * (1 + excess - excess.mean())).clamp(max=1.0)
+    return (scale * count).round().long().clamp(min=1).minimum(count)
+
+
+def lowest_per_frame(scores: Tensor, frame: Tensor, shares: Tensor) -> Tensor:
+    """(N,) bool: the `shares[f]` lowest scores of every frame f, the lower index winning ties."""
+    by_score = torch.argsort(scores, stable=True)
+    order = by_score[torch.argsort(frame[by_score], stable=True)]  # by frame, and within it by score
+    count = torch.bincount(frame)
+    place = torch.arange(len(frame), device=frame.device) - (count.cumsum(0) - count)[frame[order]]
+    chosen = torch.zeros(len(frame), dtype=torch.bool, device=frame.device)
+    chosen[order] = place < shares[frame[order]]
+    return chosen
