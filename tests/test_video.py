@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ INSTALLED = [name for name in DECODERS if importlib.util.find_spec(name) is not 
 
 def open_files() -> set[str]:
     """What this process has open below the temporary folder."""
-    gc.collect()
     links = []
     for descriptor in os.listdir("/proc/self/fd"):
         try:

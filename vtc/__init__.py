@@ -13,10 +13,12 @@ from vtc.errors import (
     UnsupportedModelError,
     VtcError,
 )
+from vtc.pipeline import VideoAnswer, VideoQAPipeline
 from vtc.registry import register_adapter, register_selector
 from vtc.report import Report, SegmentReport
 from vtc.selection import PackPlan, Selection
 from vtc.selectors.base import ScoreSelector, Selector
+from vtc.visualize import visualize
 
 __all__ = [
     "CompressionConfig",
@@ -33,6 +35,8 @@ __all__ = [
     "StateError",
     "UnsupportedMethodError",
     "UnsupportedModelError",
+    "VideoAnswer",
+    "VideoQAPipeline",
     "VisualContext",
     "VisualSegment",
     "VtcError",
@@ -48,4 +52,5 @@ __all__ = [
     "restore",
     "select",
     "supported_models",
+    "visualize",
 ]

@@ -185,23 +185,16 @@ class _Decord:
     def __init__(self, path: Path) -> None:
         decord = importlib.import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)
-        # A handle of our own: of a name decord keeps the file open longer than the reader lives.
-        self._file = path.open("rb")
-        try:
-            self._reader: Any = decord.VideoReader(self._file, num_threads=1)
-            count = len(self._reader)
-            shown = self._reader.get_frame_timestamp(np.arange(count)) if count else np.zeros((0, 2))
-        except BaseException:
-            self._file.close()
-            raise
+        self._reader: Any = decord.VideoReader(str(path), num_threads=1)
+        count = len(self._reader)
+        shown = self._reader.get_frame_timestamp(np.arange(count)) if count else np.zeros((0, 2))
         self.times: Times = np.asarray(shown, dtype=np.float64)[:, 0]
 
     def read(self, indices: Sequence[int]) -> list[Frames]:
         return list(self._reader.get_batch(list(indices)).asnumpy())
 
     def close(self) -> None:
-        self._reader = None
-        self._file.close()
+        self._reader = None  # which closes the file
 
 
 class _Av:
@@ -222,7 +215,9 @@ class _Av:
             self._pts = self._read_pts()
             announced = self._stream.frames
             if announced - len(self._pts) > max(2, announced // 50):
-                raise InputError(f"it is cut off: {len(self._pts)} of the {announced} frames that it announces are there")
+                raise InputError(
+                    f"it is cut off: {len(self._pts)} of the {announced} frames that it announces are there"
+                )
         except BaseException:
             self._container.close()
             raise

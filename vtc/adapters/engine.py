@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,7 @@ class Engine:
         self._first_hooked = len(adapter.text_model.layers)
         self._forget()
         self._prepared: list[Any] | None = None
+        self._fed = False
 
     def _forget(self) -> None:
         """Drop everything that belongs to one call."""
@@ -241,7 +243,7 @@ class Engine:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         embeds = kwargs.get("inputs_embeds")
-        if self._prepared is not None or embeds is None:
+        if self._prepared is not None or embeds is None or self._fed:
             return None
         cache = kwargs.get("past_key_values")
         record = record_of(cache)
@@ -445,6 +447,16 @@ class Engine:
             return 0
         return min([start for start, _ in run.groups[1:]], default=self._first_hooked)
 
+    @contextmanager
+    def feeding(self, run: Run) -> Iterator[None]:
+        """A pass whose tokens come shortened already; see `vtc.adapters.feed`."""
+        self._run, self._fed, self._prepared = run, True, None
+        self._hook_layers(self._first_layer_to_follow(run))
+        try:
+            yield
+        finally:
+            self._run, self._fed = None, False
+
     # -- inside the language model --------------------------------------------------------------------------------
 
     def before_layer(
@@ -503,7 +515,7 @@ class Engine:
 
     def after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run = self._run
-        if run is None or self._prepared is not None:
+        if run is None or self._prepared is not None or self._fed:
             return None
         if run.prompt is not None and self._prompt_ids is None:
             run.prompt.release()
