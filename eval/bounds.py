@@ -1,0 +1,33 @@
+"""Selections that were made beforehand, so that a task that knows the truth can frame the methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+import vtc
+
+
+@vtc.register_selector
+@dataclass(frozen=True)
+class GivenSelector(vtc.Selector):
+    """Keeps the tokens it is told to; only meaningful for one sample at a time."""
+
+    name: ClassVar[str] = "given"
+    paper: ClassVar[str] = "none: indices chosen by the caller"
+
+    keep: tuple[int, ...] = ()
+
+    def select(self, ctx: vtc.VisualContext) -> vtc.Selection:
+        """The given indices.
+
+        Raises
+        ------
+        InputError
+            They are not as many as the budget, or not tokens of this image.
+        """
+        if len(self.keep) != min(ctx.budget, ctx.n) or not all(0 <= i < ctx.n for i in self.keep):
+            raise vtc.InputError(f"{len(self.keep)} indices were given for a budget of {ctx.budget} of {ctx.n} tokens")
+        return vtc.Selection.from_indices(ctx.n, torch.tensor(self.keep, device=ctx.features.device))

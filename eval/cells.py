@@ -1,0 +1,114 @@
+"""What is measured: one setting of one method, and which settings a sweep is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import vtc
+from eval.bounds import GivenSelector
+from vtc import CompressionConfig
+
+BASELINES = ("random", "uniform")
+"""Stand in every comparison, asked for or not."""
+
+BOUNDS = ("oracle", "anti-oracle")
+"""Selections that know the truth of a generated task: not methods, but the frame that methods are seen in."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table.
+
+    Attributes
+    ----------
+    method : str or None
+        A method of `vtc`, one of `BOUNDS`, or None for the model with all its tokens.
+    keep_ratio : float or None
+    keep_tokens : int or None
+        One of the two, neither with all tokens.
+    positions : str
+    options : dict
+        Of the method.
+    """
+
+    method: str | None = None
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    positions: str = "original"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Unique among cells; what rows are filed under."""
+        if self.method is None:
+            return "all tokens"
+        keep = f"{self.keep_ratio:g}" if self.keep_ratio is not None else f"{self.keep_tokens} tokens"
+        extra = "".join(f" {key}={value}" for key, value in sorted(self.options.items()))
+        return f"{self.method} {keep}{'' if self.positions == 'original' else ' ' + self.positions}{extra}"
+
+    def config(self, **more: Any) -> CompressionConfig | None:
+        """The configuration that `vtc.compress` takes; None for all tokens.
+
+        Raises
+        ------
+        ConfigError
+            A number or an option is out of range.
+        """
+        if self.method is None:
+            return None
+        return CompressionConfig(
+            self.method,
+            keep_ratio=self.keep_ratio,
+            keep_tokens=self.keep_tokens,
+            positions=self.positions,
+            options={**self.options, **more},
+        )
+
+
+FULL = Cell()
+
+
+def sweep_cells(
+    methods: Sequence[str],
+    keep: Iterable[float],
+    *,
+    positions: Sequence[str] = ("original",),
+    bounds: bool = False,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> list[Cell]:
+    """All tokens, then every method at every budget; the baselines come along whether they are asked for or not.
+
+    Parameters
+    ----------
+    methods : sequence of str
+        Names, or "all".
+    keep : iterable of float
+        At most 1: fractions. Above: numbers of tokens.
+    positions : sequence of str
+    bounds : bool
+        Whether the task can frame the methods by `BOUNDS`.
+    options : dict of str to dict, optional
+        Options by method.
+
+    Raises
+    ------
+    ConfigError
+        A method or a budget does not exist.
+    """
+    known = [name for name in vtc.list_methods() if name != GivenSelector.name]
+    names = known if list(methods) == ["all"] else list(methods)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise vtc.ConfigError(f"unknown method(s) {', '.join(unknown)}; there are: {', '.join(known)}")
+    names = list(dict.fromkeys([*BASELINES, *names, *(BOUNDS if bounds else ())]))
+    cells = [FULL]
+    for name in names:
+        for budget in keep:
+            share = {"keep_ratio": float(budget)} if budget <= 1 else {"keep_tokens": int(budget)}
+            for where in positions:
+                cells.append(Cell(name, positions=where, options=(options or {}).get(name, {}), **share))
+    for cell in cells:
+        cell.config()  # says now what is wrong with a number
+    return cells

@@ -1,0 +1,157 @@
+"""What a task is: samples from files on disk, a prompt for each, and the official way to score an answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+import vtc
+
+Picture = Path | Callable[[], Any]
+"""A file, or something that makes the picture when called: bytes in a table, a generated scene."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One question.
+
+    Attributes
+    ----------
+    id : str
+        Unique within the task, the same in every run.
+    question : str
+        What the model is told, the task's official suffix included.
+    images : tuple of Path or callable
+        Opened when they are needed.
+    video : Path or None
+    target : object
+        What `Task.score` compares with.
+    group : str or None
+        Image or video that several questions share: they are not independent.
+    options : tuple of str or None
+        The possible answers, where the task gives them.
+    meta : dict
+        What else the scorer or a reader wants; ``kind`` sorts tables.
+    """
+
+    id: str
+    question: str
+    images: tuple[Picture, ...] = ()
+    video: Path | None = None
+    target: Any = None
+    group: str | None = None
+    options: tuple[str, ...] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def open_images(self) -> list[Image.Image]:
+        """The pictures in RGB, decoded.
+
+        Raises
+        ------
+        InputError
+            A picture is missing or broken; names it and the cause.
+        """
+        return [self._open(number, picture) for number, picture in enumerate(self.images)]
+
+    def _open(self, number: int, picture: Picture) -> Image.Image:
+        name = str(picture) if isinstance(picture, Path) else f"image {number}"
+        try:
+            opened = Image.open(picture) if isinstance(picture, Path) else picture()
+            if isinstance(opened, np.ndarray):
+                opened = Image.fromarray(opened)
+            return opened.convert("RGB")
+        except FileNotFoundError as error:
+            raise vtc.InputError(f"sample {self.id}: {name}: no such file") from error
+        except UnidentifiedImageError as error:
+            raise vtc.InputError(f"sample {self.id}: {name}: not a picture that pillow can read") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise vtc.InputError(f"sample {self.id}: {name}: {error}") from error
+
+
+class Task(ABC):
+    """A benchmark.
+
+    Class attributes
+    ----------------
+    name, modality, licence, source, layout
+        Id; "image" or "video"; under which licence and from where its files come; which files `samples` expects.
+    max_new_tokens
+        Room for an answer.
+    main_score
+        The key of `score` that tables show.
+    knows_truth
+        Whether `bound` works: only generated tasks know which tokens matter.
+    """
+
+    name: ClassVar[str]
+    modality: ClassVar[str] = "image"
+    licence: ClassVar[str]
+    source: ClassVar[str]
+    layout: ClassVar[str]
+    max_new_tokens: ClassVar[int] = 16
+    main_score: ClassVar[str] = "score"
+    knows_truth: ClassVar[bool] = False
+
+    @abstractmethod
+    def samples(self, folder: Path | None) -> Sequence[Sample]:
+        """All samples, in the same order every time.
+
+        Raises
+        ------
+        InputError
+            Files or columns are missing; the message states the expected layout.
+        """
+
+    @abstractmethod
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        """Scores of one answer, by name; `main_score` among them."""
+
+    def summarise(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Official figures over rows with ``sample``, ``group``, ``prediction`` and ``scores``; means by default."""
+        names = dict.fromkeys(name for record in records for name in record["scores"])
+        return {name: float(np.mean([record["scores"][name] for record in records])) for name in names}
+
+    def bound(self, which: str, sample: Sample, keep_ratio: float | None, keep_tokens: int | None) -> Sequence[int]:
+        """Tokens that the "oracle" or the "anti-oracle" keeps.
+
+        Raises
+        ------
+        ConfigError
+            The task does not know.
+        """
+        raise vtc.ConfigError(f"{self.name} does not know which tokens matter, so it has no {which}")
+
+
+_TASKS: dict[str, type[Task]] = {}
+
+
+def register_task(cls: type[Task]) -> type[Task]:
+    """Class decorator: make a task available under its `name`."""
+    if cls.name in _TASKS:
+        raise vtc.ConfigError(f"two tasks are called {cls.name!r}")
+    _TASKS[cls.name] = cls
+    return cls
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """The task `name`.
+
+    Raises
+    ------
+    ConfigError
+        There is none of that name.
+    """
+    if name not in _TASKS:
+        raise vtc.ConfigError(f"no task is called {name!r}; there are: {', '.join(names())}")
+    return _TASKS[name](**options)
+
+
+def names() -> list[str]:
+    """Names of all tasks, sorted."""
+    return sorted(_TASKS)
