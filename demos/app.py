@@ -1,0 +1,281 @@
+"""A page to try compression on: one question, all tokens and a part of them side by side.
+
+    pip install -e ".[demo,vision,video]" ./eval/reference
+    python demos/app.py                                              # http://127.0.0.1:7860, nothing leaves the machine
+
+Runs on the reference model, or on a checkpoint: `--model NAME=/path/to/checkpoint`, as often as you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import html
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import vtc
+import vtc.reference
+
+EXAMPLES = (
+    (6, "What is left of the cup?", "vtc-cls", 0.25),
+    (0, "What color is the leftmost thing?", "divprune", 0.1),
+    (1, "What does the sign say?", "fastv", 0.25),
+)
+"""Sample image, question, method, keep ratio."""
+
+LENGTH = 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer and what it took."""
+
+    text: str
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both answers to one question, and the report of the compressed one."""
+
+    full: Run
+    compressed: Run
+    report: vtc.Report
+    overlay: Image.Image
+
+
+class Models:
+    """The models that the page offers, loaded when they are asked for."""
+
+    def __init__(self, folders: Mapping[str, Path] | None = None) -> None:
+        self.folders = dict(folders or {})
+        self.names = [*vtc.reference.names(), *self.folders]
+
+    @functools.cache  # noqa: B019 - one object, as long as the page
+    def load(self, name: str) -> tuple[Any, Any]:
+        if name not in self.folders:
+            return vtc.reference.load(name)
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        folder = self.folders[name]
+        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
+        return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+class _FirstToken(StoppingCriteria):
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.at = self.at or time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def compare(
+    models: Models, name: str, image: Image.Image | None, question: str, method: str, keep_ratio: float
+) -> Comparison:
+    """Ask about a picture twice.
+
+    Raises
+    ------
+    vtc.VtcError
+        There is no picture or no question, or the model cannot run the method.
+    """
+    if image is None or not question.strip():
+        raise vtc.InputError("Give a picture and a question.")
+    image = image.convert("RGB")
+    model, processor = models.load(name)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device, model.dtype)
+    _run(model, processor, inputs)  # what is slow the first time only
+    full = _run(model, processor, inputs)
+    with vtc.compressed(model, method, keep_ratio=keep_ratio):
+        compressed = _run(model, processor, inputs)
+        report = vtc.report(model)
+    overlay = vtc.visualize(report, image, processor=processor, size=384)
+    return Comparison(full, compressed, report, overlay)
+
+
+def compare_video(
+    models: Models, name: str, video: str | None, question: str, method: str, keep_ratio: float, fps: float
+) -> tuple[vtc.VideoAnswer, vtc.VideoAnswer, Image.Image | None]:
+    """As `compare`, for a video file: the full answer, the compressed one, and a sheet of frames."""
+    import numpy as np
+
+    from vtc.video import VideoFile
+
+    if not video or not question.strip():
+        raise vtc.InputError("Give a video and a question.")
+    model, processor = models.load(name)
+    settings = {"fps": fps, "max_new_tokens": LENGTH}
+    full = vtc.VideoQAPipeline(model, processor, "uniform", keep_ratio=1.0, **settings)(video, question)
+    answer = vtc.VideoQAPipeline(model, processor, method, keep_ratio=keep_ratio, **settings)(video, question)
+    with VideoFile(video) as file:
+        frames = file.read([int(at) for at in np.searchsorted(file.times, np.array(answer.times) - 1e-6)][:36])
+    drawn = None
+    if answer.report is not None and len(frames) == len(answer.times):
+        drawn = vtc.visualize(answer.report, frames, processor=processor, size=160)
+    return full, answer, drawn
+
+
+def _run(model: Any, processor: Any, inputs: Any) -> Run:
+    began, first = time.perf_counter(), _FirstToken()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=LENGTH, do_sample=False, stopping_criteria=StoppingCriteriaList([first])
+        )
+    ended = time.perf_counter()
+    text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    return Run(text.strip(), (first.at or ended) - began, ended - began)
+
+
+# --------------------------------------------------------------------------------------------------------------- bars
+
+
+def bars(rows: Sequence[tuple[str, float | None, float | None, str]]) -> str:
+    """Pairs of bars (what, full, compressed, unit) as HTML; a pair is scaled to its larger one."""
+    out = []
+    for what, full, part, unit in rows:
+        if full is None or part is None:
+            continue
+        widest = max(full, part) or 1.0
+        out.append(f"<div style='margin:6px 0 2px'><b>{html.escape(what)}</b></div>")
+        for label, value, colour in (("all tokens", full, "#8a94a6"), ("compressed", part, "#2f7d5b")):
+            out.append(
+                "<div style='display:flex;align-items:center;gap:8px;font-size:13px'>"
+                f"<span style='width:86px'>{label}</span><span style='flex:1'>"
+                f"<span style='display:block;height:12px;border-radius:3px;background:{colour};"
+                f"width:{100 * value / widest:.1f}%'></span></span>"
+                f"<span style='width:110px;text-align:right'>{value:,.4g} {unit}</span></div>"
+            )
+    return "\n".join(out)
+
+
+def summary(report: vtc.Report, full_seconds: float, seconds: float) -> str:
+    kv = report.total_kv_bytes_before, report.total_kv_bytes_after
+    flops = report.prefill_flops_before, report.prefill_flops_after
+    return bars(
+        [
+            ("visual tokens, mean over layers", report.visual_tokens_before, report.average_visual_tokens, ""),
+            ("time to first token, one run", 1e3 * full_seconds, 1e3 * seconds, "ms"),
+            ("KV cache after the prompt, computed", *(None if n is None else n / 2**20 for n in kv), "MiB"),
+            ("prefill arithmetic, computed", *(None if n is None else n / 1e9 for n in flops), "GFLOP"),
+        ]
+    )
+
+
+def layers(report: vtc.Report) -> str:
+    """Visual tokens in every decoder layer as HTML."""
+    before = report.visual_tokens_before or 1
+    out = ["<div><b>visual tokens in each decoder layer</b></div>"]
+    for layer, count in enumerate(report.visual_tokens_per_layer):
+        out.append(
+            "<div style='display:flex;align-items:center;gap:8px;font-size:12px'>"
+            f"<span style='width:58px'>layer {layer}</span><span style='flex:1;background:#e3e6eb;border-radius:3px'>"
+            "<span style='display:block;height:9px;border-radius:3px;background:#2f7d5b;"
+            f"width:{100 * count / before:.1f}%'></span></span>"
+            f"<span style='width:48px;text-align:right'>{count}</span></div>"
+        )
+    return "\n".join(out)
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+def build(models: Models) -> Any:
+    """The page, not yet served."""
+    import gradio as gr
+
+    samples = [str(path) for path in vtc.reference.samples()]
+
+    def about_image(
+        name: str, image: Image.Image | None, question: str, method: str, keep_ratio: float
+    ) -> tuple[str, str, Image.Image, str, str]:
+        try:
+            made = compare(models, name, image, question, method, keep_ratio)
+        except vtc.VtcError as error:
+            raise gr.Error(str(error)) from error
+        bars_of = summary(made.report, made.full.first_token, made.compressed.first_token)
+        return made.full.text, made.compressed.text, made.overlay, bars_of, layers(made.report)
+
+    def about_video(
+        name: str, video: str | None, question: str, method: str, keep_ratio: float, fps: float
+    ) -> tuple[str, str, Image.Image | None, str, str]:
+        try:
+            full, answer, drawn = compare_video(models, name, video, question, method, keep_ratio, fps)
+        except vtc.VtcError as error:
+            raise gr.Error(str(error)) from error
+        if answer.report is None:
+            return full.text, answer.text, drawn, "", ""
+        told = summary(answer.report, full.time_to_first_token, answer.time_to_first_token)
+        return full.text, answer.text, drawn, told, layers(answer.report)
+
+    with gr.Blocks(title="vtc", analytics_enabled=False) as page:
+        gr.Markdown("## vtc: one question, all visual tokens and a part of them")
+        with gr.Row():
+            with gr.Column(scale=4):
+                name = gr.Dropdown(models.names, value=models.names[0], label="model")
+                method = gr.Dropdown(list(vtc.list_methods()), value="vtc-cls", label="method")
+                keep = gr.Slider(0.02, 1.0, value=0.25, step=0.01, label="keep ratio")
+                with gr.Tab("image"):
+                    image = gr.Image(type="pil", label="image", sources=["upload", "clipboard"], height=300)
+                    question = gr.Textbox(label="question", value=EXAMPLES[0][1])
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask-image")
+                    gr.Examples(
+                        [[samples[number], *rest] for number, *rest in EXAMPLES],
+                        [image, question, method, keep],
+                        cache_examples=False,
+                    )
+                with gr.Tab("video"):
+                    video = gr.Video(label="video", sources=["upload"], height=300)
+                    video_question = gr.Textbox(label="question", value="What happens in the clip?")
+                    fps = gr.Slider(0.25, 8.0, value=1.0, step=0.25, label="frames per second")
+                    ask_video = gr.Button("Ask", variant="primary", elem_id="ask-video")
+                    gr.Markdown("Needs a model that takes videos, and a method such as `evs` or `vidcom2`.")
+            with gr.Column(scale=5):
+                with gr.Row():
+                    full = gr.Textbox(label="answer with all tokens", elem_id="full")
+                    part = gr.Textbox(label="answer with the kept tokens", elem_id="part")
+                overlay = gr.Image(label="what was kept", height=420, elem_id="overlay", buttons=["download", "fullscreen"])
+                with gr.Row():
+                    measured = gr.HTML(elem_id="bars")
+                    per_layer = gr.HTML(elem_id="layers")
+        outputs = [full, part, overlay, measured, per_layer]
+        ask.click(about_image, [name, image, question, method, keep], outputs)
+        ask_video.click(about_video, [name, video, video_question, method, keep, fps], outputs)
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help="offer a checkpoint too")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args(argv)
+    folders = {name: Path(folder) for name, _, folder in (model.partition("=") for model in args.model)}
+    build(Models(folders)).launch(server_name=args.host, server_port=args.port, share=False, **_fonts())
+
+
+def _fonts() -> dict[str, Any]:
+    """System fonts: the default theme asks a font server for its own."""
+    import gradio as gr
+
+    font = ["system-ui", "sans-serif"]
+    return {"theme": gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])}
+
+
+if __name__ == "__main__":
+    main()
