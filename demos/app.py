@@ -249,7 +249,8 @@ def build(models: Models) -> Any:
                 with gr.Row():
                     full = gr.Textbox(label="answer with all tokens", elem_id="full")
                     part = gr.Textbox(label="answer with the kept tokens", elem_id="part")
-                overlay = gr.Image(label="what was kept", height=420, elem_id="overlay", buttons=["download", "fullscreen"])
+                buttons = ["download", "fullscreen"]
+                overlay = gr.Image(label="what was kept", height=420, elem_id="overlay", buttons=buttons)
                 with gr.Row():
                     measured = gr.HTML(elem_id="bars")
                     per_layer = gr.HTML(elem_id="layers")

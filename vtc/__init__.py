@@ -2,6 +2,7 @@
 
 from vtc._version import __version__
 from vtc.api import compress, compressed, disabled, is_compressed, list_methods, report, restore, supported_models
+from vtc.calibration import calibrate
 from vtc.config import CompressionConfig
 from vtc.context import Need, Stage, VisualContext, VisualSegment
 from vtc.door import select
@@ -41,6 +42,7 @@ __all__ = [
     "VisualSegment",
     "VtcError",
     "__version__",
+    "calibrate",
     "compress",
     "compressed",
     "disabled",

@@ -14,7 +14,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 import vtc
-from vtc import cli_media, registry
+from vtc import cli_calibrate, cli_media, registry
 from vtc.bench import overhead, prefill
 from vtc.errors import ConfigError, InputError, VtcError
 
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_ask(commands)
     cli_media.add_commands(commands)
+    cli_calibrate.add_command(commands)
     _add_methods(commands)
     _add_models(commands)
     _add_bench(commands)

@@ -14,6 +14,7 @@ from ..budget import largest_remainder
 from ..context import Need, Stage, VisualContext
 from ..errors import ConfigError
 from ..registry import register_selector
+from ..search import Float, Int, Range
 from ..selection import Selection
 from .base import Selector
 from .schedule import at_depth, check_layer, check_number
@@ -77,6 +78,11 @@ class AimSelector(Selector):
     temperature: float = 0.1
     iterations: int = 5
     damping: float = 0.0
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
+        """How sharp the walk is and how long; the schedule is the budget's."""
+        return {"temperature": Float(0.01, 1.0, log=True), "iterations": Int(1, 10), "damping": Float(0.0, 0.3)}
 
     def __post_init__(self) -> None:
         if self.metric not in ("features", "keys"):

@@ -16,6 +16,7 @@ from .. import kernels
 from ..context import Need, Stage, VisualContext
 from ..errors import ConfigError
 from ..registry import register_selector
+from ..search import Choice, Float, Range
 from ..selection import Selection
 from .base import Selector
 from .schedule import at_depth, check_fraction, check_layer, check_number
@@ -95,6 +96,16 @@ class AtpSelector(Selector):
     scale: str = "relative"
     modules: str | None = None
     text: str = "after"
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
+        """The thresholds of the training-free variant, shared by all places."""
+        return {
+            "theta_r": Float(0.3, 0.8),
+            "theta_s": Float(0.0, 1.0),
+            "stride": Choice((2, 3, 4)),
+            "lambda_sample": Float(0.5, 6.0),
+        }
 
     def __post_init__(self) -> None:
         for option in ("layers", "theta_r", "theta_s", "stride"):  # JSON has lists only

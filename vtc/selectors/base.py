@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import kernels
 from ..context import Need, Stage, VisualContext
 from ..errors import InputError
+from ..search import Range
 from ..selection import Selection
 
 __all__ = ["ScoreSelector", "Selector"]
@@ -96,6 +97,21 @@ class Selector(ABC):
     @abstractmethod
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> Mapping[str, Range]:
+        """Options that `vtc.calibrate` may choose, and between what; by default there are none.
+
+        What a range allows need not be possible in every combination: those that are not are passed over.
+
+        Parameters
+        ----------
+        depth
+            Decoder layers of the model.
+        keep_ratio
+            The budget.
+        """
+        return {}
 
     @classmethod
     def options(cls) -> dict[str, Any]:

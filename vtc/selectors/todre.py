@@ -13,6 +13,7 @@ from .. import kernels
 from ..context import Need, Stage, VisualContext
 from ..errors import ConfigError
 from ..registry import register_selector
+from ..search import Choice, Float, Int, Range
 from ..selection import Selection
 from .base import Selector
 from .schedule import check_fraction, check_layer
@@ -71,6 +72,15 @@ class ToDreSelector(Selector):
     exit_layer: int | None = None
     tau: float = 0.10
     text: str = "after"
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
+        """Which distance counts, and when the visual tokens are dropped whole."""
+        return {
+            "diversity": Choice(("sum", "min")),
+            "exit_layer": Int(max(1, depth // 2), depth - 1),
+            "tau": Float(0.0, 0.5),
+        }
 
     def __post_init__(self) -> None:
         if self.pivot not in _PIVOTS:

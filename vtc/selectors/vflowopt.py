@@ -14,6 +14,7 @@ from .. import kernels
 from ..context import Need, Stage, VisualContext
 from ..errors import ConfigError
 from ..registry import register_selector
+from ..search import Float, Range
 from ..selection import Selection
 from .base import Selector
 from .schedule import average_kept, check_fraction, check_layer, check_number, stretches
@@ -104,6 +105,17 @@ class VFlowOptSelector(Selector):
     variant: str = "paper"
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
+        """The authors' bounds, those of r1 and r2 in proportion to the budget; r3 follows."""
+        return {
+            "t": Float(0.0, 50.0),
+            "cell": Float(3.0, 24.0),
+            "alpha": Float(-1.0, 1.0),
+            "r1": Float(keep_ratio, min(1.0, 1.5 * keep_ratio)),
+            "r2": Float(0.5, 1.0),
+        }
 
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "released"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..context import Need, Stage, VisualContext
 from ..errors import ConfigError
 from ..registry import register_selector
+from ..search import Int, Range
 from .base import ScoreSelector
 
 __all__ = ["VtcClsSelector"]
@@ -51,6 +52,11 @@ class VtcClsSelector(ScoreSelector):
 
     start_layer: int = -8
     score_source: str = "cls"
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
+        """The first layer of the ensemble, from the feature layer alone to two dozen."""
+        return {"start_layer": Int(-24, -1)}
 
     def __post_init__(self) -> None:
         if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int):

@@ -1,0 +1,86 @@
+"""`vtc calibrate`: fit a method's options to a model and a budget, on the user's own pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtc
+from vtc import registry
+from vtc.errors import InputError
+
+
+def add_command(commands: Any) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser("calibrate", help="fit a method's options to your own pictures and questions")
+    parser.add_argument(
+        "samples", type=Path, metavar="SAMPLES.jsonl", help='a line each: {"image": PATH, "question": TEXT}'
+    )
+    parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
+    parser.add_argument("--method", default="vflowopt", help="see `vtc methods` (vflowopt)")
+    parser.add_argument("--keep-ratio", type=float, required=True)
+    parser.add_argument("--trials", type=int, default=50, help="(50)")
+    parser.add_argument("--patience", type=int, help="stop after so many trials without a better one")
+    parser.add_argument("--sampler", choices=("tpe", "gp", "random"), default="tpe")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="samples, from the start")
+    parser.add_argument("--storage", type=Path, help="file that keeps trials, to go on after an interruption")
+    parser.add_argument("--plot", type=Path, help="picture of the search")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="where the configuration goes, as JSON")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from vtc.cli import _load, _open_image
+
+    registry.get_selector(args.method)
+    for path in (args.output, args.plot, args.storage):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise InputError(f"{path}: the folder does not exist.")
+    samples = [(_open_image(path), question) for path, question in _read(args.samples)[: args.limit]]
+    model, processor = _load(args.model, args.dtype, args.device)
+    config = vtc.calibrate(
+        model,
+        processor,
+        samples,
+        keep_ratio=args.keep_ratio,
+        method=args.method,
+        trials=args.trials,
+        sampler=args.sampler,
+        seed=args.seed,
+        patience=args.patience,
+        storage=args.storage,
+        plot=args.plot,
+    )
+    config.save(args.output)
+    print(f"{args.output}: {config.method} {dict(config.options) or 'with its defaults'}")
+    print(f'use it: vtc.compress(model, vtc.CompressionConfig.load("{args.output}"))')
+    return 0
+
+
+def _read(path: Path) -> list[tuple[Path, str]]:
+    """Pictures, relative to the file, and questions."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}.") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+            found.append((path.parent / sample["image"], str(sample["question"])))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{path}, line {number}: expected {{"image": PATH, "question": TEXT}}, got {line[:80]!r}.'
+            ) from error
+    if not found:
+        raise InputError(f"{path}: no samples in it.")
+    return found
