@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.tasks import generated  # noqa: F401  # registers its task
+from eval.tasks import generated, mmbench, mme, pope, scienceqa, short_answers, vqa  # noqa: F401  # they register tasks
 from eval.tasks.base import Sample, Task, get_task, names, register_task
 
 __all__ = ["Sample", "Task", "get_task", "names", "register_task"]

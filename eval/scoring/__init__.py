@@ -1,0 +1,1 @@
+"""How benchmarks turn an answer into a number."""
