@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import vtc
 from eval import models
-from eval.bounds import GivenSelector
+from eval.bounds import GivenSelector, register
 from eval.cells import BOUNDS, FULL, Cell
 from eval.journal import Journal, Row
 from eval.models import Loaded
@@ -183,6 +183,7 @@ def _row(order: int, sample: Sample, number: int, cell: Cell) -> Row:
 
 def _config(task: Task, cell: Cell, sample: Sample, seed: int) -> vtc.CompressionConfig:
     if cell.method in BOUNDS:
+        register()
         keep = task.bound(cell.method, sample, cell.keep_ratio, cell.keep_tokens)
         return vtc.CompressionConfig(
             GivenSelector.name, keep_tokens=len(keep), positions=cell.positions, options={"keep": tuple(keep)}
