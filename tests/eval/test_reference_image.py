@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 from transformers import AutoTokenizer
 
 from eval.reference.train import models
-from eval.reference.train.__main__ import TOKENIZER
+from eval.reference.train.__main__ import TOKENIZER, begin_with
 from eval.reference.train.export import internvl_processor, llava_processor
 from eval.reference.train.labels import GROUPS, patch_labels, word_ids
 from eval.reference.train.packing import IGNORE, Packer
@@ -261,3 +261,19 @@ def test_the_sample_questions_are_answered_right(family: str) -> None:
             processor.decode(out[0, encoded.input_ids.shape[1] :], skip_special_tokens=True).strip() == line["answer"]
         )
     assert right >= 0.75 * len(lines), f"{right} of {len(lines)}"
+
+
+def test_training_can_go_on_from_the_shipped_weights(tokenizer: Any) -> None:
+    shipped, _ = _installed().load("llava")
+    model, packed = models.new_packed("llava", tokenizer)
+    torch.manual_seed(0)
+    packed.prepare(3 * torch.randn(2, 1, 256, 384) + torch.linspace(-1, 1, 384))
+    begin_with(packed, "llava", "llava")
+    features = torch.randn(1, 1, 256, 384)
+    with torch.no_grad():
+        expected = shipped.model.multi_modal_projector(features[:, 0])
+        torch.testing.assert_close(packed.visual(features), expected, atol=1e-4, rtol=1e-4)
+        packed.fold()
+        torch.testing.assert_close(model.model.multi_modal_projector(features[:, 0]), expected, atol=1e-4, rtol=1e-4)
+    for name, weight in shipped.model.language_model.state_dict().items():
+        assert torch.equal(model.model.language_model.state_dict()[name], weight)

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import vtc_reference
 from eval.reference.train import models
 from eval.reference.train.labels import patch_labels
 from eval.reference.train.packing import IGNORE, Packer, bare_scene
@@ -155,13 +156,38 @@ def learn_words(packed: models.PackedModel, data: Data, labels: torch.Tensor, ar
             print(f"words, step {step + 1}: {np.mean(losses[-100:]):.3f}, {time.process_time():.0f} s CPU", flush=True)
 
 
-def begin_with(packed: models.PackedModel, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Take over a trained model's weights; another family's projector does not fit and is left as it is."""
+def begin_with(packed: models.PackedModel, start: str, name: str) -> None:
+    """Take over trained weights: of a checkpoint of this script, or of a shipped model by its name.
+
+    Another family's projector does not fit and is left as it is. A shipped model has lost what only training needs: the
+    pointers begin anew, and the temperature of the word loss is found by `fit_scale`.
+    """
+    if start in vtc_reference.names():
+        shipped, _ = vtc_reference.load(start)
+        packed.decoder.load_state_dict(shipped.model.language_model.state_dict())
+        packed.head.load_state_dict(shipped.lm_head.state_dict())
+        if name == start:
+            packed.projector.load_state_dict(shipped.model.multi_modal_projector.state_dict())
+            packed.unfold()
+        return
+    weights = torch.load(start, weights_only=True)["model"]
     if name != "llava":
         weights = {key: tensor for key, tensor in weights.items() if key.startswith(("decoder.", "head.", "scale"))}
     found = packed.load_state_dict(weights, strict=False)
     if found.unexpected_keys or any(not key.startswith(("projector.", "pointe")) for key in found.missing_keys):
         raise ValueError(f"the checkpoint to start from does not fit: {found}")
+
+
+@torch.no_grad()
+def fit_scale(packed: models.PackedModel, data: Data, labels: torch.Tensor, scenes: int = 32) -> None:
+    """Set the temperature of the word loss to the best of a few, on the first scenes."""
+    indices = np.arange(min(scenes, len(data.scenes)))
+    visual, shown = packed.visual(data.batch(indices)), packed.token_labels(labels[indices])
+    losses = {}
+    for candidate in (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0):
+        packed.scale.fill_(candidate)
+        losses[candidate] = packed.word_loss(visual, shown).item()
+    packed.scale.fill_(min(losses, key=lambda candidate: losses[candidate]))
 
 
 def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -190,7 +216,9 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         step, used, epoch = saved["step"], saved["used"], saved["epoch"] + 1
     else:
         if arguments.start is not None:
-            begin_with(packed, torch.load(arguments.start, weights_only=True)["model"], arguments.model)
+            begin_with(packed, arguments.start, arguments.model)
+            if arguments.start == arguments.model:
+                fit_scale(packed, data, labels)
         learn_words(packed, data, labels, arguments)
     if rank == 0:
         print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(data.scenes)} scenes", flush=True)
@@ -271,7 +299,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument(
-        "--start", type=Path, help="checkpoint whose weights to begin with (a new clock, a new optimiser)"
+        "--start", help="checkpoint, or name of a shipped model, to begin with (a new clock, a new optimiser)"
     )
     parser.add_argument("--batch", type=int, default=8, help="scenes per step, over all processes")
     parser.add_argument("--word-steps", type=int, default=1200, help="steps of the word loss alone at the start")

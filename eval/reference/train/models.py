@@ -128,6 +128,9 @@ class PackedModel(nn.Module):
     def fold(self) -> None:
         """Make the stock model compute what this wrapper computes; called once, before export."""
 
+    def unfold(self) -> None:
+        """The opposite of :meth:`fold`, for weights that come from the stock model."""
+
     def token_labels(self, labels: Tensor) -> Tensor:
         """Labels of visual tokens ``(B, N, groups)`` from those of patches ``(B, patches, groups)``.
 
@@ -280,6 +283,12 @@ class PackedLlava(PackedModel):
         first.bias.copy_(first.bias - first.weight @ self.mean)
         self.mean.zero_()
         self.std.fill_(1.0)
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        first = self.projector.linear_1
+        first.bias.copy_(first.bias + first.weight @ self.mean)
+        first.weight.copy_(first.weight * self.std)
 
 
 class PackedInternVL(PackedModel):
