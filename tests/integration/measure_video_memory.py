@@ -123,9 +123,7 @@ def main() -> None:
         f"{args.method}, keep_tokens={KEEP}, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {torch.get_num_threads()} thread(s)"
     )
-    print(
-        "| length | window | raw tokens | kept | peak above the loaded model, MiB | thresholds fixed | seconds |"
-    )
+    print("| length | window | raw tokens | kept | peak above the loaded model, MiB | thresholds fixed | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for seconds in args.seconds:
