@@ -169,10 +169,11 @@ def plots(frame: pd.DataFrame, kinds: pd.DataFrame, folder: Path, title: str) ->
         figure.savefig(written[-1], dpi=120)
         plt.close(figure)
     if not kinds.empty:
-        smallest = frame[frame["method"] != "all tokens"]["keep"].median()
-        chosen = frame[(frame["method"] == "all tokens") | ((frame["keep"] - smallest).abs() < 0.06)]["cell"]
-        axes = kinds.loc[chosen].T.plot.bar(figsize=(11, 4.5), width=0.85)
-        axes.legend(fontsize=6, ncols=3)
+        budgets = sorted(frame["keep"].dropna().unique())
+        middle = budgets[(len(budgets) - 1) // 2]  # one budget: bars of all would be unreadable
+        chosen = frame[(frame["method"] == "all tokens") | (frame["keep"] == middle)]["cell"]
+        axes = kinds.loc[chosen].T.plot.bar(figsize=(12, 4.5), width=0.85, colormap="tab20")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.set(ylabel="score", title=title, xlabel="")
         axes.figure.tight_layout()
         written.append(folder / "score-by-kind.png")
