@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.adapters.cache import CACHE, cache_in
+
 Inputs = dict[str, Any]
 
 BEFORE_LM = -1
@@ -188,7 +190,7 @@ def hidden_from_layer(model: Any, keep_by_layer: dict[int, Tensor]) -> Iterator[
             hidden = args[0] if args else kwargs["hidden_states"]
             mask = kwargs.get("attention_mask")
             if mask is None:
-                mask = _causal(hidden, kwargs.get("past_key_values"), index)
+                mask = _causal(hidden, cache_in(kwargs), index)
             # Beams and returned sequences repeat the rows; answers and later turns append columns.
             columns = keep.repeat_interleave(hidden.shape[0] // keep.shape[0], dim=0)
             columns = torch.nn.functional.pad(columns, (0, max(0, mask.shape[-1] - columns.shape[1])), value=True)
@@ -322,7 +324,7 @@ class Reference:
                     input_ids=tokens[:, step : step + 1],
                     attention_mask=mask,
                     position_ids=inputs["position_ids"][..., -1:] + 1 + step,
-                    past_key_values=out.past_key_values,
+                    **{CACHE: out[CACHE]},
                     use_cache=True,
                 )
                 logits.append(out.logits[:, -1])
@@ -402,9 +404,9 @@ def logits_of_packed_rows(model: Any, inputs: Inputs, keep: Tensor, tokens: Tens
                 seen += 1
             mask = torch.ones(1, seen, dtype=torch.long)
             out = decoder(
-                inputs_embeds=x, attention_mask=mask, position_ids=row_positions, past_key_values=cache, use_cache=True
+                inputs_embeds=x, attention_mask=mask, position_ids=row_positions, use_cache=True, **{CACHE: cache}
             )
-            cache = out.past_key_values
+            cache = out[CACHE]
             logits.append(model.lm_head(out.last_hidden_state[:, -1]))
         rows.append(torch.stack(logits, dim=1))
     return torch.cat(rows)

@@ -20,6 +20,7 @@ import vtc
 from tests import clips, tiny
 from tests.tiny_processors import VIDEO_FAMILIES, processor
 from vtc import api
+from vtc.adapters.cache import CACHE
 from vtc.pipeline import VideoQAPipeline
 from vtc.streaming import VideoBudget, VideoPrompt, watch
 from vtc.video import VideoFile
@@ -92,7 +93,7 @@ def test_ids_and_features_are_those_of_the_whole_video(built: Any, clip: Path, f
         inputs = {name: value for name, value in whole.items() if name != "video_metadata"}
         output = model(**inputs, use_cache=True, logits_to_keep=1)
         end = watched.prefix.shape[1]
-        for ours, theirs in zip(watched.cache.layers, output.past_key_values.layers, strict=True):
+        for ours, theirs in zip(watched.cache.layers, output[CACHE].layers, strict=True):
             if getattr(ours, "keys", None) is None:  # recurrent layers of the hybrid
                 continue
             for name in ("keys", "values"):

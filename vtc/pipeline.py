@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vtc import api
-from vtc.adapters.cache import record_of
+from vtc.adapters.cache import CACHE, record_of
 from vtc.adapters.engine import Engine
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.report import Report
@@ -356,7 +356,7 @@ class _Streamed(VideoSession):
                 attention_mask=torch.ones_like(ids),
                 # Where the question stands depends on the video, which Qwen's models cannot see any more.
                 position_ids=watched.prompt.positions(ids),
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=pipeline.max_new_tokens,
                 do_sample=False,
                 stopping_criteria=StoppingCriteriaList([stopwatch]),

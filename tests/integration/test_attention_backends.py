@@ -12,6 +12,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 import vtc
 from tests import reference, tiny
 from tests.integration.matrix import METHODS, Method, build, method, over_matrix, tolerance
+from vtc.adapters.cache import CACHE
 
 EXACT = tuple(family for family in tiny.FAMILIES if not family.hybrid)
 SAY = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -145,9 +146,9 @@ def test_a_second_turn_on_flash(name: str, flash: FlashCalls) -> None:
     inputs = case.batch("single")
     asked = torch.randint(3, 290, (1, 6), generator=torch.Generator().manual_seed(5))
     with method("divprune+fastv").on(case.model) as model, torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         report = vtc.report(model)
-        ours = model(input_ids=asked, past_key_values=cache).logits
+        ours = model(input_ids=asked, **{CACHE: cache}).logits
     masked = reference.Reference.of(twin.model, inputs, report)
     # Following the question token by token; the first logits are the prompt's own.
     theirs = masked.logits_along(torch.cat([asked, asked[:, :1]], dim=1))[:, 1:]

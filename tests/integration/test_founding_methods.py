@@ -17,6 +17,7 @@ from tests.integration.test_law_2_masking import GREEDY
 from tests.integration.test_law_3_batches import kept
 from tests.integration.test_law_7_memory import squares
 from vtc import kernels
+from vtc.adapters.cache import CACHE
 from vtc.context import VisualContext
 from vtc.errors import ConfigError, UnsupportedMethodError
 from vtc.selectors import AimSelector, AtpSelector, ToDreSelector, VFlowOptSelector
@@ -137,7 +138,7 @@ def test_aim_follows_its_schedule_and_empties_the_last_layers(name: str) -> None
     case = build(tiny.family(name))
     inputs = case.batch("ragged")
     with vtc.compressed(case.model, "aim", keep_ratio=0.5, l1=0, l2=3) as model:
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE]
         report = vtc.report(model)
         for segment, stages in zip(report.segments, counts(model), strict=True):
             n = segment.tokens_before - segment.structural
@@ -181,7 +182,7 @@ def test_todre_leaves_no_visual_key_behind_the_exit(name: str) -> None:
     for tau, gone in ((1.0, True), (1e-6, False)):
         with vtc.compressed(case.model, "todre", keep_ratio=0.5, pivot="center", exit_layer=2, tau=tau) as model:
             output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-            lengths = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+            lengths = [layer.keys.shape[2] for layer in output[CACHE].layers]
             left = [segment.tokens_after for segment in vtc.report(model).segments]
         assert lengths[0] == lengths[1] > int(text.max()) + 2
         assert (lengths[2] == lengths[3] == int(text.max()) + 2) == gone

@@ -6,6 +6,7 @@ import torch
 
 from tests import tiny
 from tests.integration.matrix import Method, build, over_matrix
+from vtc.adapters.cache import CACHE
 
 
 @over_matrix()
@@ -18,7 +19,7 @@ def test_keeping_everything_is_bit_identical(family: tiny.Family, method: Method
         packed = {kind: case.model(**inputs) for kind, inputs in batches.items()}
     for kind in family.kinds:
         assert torch.equal(packed[kind].logits, plain[kind].logits), kind
-        assert packed[kind].past_key_values.get_seq_length() == plain[kind].past_key_values.get_seq_length(), kind
+        assert packed[kind][CACHE].get_seq_length() == plain[kind][CACHE].get_seq_length(), kind
 
 
 @over_matrix(attentions=("sdpa",))

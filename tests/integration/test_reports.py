@@ -10,6 +10,7 @@ import torch
 import vtc
 from tests import reference, tiny
 from tests.integration.matrix import METHODS, Method, build, method, over_matrix
+from vtc.adapters.cache import CACHE
 
 
 @over_matrix(attentions=("sdpa",))
@@ -51,7 +52,7 @@ def test_counts_are_those_of_the_tensors(family: tiny.Family, method: Method, at
 def test_the_cache_is_as_large_as_reported(method: Method) -> None:
     case = build(tiny.family("llava"))
     with torch.no_grad(), method.on(case.model) as model:
-        cache = model(**case.batch("single")).past_key_values
+        cache = model(**case.batch("single"))[CACHE]
         report = vtc.report(model)
     held = tuple(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert report.kv_bytes_after == held

@@ -20,7 +20,7 @@ from tests.integration.matrix import (
     sharp,
     tolerance,
 )
-from vtc.adapters.cache import record_of
+from vtc.adapters.cache import CACHE, record_of
 
 STEPS = 5
 SAY = {
@@ -48,7 +48,7 @@ class Turn:
         inputs = {
             "input_ids": torch.cat([said, tokens], dim=1),
             "attention_mask": torch.nn.functional.pad(mask, (0, grown), value=1),
-            "past_key_values": self.output.past_key_values,
+            CACHE: self.output[CACHE],
         }
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in self.inputs:
@@ -144,7 +144,7 @@ def keep_of_both_turns(
     new_part = {
         key: value[:, old:] if key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids") else value
         for key, value in following.items()
-        if key != "past_key_values"
+        if key != CACHE
     }
     second = reference.keep_masks(model, new_part, report)
     assert second.keys() == first.keep.keys()
@@ -161,7 +161,7 @@ def test_a_second_turn_with_a_new_image_and_given_positions(family_name: str, na
 
     def positions(following: dict[str, Any]) -> torch.Tensor:
         grids = torch.cat([inputs["image_grid_thw"], following["image_grid_thw"]])
-        everything = {**following, "image_grid_thw": grids, "past_key_values": None}
+        everything = {**following, "image_grid_thw": grids, CACHE: None}
         return case.model._prepare_position_ids_for_generation(following["input_ids"], everything)
 
     with method(name).on(case.model) as model:
@@ -196,7 +196,7 @@ def bare_loop(model: Any, inputs: dict[str, Any], steps: int, *, mask: bool, tog
             attention_mask = torch.nn.functional.pad(attention_mask, (0, together), value=1)
             out = model(
                 input_ids=tokens[:, step * together : (step + 1) * together],
-                past_key_values=out.past_key_values,
+                **{CACHE: out[CACHE]},
                 use_cache=True,
                 **({"attention_mask": attention_mask} if mask else {}),
             )
@@ -259,7 +259,7 @@ def test_the_cache_is_shorter_and_knows_the_prompts_length(family_name: str) -> 
     inputs = case.batch("ragged")
     length = inputs["input_ids"].shape[1]
     with torch.no_grad(), method("divprune+fastv").on(case.model) as model:
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE]
         report = vtc.report(model)
     assert cache.get_seq_length() == length
     held = [layer.keys.shape[2] for layer in cache.layers]
@@ -274,9 +274,9 @@ def test_cropping_forgets_the_last_tokens_everywhere(name: str) -> None:
     case = sharp(tiny.family("llava"))
     inputs = case.batch("ragged")
     with torch.no_grad(), method(name).on(case.model) as model:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         stored = [cache.get_query_offset(layer) for layer in range(len(cache.layers))]
-        model(input_ids=question(len(inputs["input_ids"])), past_key_values=cache, use_cache=True)
+        model(input_ids=question(len(inputs["input_ids"])), use_cache=True, **{CACHE: cache})
         cache.crop(-4)
     length = inputs["input_ids"].shape[1] + 6 - 4
     record = record_of(cache)
@@ -294,14 +294,30 @@ def test_a_reset_static_cache_is_an_ordinary_one() -> None:
     with torch.no_grad():
         expected = case.model(input_ids=text).logits
         with method("divprune").on(case.model) as model:
-            model(**inputs, past_key_values=cache, use_cache=True)
+            model(**inputs, use_cache=True, **{CACHE: cache})
             assert record_of(cache) is not None
             cache.reset()
             assert record_of(cache) is None
             assert int(cache.get_seq_length()) == 0
-            ours = model(input_ids=text, past_key_values=cache, use_cache=True).logits
+            ours = model(input_ids=text, use_cache=True, **{CACHE: cache}).logits
         assert reference.max_error(ours, expected) <= tolerance(case)
         # Also behind restore(): nothing that was forgotten can be asked for.
         cache.reset()
-        ours = case.model(input_ids=text, past_key_values=cache, use_cache=True).logits
+        ours = case.model(input_ids=text, use_cache=True, **{CACHE: cache}).logits
     assert reference.max_error(ours, expected) <= tolerance(case)
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="this transformers has one name for a cache")
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_the_older_name_of_a_cache_still_works() -> None:
+    case, older = sharp(tiny.family("llava")), "past_key_values"
+    inputs, text = case.batch("ragged"), question(2)
+    with torch.no_grad(), method("divprune+fastv").on(case.model) as model:
+        loops, answers = [], []
+        for name in (CACHE, older):
+            cache = model(**inputs, use_cache=True, **{name: None})[CACHE]
+            loops.append(model(input_ids=text, use_cache=True, **{name: cache}).logits)
+            turn = Turn(inputs, model.generate(**inputs, **SAY)).then(text)
+            answers.append(model.generate(**{name: turn.pop(CACHE)}, **turn, **SAY).sequences)
+    assert torch.equal(*loops)
+    assert torch.equal(*answers)

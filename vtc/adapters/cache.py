@@ -8,14 +8,26 @@ of the cache object is switched in place to one that tells them apart. The objec
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 
 from vtc.errors import StateError
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls a cache where it passes one on: `past_key_values` until 5.23, `cache` since."""
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, by either name: callers may still use the old one; None without one."""
+    cache = arguments.get(CACHE)
+    return arguments.get("past_key_values") if cache is None else cache
 
 
 class Lease:

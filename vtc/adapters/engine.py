@@ -26,7 +26,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.base import Adapter
-from vtc.adapters.cache import CacheRecord, Lease, record_of
+from vtc.adapters.cache import CACHE, CacheRecord, Lease, cache_in, record_of
 from vtc.adapters.decoder import DECODER_NEEDS, DecoderReader
 from vtc.adapters.masks import LayerKinds
 from vtc.adapters.prompt import Encoded, Prompt, Segment
@@ -156,7 +156,7 @@ class Engine:
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
             mask = kwargs.get("attention_mask")
-            past = kwargs.get("past_key_values")
+            past = cache_in(kwargs)
             seen = int(past.get_seq_length()) if past is not None else 0
             # As transformers does: ids as long as the mask are the whole conversation, shorter ones only the new turn.
             if seen and (mask is None or mask.shape[1] == ids.shape[1]):
@@ -178,7 +178,7 @@ class Engine:
         if mask is not None and mask.dim() != 2:
             return original(*args, **kwargs)
         self._prompt_mask = mask
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_in(kwargs)
         record = record_of(cache)
         ids = args[0] if args else kwargs["input_ids"]
         length = kwargs.get("next_sequence_length") or ids.shape[1]
@@ -245,7 +245,7 @@ class Engine:
         embeds = kwargs.get("inputs_embeds")
         if self._prepared is not None or embeds is None or self._fed:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         record = record_of(cache)
         if record is None and not self._call.encoded:
             if self.enabled and (cache is None or not cache.is_initialized):
@@ -278,7 +278,8 @@ class Engine:
             positions = plan.take(positions, dim=positions.dim() - 1)
             self._thin_deepstack(kwargs, plan)
         if run.cache is None and self._uses_cache(kwargs):
-            run.cache = kwargs["past_key_values"] = DynamicCache(config=self.text_config)
+            kwargs.pop("past_key_values", None)  # the old name of an explicit None
+            run.cache = kwargs[CACHE] = DynamicCache(config=self.text_config)
         run.write_record(self.lease, shift)
         kwargs["position_ids"] = positions
         # Never None while positions have gaps and there is no cache: that reads as several packed sequences.
@@ -471,7 +472,7 @@ class Engine:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if run.cache is None:
-            run.cache = kwargs.get("past_key_values")
+            run.cache = cache_in(kwargs)
         if run.prompt is not None:
             stage, following = self.inside.get(layer), self.inside.get(layer + 1)
             if stage is not None:

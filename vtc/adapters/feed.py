@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtc.adapters.cache import CacheRecord, record_of
+from vtc.adapters.cache import CACHE, CacheRecord, record_of
 from vtc.adapters.run import Run
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def feed(
         "inputs_embeds": embeds,
         "attention_mask": run.valid_keys(0).long(),
         "position_ids": plan.take(positions, dim=positions.dim() - 1),
-        "past_key_values": cache,
+        CACHE: cache,
         "use_cache": True,
     }
     if deepstack:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vtc.adapters.base import Adapter, Layout, parts_of, rows_of
+from vtc.adapters.cache import cache_in
 from vtc.registry import register_adapter
 
 
@@ -55,7 +56,7 @@ class PaliGemmaAdapter(_GemmaAdapter):
         return patches.flatten(0, 1)
 
     def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
-        types, cache = call.get("token_type_ids"), call.get("past_key_values")
+        types, cache = call.get("token_type_ids"), cache_in(call)
         # The model's own condition for a prefix.
         first = cache is None or not cache.is_initialized or call.get("pixel_values") is not None
         return torch.where(types == 0, 0, -1) if types is not None and first else None

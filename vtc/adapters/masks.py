@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.masking_utils import blockwise_overlay, create_causal_mask
 
+from vtc.adapters.cache import CACHE
+
 
 class LayerKinds:
     """What kinds of attention the decoder layers of a language model have.
@@ -107,7 +109,7 @@ def causal_mask(
         "config": kinds.config,
         "inputs_embeds": hidden,
         "attention_mask": (columns >= 0).long(),
-        "past_key_values": cache,
+        CACHE: cache,
         "layer_idx": layer,
     }
     if blocks is not None:

@@ -163,22 +163,27 @@ def _live(tap: AttentionTap) -> AttentionTap:
 
 
 def _synchronise() -> None:
+    # A tap may die, and call this, in the middle of this: every step leaves a state from which any call goes on.
     table = ALL_ATTENTION_FUNCTIONS
     with _LOCK:
-        if _LIVE and not _FOUND:
+        if _LIVE:
             for name in [key for key in table if not key.startswith("paged|")]:
-                _FOUND[name] = table._local_mapping.get(name)
-                table[name] = _tapped(table[name])
-            _FOUND.setdefault("eager", table._local_mapping.get("eager"))
-            if _FOUND["eager"] is None:
-                table["eager"] = _tapped(_eager)
-        elif _FOUND and not _LIVE:
-            for name, found in _FOUND.items():
-                if found is None:
-                    del table[name]
-                else:
-                    table[name] = found
-            _FOUND.clear()
+                if name not in _FOUND:
+                    _wrap(name, table[name])
+            if "eager" not in _FOUND:
+                _wrap("eager", _eager)
+        while _FOUND and not _LIVE:
+            name, found = _FOUND.popitem()
+            if found is None:
+                table._local_mapping.pop(name, None)
+            else:
+                table[name] = found
+
+
+def _wrap(name: str, kernel: Callable[..., Any]) -> None:
+    found, wrapper = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name), _tapped(kernel)
+    _FOUND[name] = found
+    ALL_ATTENTION_FUNCTIONS[name] = wrapper
 
 
 def _tapped(kernel: Callable[..., Any]) -> Callable[..., Any]:

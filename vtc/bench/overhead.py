@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import vtc
+from vtc.adapters.cache import CACHE
 from vtc.bench._models import LLAVA_150M, build, packed_length, plain_prompt, prompt
 from vtc.bench._timing import (
     Case,
@@ -140,10 +141,10 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], steps: int) -> Figure
     watch = Stopwatch(model.device)
     with watch.part("prefill"):
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-    cache, token = output.past_key_values, output.logits.argmax(-1)
+    cache, token = output[CACHE], output.logits.argmax(-1)
     with watch.part("decode step"):
         for _ in range(steps):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            output = model(input_ids=token, use_cache=True, **{CACHE: cache})
             token = output.logits.argmax(-1)
     watch.figures["decode step"] /= steps
     return watch.figures
