@@ -51,8 +51,16 @@ class Method:
     decoder: bool = False
     drawn: bool = False
     """Whether the choice is random, and so may depend on where in its row an image stands."""
+    merges: bool = False
+    """Whether kept tokens take up others, so that masking those is not the same as dropping them."""
+    video: bool = False
+    """Whether it compares frames."""
+    by_ratio: bool = True
+    """Whether every configuration is one stage that keeps its ratio of what enters it."""
 
     def applies_to(self, family: tiny.Family) -> bool:
+        if self.video and family.modality != "video":
+            return False
         return (family.cls or not self.needs_cls) and not (family.hybrid and self.decoder)
 
     def at(self, keep_ratio: float) -> Method:
@@ -88,7 +96,14 @@ METHODS: tuple[Method, ...] = (
     Method("divprune", _one("divprune", 0.4)),
     Method("fastv", _one("fastv", 0.5, layer=2), decoder=True),
     Method("divprune+fastv", _one("divprune", 0.6) + _one("fastv", 0.5, layer=2), decoder=True),
+    Method("vflowopt", _one("vflowopt", 0.4, t=1.2, cell=2.0), decoder=True, merges=True, by_ratio=False),
+    Method("todre", _one("todre", 0.5, pivot="center", tau=1.0, exit_layer=2), decoder=True, by_ratio=False),
+    Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False),
+    Method("aim", _one("aim", 0.4), decoder=True, merges=True, by_ratio=False),
+    Method("evs", _one("evs", 0.6), video=True),
+    Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )
+DROPPING = tuple(m for m in METHODS if not m.merges)
 
 
 def method(name: str) -> Method:
@@ -136,5 +151,8 @@ def sharp(family: tiny.Family, attention: str = "sdpa") -> tiny.TinyCase:
     return build(family, attention, dtype=PRECISION[attention])
 
 
-def tolerance(case: tiny.TinyCase) -> float:
-    return HYBRID_TOLERANCE if case.family.hybrid else TOLERANCE[case.model.dtype]
+def tolerance(case: tiny.TinyCase, method: Method | None = None) -> float:
+    if case.family.hybrid:
+        return HYBRID_TOLERANCE
+    # Tokens are merged in float32, whatever the model's precision.
+    return TOLERANCE[torch.float32 if method is not None and method.merges else case.model.dtype]

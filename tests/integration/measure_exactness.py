@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from tests import tiny
-from tests.integration.matrix import METHODS, build
+from tests.integration.matrix import DROPPING, build
 from tests.integration.test_law_2_masking import DECODE_STEPS, HYBRID, decode_error, hybrid_error, prefill_error
 from tests.reference import max_error
 
@@ -29,7 +29,7 @@ COLUMNS = (("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.flo
 def worst(family: tiny.Family, attention: str, dtype: torch.dtype) -> tuple[float | None, float]:
     """Errors at prefill and over the decode steps; a linear-attention decoder has the second alone."""
     case = build(family, attention, dtype=dtype)
-    methods = [method for method in METHODS if method.applies_to(family)]
+    methods = [method for method in DROPPING if method.applies_to(family)]
     batches = [case.batch(kind) for kind in KINDS]
     if family in HYBRID:
         return None, max(hybrid_error(case, method, inputs) for method in methods for inputs in batches)
@@ -58,8 +58,8 @@ def table() -> str:
     lines = [
         f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, CPU, "
         f"{torch.get_num_threads()} thread(s). Tiny random-weight models. "
-        f"Methods: {', '.join(map(str, METHODS))}. Batches: {', '.join(KINDS)}. Decode: first token and {DECODE_STEPS} "
-        "cached steps.",
+        f"Methods: {', '.join(map(str, DROPPING))}. Batches: {', '.join(KINDS)}. Decode: first token and "
+        f"{DECODE_STEPS} cached steps.",
         "",
         "| " + " | ".join(head) + " |",
         "| --- " * len(head) + "|",

@@ -12,7 +12,7 @@ import torch
 
 import vtc
 from tests import reference, tiny
-from tests.integration.matrix import METHODS, Method, build, method, over_matrix, sharp, tolerance
+from tests.integration.matrix import DROPPING, METHODS, Method, build, method, over_matrix, sharp, tolerance
 
 DECODE_STEPS = 8
 GREEDY = {
@@ -59,7 +59,7 @@ def hybrid_error(case: tiny.TinyCase, method: Method, inputs: dict[str, Any]) ->
     return reference.max_error(reference.stacked_logits(ours), theirs)
 
 
-@over_matrix(families=EXACT)
+@over_matrix(methods=DROPPING, families=EXACT)
 def test_prefill_equals_masking(family: tiny.Family, method: Method, attention: str) -> None:
     case = sharp(family, attention)
     errors = {}
@@ -80,7 +80,7 @@ def test_float32_rounding_of_every_family(family: tiny.Family) -> None:
         assert decode_error(case, method(name), inputs) <= tolerance(case)
 
 
-@over_matrix(families=EXACT, attentions=("sdpa",))
+@over_matrix(methods=DROPPING, families=EXACT, attentions=("sdpa",))
 def test_decoding_equals_masking(family: tiny.Family, method: Method, attention: str) -> None:
     case = sharp(family, attention)
     assert decode_error(case, method, case.batch("ragged")) <= tolerance(case)
@@ -94,7 +94,7 @@ def test_decoding_of_other_batches_equals_masking(family: tiny.Family, method: M
     assert max(errors.values()) <= tolerance(case), errors
 
 
-@over_matrix(families=HYBRID, attentions=("sdpa", "eager"))
+@over_matrix(methods=DROPPING, families=HYBRID)
 def test_hybrid_decoders_equal_packed_rows(family: tiny.Family, method: Method, attention: str) -> None:
     # Linear attention: a masked token still decays the state, so the reference is a model that never had the token.
     case = sharp(family, attention)

@@ -47,7 +47,7 @@ def test_a_batch_equals_its_rows(family: tiny.Family, method: Method, attention:
                 )
                 single = reference.stacked_logits(out)
             error = reference.max_error(logits[row : row + 1], single)
-            assert error <= tolerance(case), (kind, row, error)
+            assert error <= tolerance(case, method), (kind, row, error)
         assert together == alone, kind
 
 
@@ -71,7 +71,7 @@ def test_padding_side_does_not_matter(family: tiny.Family, method: Method, atten
         outputs.append([logits[row, real[row]][visible[row, real[row]]] for row in range(len(real))])
     assert choices[0] == choices[1]
     for left, right in zip(*outputs, strict=True):
-        assert reference.max_error(left, right) <= tolerance(case)
+        assert reference.max_error(left, right) <= tolerance(case, method)
 
 
 @over_matrix(attentions=("sdpa",))
@@ -81,7 +81,7 @@ def test_the_order_of_rows_does_not_matter(family: tiny.Family, method: Method, 
         rows = tiny.ROWS[kind]
         forward, _, first = generated(case, method, case.collate(rows))
         backward, _, second = generated(case, method, case.collate(rows[::-1]))
-        assert reference.max_error(forward, backward.flip(0)) <= tolerance(case), kind
+        assert reference.max_error(forward, backward.flip(0)) <= tolerance(case, method), kind
         assert first == {(len(rows) - 1 - row, index): indices for (row, index), indices in second.items()}, kind
 
 

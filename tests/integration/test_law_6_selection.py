@@ -114,7 +114,7 @@ def test_vtc_cls_sums_the_layers_it_says(start_layer: int) -> None:
 # --------------------------------------------------------------------------------------------- decoder attention
 
 
-@over_matrix(methods=tuple(m for m in METHODS if m.decoder), families=WITH_DECODER_STAGES)
+@over_matrix(methods=(method("fastv"), method("divprune+fastv")), families=WITH_DECODER_STAGES)
 def test_fastv_keeps_what_the_last_query_looks_at(family: tiny.Family, method: Method, attention: str) -> None:
     case = build(family, attention)
     twin = build(family, "eager")

@@ -37,12 +37,15 @@ def test_counts_are_those_of_the_tensors(family: tiny.Family, method: Method, at
     for segment in report.segments:
         scored = segment.tokens_before - segment.structural
         assert sum(t * h * w for t, h, w in segment.grids) == scored
-        for ratio, (layer, selection) in zip(ratios, segment.selections, strict=True):
+        assert segment.selections
+        for place, (layer, selection) in enumerate(segment.selections):
             assert selection.n == scored
-            scored = max(1, round(scored * ratio))
-            assert selection.k == scored
-            assert (layer is None) == (not method.decoder or selection is not segment.selections[-1][1])
-        assert segment.tokens_after == scored + segment.structural == len(segment.kept)
+            if method.by_ratio:
+                assert selection.k == max(1, round(scored * ratios[place]))
+                assert (layer is None) == (not method.decoder or place < len(ratios) - 1)
+            scored = selection.k
+        left = scored + segment.structural if scored else 0  # separators leave with the last token
+        assert segment.tokens_after == left == len(segment.kept)
     dropped = sum(s.tokens_before - s.tokens_after for s in report.segments)
     assert sum(report.lengths_before) - sum(report.lengths_per_layer[-1]) == dropped
     assert report.visual_tokens_after == report.visual_tokens_before - dropped
