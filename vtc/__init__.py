@@ -9,6 +9,7 @@ from vtc.door import select
 from vtc.errors import (
     ConfigError,
     InputError,
+    KernelError,
     StateError,
     UnsupportedMethodError,
     UnsupportedModelError,
@@ -25,6 +26,7 @@ __all__ = [
     "CompressionConfig",
     "ConfigError",
     "InputError",
+    "KernelError",
     "Need",
     "PackPlan",
     "Report",

@@ -6,7 +6,15 @@ not know this package can still catch them.
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "InputError", "StateError", "UnsupportedMethodError", "UnsupportedModelError", "VtcError"]
+__all__ = [
+    "ConfigError",
+    "InputError",
+    "KernelError",
+    "StateError",
+    "UnsupportedMethodError",
+    "UnsupportedModelError",
+    "VtcError",
+]
 
 
 class VtcError(ValueError):
@@ -27,6 +35,10 @@ class UnsupportedMethodError(VtcError):
 
 class InputError(VtcError):
     """The data is broken: an unreadable image, NaN features, shapes that contradict each other, nothing at all."""
+
+
+class KernelError(VtcError):
+    """The implementation of an operation that was asked for by name cannot run here: no Triton, no GPU, no kernel."""
 
 
 class StateError(VtcError):

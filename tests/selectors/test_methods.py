@@ -52,7 +52,7 @@ def test_farthest_point_is_its_definition(n: int, d: int, k: int, first: int | N
 def test_farthest_point_blocks_agree_with_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(50, 6)
     for block in (1, 7, 49, 50, 51):
-        monkeypatch.setattr("vtc.kernels.reference._BLOCK", block)
+        monkeypatch.setattr("vtc.kernels.pick._BLOCK", block)
         assert farthest_point(x, 9).tolist() == farthest_point_by_hand(x, 9, None)
 
 

@@ -1,22 +1,16 @@
 """The operations that methods share, as plain functions.
 
-`reference` is the specification: plain PyTorch, any device. Callers import from here, so that a faster implementation
-can be put underneath without touching a method.
+Every operation has one name and one signature here. Underneath stand its specification (`reference`: plain PyTorch, as
+slow and as large as the definition is), a fast PyTorch path and, where there is one, a Triton kernel; `use` and the
+environment variable ``VTC_KERNELS`` choose between the last two, see `dispatch`.
 """
 
 from __future__ import annotations
 
-from .reference import (
-    attention_exchange,
-    bipartite_merge,
-    context_relevance,
-    farthest_point,
-    max_sum,
-    pagerank,
-    patch_entropy,
-    recycle_cells,
-    topk_indices,
-)
+from .dispatch import use
+from .merge import bipartite_merge, recycle_cells
+from .pick import farthest_point, max_sum, topk_indices
+from .reference import attention_exchange, context_relevance, pagerank, patch_entropy
 
 __all__ = [
     "attention_exchange",
@@ -28,4 +22,5 @@ __all__ = [
     "patch_entropy",
     "recycle_cells",
     "topk_indices",
+    "use",
 ]

@@ -1,0 +1,209 @@
+"""Which implementation of an operation runs: PyTorch, or a Triton kernel.
+
+Every operation is one function, written in PyTorch and marked with `op`, which names its Triton twin: a function of the
+same signature in a module that is imported when it is first needed. The choice is made at every call: by `use`, else by
+the environment variable ``VTC_KERNELS``, else "auto". Importing this module looks at nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+
+from vtc.errors import ConfigError, KernelError
+
+__all__ = ["CHOICES", "OPS", "VARIABLE", "NoKernelError", "Op", "chosen", "interpreting", "op", "use"]
+
+CHOICES = ("auto", "torch", "triton")
+VARIABLE = "VTC_KERNELS"
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CHOICE: ContextVar[str | None] = ContextVar("vtc_kernels", default=None)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class NoKernelError(Exception):
+    """Raised by a Triton twin, before it launches anything, for arguments that it does not cover; says why.
+
+    Users never see it: "auto" goes on with PyTorch, and an explicit "triton" becomes a `KernelError`.
+    """
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes
+    ----------
+    name : str
+    torch : callable
+        The PyTorch implementation.
+    triton : str or None
+        "module:function" of the Triton twin.
+    """
+
+    name: str
+    torch: Callable[..., Any]
+    triton: str | None
+
+    def twin(self) -> Callable[..., Any]:
+        """The Triton twin, imported now."""
+        if self.triton is None:
+            raise NoKernelError("the operation has none")
+        module, _, name = self.triton.partition(":")
+        return cast("Callable[..., Any]", getattr(importlib.import_module(module), name))
+
+
+OPS: dict[str, Op] = {}
+"""Every operation by its name."""
+
+
+def op(triton: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a PyTorch function an operation with a Triton twin.
+
+    Parameters
+    ----------
+    triton
+        "module:function" of the twin. It takes the same arguments, float tensors among them being float32, float16 or
+        bfloat16 and all tensors on one device, and raises `NoKernelError` for what it does not cover.
+    """
+
+    def mark(function: Callable[P, R]) -> Callable[P, R]:
+        this = OPS[function.__name__] = Op(function.__name__, function, triton)
+
+        @functools.wraps(function)
+        def operation(*args: P.args, **kwargs: P.kwargs) -> R:
+            choice = chosen()
+            if choice == "torch":
+                return function(*args, **kwargs)
+            try:
+                _check(this, choice, list(_tensors(args, kwargs)))
+                return cast("R", this.twin()(*args, **kwargs))
+            except NoKernelError as reason:
+                if choice == "auto":
+                    return function(*args, **kwargs)
+                raise KernelError(_refusal(this, reason)) from None
+
+        return operation
+
+    return mark
+
+
+def use(choice: str) -> AbstractContextManager[None]:
+    """Choose the implementation of all operations inside a ``with`` block, in this thread (or task) alone.
+
+    Parameters
+    ----------
+    choice
+        "torch"; "triton", which is an error wherever no kernel can run; or "auto": kernels for tensors on a GPU where
+        there is one, PyTorch for everything else.
+
+    Raises
+    ------
+    ConfigError
+        It is none of these.
+    KernelError
+        "triton" where it is not installed.
+
+    Examples
+    --------
+    >>> with vtc.kernels.use("torch"):
+    ...     vtc.kernels.farthest_point(features, 64)
+    """
+    _known(choice, "vtc.kernels.use()")
+    if choice == "triton" and not _installed():
+        raise KernelError(f"vtc.kernels.use('triton'): {_NOT_INSTALLED}")
+    return _chosen(choice)
+
+
+@contextmanager
+def _chosen(choice: str) -> Iterator[None]:
+    token = _CHOICE.set(choice)
+    try:
+        yield
+    finally:
+        _CHOICE.reset(token)
+
+
+def chosen() -> str:
+    """What holds here and now: of `use`, else of the environment, else "auto"."""
+    choice = _CHOICE.get()
+    if choice is not None:
+        return choice
+    choice = os.environ.get(VARIABLE) or "auto"
+    _known(choice, f"the environment variable {VARIABLE}")
+    return choice
+
+
+def _known(choice: str, where: str) -> None:
+    if choice not in CHOICES:
+        raise ConfigError(f"{where} is one of {', '.join(CHOICES)}; got {choice!r}.")
+
+
+_NOT_INSTALLED = "Triton is not installed here; `pip install triton`, or use 'auto' or 'torch'."
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, where tensors on a CPU will do; imports Triton to find out."""
+    if not _installed():
+        return False
+    from triton import language
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(language.cdiv, InterpretedFunction)  # what Triton was when it was imported, whatever is set now
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def _check(this: Op, choice: str, tensors: list[torch.Tensor]) -> None:
+    """Raise `NoKernelError` unless a kernel can, and for "auto" should, run on these tensors."""
+    if this.triton is None:
+        raise NoKernelError("the operation has none")
+    kinds = sorted({tensor.device.type for tensor in tensors})
+    if kinds != ["cuda"]:
+        where = f"the tensors are on {' and '.join(kinds) or 'no device'}"
+        if choice == "auto" or kinds != ["cpu"]:
+            raise NoKernelError(f"{where}, kernels need a GPU")
+        if not interpreting():
+            raise NoKernelError(
+                f"{where}, kernels need a GPU, or, for tests, TRITON_INTERPRET=1 in the environment before Triton is "
+                "imported"
+            )
+    if not _installed():
+        raise NoKernelError(_NOT_INSTALLED)
+    odd = {tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}.difference(_DTYPES)
+    if odd:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in odd))
+        raise NoKernelError(f"kernels take float32, float16 and bfloat16, these tensors are {names}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise NoKernelError("kernels have no gradients, and one is recorded here; call under torch.no_grad()")
+
+
+def _refusal(this: Op, reason: NoKernelError) -> str:
+    there = sorted(name for name, other in OPS.items() if other.triton is not None)
+    return (
+        f"{this.name}: a Triton kernel was asked for by vtc.kernels.use('triton') or {VARIABLE}=triton, but "
+        f"{str(reason).rstrip('.')}. Operations with a kernel: {', '.join(there) or 'none'}. Use 'auto' or 'torch'."
+    )

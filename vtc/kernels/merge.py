@@ -1,0 +1,114 @@
+"""Tokens that flow into others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import op
+
+_BLOCK = 512  # rows of the similarity matrix that exist at a time
+
+
+@op()
+def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
+    """Merge `r` of N tokens into their most similar partner (AIM, arXiv 2412.03248; the matching is ToMe's).
+
+    Tokens at even places are sources, those at odd places destinations. The `r` sources with the most similar
+    destination (cosine) flow into it, several into one if that is so; everything else stays. `r` is limited to N // 2;
+    at 0 and below, and for a single token, nothing is merged.
+
+    Parameters
+    ----------
+    metric
+        (B, N, d): what similarity is measured on. A zero row has cosine 0 to every other.
+    r
+        How many tokens to merge away.
+    order
+        "original": slots in the order of the tokens that stand in them. "author": as the released code has them,
+        sources that stayed first, by descending similarity, then all destinations. The two differ only where sources
+        stay, and matter where slots are merged again.
+
+    Returns
+    -------
+    anchors
+        (B, N - r) long: the token that stands in each slot.
+    assign
+        (B, N) long: the slot that each token flows into; a slot's value is the plain mean of its tokens.
+    """
+    batch, n = metric.shape[:2]
+    r = max(0, min(r, n // 2))
+    unit = torch.nn.functional.normalize(metric.float(), dim=-1, eps=1e-12)
+    source = torch.arange(0, n, 2, device=metric.device)
+    destination = torch.arange(1, n, 2, device=metric.device)
+    if r == 0:
+        every = torch.arange(n, device=metric.device).expand(batch, n)
+        return every, every
+    best, partner = _best_partner(unit[:, ::2], unit[:, 1::2])
+    ranked = best.sort(dim=1, descending=True, stable=True).indices
+    merged, staying = ranked[:, :r], ranked[:, r:]
+    anchors = torch.cat([source[staying], destination.expand(batch, -1)], dim=1)
+    if order == "original":
+        anchors = anchors.sort(dim=1).values
+    slots = torch.arange(n - r, device=metric.device).expand(batch, -1)
+    assign = torch.empty(batch, n, dtype=torch.long, device=metric.device).scatter_(1, anchors, slots)
+    target = assign.gather(1, destination[partner.gather(1, merged)])
+    return anchors, assign.scatter_(1, source[merged], target)
+
+
+def _best_partner(source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, S) largest product of every row of `source` (B, S, d) with `destination` (B, T, d), and where it is."""
+    values, places = [], []
+    for block in source.split(_BLOCK, dim=1):
+        similarity = block @ destination.transpose(1, 2)
+        places.append(similarity.argmax(dim=-1))  # the first of equals
+        values.append(similarity.amax(dim=-1))
+    return torch.cat(values, dim=1), torch.cat(places, dim=1)
+
+
+def recycle_cells(scores: Tensor, low: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the tokens `low` of each cell into the best of them (VFlowOpt, arXiv 2508.05211, section 3).
+
+    Parameters
+    ----------
+    scores
+        (N,): the weights of a cell's tokens are in proportion to them; equal where they sum to nothing.
+    low
+        (M,) long: tokens to recycle; all others stay as they are.
+    cell
+        (N,) long: number of the cell that each token lies in.
+
+    Returns
+    -------
+    keep
+        (K,) long, ascending: the tokens that are not low, and the best of every cell that has low ones (the lower index
+        among equals).
+    assign
+        (N,) long: slot that each token flows into.
+    weight
+        (N,) float32: its coefficient there; 1 for tokens that are not low.
+    """
+    n = scores.numel()
+    scores = scores.float()
+    low = low.sort().values
+    _, group = cell[low].unique(return_inverse=True)
+    count = int(group.max()) + 1 if low.numel() else 0
+    # By group, then by descending score, then by index: the first of every group is its anchor.
+    ranked = scores[low].sort(descending=True, stable=True).indices
+    ranked = ranked[group[ranked].sort(stable=True).indices]
+    first = torch.ones_like(ranked, dtype=torch.bool)
+    first[1:] = group[ranked][1:] != group[ranked][:-1]
+    anchors = low[ranked[first]]  # of groups 0..count-1, in this order
+    kept = torch.ones(n, dtype=torch.bool, device=scores.device)
+    kept[low] = False
+    kept[anchors] = True
+    keep = kept.nonzero()[:, 0]
+    slot = kept.long().cumsum(0) - 1
+    assign = slot.clone()
+    assign[low] = slot[anchors[group]]
+    total = scores.new_zeros(count).index_add_(0, group, scores[low])
+    size = torch.bincount(group, minlength=count).float()
+    weight = torch.ones_like(scores)
+    empty = total.abs() < torch.finfo(torch.float32).tiny
+    weight[low] = torch.where(empty[group], 1 / size[group], scores[low] / total[group].masked_fill(empty[group], 1))
+    return keep, assign, weight
