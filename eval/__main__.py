@@ -76,6 +76,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         help="option of a method, the value as JSON; repeat for more",
     )
     parser.add_argument("--limit", type=int, help="samples, from the start")
+    parser.add_argument("--frames", type=int, help="frames shown of each video; every task has a usual number")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
@@ -100,7 +101,7 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _prepare(args: argparse.Namespace) -> tuple[Task, Sequence[Sample], list[Cell]]:
     """Everything that can be wrong without a model."""
-    task = tasks.get_task(args.task)
+    task = tasks.get_task(args.task, **_task_options(args))
     cells = sweep_cells(
         args.methods, args.keep, positions=args.positions, bounds=task.knows_truth, options=_options(args.option)
     )
@@ -112,10 +113,21 @@ def _prepare(args: argparse.Namespace) -> tuple[Task, Sequence[Sample], list[Cel
     return task, samples, cells
 
 
+def _task_options(args: argparse.Namespace) -> dict[str, Any]:
+    if args.frames is None:
+        return {}
+    if args.frames < 1:
+        raise vtc.ConfigError(f"--frames must be at least 1, got {args.frames}")
+    if not hasattr(tasks.get_task(args.task), "frames"):
+        raise vtc.ConfigError(f"--frames was given, but {args.task} shows no video files")
+    return {"frames": args.frames}
+
+
 def _identity(args: argparse.Namespace, loaded: models.Loaded | None) -> dict[str, Any]:
     """What rows must share to stand in one table."""
     return {
         "task": args.task,
+        **({"frames": args.frames} if args.frames is not None else {}),
         "model": args.model,
         "weights": None if loaded is None else loaded.weights,
         "dtype": args.dtype,
@@ -133,13 +145,15 @@ def _measure(
         runner.run(loaded, task, samples, cells, rows, batch_size=args.batch_size, seed=args.seed, progress=rank == 0)
 
 
-def _load(args: argparse.Namespace) -> models.Loaded:
-    return models.load(args.model, dtype=args.dtype, device=args.device, attention=args.attention)
+def _load(args: argparse.Namespace, task: Task) -> models.Loaded:
+    loaded = models.load(args.model, dtype=args.dtype, device=args.device, attention=args.attention)
+    models.check_modality(loaded, task.modality)
+    return loaded
 
 
 def _run(args: argparse.Namespace) -> int:
     task, samples, cells = _prepare(args)
-    _measure(args, _load(args), task, samples, cells)
+    _measure(args, _load(args, task), task, samples, cells)
     return 0
 
 
@@ -147,7 +161,7 @@ def _sweep(args: argparse.Namespace) -> int:
     task, samples, cells = _prepare(args)
     times = None
     if not args.table_only:
-        loaded = _load(args)
+        loaded = _load(args, task)
         _measure(args, loaded, task, samples, cells)
         if args.timed:
             times = runner.timings(loaded, samples[: args.timed], cells, rounds=args.rounds, seed=args.seed)

@@ -17,6 +17,9 @@ BOUNDS = ("oracle", "anti-oracle")
 """Selections that know the truth of a generated task: not methods, but the frame that methods are seen in."""
 
 
+_BLIND = "blind"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One line of the table.
@@ -24,10 +27,10 @@ class Cell:
     Attributes
     ----------
     method : str or None
-        A method of `vtc`, one of `BOUNDS`, or None for the model with all its tokens.
+        A method of `vtc`, one of `BOUNDS`, "blind", or None for the model with all its tokens.
     keep_ratio : float or None
     keep_tokens : int or None
-        One of the two, neither with all tokens.
+        One of the two, neither with all tokens or blind.
     positions : str
     options : dict
         Of the method.
@@ -44,19 +47,21 @@ class Cell:
         """Unique among cells; what rows are filed under."""
         if self.method is None:
             return "all tokens"
+        if self.method == _BLIND:
+            return _BLIND
         keep = f"{self.keep_ratio:g}" if self.keep_ratio is not None else f"{self.keep_tokens} tokens"
         extra = "".join(f" {key}={value}" for key, value in sorted(self.options.items()))
         return f"{self.method} {keep}{'' if self.positions == 'original' else ' ' + self.positions}{extra}"
 
     def config(self, **more: Any) -> CompressionConfig | None:
-        """The configuration that `vtc.compress` takes; None for all tokens.
+        """The configuration that `vtc.compress` takes; None for all tokens, and for the blind model that has them too.
 
         Raises
         ------
         ConfigError
             A number or an option is out of range.
         """
-        if self.method is None:
+        if self.method in (None, _BLIND):
             return None
         return CompressionConfig(
             self.method,
@@ -69,6 +74,9 @@ class Cell:
 
 FULL = Cell()
 
+BLIND = Cell(_BLIND)
+"""Every picture and frame is an even grey: what the question alone gives away, the floor of every score."""
+
 
 def sweep_cells(
     methods: Sequence[str],
@@ -78,7 +86,7 @@ def sweep_cells(
     bounds: bool = False,
     options: dict[str, dict[str, Any]] | None = None,
 ) -> list[Cell]:
-    """All tokens, then every method at every budget; the baselines come along whether they are asked for or not.
+    """All tokens, none to see, then every method at every budget; baselines come along, asked for or not.
 
     Parameters
     ----------
@@ -103,7 +111,7 @@ def sweep_cells(
     if unknown:
         raise vtc.ConfigError(f"unknown method(s) {', '.join(unknown)}; there are: {', '.join(known)}")
     names = list(dict.fromkeys([*BASELINES, *names, *(BOUNDS if bounds else ())]))
-    cells = [FULL]
+    cells = [FULL, BLIND]
     for name in names:
         for budget in keep:
             share = {"keep_ratio": float(budget)} if budget <= 1 else {"keep_tokens": int(budget)}

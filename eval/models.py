@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import VideoMetadata
 
 import vtc
 import vtc.reference
-from eval.tasks.base import Sample
+from eval.tasks.base import Media, Sample
+from eval.tasks.video import Footage
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,23 +63,73 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def inputs(loaded: Loaded, batch: Sequence[Sample], images: Sequence[Sequence[Any]]) -> Any:
-    """Chat template and processor over a batch: the images of each sample before its question."""
-    texts = [
-        loaded.processor.apply_chat_template(
-            [
-                {
-                    "role": "user",
-                    "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": sample.question}],
-                }
-            ],
-            add_generation_prompt=True,
+def check_modality(loaded: Loaded, modality: str) -> None:
+    """Whether the model can be asked about an "image" or a "video".
+
+    Raises
+    ------
+    UnsupportedModelError
+        A video was asked for, and the processor takes none.
+    """
+    takes = all(getattr(loaded.processor, name, None) for name in ("video_processor", "video_token"))
+    if modality == "video" and not takes:
+        raise vtc.UnsupportedModelError(
+            f"{loaded.name}: {type(loaded.processor).__name__} takes no videos; see the column 'inputs' of `vtc models`"
         )
-        for sample, pictures in zip(batch, images, strict=True)
-    ]
-    pictures = [list(each) for each in images] if any(images) else None
-    encoded = loaded.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+
+
+def inputs(loaded: Loaded, batch: Sequence[Sample], media: Sequence[Media]) -> Any:
+    """Chat template and processor over a batch: images and video of each sample before its question.
+
+    Videos of one batch have equally many frames, because several families stack them.
+    """
+    processor = loaded.processor
+    texts = []
+    for sample, shown in zip(batch, media, strict=True):
+        content = [{"type": "image"} for _ in shown.images]
+        content += [{"type": "video"}] if shown.video is not None else []
+        content += [{"type": "text", "text": sample.question}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    pictures = [shown.images for shown in media]
+    videos = [_full_step(shown.video, processor) for shown in media if shown.video is not None]
+    given: dict[str, Any] = {"images": pictures} if any(pictures) else {}
+    if videos:
+        given["videos"] = [video.frames for video in videos]
+        given["do_sample_frames"] = False
+        given["video_metadata"] = [
+            VideoMetadata(
+                total_num_frames=video.total,
+                fps=video.fps,
+                duration=video.total / video.fps,
+                frames_indices=list(video.indices),
+            )
+            for video in videos
+        ]
+    encoded = processor(text=texts, padding=True, return_tensors="pt", **given)
+    encoded.pop("video_metadata", None)
     return encoded.to(loaded.model.device, dtype=loaded.model.dtype)
+
+
+def _full_step(video: Footage, processor: Any) -> Footage:
+    """A video that is shorter than one step of a family that joins frames, filled up: some processors refuse it."""
+    join = int(getattr(processor.video_processor, "temporal_patch_size", 1) or 1)
+    lacking = max(0, join - len(video.frames))
+    frames = np.concatenate([video.frames, *[video.frames[-1:]] * lacking])
+    return replace(video, frames=frames, indices=(*video.indices, *video.indices[-1:] * lacking))
+
+
+def blinded(encoded: Any) -> Any:
+    """The same inputs with all pixels 0, the mean of what processors normalise: an even grey.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The processor calls its pixels by another name than any known one.
+    """
+    names = [name for name in ("pixel_values", "pixel_values_videos") if name in encoded]
+    if not names:
+        raise vtc.UnsupportedModelError(f"no pixels among {', '.join(encoded)}, so the model cannot be blinded")
+    return {**encoded, **{name: torch.zeros_like(encoded[name]) for name in names}}
 
 
 @torch.inference_mode()

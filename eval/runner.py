@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 import vtc
 from eval import models
 from eval.bounds import GivenSelector, register
-from eval.cells import BOUNDS, FULL, Cell
+from eval.cells import BLIND, BOUNDS, FULL, Cell
 from eval.journal import Journal, Row
 from eval.models import Loaded
-from eval.tasks.base import Sample, Task
+from eval.tasks.base import Media, Sample, Task
 
 
 def conditions(command: str | None = None) -> dict[str, Any]:
@@ -122,29 +122,39 @@ def _batch_rows(
     wanted = [cell for cell in cells if any(not has(cell.name, sample.id) for _, sample in batch)]
     if not wanted:
         return
-    opened, images = [], []
+    opened: list[tuple[int, Sample, Media]] = []
     for order, sample in batch:
         try:
-            images.append(sample.open_images())
-            opened.append((order, sample))
+            opened.append((order, sample, sample.open()))
         except vtc.InputError as error:
             for number, cell in enumerate(cells):
                 yield _row(order, sample, number, cell) | {"error": str(error)}
-    if not opened:
-        return
-    full_text, full_logp = _answers(loaded, task, [sample for _, sample in opened], images)
+    for _, alike in groupby(opened, key=lambda each: None if each[2].video is None else len(each[2].video.frames)):
+        yield from _answered_rows(loaded, task, list(alike), cells, wanted, seed)
+
+
+def _answered_rows(
+    loaded: Loaded,
+    task: Task,
+    opened: Sequence[tuple[int, Sample, Media]],
+    cells: Sequence[Cell],
+    wanted: Sequence[Cell],
+    seed: int,
+) -> Iterator[Row]:
+    full_text, full_logp = _answers(loaded, task, opened)
     for number, cell in enumerate(cells):
         if cell not in wanted:
             continue
         at_a_time = 1 if cell.method in BOUNDS else len(opened)
         for first in range(0, len(opened), at_a_time):
-            part, pictures = opened[first : first + at_a_time], images[first : first + at_a_time]
-            part_samples = [sample for _, sample in part]
+            part = opened[first : first + at_a_time]
             told: dict[str, Any] = {}
             texts, logp = full_text[first : first + at_a_time], full_logp[first : first + at_a_time]
-            if cell != FULL:
-                with vtc.compressed(loaded.model, _config(task, cell, part_samples[0], seed)):
-                    texts, logp = _answers(loaded, task, part_samples, pictures)
+            if cell == BLIND:
+                texts, logp = _answers(loaded, task, part, blind=True)
+            elif cell != FULL:
+                with vtc.compressed(loaded.model, _config(task, cell, part[0][1], seed)):
+                    texts, logp = _answers(loaded, task, part)
                     report = vtc.report(loaded.model)
                 told = {
                     "selector_ms": report.selector_ms / len(part),
@@ -152,21 +162,23 @@ def _batch_rows(
                 }
             base = full_logp[first : first + at_a_time]
             kl = (base.exp() * (base - logp)).nan_to_num(0.0).sum(dim=-1)
-            for place, (order, sample) in enumerate(part):
+            for place, (order, sample, _) in enumerate(part):
                 yield _row(order, sample, number, cell) | {
                     "prediction": texts[place],
                     "scores": task.score(sample, texts[place]),
                     "agrees": texts[place] == full_text[first + place],
                     "kl": max(0.0, float(kl[place])),
-                    "kept": 1.0 if cell == FULL else _kept(report, place),
+                    "kept": 1.0 if cell == FULL else 0.0 if cell == BLIND else _kept(report, place),
                     **told,
                 }
 
 
 def _answers(
-    loaded: Loaded, task: Task, samples: Sequence[Sample], images: Sequence[Sequence[Any]]
+    loaded: Loaded, task: Task, opened: Sequence[tuple[int, Sample, Media]], *, blind: bool = False
 ) -> tuple[list[str], torch.Tensor]:
-    return models.answer(loaded, models.inputs(loaded, samples, images), task.max_new_tokens)
+    samples, media = [sample for _, sample, _ in opened], [shown for _, _, shown in opened]
+    encoded = models.inputs(loaded, samples, media)
+    return models.answer(loaded, models.blinded(encoded) if blind else encoded, task.max_new_tokens)
 
 
 def _row(order: int, sample: Sample, number: int, cell: Cell) -> Row:
@@ -218,11 +230,11 @@ def timings(
         ``ttft`` in seconds (median over samples and rounds), ``speed_up`` over all tokens (median of the paired
         ratios), and ``selector_share``: the part of `ttft` spent choosing.
     """
-    cells = [cell for cell in cells if cell.method not in BOUNDS]
+    cells = [cell for cell in cells if cell.method not in BOUNDS and cell != BLIND]
     seconds: dict[str, list[float]] = {cell.name: [] for cell in cells}
     selecting: dict[str, list[float]] = {cell.name: [] for cell in cells}
     for sample in samples:
-        encoded = models.inputs(loaded, [sample], [sample.open_images()])
+        encoded = models.inputs(loaded, [sample], [sample.open()])
         for number in range(-1, rounds):
             for cell in random.Random(number).sample(cells, len(cells)):
                 took, share = _first_token(loaded, encoded, cell, seed)

@@ -12,7 +12,7 @@ import pandas as pd
 
 import vtc
 from eval import statistics
-from eval.cells import BASELINES, BOUNDS, FULL, Cell
+from eval.cells import BASELINES, BLIND, BOUNDS, FULL, Cell
 from eval.journal import Row
 from eval.runner import in_groups
 from eval.tasks.base import Task
@@ -58,7 +58,7 @@ def summary(
                 "high": high,
                 "agreement": plain.fmean(row["agrees"] for row in good),
                 "kl": plain.fmean(row["kl"] for row in good),
-                "flops": plain.fmean(flops) if flops else (1.0 if cell == FULL else None),
+                "flops": plain.fmean(flops) if flops else (1.0 if cell in (FULL, BLIND) else None),
                 **_timed(cell, times),
                 "n": len(good),
                 "broken": len(every) - len(good),
@@ -146,7 +146,7 @@ def plots(frame: pd.DataFrame, kinds: pd.DataFrame, folder: Path, title: str) ->
         ("kept", "visual tokens kept, mean over layers", "score-by-tokens.png"),
         ("ttft", "time to first token, s", "score-by-ttft.png"),
     ):
-        known = frame[frame[column].notna() & (frame["method"] != "all tokens")]
+        known = frame[frame[column].notna() & ~frame["method"].isin(("all tokens", BLIND.name))]
         if known.empty:
             continue
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -156,6 +156,8 @@ def plots(frame: pd.DataFrame, kinds: pd.DataFrame, folder: Path, title: str) ->
             style = {"linestyle": "--", "alpha": 0.7} if frameless else {}
             axes.plot(ordered[column], ordered["score"], marker="o", markersize=4, label=method, **style)
         axes.axhline(full["score"], color="black", linewidth=0.8, label="all tokens")
+        for floor in frame[frame["method"] == BLIND.name]["score"]:
+            axes.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label=BLIND.name)
         if column == "ttft":
             points = known[~known["method"].isin(BOUNDS)]
             best = points.iloc[pareto(points["ttft"].tolist(), points["score"].tolist())]

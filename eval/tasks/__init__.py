@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from eval.tasks import generated, mmbench, mme, pope, scienceqa, short_answers, vqa  # noqa: F401  # they register tasks
-from eval.tasks.base import Sample, Task, get_task, names, register_task
+from eval.tasks.base import Media, Sample, Task, get_task, names, register_task
 
-__all__ = ["Sample", "Task", "get_task", "names", "register_task"]
+__all__ = ["Media", "Sample", "Task", "get_task", "names", "register_task"]

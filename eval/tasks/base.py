@@ -6,15 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 import vtc
+from eval.tasks.video import Footage
 
 Picture = Path | Callable[[], Any]
 """A file, or something that makes the picture when called: bytes in a table, a generated scene."""
+
+
+class Media(NamedTuple):
+    """What a sample shows, decoded."""
+
+    images: list[Image.Image]
+    video: Footage | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +37,8 @@ class Sample:
         What the model is told, the task's official suffix included.
     images : tuple of Path or callable
         Opened when they are needed.
-    video : Path or None
+    video : callable or None
+        Makes the frames that are shown when they are needed: an `eval.tasks.video.Clip`, a generated clip.
     target : object
         What `Task.score` compares with.
     group : str or None
@@ -43,11 +52,27 @@ class Sample:
     id: str
     question: str
     images: tuple[Picture, ...] = ()
-    video: Path | None = None
+    video: Callable[[], Footage] | None = None
     target: Any = None
     group: str | None = None
     options: tuple[str, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def open(self) -> Media:
+        """Pictures and video, decoded.
+
+        Raises
+        ------
+        InputError
+            One of them is missing or broken; names it and the cause.
+        """
+        video = None
+        if self.video is not None:
+            try:
+                video = self.video()
+            except vtc.InputError as error:
+                raise vtc.InputError(f"sample {self.id}: {error}") from error
+        return Media(self.open_images(), video)
 
     def open_images(self) -> list[Image.Image]:
         """The pictures in RGB, decoded.

@@ -1,8 +1,9 @@
-"""The offline task: held-out scenes of the reference models' world, drawn as they are needed."""
+"""The offline tasks: held-out scenes and clips of the reference models' world, drawn as they are needed."""
 
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,48 @@ import numpy as np
 
 import vtc
 from eval.tasks.base import Sample, Task, register_task
+from eval.tasks.video import Footage
+
+
+class Generated(Task):
+    """The answer must be right word for word, and the task knows which tokens show what is asked about."""
+
+    licence = "Apache-2.0; photographs and digits see eval/reference/README.md"
+    layout = "no files"
+    max_new_tokens = 6
+    main_score = "exact"
+    knows_truth = True
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return {"exact": float(prediction.strip() == sample.target)}
+
+    def bound(self, which: str, sample: Sample, keep_ratio: float | None, keep_tokens: int | None) -> Sequence[int]:
+        """Object tokens in turns, then others ("oracle"), or others first ("anti-oracle").
+
+        Taken for granted is a token per 14 x 14 pixels (and two frames), as the reference models have them.
+        """
+        from eval.tasks.scenes import oracle
+
+        queues, total, seed = self.truth(sample)
+        budget = keep_tokens if keep_ratio is None else max(1, round(keep_ratio * total))
+        if budget is None or not 1 <= budget <= total:
+            raise vtc.ConfigError(f"{which} keeps between 1 and {total} tokens, got {budget}")
+        rng = np.random.default_rng(seed)
+        if which == "oracle":
+            kept = oracle.in_turns(queues, total, budget, rng)
+        else:
+            kept = oracle.others_first({token for queue in queues for token in queue}, total, budget, rng)
+        return [int(i) for i in kept]
+
+    @abstractmethod
+    def truth(self, sample: Sample) -> tuple[list[tuple[int, ...]], int, list[int]]:
+        """The tokens of everything that questions may name, best first; how many there are; a seed for the rest."""
 
 
 @register_task
 @dataclass(frozen=True)
-class ScenesTask(Task):
-    """Objects, digits and signs on photographs; the answer must be right word for word.
+class ScenesTask(Generated):
+    """Objects, digits and signs on photographs.
 
     Attributes
     ----------
@@ -30,12 +67,7 @@ class ScenesTask(Task):
     """
 
     name: ClassVar[str] = "scenes"
-    licence: ClassVar[str] = "Apache-2.0; photographs and digits see eval/reference/README.md"
     source: ClassVar[str] = "drawn by eval/tasks/scenes"
-    layout: ClassVar[str] = "no files"
-    max_new_tokens: ClassVar[int] = 6
-    main_score: ClassVar[str] = "exact"
-    knows_truth: ClassVar[bool] = True
 
     scenes: int = 100
     per_scene: int = 10
@@ -57,27 +89,83 @@ class ScenesTask(Task):
                         target=question.answer,
                         group=f"scene-{index}",
                         options=question.options,
-                        meta={"kind": question.kind, "scene": index},
+                        meta={"kind": question.kind, "index": index},
                     )
                 )
         return found
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"exact": float(prediction.strip() == sample.target)}
-
-    def bound(self, which: str, sample: Sample, keep_ratio: float | None, keep_tokens: int | None) -> Sequence[int]:
-        """Object tokens in turns, then others ("oracle"), or others first; one token per patch is taken for granted."""
-        from eval.tasks.scenes import oracle
+    def truth(self, sample: Sample) -> tuple[list[tuple[int, ...]], int, list[int]]:
+        """Within a thing, the patch that it fills most comes first."""
         from eval.tasks.scenes.vocabulary import GRID
 
-        choose = {"oracle": oracle.round_robin, "anti-oracle": oracle.anti_oracle}[which]
-        total = GRID * GRID
-        budget = keep_tokens if keep_ratio is None else max(1, round(keep_ratio * total))
-        if budget is None or not 1 <= budget <= total:
-            raise vtc.ConfigError(f"{which} keeps between 1 and {total} tokens, got {budget}")
-        index = int(sample.meta["scene"])
-        kept = choose(_scene(self.seed, index).things, budget, np.random.default_rng([self.seed, index]))
-        return [int(i) for i in kept]
+        index = int(sample.meta["index"])
+        things = _scene(self.seed, index).things
+        return [thing.patches for thing in things if thing.role != "distractor"], GRID * GRID, [self.seed, index]
+
+
+@register_task
+@dataclass(frozen=True)
+class ClipsTask(Generated):
+    """Shapes that move, appear and disappear, each clip shown with all its 8 to 16 frames.
+
+    Attributes
+    ----------
+    clips : int
+        How many videos.
+    per_clip : int
+        Questions about each, at most.
+    seed : int
+        Another seed draws other clips of the held-out split.
+    """
+
+    name: ClassVar[str] = "clips"
+    modality: ClassVar[str] = "video"
+    source: ClassVar[str] = "drawn by eval/tasks/clips"
+
+    clips: int = 100
+    per_clip: int = 7
+    seed: int = 0
+
+    def samples(self, folder: Path | None) -> Sequence[Sample]:
+        from eval.tasks.clips.questions import ask
+
+        found = []
+        for index in range(self.clips):
+            footage = functools.partial(_footage, self.seed, index)
+            for number, question in enumerate(ask(_clip(self.seed, index), self.per_clip)):
+                found.append(
+                    Sample(
+                        id=f"clip-{index}-{number}",
+                        question=question.text,
+                        video=footage,
+                        target=question.answer,
+                        group=f"clip-{index}",
+                        options=question.options,
+                        meta={"kind": question.kind, "index": index},
+                    )
+                )
+        return found
+
+    def truth(self, sample: Sample) -> tuple[list[tuple[int, ...]], int, list[int]]:
+        """Within an object, its first and last moments come before those between: they tell where it went and when."""
+        from eval.tasks.clips.clip import SIDE, cells
+
+        index = int(sample.meta["index"])
+        clip = _clip(self.seed, index)
+        per_step = (SIDE // 14) ** 2
+        queues = [_ends_first(cells(actor, clip.length), per_step) for actor in clip.objects]
+        return queues, clip.length // 2 * per_step, [self.seed, index]
+
+
+def _ends_first(tokens: Sequence[int], per_step: int) -> tuple[int, ...]:
+    """One token of the first step, of the last, of the second, of the second-last ...; then a second one of each."""
+    steps: dict[int, list[int]] = {}
+    for token in tokens:
+        steps.setdefault(token // per_step, []).append(token)
+    inwards = sorted(steps)
+    order = [inwards.pop(0 if turn % 2 == 0 else -1) for turn in range(len(steps))]
+    deepest = max((len(each) for each in steps.values()), default=0)
+    return tuple(steps[step][depth] for depth in range(deepest) for step in order if depth < len(steps[step]))
 
 
 @functools.lru_cache(maxsize=64)
@@ -89,3 +177,17 @@ def _scene(seed: int, index: int) -> Any:
 
 def _picture(seed: int, index: int) -> Any:
     return _scene(seed, index).image
+
+
+@functools.lru_cache(maxsize=64)
+def _clip(seed: int, index: int) -> Any:
+    from eval.tasks.clips.clip import make_clip
+
+    return make_clip("test", seed, index)
+
+
+def _footage(seed: int, index: int) -> Footage:
+    from eval.tasks.clips.clip import FPS
+
+    clip = _clip(seed, index)
+    return Footage(clip.frames, tuple(range(clip.length)), float(FPS), clip.length)

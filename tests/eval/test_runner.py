@@ -109,9 +109,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     after = rows.read_text().splitlines()
     assert after[: len(before)] == before
     _, every = journal.read(tmp_path)
-    # Oracle and anti-oracle, random and uniform, and all tokens; none twice.
-    assert len(every) == 6 * 5
-    assert len({(row["cell"], row["sample"]) for row in every}) == 30
+    # Oracle and anti-oracle, random and uniform, all tokens and blind; none twice.
+    assert len(every) == 6 * 6
+    assert len({(row["cell"], row["sample"]) for row in every}) == 36
 
 
 def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_sweep_writes_tables_and_pictures(tmp_path: Path, capsys: pytest.Capture
     pictures = {"score-by-tokens.png", "score-by-ttft.png", "score-by-kind.png"}
     assert written == {"rows.jsonl", "table.md", "table.csv", *pictures}
     text = (tmp_path / "table.md").read_text()
-    for name in ("all tokens", "random", "uniform", "divprune", "oracle", "anti-oracle"):
+    for name in ("all tokens", "blind", "random", "uniform", "divprune", "oracle", "anti-oracle"):
         assert f"| {name} |" in text
     assert "- weights: " in text
     assert "TTFT speed-up" in text
@@ -201,6 +201,8 @@ def test_sweep_writes_tables_and_pictures(tmp_path: Path, capsys: pytest.Capture
         (["--task", "scenes", "--keep", "-1"], "keep_ratio"),
         (["--task", "scenes", "--limit", "0"], "--limit"),
         (["--task", "scenes", "--option", "fastv=3"], "METHOD.NAME=VALUE"),
+        (["--task", "scenes", "--frames", "8"], "scenes shows no video files"),
+        (["--task", "clips", "--limit", "1"], "LlavaProcessor takes no videos"),
         (["--task", "scenes", "--model", "nowhere", "--limit", "1"], "no such folder"),
     ],
 )
@@ -216,6 +218,7 @@ def test_cells_bring_the_baselines_along() -> None:
     cells = sweep_cells(["fastv"], [0.5, 32], options={"fastv": {"layer": 3}})
     assert [cell.name for cell in cells] == [
         "all tokens",
+        "blind",
         "random 0.5",
         "random 32 tokens",
         "uniform 0.5",

@@ -140,7 +140,7 @@ def rows(name: str, samples: list[Sample], answers: list[str]) -> list[dict[str,
 
 
 def test_every_task_is_tried_here() -> None:
-    assert set(names()) == {*MAKERS, "scenes"}
+    assert set(names()) == {*MAKERS, "scenes", "clips"}
 
 
 @pytest.mark.parametrize("name", FROM_FILES)

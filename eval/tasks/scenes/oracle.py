@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,36 +12,55 @@ from eval.tasks.scenes.vocabulary import GRID
 
 
 def round_robin(things: Sequence[Thing], budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Keep one patch of every object and sign, then a second of each, and so on; then random patches.
-
-    Taking turns matters: object patches in random order may spend four on one object and none on another, and then
-    a good selector beats this "upper bound". Within a thing, the patch that it fills most comes first.
-
-    Returns
-    -------
-    ndarray (min(budget, GRID * GRID),) int64
-        Ascending patch indices.
-    """
-    queues = [list(thing.patches) for thing in things if thing.role != "distractor"]
-    kept: dict[int, None] = {}
-    while any(queues) and len(kept) < budget:
-        for queue in queues:
-            if queue and len(kept) < budget:
-                kept[queue.pop(0)] = None
-    return _filled(list(kept), budget, rng)
+    """Keep the patches of objects and signs in turns, within a thing the patch that it fills most first."""
+    return in_turns([thing.patches for thing in things if thing.role != "distractor"], GRID * GRID, budget, rng)
 
 
 def anti_oracle(things: Sequence[Thing], budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Keep random patches that no object or sign owns, as long as there are any; ascending."""
+    """Keep random patches that no object or sign owns, as long as there are any."""
     owned = {patch for thing in things if thing.role != "distractor" for patch in thing.patches}
-    free = [patch for patch in range(GRID * GRID) if patch not in owned]
+    return others_first(owned, GRID * GRID, budget, rng)
+
+
+def in_turns(queues: Iterable[Sequence[int]], total: int, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Keep the first token of every queue, then the second of each, and so on; then random ones.
+
+    Taking turns matters: object tokens in random order may spend four on one object and none on another, and then
+    a good selector beats this "upper bound".
+
+    Parameters
+    ----------
+    queues : iterable of sequence of int
+        The tokens of each thing, best first.
+    total : int
+        How many tokens there are.
+    budget : int
+    rng : Generator
+
+    Returns
+    -------
+    ndarray (min(budget, total),) int64
+        Ascending token indices.
+    """
+    left = [list(queue) for queue in queues]
+    kept: dict[int, None] = {}
+    while any(left) and len(kept) < budget:
+        for queue in left:
+            if queue and len(kept) < budget:
+                kept[queue.pop(0)] = None
+    return _filled(list(kept), total, budget, rng)
+
+
+def others_first(owned: set[int], total: int, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Keep random tokens that are not `owned`, as long as there are any; ascending."""
+    free = [token for token in range(total) if token not in owned]
     chosen = [free[int(i)] for i in rng.permutation(len(free))[:budget]]
-    return _filled(chosen, budget, rng)
+    return _filled(chosen, total, budget, rng)
 
 
-def _filled(kept: list[int], budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def _filled(kept: list[int], total: int, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
     taken = set(kept)
-    rest = [patch for patch in range(GRID * GRID) if patch not in taken]
-    missing = max(0, min(budget, GRID * GRID) - len(kept))
+    rest = [token for token in range(total) if token not in taken]
+    missing = max(0, min(budget, total) - len(kept))
     extra = [rest[int(i)] for i in rng.permutation(len(rest))[:missing]]
     return np.sort(np.asarray(kept + extra, np.int64))

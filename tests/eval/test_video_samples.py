@@ -1,0 +1,208 @@
+"""Samples with videos: which frames are shown, how a model is asked about them, and what becomes of broken files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("pandas")
+pytest.importorskip("av", reason="clips are written with PyAV")
+
+import vtc
+from eval import journal, models, runner, tables
+from eval.cells import BLIND, FULL, Cell
+from eval.journal import Journal
+from eval.models import Loaded
+from eval.tasks import Sample, Task, get_task
+from eval.tasks.generated import _ends_first
+from eval.tasks.video import Clip
+from tests import clips, tiny
+from tests.tiny_processors import VIDEO_FAMILIES, processor
+from vtc import reference
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: Any) -> Path:
+    return clips.write(tmp_path_factory.mktemp("videos") / "clip.mp4", clips.frames(16), fps=4)
+
+
+def load(family: str) -> Loaded:
+    torch.manual_seed(0)
+    made = processor(family)
+    made.tokenizer.padding_side = "left"
+    return Loaded(tiny.build(family).model, made, family, "tiny")
+
+
+# ------------------------------------------------------------------------------------------------------------- frames
+
+
+def test_frames_are_spread_evenly(file: Path) -> None:
+    shown = Clip(file, 4)()
+    assert shown.indices == (2, 6, 10, 14)
+    assert [clips.number(frame) for frame in shown.frames] == [2, 6, 10, 14]
+    assert (shown.fps, shown.total) == (pytest.approx(4.0), 16)
+    assert Clip(file, 99)().indices == tuple(range(16)), "there are no more"
+
+
+def test_only_the_named_piece_is_shown(file: Path) -> None:
+    assert Clip(file, 2, start=1.0, end=1.75)().indices == (5, 7)
+    assert set(Clip(file, 16, start=2.0)().indices) == set(range(8, 16))
+    with pytest.raises(vtc.InputError, match=r"no frames from 9 to 10 s; it ends at 3\.75 s"):
+        Clip(file, 2, start=9, end=10)()
+
+
+def test_a_folder_of_pictures_is_a_video(tmp_path: Path) -> None:
+    for index, frame in enumerate(clips.frames(9)):
+        Image.fromarray(frame).save(tmp_path / f"{index:05d}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    shown = Clip(tmp_path, 3)()
+    assert [clips.number(frame) for frame in shown.frames] == list(shown.indices) == [1, 4, 7]
+    assert (shown.fps, shown.total) == (3.0, 9)
+    assert Clip(tmp_path, 3, start=1.0, end=1.9)().indices == (3, 4, 5)
+    (tmp_path / "00004.png").write_bytes(b"no picture")
+    with pytest.raises(vtc.InputError, match=r"00004\.png.*not a picture"):
+        Clip(tmp_path, 3)()
+    with pytest.raises(vtc.InputError, match="no pictures"):
+        Clip(tmp_path.parent / tmp_path.name / "..", 3)()
+
+
+# -------------------------------------------------------------------------------------------------------------- runner
+
+
+@dataclass(frozen=True)
+class Files(Task):
+    name: ClassVar[str] = "files"
+    modality: ClassVar[str] = "video"
+    licence: ClassVar[str] = "none"
+    source: ClassVar[str] = "the test"
+    layout: ClassVar[str] = "videos"
+    max_new_tokens: ClassVar[int] = 2
+    frames: int = 4
+
+    def samples(self, folder: Path | None) -> Sequence[Sample]:
+        assert folder is not None
+        return [
+            Sample(path.stem, "what happens in the clip ?", video=Clip(path, self.frames))
+            for path in sorted(folder.iterdir())
+        ]
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return {"score": float(len(prediction))}
+
+
+@pytest.mark.parametrize("family", VIDEO_FAMILIES)
+def test_every_family_is_asked_about_videos(family: str, tmp_path: Path) -> None:
+    """Whole and half the tokens; a short file among long ones goes in a batch of its own; a broken one is a row."""
+    loaded = load(family)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, count in (("a", 16), ("b", 16), ("c", 2), ("e", 16)):
+        clips.write(videos / f"{name}.mp4", clips.frames(count, 64, 64), fps=4)
+    (videos / "d.mp4").write_bytes(b"nothing")
+    cells = [FULL, BLIND, Cell("uniform", 0.5)]
+    task = Files()
+    with Journal(tmp_path / "rows.jsonl", {}, {}) as rows:
+        runner.run(loaded, task, task.samples(videos), cells, rows, batch_size=5, progress=False)
+    rows = journal.read(tmp_path)[1]
+    frame = tables.summary(rows, cells, task)
+    assert frame["n"].tolist() == [4, 4, 4]
+    assert frame["broken"].tolist() == [1, 1, 1]
+    assert all("d.mp4: cannot be read as a video" in row["error"] for row in rows if "error" in row)
+    assert frame["kept"].tolist()[:2] == [1.0, 0.0]
+    assert frame["kept"][2] == pytest.approx(0.5, abs=0.05)
+    good = {(row["cell"], row["sample"]): row for row in rows if "error" not in row}
+    # The batch does not matter, and the frames do.
+    with Journal(tmp_path / "alone.jsonl", {}, {}) as alone:
+        runner.run(loaded, task, task.samples(videos), cells, alone, batch_size=1, progress=False)
+    for row in alone.rows:
+        if "error" not in row:
+            batched = good[row["cell"], row["sample"]]
+            assert row["kl"] == pytest.approx(batched["kl"], abs=1e-3)
+    assert all(good["blind", name]["kl"] > 0 for name in "abce")
+
+
+def test_frames_and_their_times_reach_the_processor(file: Path) -> None:
+    loaded = load("qwen2_5_vl_video")
+    sample = Sample("1", "what happens in the clip ?", video=Clip(file, 3))
+    encoded = models.inputs(loaded, [sample], [sample.open()])
+    assert encoded["video_grid_thw"][0, 0] == 2, "three frames are two steps, the last one half full"
+    # Three frames of 4 s are 4/3 s apart, and there are two to a step.
+    assert float(encoded["second_per_grid_ts"][0]) == pytest.approx(8 / 3)
+    single = Sample("1", "what happens in the clip ?", video=Clip(file, 1))
+    assert models.inputs(loaded, [single], [single.open()])["video_grid_thw"][0, 0] == 1
+
+
+def test_a_model_without_videos_is_refused(file: Path) -> None:
+    loaded = Loaded(None, object(), "some/folder", "none")
+    models.check_modality(loaded, "image")
+    with pytest.raises(vtc.UnsupportedModelError, match=r"some/folder: object takes no videos"):
+        models.check_modality(loaded, "video")
+
+
+def test_a_broken_video_names_sample_and_file(tmp_path: Path) -> None:
+    sample = Sample("7", "?", video=Clip(tmp_path / "gone.mp4", 2))
+    with pytest.raises(vtc.InputError, match=r"sample 7: .*gone\.mp4: no such file"):
+        sample.open()
+
+
+# ------------------------------------------------------------------------------------------------------------- floors
+
+
+@pytest.mark.skipif(not reference.available(), reason="vtc-reference is not installed")
+def test_blind_answers_do_not_depend_on_the_picture() -> None:
+    loaded = models.load("reference")
+    samples = get_task("scenes", scenes=6, per_scene=4).samples(None)
+    pictures = [sample.open() for sample in samples]
+    blind = [models.answer(loaded, models.blinded(models.inputs(loaded, [samples[0]], [p])), 6) for p in pictures]
+    assert len({texts[0] for texts, _ in blind}) == 1
+    assert all(torch.equal(logp, blind[0][1]) for _, logp in blind)
+    seen = [models.answer(loaded, models.inputs(loaded, [samples[0]], [p]), 6)[1] for p in pictures]
+    assert not all(torch.equal(logp, seen[0]) for logp in seen)
+
+
+def test_nothing_to_blind_is_an_error() -> None:
+    with pytest.raises(vtc.UnsupportedModelError, match="no pixels among input_ids"):
+        models.blinded({"input_ids": torch.zeros(1, 1)})
+
+
+# --------------------------------------------------------------------------------------------------------------- clips
+
+
+def test_clips_are_a_task_with_bounds() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    pytest.importorskip("matplotlib")
+    task = get_task("clips", clips=3)
+    samples = task.samples(None)
+    assert len({sample.id for sample in samples}) == len(samples) >= 9
+    sample = samples[0]
+    shown = sample.open().video
+    assert shown is not None
+    total = len(shown.frames) // 2 * 64
+    assert task.score(sample, sample.target) == {"exact": 1.0}
+    assert task.score(sample, "not this") == {"exact": 0.0}
+    queues, counted, _ = task.truth(sample)
+    owned = {token for queue in queues for token in queue}
+    assert counted == total
+    oracle = task.bound("oracle", sample, None, len(queues))
+    assert sorted(oracle) == sorted(queue[0] for queue in queues), "one token of each object"
+    assert owned <= set(task.bound("oracle", sample, None, len(owned)))
+    others = task.bound("anti-oracle", sample, 0.25, None)
+    assert len(others) == round(0.25 * total)
+    assert not owned & set(others)
+    with pytest.raises(vtc.ConfigError, match="between 1 and"):
+        task.bound("oracle", sample, None, total + 1)
+
+
+def test_an_objects_ends_come_first() -> None:
+    assert _ends_first([1, 2, 10, 11, 25, 31], 10) == (1, 31, 10, 25, 2, 11)
+    assert _ends_first([], 10) == ()
+    tokens = [int(t) for t in np.random.default_rng(0).permutation(90)[:30]]
+    assert sorted(_ends_first(sorted(tokens), 10)) == sorted(tokens)
