@@ -49,13 +49,6 @@ def test_farthest_point_is_its_definition(n: int, d: int, k: int, first: int | N
     assert farthest_point(x, k, first).tolist() == farthest_point_by_hand(x, k, first)
 
 
-def test_farthest_point_blocks_agree_with_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(50, 6)
-    for block in (1, 7, 49, 50, 51):
-        monkeypatch.setattr("vtc.kernels.pick._BLOCK", block)
-        assert farthest_point(x, 9).tolist() == farthest_point_by_hand(x, 9, None)
-
-
 def test_farthest_point_of_nothing_and_of_zeros() -> None:
     assert farthest_point(torch.randn(5, 3), 0).tolist() == []
     assert farthest_point(torch.zeros(4, 3), 3).tolist() == [0, 1, 2]

@@ -8,6 +8,7 @@ environment variable ``VTC_KERNELS`` choose between the last two, see `dispatch`
 from __future__ import annotations
 
 from .dispatch import use
+from .greedy import coverage_greedy, dpp_greedy
 from .merge import bipartite_merge, recycle_cells
 from .pick import farthest_point, max_sum, topk_indices
 from .reference import attention_exchange, context_relevance, pagerank, patch_entropy
@@ -16,6 +17,8 @@ __all__ = [
     "attention_exchange",
     "bipartite_merge",
     "context_relevance",
+    "coverage_greedy",
+    "dpp_greedy",
     "farthest_point",
     "max_sum",
     "pagerank",

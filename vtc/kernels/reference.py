@@ -120,3 +120,87 @@ def attention_exchange(attention: Tensor, text: Tensor, visual: Tensor) -> Tenso
 def _share(mass: Tensor, part: Tensor) -> Tensor:
     """Which fraction of `mass` (N,) lies in `part`; 0 of nothing."""
     return mass[part].sum() / mass.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def cosines(x: Tensor) -> Tensor:
+    """(N, N): of the rows of `x` (N, D) with each other, in float32; 0 for zero rows."""
+    unit = torch.nn.functional.normalize(x.float(), dim=1, eps=1e-12)
+    return unit @ unit.T
+
+
+def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
+    """(min(k, N),) long: always the row least similar to the taken row that is most similar to it.
+
+    Starts at `first`, or at the row least similar to its nearest neighbour.
+    """
+    similarity = cosines(x)
+    if first is None and x.shape[0]:
+        others = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
+        first = int(similarity.masked_fill(others, -torch.inf).amax(dim=1).argmin())
+    near = torch.full_like(similarity[:, :1].flatten(), -torch.inf)
+    picks: list[int] = []
+    while len(picks) < min(k, x.shape[0]):
+        picks.append(int(near.argmin()) if picks else range(x.shape[0])[first or 0])
+        near = torch.maximum(near, similarity[picks[-1]])
+        near[picks] = torch.inf
+    return torch.tensor(picks, dtype=torch.long, device=x.device)
+
+
+def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
+    """(min(k, N),) long: from `first` on, always the row with the least sum of similarities to the taken ones."""
+    similarity = cosines(x)
+    total = torch.zeros_like(similarity[:, :1].flatten())
+    picks: list[int] = []
+    while len(picks) < min(k, x.shape[0]):
+        picks.append(int(total.argmin()) if picks else range(x.shape[0])[int(first)])
+        total = total + similarity[picks[-1]]
+        total[picks] = torch.inf
+    return torch.tensor(picks, dtype=torch.long, device=x.device)
+
+
+def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
+    """(min(k, N),) long: always the row that adds most to the determinant of relevance * cosine * relevance.
+
+    What a row adds is its own entry less what the taken rows explain of it: an incremental Cholesky factorisation. At
+    1e-5 of the largest entry that is rounding; then the most relevant rows follow.
+    """
+    weight = torch.ones_like(x[:, 0], dtype=torch.float32) if relevance is None else relevance.float()
+    kernel = weight[:, None] * cosines(x) * weight
+    left = kernel.diagonal().clone()
+    least = 1e-5 * left.max() if len(x) else 0.0
+    factor: list[Tensor] = []
+    picks: list[int] = []
+    while len(picks) < min(k, x.shape[0]):
+        best = int(left.argmax())
+        if not bool(left[best] > least):
+            rest = weight.index_fill(0, torch.tensor(picks, dtype=torch.long, device=x.device), -torch.inf)
+            ranked = rest.sort(descending=True, stable=True).indices
+            picks += ranked[: min(k, x.shape[0]) - len(picks)].tolist()
+            break
+        row = kernel[best].clone()
+        for earlier in factor:
+            row -= earlier[best] * earlier
+        row /= left[best].sqrt()
+        factor.append(row)
+        picks.append(best)
+        left = left - row.square()
+        left[picks] = -torch.inf
+    return torch.tensor(picks, dtype=torch.long, device=x.device)
+
+
+def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
+    """(min(k, N),) long: always the row that adds most to the sum over all rows of the similarity to the nearest pick.
+
+    Similarities count from 0 up; what a row adds is multiplied with its weight, or the weight is added.
+    """
+    similarity = cosines(x)
+    covered = torch.zeros_like(similarity[:, :1].flatten())
+    picks: list[int] = []
+    while len(picks) < min(k, x.shape[0]):
+        score = (similarity - covered[:, None]).clamp(min=0).sum(dim=0)
+        if weight is not None:
+            score = score * weight if combine == "multiply" else score + weight
+        score[picks] = -torch.inf
+        picks.append(int(score.argmax()))
+        covered = torch.maximum(covered, similarity[:, picks[-1]])
+    return torch.tensor(picks, dtype=torch.long, device=x.device)

@@ -1,0 +1,168 @@
+"""The greedy picks against their definitions: on random rows, on rows full of ties, and with every bound at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels import near_ties
+from vtc import kernels
+from vtc.kernels import greedy, pick, reference
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+quick = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture(params=["as they are", "tiny"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and pools so small that every loop goes round several times on a small input."""
+    if request.param == "tiny":
+        shrink(monkeypatch)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, size in [
+        (pick, "_TILE", 2),
+        (pick, "_POOL", 3),
+        (pick, "_CHAMPIONS", 2),
+        (greedy, "_POOL", 3),
+        (greedy, "_BATCH", 2),
+        (greedy, "_BLOCK", 4),
+        (greedy, "_WORKSPACE", 0),
+    ]:
+        monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr("vtc.kernels.cosines._STRIPE", 5)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> torch.Tensor:
+    """Rows that are random, clustered, or full of duplicates, zeros and right angles."""
+    n, width = draw(st.integers(1, 40)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    kind = draw(st.sampled_from(["random", "clustered", "duplicates", "axes"]))
+    x = torch.randn(n, width, generator=generator)
+    if kind == "clustered":
+        x = x * 0.1 + torch.randn(3, width, generator=generator)[torch.randint(3, (n,), generator=generator)]
+    elif kind == "duplicates":
+        x = x[torch.randint(n, (n,), generator=generator)]
+        x[torch.rand(n, generator=generator) < 0.2] = 0
+    elif kind == "axes":
+        x = torch.eye(width)[torch.randint(width, (n,), generator=generator)]
+        x *= torch.randint(-1, 2, (n, 1), generator=generator)
+    return x.to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))
+
+
+@pytest.mark.usefixtures("sizes")
+@quick
+@given(rows(), st.integers(0, 45), st.booleans())
+def test_farthest_point(x: torch.Tensor, k: int, given_first: bool) -> None:
+    first = len(x) // 2 if given_first else None
+    for function in (kernels.farthest_point, reference.farthest_point):
+        near_ties.assert_greedy(function(x, k, first), x, k, near_ties.isolation(first))
+
+
+@pytest.mark.usefixtures("sizes")
+@quick
+@given(rows(), st.integers(0, 45))
+def test_max_sum(x: torch.Tensor, k: int) -> None:
+    for function in (kernels.max_sum, reference.max_sum):
+        picks = function(x, k, len(x) // 3)
+        near_ties.assert_greedy(picks, x, k, near_ties.distance_to_all(len(x) // 3), 2e-6 * len(x))
+
+
+@pytest.mark.usefixtures("sizes")
+@quick
+@given(rows(), st.integers(0, 45), st.booleans())
+def test_dpp_greedy(x: torch.Tensor, k: int, equal: bool) -> None:
+    relevance = torch.ones(len(x)) if equal else torch.linspace(1, 0.2, len(x))
+    for function in (kernels.dpp_greedy, reference.dpp_greedy):
+        picks = function(x, k, None if equal else relevance)
+        near_ties.assert_greedy(picks, x, k, near_ties.volume(relevance), 4e-5)
+
+
+@pytest.mark.usefixtures("sizes")
+@quick
+@given(rows(), st.integers(0, 45), st.sampled_from([None, "multiply", "add"]))
+def test_coverage_greedy(x: torch.Tensor, k: int, combine: str | None) -> None:
+    weight = None if combine is None else torch.linspace(0, 2, len(x))
+    for function in (kernels.coverage_greedy, reference.coverage_greedy):
+        picks = function(x, k, weight, combine or "multiply")
+        near_ties.assert_greedy(picks, x, k, near_ties.coverage(weight, combine or "multiply"), 1e-5 * len(x))
+
+
+@pytest.mark.usefixtures("sizes")
+def test_ties_go_to_the_lower_index() -> None:
+    axes = torch.eye(6)[[0, 1, 0, 2, 1, 2]]  # cosines are 0 and 1, without rounding
+    assert kernels.farthest_point(axes, 6).tolist() == [0, 1, 3, 2, 4, 5]
+    assert kernels.farthest_point(torch.eye(6), 6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert kernels.max_sum(axes, 6, 2).tolist() == [2, 1, 3, 0, 4, 5]
+    assert kernels.dpp_greedy(axes, 6).tolist() == [0, 1, 3, 2, 4, 5]
+    assert kernels.coverage_greedy(axes, 6).tolist() == [0, 1, 3, 2, 4, 5]
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zero_rows_and_nothing(dtype: torch.dtype) -> None:
+    for x in (torch.zeros(5, 3, dtype=dtype), torch.zeros(0, 3, dtype=dtype)):
+        every = list(range(len(x)))
+        for picks in (
+            kernels.farthest_point(x, 9),
+            kernels.max_sum(x, 9, 0),
+            kernels.dpp_greedy(x, 9),
+            kernels.coverage_greedy(x, 9),
+        ):
+            assert picks.dtype == torch.long
+            assert picks.tolist() == every
+        for nothing in (kernels.farthest_point(x, 0), kernels.dpp_greedy(x, 0), kernels.coverage_greedy(x, 0)):
+            assert nothing.shape == (0,)
+            assert nothing.dtype == torch.long
+
+
+def test_beyond_its_rank_a_point_process_takes_the_most_relevant() -> None:
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    relevance = torch.tensor([1.0, 0.3, 0.9, 0.5, 0.6])
+    assert kernels.dpp_greedy(x, 5, relevance).tolist() == [0, 2, 4, 3, 1]
+    assert reference.dpp_greedy(x, 5, relevance).tolist() == [0, 2, 4, 3, 1]
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_a_thousand_rows(shift: float) -> None:
+    """Large enough for tiles, sweeps and pools of their real sizes; equal, not just as good."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1100, 48, generator=generator) + shift * torch.randn(48, generator=generator)
+    relevance = torch.rand(1100, generator=generator)
+    assert torch.equal(kernels.farthest_point(x, 90), reference.farthest_point(x, 90))
+    assert torch.equal(kernels.max_sum(x, 90, 5), reference.max_sum(x, 90, 5))
+    assert torch.equal(kernels.dpp_greedy(x, 40, relevance), reference.dpp_greedy(x, 40, relevance))
+    assert torch.equal(kernels.coverage_greedy(x, 40, relevance), reference.coverage_greedy(x, 40, relevance))
+
+
+def test_the_point_process_picks_what_its_authors_pick() -> None:
+    cases = np.load(GOLDEN / "cdpruner.npz")
+    for case in (0, 3):
+        normalize = torch.nn.functional.normalize
+        features = torch.from_numpy(cases[f"c{case}_image_features"])[0]
+        embeds = normalize(torch.from_numpy(cases[f"c{case}_image_embeds"])[0], dim=-1)
+        text = normalize(torch.from_numpy(cases[f"c{case}_text_embeds"]).view(-1, embeds.shape[-1]), dim=-1)
+        relevance = -(embeds @ text.T).mean(dim=-1)
+        relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+        kept = np.flatnonzero(cases[f"c{case}_mask"][0]).tolist()
+        for function in (kernels.dpp_greedy, reference.dpp_greedy):
+            assert sorted(function(features, len(kept), relevance).tolist()) == kept
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("case", [0, 2, 3, 5])
+def test_coverage_picks_what_its_authors_pick(case: int) -> None:
+    cases = np.load(GOLDEN / "scope.npz")
+    x = torch.from_numpy(cases[f"c{case}_x"][0])
+    weight = torch.from_numpy(cases[f"c{case}_cls_attn"][0]) ** float(cases[f"c{case}_alpha"])
+    combine = {"multi": "multiply", "add": "add"}[str(cases[f"c{case}_combined"])]
+    order = cases[f"c{case}_order"][0].tolist()
+    for function in (kernels.coverage_greedy, reference.coverage_greedy):
+        assert function(x, len(order), weight, combine).tolist() == order

@@ -1,0 +1,33 @@
+"""Cosines of rows with rows, some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_STRIPE = 4096  # rows that are looked at in one go where all are
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (N, D), at most float32 and out of the graph, and (N,) float32: what makes the norm of each of its rows 1.
+
+    Zero rows stay zero: their cosine to everything is 0.
+    """
+    x = x.detach()
+    x = x.float() if x.dtype == torch.float64 else x
+    return x, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp(min=1e-12).reciprocal()
+
+
+def stripes(x: Tensor, scale: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Products (M, rows) of the rows `others` of `x` with all rows, stripe by stripe, each row times its `scale`."""
+    pivots = x.index_select(0, others).float() * scale[others, None]
+    for start in range(0, x.shape[0], _STRIPE):
+        rows = slice(start, start + _STRIPE)
+        yield rows, (pivots @ x[rows].float().T).mul_(scale[rows])
+
+
+def products(x: Tensor, scale: Tensor, others: Tensor) -> Tensor:
+    """(M, N): all of `stripes` side by side."""
+    return torch.cat([part for _, part in stripes(x, scale, others)], dim=1)
