@@ -405,6 +405,23 @@ def test_atp_losses() -> None:
     assert target_loss(masks, 3.0).item() == pytest.approx((8 + 8 + 4 + 0) / 4 - 3)
 
 
+def test_atp_tokens_that_are_gone_are_like_tokens_without_attention() -> None:
+    # Training keeps the tokens and zeroes their scores; in use they are not there.
+    torch.manual_seed(0)
+    module, origin = AtpModule(grid=4, width=4), grid_origin(((1, 4, 4),))
+    s_self, s_cross = draw(2, 16).softmax(-1)
+    left = draw(16, seed=1) > 0
+    zeroed, gone = (s_self * left, s_cross * left), (s_self[left], s_cross[left])
+    for training, use in zip(
+        module(zeroed[0][None], zeroed[1][None], origin),
+        module(gone[0][None], gone[1][None], origin[left]),
+        strict=True,
+    ):
+        torch.testing.assert_close(training, use)
+    relative = redundancy_score(*zeroed, "relative", count=int(left.sum()))
+    torch.testing.assert_close(relative[left], redundancy_score(*gone, "relative"))
+
+
 def test_atp_modules_are_differentiable_and_follow_the_origin(tmp_path: Path) -> None:
     module = AtpModule(grid=3, width=4)
     origin = grid_origin(((1, 3, 3),))

@@ -187,7 +187,7 @@ class AtpSelector(Selector):
 # --- scores and masks ------------------------------------------------------------------------------------------------
 
 
-def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none") -> Tensor:
+def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none", count: Tensor | int | None = None) -> Tensor:
     """Mean of the attention received from visual tokens and from the text.
 
     Parameters
@@ -196,6 +196,9 @@ def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none") -> Te
         (..., N) attention probability, averaged over heads and over the visual or the text queries.
     scale
         As in `AtpSelector`.
+    count
+        Of how many tokens the mean is taken, (..., 1) or one for all; default: N. Training, where dropped tokens are
+        still there with scores of 0, needs it.
 
     Returns
     -------
@@ -205,7 +208,7 @@ def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none") -> Te
     score = (s_self + s_cross) / 2
     if scale == "none":
         return score
-    mean = score.mean(dim=-1, keepdim=True)
+    mean = score.sum(dim=-1, keepdim=True) / (score.shape[-1] if count is None else count)
     return score / (score + mean).clamp(min=torch.finfo(score.dtype).tiny)
 
 
@@ -292,8 +295,11 @@ class AtpModule(nn.Module):
         return torch.sigmoid(self.head_r(hidden)).squeeze(-1), torch.sigmoid(self.head_s(hidden)).squeeze(-1)
 
     def _square(self, scores: Tensor, origin: Tensor) -> Tensor:
-        """(B, 2, grid, grid) of scores (B, 2, N), averaged over views and frames; relative to their mean."""
-        scores = scores / scores.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        """(B, 2, grid, grid) of scores (B, 2, N), averaged over views and frames.
+
+        However many tokens there are and are left, the planes add up to `grid`: a sum over a plane has then about the
+        size of its inputs' noise, and a step of training moves no threshold from one end to the other.
+        """
         squares = []
         for frame in origin[:, :2].unique(dim=0):
             here = (origin[:, :2] == frame).all(dim=1)
@@ -301,7 +307,9 @@ class AtpModule(nn.Module):
             plane = scores.new_zeros(*scores.shape[:2], int(rows[0]), int(columns[0]))
             plane[:, :, row, column] = scores[:, :, here]
             squares.append(nn.functional.adaptive_avg_pool2d(plane, self.grid))
-        return torch.stack(squares).mean(dim=0)
+        square = torch.stack(squares).mean(dim=0)
+        # A token with a score of 0 and one that is gone are the same.
+        return square * self.grid / square.sum(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(square.dtype).tiny)
 
 
 def save_modules(modules: Sequence[AtpModule], path: str | Path) -> None:
