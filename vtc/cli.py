@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import vtc
 from vtc import cli_calibrate, cli_media, registry
-from vtc.bench import overhead, prefill
+from vtc.bench import kernels, overhead, prefill
 from vtc.errors import ConfigError, InputError, VtcError
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ def _add_bench(commands: Any) -> None:
     for name, module, help_text in (
         ("prefill", prefill, "speed-up and realised share at the decoder shapes of real checkpoints"),
         ("overhead", overhead, "what compression costs on a small model"),
+        ("kernels", kernels, "each operation of vtc.kernels beside the plain PyTorch way"),
     ):
         bench = benches.add_parser(name, help=help_text)
         module.add_arguments(bench)

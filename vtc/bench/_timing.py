@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,12 @@ from vtc._version import package_version
 
 Figures = dict[str, float]
 """Seconds by name, as one run measured them."""
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What to tell time by: the wall, or the processor time of this process, all its threads together."""
+
+MIN_SECONDS = 0.02
+"""How long a run of something short is made."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +76,20 @@ class Timing:
 
 @dataclass
 class Stopwatch:
-    """Adds up the wall-clock seconds of named parts of one run."""
+    """Adds up the seconds of named parts of one run, by the clock on the wall unless it is given another."""
 
     device: torch.device
     figures: Figures = field(default_factory=dict)
+    clock: Callable[[], float] = time.perf_counter
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time the body of a `with` statement, the device's queue included."""
         self._synchronize()
-        start = time.perf_counter()
+        start = self.clock()
         yield
         self._synchronize()
-        self.figures[name] = self.figures.get(name, 0.0) + time.perf_counter() - start
+        self.figures[name] = self.figures.get(name, 0.0) + self.clock() - start
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -115,6 +124,22 @@ def interleave(cases: Mapping[str, Case], *, repeats: int, warmup: int = 1) -> d
         name: {figure: Timing(tuple(run[figure] for run in runs)) for figure in runs[0]}
         for name, runs in rounds.items()
     }
+
+
+def repeated(work: Callable[[], Any], device: str, clock: Callable[[], float]) -> Callable[[], Figures]:
+    """A run of `work` that is long enough for the clock, as seconds of one."""
+    began = time.perf_counter()
+    work()
+    number = max(1, math.ceil(MIN_SECONDS / (time.perf_counter() - began)))
+    return partial(_repeat, work, number, torch.device(device), clock)
+
+
+def _repeat(work: Callable[[], Any], number: int, device: torch.device, clock: Callable[[], float]) -> Figures:
+    watch = Stopwatch(device, clock=clock)
+    with watch.part("run"):
+        for _ in range(number):
+            work()
+    return {"run": watch.figures["run"] / number}
 
 
 def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmup: int, dtype: str) -> None:
@@ -169,6 +194,30 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = [("-" * w) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([joined(header), joined(rule), *(joined(row) for row in rows)])
+
+
+def seconds(value: float) -> str:
+    """Three digits in the unit that suits them."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if value * factor >= 1:
+            return f"{_digits(value * factor)} {unit}"
+    return f"{_digits(value * 1e6)} µs"
+
+
+def spread(timing: Mapping[str, Any]) -> str:
+    """Median and quartiles of `Timing.to_dict`."""
+    low, high = timing["quartiles"]
+    return f"{seconds(timing['median'])} [{seconds(low)}, {seconds(high)}]"
+
+
+def megabytes(count: float) -> str:
+    """Bytes in units of 10^6, three digits."""
+    return f"{_digits(count / 1e6)} MB"
+
+
+def _digits(value: float) -> str:
+    """Three of them, and never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.4f}"
 
 
 def describe(stated: Mapping[str, Any]) -> str:

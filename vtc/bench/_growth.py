@@ -1,0 +1,188 @@
+"""How time and memory of the operations grow with the number of tokens: measured, fitted, drawn.
+
+A way is not run at a size where it would take more than ``--most-seconds`` or `MOST_BYTES`, going by how it has grown
+so far; the table says which. Exponents are least squares in the logarithms over the sizes from `FITTED_FROM` on: below
+it fixed costs weigh more than tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vtc.bench._memory import peak_bytes
+from vtc.bench._ops import OPS, Draw
+from vtc.bench._timing import CLOCKS, markdown_table, megabytes, repeated, seconds
+from vtc.errors import ConfigError
+
+__all__ = ["SIZES", "exponent", "measure", "plot", "run", "table"]
+
+SIZES = (256, 1024, 4096, 16384, 65536)
+FITTED_FROM = 1024
+MOST_BYTES = 4e9
+FEW_SECONDS = 2.0  # what takes longer is run once
+WAYS = {"ours": "vtc", "plain": "plain"}
+
+Points = dict[int, dict[str, float]]
+"""Seconds and bytes by number of tokens."""
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the operations asked for, print the table, draw the picture if asked; JSON-able results."""
+    results = {}
+    for name in args.op or OPS:
+        results[name] = measure(name, args)
+    print(table(results))
+    print(
+        f"\nMedian of {args.repeats} interleaved rounds, of one where it takes more than {FEW_SECONDS:g} s; exponents "
+        f"fitted from {FITTED_FROM:,} tokens on. Not run: what would take more than {args.most_seconds:g} s or "
+        f"{MOST_BYTES / 1e9:g} GB, by how it has grown so far."
+    )
+    if args.plot:
+        plot(results, args.plot)
+    return results
+
+
+@torch.no_grad()
+def measure(name: str, args: argparse.Namespace, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
+    """Points of both ways of one operation, as JSON-able lists, and what was not run."""
+    points: dict[str, Points] = {way: {} for way in WAYS}
+    skipped: dict[str, dict[int, str]] = {way: {} for way in WAYS}
+    for n in sizes:
+        problem = OPS[name].at(
+            Draw(torch.Generator().manual_seed(0), getattr(torch, args.dtype), args.device), n, growing=True
+        )
+        works = {"ours": problem.ours, "plain": problem.plain}
+        for way in WAYS:
+            reason = _too_much(points[way], n, args.most_seconds) if not skipped[way] else "more than the size before"
+            if reason:
+                skipped[way][n] = reason
+                del works[way]
+        found = _rounds(works, args)
+        for way, work in works.items():
+            points[way][n] = {"seconds": found[way], "bytes": peak_bytes(work, args.device)}
+    return {
+        "shape": OPS[name].shape(growing=True),
+        **{
+            way: {
+                "n": list(points[way]),
+                "seconds": [point["seconds"] for point in points[way].values()],
+                "bytes": [point["bytes"] for point in points[way].values()],
+                "not_run": {str(n): why for n, why in skipped[way].items()},
+            }
+            for way in WAYS
+        },
+    }
+
+
+def _rounds(works: Mapping[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each way; ways that are quick take turns, the others are not run again."""
+    clock = CLOCKS[args.clock]
+    taken: dict[str, list[float]] = {}
+    quick = {}
+    for way, work in works.items():
+        began = clock()
+        work()
+        taken[way] = [clock() - began]
+        if taken[way][0] <= FEW_SECONDS:
+            quick[way], taken[way] = repeated(work, args.device, clock), []
+    for _ in range(args.repeats):
+        for way, one in quick.items():
+            taken[way].append(one()["run"])
+    return {way: statistics.median(times) for way, times in taken.items()}
+
+
+def _too_much(points: Points, n: int, most_seconds: float) -> str | None:
+    """Why not to run `n` tokens, judged by the sizes before; None: go ahead."""
+    if len(points) < 2:
+        return None
+    (before, earlier), (last, latest) = list(points.items())[-2:]
+    for what, limit, words in (("seconds", most_seconds, seconds), ("bytes", MOST_BYTES, megabytes)):
+        if not earlier[what] or not latest[what]:
+            continue
+        power = math.log(latest[what] / earlier[what]) / math.log(last / before)
+        expected = latest[what] * (n / last) ** max(power, 1.0)
+        if expected > limit:
+            return f"about {words(expected)}"
+    return None
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The p of the power law c * size^p closest to `values`, by least squares of the logarithms; NaN of too little."""
+    if len(sizes) < 2 or min(values) <= 0:
+        return math.nan
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def fitted(curve: Mapping[str, Any], what: str) -> float:
+    """Exponent of "seconds" or "bytes" of one way, from `FITTED_FROM` tokens on."""
+    pairs = [(n, value) for n, value in zip(curve["n"], curve[what], strict=True) if n >= FITTED_FROM]
+    return exponent(*zip(*pairs, strict=True)) if len(pairs) >= 3 else math.nan
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """One line per operation and way: figures at each size, exponents."""
+    sizes = sorted({n for result in results.values() for way in WAYS for n in _all_sizes(result[way])})
+    rows = []
+    for name, result in results.items():
+        shape = ", ".join(f"{key} {size}" for key, size in result["shape"].items())
+        for way, words in WAYS.items():
+            curve = result[way]
+            at = {n: (s, b) for n, s, b in zip(curve["n"], curve["seconds"], curve["bytes"], strict=True)}
+            cells = [
+                f"{seconds(at[n][0])}, {megabytes(at[n][1])}" if n in at else f"not run: {curve['not_run'][str(n)]}"
+                for n in sizes
+            ]
+            rows.append((name, shape, words, *cells, _power(fitted(curve, "seconds")), _power(fitted(curve, "bytes"))))
+    return markdown_table(("operation", "shape", "way", *(f"N = {n:,}" for n in sizes), "time", "memory"), rows)
+
+
+def _all_sizes(curve: Mapping[str, Any]) -> set[int]:
+    return {*curve["n"], *map(int, curve["not_run"])}
+
+
+def _power(value: float) -> str:
+    return "-" if math.isnan(value) else f"N^{value:.2f}"
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """One panel per operation: seconds to the left, bytes to the right, the plain way dashed.
+
+    Raises
+    ------
+    ConfigError
+        There is no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError('--plot needs matplotlib: pip install "vtc[eval]".') from error
+    columns = 4
+    rows = math.ceil(len(results) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
+    for axes, (name, result) in zip(panels, results.items(), strict=False):
+        right = axes.twinx()
+        for way, style in (("ours", "o-"), ("plain", "x--")):
+            curve = result[way]
+            axes.plot(curve["n"], curve["seconds"], style, color="tab:blue", markersize=4)
+            right.plot(curve["n"], [count / 1e6 for count in curve["bytes"]], style, color="tab:orange", markersize=4)
+        axes.set(xscale="log", yscale="log", title=name)
+        right.set(yscale="log")
+        axes.set_xticks(SIZES, [f"{n:,}" for n in SIZES], rotation=30)
+        axes.minorticks_off()
+        axes.tick_params(axis="y", colors="tab:blue")
+        right.tick_params(axis="y", colors="tab:orange")
+        axes.grid(alpha=0.3)
+    for axes in list(figure.axes[: rows * columns])[len(results) :]:
+        axes.remove()
+    figure.supxlabel("tokens")
+    figure.supylabel("seconds (blue) and peak MB (orange); vtc solid, the plain way dashed")
+    figure.savefig(path, dpi=110)
