@@ -145,15 +145,15 @@ def _measure(
         runner.run(loaded, task, samples, cells, rows, batch_size=args.batch_size, seed=args.seed, progress=rank == 0)
 
 
-def _load(args: argparse.Namespace, task: Task) -> models.Loaded:
+def _load(args: argparse.Namespace, samples: Sequence[Sample]) -> models.Loaded:
     loaded = models.load(args.model, dtype=args.dtype, device=args.device, attention=args.attention)
-    models.check_modality(loaded, task.modality)
+    models.check_modality(loaded, "video" if any(sample.video for sample in samples) else "image")
     return loaded
 
 
 def _run(args: argparse.Namespace) -> int:
     task, samples, cells = _prepare(args)
-    _measure(args, _load(args, task), task, samples, cells)
+    _measure(args, _load(args, samples), task, samples, cells)
     return 0
 
 
@@ -161,7 +161,7 @@ def _sweep(args: argparse.Namespace) -> int:
     task, samples, cells = _prepare(args)
     times = None
     if not args.table_only:
-        loaded = _load(args, task)
+        loaded = _load(args, samples)
         _measure(args, loaded, task, samples, cells)
         if args.timed:
             times = runner.timings(loaded, samples[: args.timed], cells, rounds=args.rounds, seed=args.seed)
@@ -211,7 +211,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _tasks(_: argparse.Namespace) -> int:
     for name in tasks.names():
         task = tasks.get_task(name)
-        print(f"{name:16} {task.modality:6} {task.licence}")
+        print(f"{name:20} {task.modality:12} {task.licence}")
     return 0
 
 

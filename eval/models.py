@@ -88,7 +88,7 @@ def inputs(loaded: Loaded, batch: Sequence[Sample], media: Sequence[Media]) -> A
     for sample, shown in zip(batch, media, strict=True):
         content = [{"type": "image"} for _ in shown.images]
         content += [{"type": "video"}] if shown.video is not None else []
-        content += [{"type": "text", "text": sample.question}]
+        content += [{"type": "text", "text": sample.asked(shown)}]
         texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
     pictures = [shown.images for shown in media]
     videos = [_full_step(shown.video, processor) for shown in media if shown.video is not None]

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from transformers.cache_utils import Cache
 
 import vtc
 from eval.tasks.scenes.questions import Question, ask
 from eval.tasks.scenes.scene import make_scene
 from eval.tasks.scenes.vocabulary import KINDS
-from vtc.adapters.cache import CACHE
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.5, 0.25, 0.11, 0.056)
@@ -90,10 +90,10 @@ def chosen(model: Any, processor: Any, item: Item) -> str:
     ]
     longest = max(len(option) for option in options)
     ids = torch.tensor([option + [tokenizer.pad_token_id] * (longest - len(option)) for option in options])
-    cache = prefill[CACHE]
+    name, cache = next((name, value) for name, value in prefill.items() if isinstance(value, Cache))
     cache.batch_repeat_interleave(len(options))
     mask = torch.cat([encoded.attention_mask.expand(len(options), -1), torch.ones_like(ids)], 1)
-    rest = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, **{CACHE: cache}).logits
+    rest = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, **{name: cache}).logits
     logits = torch.cat([prefill.logits.expand(len(options), -1, -1), rest], 1).float().log_softmax(-1)
     scores = logits.gather(2, ids[..., None]).squeeze(-1)
     real = torch.tensor([[1.0] * len(option) + [0.0] * (longest - len(option)) for option in options])

@@ -2,62 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Sequence
-
-_ARTICLES = {"a", "an", "the"}
-_DIGITS = "zero one two three four five six seven eight nine ten"
-_NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS.split(" "))}
-_NUMBERS["none"] = "0"
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# Spelt right; people leave the apostrophes out.
-_CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll let's ma'am mightn't mightn't've might've mustn't must've
-needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
-somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
-there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
-what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-wouldn't've y'all you'd you'd've you'll you're you've
-"""
-
-
-def _misspelt() -> dict[str, str]:
-    """Every way of leaving out apostrophes to the right spelling."""
-    found = {}
-    for right in _CONTRACTIONS.split():
-        places = [match.start() for match in re.finditer("'", right)]
-        for chosen in range(1, 2 ** len(places)):
-            drop = {place for bit, place in enumerate(places) if chosen >> bit & 1}
-            found["".join(letter for place, letter in enumerate(right) if place not in drop)] = right
-    return found
-
-
-_MISSPELT = _misspelt()
-
-
-def normalise_vqa(text: str) -> str:
-    """An answer as VQAv2's evaluation compares it: lower case, no articles, digits, no punctuation but inside numbers.
-
-    A punctuation mark next to a space goes without a trace, so do all if a number has a thousands separator; others
-    become a space. Full stops go unless a digit follows.
-    """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    separated = re.search(r"\d,\d", text) is not None
-    cleaned = text
-    for mark in _PUNCTUATION:
-        vanishes = f"{mark} " in text or f" {mark}" in text or separated
-        cleaned = cleaned.replace(mark, "" if vanishes else " ")
-    cleaned = re.sub(r"\.(?!\d)", "", cleaned)
-    words = [_NUMBERS.get(word, word) for word in cleaned.lower().split()]
-    return " ".join(_MISSPELT.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Agreement with ten people: min(1, matches / 3), averaged over leaving each of them out."""
-    said, known = normalise_vqa(prediction), [normalise_vqa(answer) for answer in answers]
-    matches = sum(answer == said for answer in known)
-    return sum(min(1.0, (matches - (answer == said)) / 3) for answer in known) / len(known)
 
 
 def yes_no(prediction: str) -> str:
@@ -74,43 +20,71 @@ def yes_no_or_other(prediction: str) -> str:
     return "yes" if "yes" in said[:4] else "no" if "no" in said[:4] else "other"
 
 
-def option_letter(prediction: str, letters: Sequence[str]) -> str | None:
-    """The option that an answer names: "B", "B.", "(B)", "B. because", "The answer is B."; None if it names none."""
-    said = prediction.strip()
-    if said in set(letters):
-        return said
-    start = re.match(r"\(?([A-Z])(?:[).:,]|\s*$)", said)
-    if start and start[1] in letters:
-        return start[1]
-    named = re.findall(r"[Tt]he answer is \(?([A-Z])\b", said)
-    return named[0] if len(set(named)) == 1 and named[0] in letters else None
-
-
 def relaxed(prediction: str, target: str, tolerance: float = 0.05) -> float:
-    """ChartQA: numbers within 5 % of the target, other answers the same but for case."""
+    """ChartQA: numbers within 5 % of the target, other answers the same but for case.
+
+    A target of 0 has no 5 %, and is compared as a word: "0" is right and "0.0" is not.
+    """
+    said, wanted = _number(prediction), _number(target)
+    if said is not None and wanted:
+        return float(abs(said - wanted) / abs(wanted) <= tolerance)
+    return float(prediction.lower() == target.lower())
+
+
+def _number(text: str) -> float | None:
     try:
-        said, wanted = _number(prediction), _number(target)
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        return float(prediction.strip().lower() == target.strip().lower())
-    if wanted == 0:
-        return float(said == 0)
-    return float(abs(said - wanted) / abs(wanted) <= tolerance)
+        return None
 
 
-def _number(text: str) -> float:
-    text = text.strip()
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+def contained(prediction: str, answers: Sequence[str], *, formula: bool = False) -> float:
+    """OCRBench: 1 if an answer occurs in what was said, case apart; formulas are compared without spaces, with case."""
+    said = _folded(prediction, formula)
+    return float(any(_folded(answer, formula) in said for answer in answers))
+
+
+def _folded(text: str, formula: bool) -> str:
+    text = text.strip().replace("\n", " ")
+    return text.replace(" ", "") if formula else "".join(map(_narrow, text.lower()))
+
+
+def _narrow(letter: str) -> str:
+    """Full-width Latin letters, digits, marks and spaces as the usual ones."""
+    return unicodedata.normalize("NFKC", letter) if "\uff01" <= letter <= "\uff5e" or letter == "\u3000" else letter
+
+
+def all_of_some(prediction: str, target: str) -> float:
+    """Share of the parts joined by <AND> that occur in the answer, of the best alternative joined by <OR>; case apart.
+
+    MM-Vet writes its answers so, and has a language model grade them; this is what can be said without one.
+    """
+    said = " ".join(prediction.lower().split())
+    best = 0.0
+    for alternative in target.split("<OR>"):
+        parts = [" ".join(part.lower().split()) for part in alternative.split("<AND>")]
+        best = max(best, sum(part in said for part in parts) / len(parts))
+    return best
+
+
+def exact(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the answer is one of these, case and a full stop at the end apart."""
+    said = prediction.strip().rstrip(".").lower()
+    return float(any(said == answer.strip().rstrip(".").lower() for answer in answers))
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """Best normalised Levenshtein similarity to an answer, 0 where it is below the threshold (DocVQA, InfoVQA)."""
+    """Best normalised Levenshtein similarity to an answer, 0 where it is below the threshold (DocVQA, InfoVQA).
+
+    Distances ignore case and runs of spaces; the lengths that they are divided by do not.
+    """
     said = " ".join(prediction.strip().lower().split())
-    best = 0.0
+    least = 1.0
     for answer in answers:
         wanted = " ".join(answer.strip().lower().split())
-        longest = max(len(said), len(wanted))
-        best = max(best, 1 - levenshtein(said, wanted) / longest if longest else 1.0)
-    return best if best >= threshold else 0.0
+        longest = max(len(answer.upper()), len(prediction.upper()))
+        least = min(least, levenshtein(said, wanted) / longest if longest else 0.0)
+    return 1 - least if 1 - least >= threshold else 0.0
 
 
 def levenshtein(a: str, b: str) -> int:

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from eval.tasks import generated, mmbench, mme, pope, scienceqa, short_answers, vqa  # noqa: F401  # they register tasks
+from eval.tasks import (  # noqa: F401  # they register tasks
+    ai2d,
+    easyvqa,
+    egoschema,
+    files,
+    generated,
+    longvideobench,
+    mlvu,
+    mmbench,
+    mme,
+    mmstar,
+    mmvet,
+    mvbench,
+    nextqa,
+    ocrbench,
+    perceptiontest,
+    photos,
+    pope,
+    scienceqa,
+    seedbench,
+    short_answers,
+    videomme,
+    vqa,
+)
 from eval.tasks.base import Media, Sample, Task, get_task, names, register_task
 
 __all__ = ["Media", "Sample", "Task", "get_task", "names", "register_task"]

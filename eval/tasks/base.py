@@ -18,6 +18,10 @@ Picture = Path | Callable[[], Any]
 """A file, or something that makes the picture when called: bytes in a table, a generated scene."""
 
 
+SUBTITLES = "{subtitles}"
+"""Where a question wants what is said during the frames that are shown."""
+
+
 class Media(NamedTuple):
     """What a sample shows, decoded."""
 
@@ -57,6 +61,11 @@ class Sample:
     group: str | None = None
     options: tuple[str, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def asked(self, shown: Media) -> str:
+        """The question as it is put to a model, subtitles of the frames that are shown filled in."""
+        spoken = shown.video.subtitles if shown.video is not None else ()
+        return self.question.replace(SUBTITLES, "\n".join(spoken) or "No subtitles available")
 
     def open(self) -> Media:
         """Pictures and video, decoded.

@@ -27,12 +27,17 @@ def find(task: Task, folder: Path | None, *names: str) -> Path:
     InputError
         None is; the message shows the layout.
     """
-    if folder is None:
-        raise vtc.InputError(f"{task.name} needs --data, a folder with:\n{task.layout}")
     for name in names:
-        if (folder / name).exists():
+        if folder is not None and (folder / name).exists():
             return folder / name
-    raise vtc.InputError(
+    raise missing(task, folder, names)
+
+
+def missing(task: Task, folder: Path | None, names: Iterable[str]) -> vtc.InputError:
+    """What to raise when a folder has none of these files."""
+    if folder is None:
+        return vtc.InputError(f"{task.name} needs --data, a folder with:\n{task.layout}")
+    return vtc.InputError(
         f"{folder} has no {' or '.join(names)}; {task.name} expects:\n{task.layout}\nfrom {task.source}"
     )
 
@@ -58,13 +63,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_tsv(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
-    """Rows of a tab-separated table; empty cells are None."""
+    """Rows of a table of text, separated by tabs, or by commas in a .csv; empty cells are None."""
     import pandas as pd
 
     try:
-        frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        frame = pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t", dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise vtc.InputError(f"{path}: not a tab-separated table: {error}") from error
+        raise vtc.InputError(f"{path}: not such a table: {error}") from error
     missing = sorted(set(columns) - set(frame.columns))
     if missing:
         raise vtc.InputError(f"{path} has no column {', '.join(missing)}; it has {', '.join(frame.columns)}")

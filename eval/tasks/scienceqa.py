@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.scoring.answers import option_letter
+from eval.scoring.choice import option_letter
 from eval.tasks.base import Sample, Task, register_task
 from eval.tasks.reading import find, need, read_json
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.scoring.answers import vqa_accuracy
+from eval.scoring import vqa
 from eval.tasks.base import Sample, Task, register_task
 from eval.tasks.reading import find, need, read_json
 
@@ -16,7 +16,7 @@ class _TenAnswers(Task):
     main_score = "accuracy"
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"accuracy": vqa_accuracy(prediction, sample.target)}
+        return {"accuracy": vqa.accuracy_of_words(prediction, sample.target)}
 
 
 @register_task
@@ -50,6 +50,9 @@ class VqaV2(_TenAnswers):
                 )
             )
         return found
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return {"accuracy": vqa.accuracy(prediction, sample.target)}
 
 
 @register_task

@@ -1,0 +1,22 @@
+"""Write the table of tasks in docs/evaluate.md anew: python -m eval.tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eval.tasks import get_task, names
+
+PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
+_HEAD = "| task | shows | files | from | licence |\n|---|---|---|---|---|\n"
+
+
+def with_table(page: str) -> str:
+    """The page with the table of what the tasks say of themselves, which is the last thing on it."""
+    before, _, _ = page.partition("| task |")
+    tasks = [get_task(name) for name in names()]
+    lines = [f"| `{t.name}` | {t.modality} | {t.layout} | {t.source} | {t.licence} |\n" for t in tasks]
+    return before + _HEAD + "".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
