@@ -1,0 +1,1 @@
+"""The offline task as files that lmms-eval reads."""

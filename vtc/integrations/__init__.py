@@ -1,0 +1,1 @@
+"""vtc inside other programs. Nothing here is imported by ``import vtc``."""

@@ -1,0 +1,212 @@
+"""lmms-eval's own models with fewer visual tokens, found through its entry-point group ``lmms_eval.models``.
+
+    python -m lmms_eval --model vtc_llava_hf \
+        --model_args pretrained=FOLDER,vtc_method=divprune,vtc_keep_ratio=0.25 --tasks pope --batch_size 1
+
+Model arguments that begin with ``vtc_`` go to `vtc.compress`, the others to lmms-eval's class. Without any of them the
+model keeps all its tokens, so that the baseline can be run under the same name.
+
+Importing this module imports nothing of lmms-eval. Its classes exist once they are asked for, one family at a time:
+they need different packages, and a missing one must not hide the other families.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vtc import api, registry
+from vtc.config import CompressionConfig
+from vtc.errors import ConfigError, VtcError
+from vtc.report import Report
+
+__all__ = ["compression", "manifests"]
+
+_PREFIX = "vtc_"
+_SHARED = ("method", "keep_ratio", "keep_tokens", "positions", "structural", "seed")
+
+# lmms-eval's ``llava_onevision`` needs the LLaVA package and a model class of its own; its ``llava_hf`` reads the
+# transformers checkpoints of LLaVA, LLaVA-NeXT and LLaVA-OneVision.
+_BASES = {
+    "VtcLlavaHfChat": "lmms_eval.models.chat.llava_hf.LlavaHf",
+    "VtcLlavaHf": "lmms_eval.models.simple.llava_hf.LlavaHf",
+    "VtcQwen2_5_VLChat": "lmms_eval.models.chat.qwen2_5_vl.Qwen2_5_VL",
+    "VtcQwen2_5_VL": "lmms_eval.models.simple.qwen2_5_vl.Qwen2_5_VL",
+    "VtcInternVLHfChat": "lmms_eval.models.chat.internvl_hf.InternVLHf",
+}
+
+_MODELS = {
+    "vtc_llava_hf": ("VtcLlavaHf", "VtcLlavaHfChat"),
+    "vtc_llava_onevision": ("VtcLlavaHf", "VtcLlavaHfChat"),
+    "vtc_qwen2_5_vl": ("VtcQwen2_5_VL", "VtcQwen2_5_VLChat"),
+    "vtc_internvl_hf": (None, "VtcInternVLHfChat"),
+}
+"""Name for ``--model`` to classes without and with a chat template."""
+
+
+def manifests() -> list[Any]:
+    """What lmms-eval's registry wants to know of every model; the payload of the entry point."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    def path(name: str | None) -> str | None:
+        return None if name is None else f"{__name__}.{name}"
+
+    return [
+        ModelManifest(model_id=model, simple_class_path=path(simple), chat_class_path=path(chat))
+        for model, (simple, chat) in _MODELS.items()
+    ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _BASES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _class(name)
+
+
+@functools.cache
+def _class(name: str) -> type:
+    module, _, base = _BASES[name].rpartition(".")
+    return type(name, (_Compressed, getattr(importlib.import_module(module), base)), {"__module__": __name__})
+
+
+def compression(arguments: Mapping[str, Any]) -> tuple[CompressionConfig | None, dict[str, Any]]:
+    """Model arguments parted into a configuration of `vtc` (None: all tokens) and those of lmms-eval.
+
+    ``vtc_method``, ``vtc_keep_ratio``, ``vtc_keep_tokens``, ``vtc_positions``, ``vtc_structural`` and ``vtc_seed`` are
+    the arguments of `vtc.compress`; any other ``vtc_NAME`` is an option of the method, its value read as JSON where it
+    is JSON.
+
+    Raises
+    ------
+    ConfigError, UnsupportedMethodError
+        There is no such method or option, or a value is out of range.
+    """
+    given = {name.removeprefix(_PREFIX): value for name, value in arguments.items() if name.startswith(_PREFIX)}
+    others = {name: value for name, value in arguments.items() if not name.startswith(_PREFIX)}
+    if not given:
+        return None, others
+    if "method" not in given:
+        names = ", ".join(f"{_PREFIX}{name}" for name in given)
+        raise ConfigError(f"{names} given without {_PREFIX}method; `vtc methods` lists the methods.")
+    shared = {name: given.pop(name) for name in _SHARED if name in given}
+    config = CompressionConfig(**shared, options={name: _parsed(value) for name, value in given.items()})
+    registry.get_selector(config.method, **config.options)
+    return config, others
+
+
+def _parsed(value: Any) -> Any:
+    """A list or mapping; lmms-eval leaves these as text and turns numbers and booleans into what they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+@dataclass
+class _Tally:
+    """What was kept of all prompts with images or videos, and what went wrong."""
+
+    config: CompressionConfig
+    prompts: int = 0
+    before: list[int] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+    selecting: list[float] = field(default_factory=list)
+    failures: list[Exception] = field(default_factory=list)
+
+    def add(self, report: Report) -> None:
+        self.prompts += len(report.lengths_before)
+        self.before.append(report.visual_tokens_before)
+        self.kept.append(report.average_visual_tokens)
+        self.selecting.append(report.selector_ms / len(report.lengths_before))
+
+    def figures(self) -> dict[str, float]:
+        """For lmms-eval's table of results; tokens and milliseconds of one prompt."""
+        before, kept = sum(self.before), sum(self.kept)
+        return {
+            "vtc_prompts": self.prompts,
+            "vtc_visual_tokens_before": before / self.prompts,
+            "vtc_visual_tokens_kept": kept / self.prompts,
+            "vtc_kept_share": kept / before,
+            "vtc_selecting_ms": statistics.median(self.selecting),
+        }
+
+    def __str__(self) -> str:
+        told = {name: value for name, value in self.config.to_dict().items() if value is not None and name != "version"}
+        what = ", ".join(f"{name}={value}" for name, value in told.items() if value != {})
+        if not self.prompts:
+            return f"vtc: {what}: no prompt with an image or a video was answered"
+        made = self.figures()
+        return (
+            f"vtc: {what}: kept {made['vtc_visual_tokens_kept']:.1f} of {made['vtc_visual_tokens_before']:.1f} visual "
+            f"tokens per prompt ({100 * made['vtc_kept_share']:.1f} %, mean over the decoder's layers) in "
+            f"{self.prompts} prompts, selecting took {made['vtc_selecting_ms']:.2f} ms (median)"
+        )
+
+
+class _Compressed:
+    """Laid over a class of lmms-eval: compresses its model, and tells what was kept."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config, others = compression(kwargs)  # before the model is loaded, which may take minutes
+        super().__init__(*args, **others)
+        self._tally = None if config is None else _Tally(config)
+        if self._tally is not None:
+            model = self.model  # type: ignore[attr-defined]
+            api.compress(model, self._tally.config)
+            _watch(model, self._tally)
+
+    def generate_until(self, requests: Sequence[Any]) -> Any:
+        answers = super().generate_until(requests)  # type: ignore[misc]
+        self._tell()
+        return answers
+
+    def _tell(self) -> None:
+        from lmms_eval.models.model_utils.gen_metrics import log_metrics
+        from loguru import logger
+
+        tally = self._tally
+        if tally is None:
+            logger.info("vtc: no vtc_method among the model arguments, so all visual tokens were kept")
+            return
+        logger.info(str(tally))
+        if tally.prompts:  # nothing was timed here: these figures are for the results file
+            log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=tally.figures())
+        # Several of lmms-eval's classes log an error of generate() and go on with an empty answer.
+        for failure in tally.failures:
+            if isinstance(failure, VtcError):
+                raise failure
+        if tally.failures:
+            first = tally.failures[0]
+            logger.warning(
+                f"vtc: {len(tally.failures)} batches could not be answered and may count as wrong; the first: {first!r}"
+            )
+
+
+def _watch(model: Any, tally: _Tally) -> None:
+    """Look at the report after every call of `model.generate` with an image or a video.
+
+    After an error of ours no further prompt is tried: it would be swallowed, and the score of the rest mean nothing.
+    """
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if tally.failures and isinstance(tally.failures[-1], VtcError):
+            raise tally.failures[-1]
+        try:
+            output = generate(*args, **kwargs)
+        except Exception as error:
+            tally.failures.append(error)
+            raise
+        if any(name.startswith("pixel_values") for name in kwargs):
+            tally.add(api.report(model))
+        return output
+
+    model.generate = watched
