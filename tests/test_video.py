@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 
 import vtc
 from tests import clips
+from vtc.containers import announced_bytes
 from vtc.video import DECODERS, VideoFile, sample_by_count, sample_by_fps, sample_by_scenes
 
 INSTALLED = [name for name in DECODERS if importlib.util.find_spec(name) is not None]
@@ -89,9 +92,10 @@ def test_one_frame(tmp_path: Path, decoder: str) -> None:
         assert sample_by_scenes(video) == [0]
 
 
-def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:
-    path = clips.turned(clips.write(tmp_path / "turned.mp4", clips.frames(3)))
-    with VideoFile(path) as video:
+@pytest.mark.parametrize("decoder", [None, *(name for name in INSTALLED if name != "decord")])
+def test_a_turned_video_is_shown_upright(tmp_path: Path, decoder: str | None) -> None:
+    path = clips.turned(clips.write(tmp_path / "turned.mp4", clips.frames(3)))  # decord wants a square
+    with VideoFile(path, decoder) as video:
         frames = video.read([0, 1, 2])
         assert frames.shape == (3, 64, 48, 3)
         assert (video.info.width, video.info.height) == (48, 64)
@@ -100,16 +104,25 @@ def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:
         assert frames[0][5, 5].mean() < 60
 
 
-def test_a_variable_rate_keeps_its_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoder", INSTALLED)
+def test_a_variable_rate_keeps_its_times(tmp_path: Path, decoder: str) -> None:
     times = [0.0, 0.1, 0.2, 0.3, 2.0, 2.1, 4.0]
     path = clips.write(tmp_path / "variable.mkv", clips.frames(7), times=times)
-    for decoder in [name for name in INSTALLED if name != "torchcodec"]:
-        with VideoFile(path, decoder) as video:
-            assert video.times.tolist() == pytest.approx(times, abs=2e-3)
-            # On screen at 0, 1, 2, 3 and 4 seconds; frame 3 stays until 2.0 and frame 5 until 4.0.
-            wanted = sample_by_fps(video.times, video.info.duration, 1.0)
-            assert wanted == [0, 3, 4, 5, 6]
-            assert [clips.number(frame) for frame in video.read(wanted)] == wanted
+    with VideoFile(path, decoder) as video:
+        assert video.times.tolist() == pytest.approx(times, abs=2e-3)
+        # On screen at 0, 1, 2, 3 and 4 seconds; frame 3 stays until 2.0 and frame 5 until 4.0.
+        wanted = sample_by_fps(video.times, video.info.duration, 1.0)
+        assert wanted == [0, 3, 4, 5, 6]
+        assert [clips.number(frame) for frame in video.read(wanted)] == wanted
+
+
+def test_times_that_make_no_sense_are_left_to_another_decoder(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As decord has said of the first frames of a program stream.
+    monkeypatch.setattr("vtc.video._Decord.__init__", lambda self, path: setattr(self, "times", np.array([-1e14, 0.0])))
+    with VideoFile(clip) as video:
+        assert video.info.decoder == "av"
+    with pytest.raises(vtc.InputError, match="decord: the times of its frames make no sense"):
+        VideoFile(clip, "decord")
 
 
 def test_what_decord_cannot_read_is_read_by_another(tmp_path: Path) -> None:
@@ -149,7 +162,7 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
         "folder": (folder, "a folder, not a video"),
         "empty": (empty, "the file is empty"),
         "text": (text, "cannot be read as a video"),
-        "cut": (cut, "cannot be read as a video"),
+        "cut": (cut, "cannot be read as a video: it is cut off"),
         "sound": (clips.write_sound(folder / "sound.m4a"), "no video stream, only audio"),
         "nothing": (nothing, "cannot be read as a video"),
     }
@@ -168,16 +181,75 @@ def test_broken_files_are_named_with_the_cause(tmp_path: Path, kind: str, decode
     assert open_files() <= before
 
 
-@pytest.mark.parametrize("decoder", INSTALLED)
-def test_a_file_that_breaks_off_says_so(tmp_path: Path, decoder: str) -> None:
-    whole = clips.write(tmp_path / "whole.mp4", clips.frames(60, 128, 96), movflags="faststart")
+CONTAINERS = {
+    "index last.mp4": ("mpeg4", {}),
+    "index first.mp4": ("mpeg4", {"movflags": "faststart"}),
+    "quicktime.mov": ("mpeg4", {}),
+    "matroska.mkv": ("mpeg4", {}),
+    "web.webm": ("libvpx", {}),
+    "riff.avi": ("mpeg4", {}),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("decoder", [None, *INSTALLED])
+def test_a_file_that_breaks_off_says_so(tmp_path: Path, name: str, decoder: str | None) -> None:
+    codec, options = CONTAINERS[name]
+    whole = clips.write(tmp_path / name, clips.frames(60, 128, 96), codec=codec, fps=25, **options)
     data = whole.read_bytes()
-    path = tmp_path / "cut.mp4"
+    assert announced_bytes(whole) == len(data)
+    with VideoFile(whole, decoder) as video:
+        assert video.info.frames == 60
+    path = tmp_path / f"cut {name}"
     path.write_bytes(data[: int(len(data) * 0.6)])
-    with pytest.raises(vtc.InputError, match=r"cut\.mp4: cannot be read as a video"):
+    with pytest.raises(vtc.InputError, match=rf"cut {name}: cannot be read as a video: it is cut off: [\d,]+ of the"):
         VideoFile(path, decoder)
-    with pytest.raises(vtc.InputError, match=r"it is cut off: \d+ of the 60 frames that it announces are there"):
-        VideoFile(path)
+
+
+def test_a_few_lacking_bytes_do_not_matter(tmp_path: Path) -> None:
+    whole = clips.write(tmp_path / "whole.mkv", clips.frames(60, 128, 96), fps=25)
+    path = tmp_path / "cut.mkv"
+    path.write_bytes(whole.read_bytes()[:-30])
+    with VideoFile(path) as video:
+        assert video.info.frames >= 59
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [("cut.ts", "mpeg2video", {}), ("cut.mp4", "mpeg4", {"movflags": "frag_keyframe+empty_moov"})],
+    ids=["transport stream", "fragments"],
+)
+def test_streams_without_a_length_are_read_to_their_end(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    path = clips.write(tmp_path / name, clips.frames(60, 128, 96), codec=codec, fps=25, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with VideoFile(path) as video:
+        assert 20 < video.info.frames < 60
+        frames = video.read(range(video.info.frames))
+    assert [clips.number(frame) for frame in frames] == [number % 18 for number in range(len(frames))]
+
+
+@pytest.mark.parametrize(
+    ("data", "announced"),
+    [
+        (b"", None),
+        (b"\x1aE\xdf\xa3", None),
+        (b"\x1aE\xdf\xa3\x82xx\x18S\x80g\x81y", 13),
+        (b"\x1aE\xdf\xa3\x82xx\x18S\x80g\x40\x20y", 45),
+        (b"\x1aE\xdf\xa3\x82xx\x18S\x80g\xffyyyy", None),  # live: no length
+        (b"\0\0\0\x08free\0\0\0\x01mdat\0\0\0\0\0\0\0\x20", 40),
+        (b"\0\0\0\x08free\0\0\0\0mdatxxxx", None),  # to the end of the file
+        (b"RIFF\x20\0\0\0AVI xx", 40),
+        (b"RIFF\0\0\0\0AVI xx", None),
+        (b"RIFF\x20\0\0\0WAVExx", None),
+        (b"any text at all", None),
+    ],
+)
+def test_lengths_are_read_from_the_head(tmp_path: Path, data: bytes, announced: int | None) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    assert announced_bytes(path) == announced
 
 
 def test_frames_that_cannot_be_decoded_are_told(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +273,24 @@ def test_a_decoder_must_be_known_and_there(clip: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("vtc.video.importlib.util.find_spec", lambda name: None)
     with pytest.raises(vtc.ConfigError, match=r"vtc\[video\]"):
         VideoFile(clip)
+
+
+def test_a_decoder_that_does_not_load_is_not_the_fault_of_the_file(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class VideoDecoder:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("Could not load libtorchcodec. Likely causes:\n 1. FFmpeg is not properly installed")
+
+    module = ModuleType("torchcodec.decoders")
+    module.VideoDecoder = VideoDecoder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+    monkeypatch.setattr("vtc.video.importlib.util.find_spec", lambda name: name)
+    with pytest.raises(vtc.ConfigError, match="torchcodec cannot be used: it needs the shared libraries of FFmpeg"):
+        VideoFile(clip, "torchcodec")
+    text = clip.with_name("text.mp4")
+    text.write_text("no video")
+    with pytest.raises(vtc.InputError, match=r"text\.mp4: cannot be read as a video: Invalid data found"):
+        VideoFile(text)
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

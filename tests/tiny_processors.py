@@ -37,8 +37,8 @@ VIDEO_FAMILIES = (
 """Names of `tests.tiny.FAMILIES` whose models take videos."""
 
 
-def tokenizer(image: str = "<image>", video: str = "<video>") -> Any:
-    """One word per token, with the special ids of the tiny models."""
+def tokenizer(image: str = "<image>", video: str = "<video>", **roles: str) -> Any:
+    """One word per token, with the special ids of the tiny models; `roles` name some of them (`start_image_token`)."""
     words = [f"w{index}" for index in range(tiny.VOCAB)]
     words[:4] = "<pad>", "<s>", "</s>", "<unk>"
     words[10 : 10 + len(WORDS)] = WORDS
@@ -54,7 +54,7 @@ def tokenizer(image: str = "<image>", video: str = "<video>") -> Any:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=list(named.values()),
+        extra_special_tokens=roles or list(named.values()),
     )
 
 
@@ -119,11 +119,13 @@ def _qwen(kind: str) -> Any:
 
 
 def _internvl() -> Any:
-    words = tokenizer("<IMG_CONTEXT>", "<video>")
-    named = {"start_image": "<img>", "end_image": "</img>", "context_image": "<IMG_CONTEXT>", "video": "<video>"}
-    for name, token in named.items():
-        setattr(words, f"{name}_token", token)
-        setattr(words, f"{name}_token_id", words.convert_tokens_to_ids(token))
+    words = tokenizer(
+        "<IMG_CONTEXT>",
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
     return transformers.InternVLProcessor(
         image_processor=transformers.GotOcr2ImageProcessor(size={"height": SIDE, "width": SIDE}),
         video_processor=transformers.InternVLVideoProcessor(size={"height": SIDE, "width": SIDE}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vtc.containers import announced_bytes, container
 from vtc.errors import ConfigError, InputError
 
 __all__ = ["DECODERS", "VideoFile", "VideoInfo", "sample_by_count", "sample_by_fps", "sample_by_scenes"]
@@ -24,6 +26,12 @@ Times = npt.NDArray[np.float64]
 
 DECODERS = ("decord", "av", "torchcodec")
 """In the order in which they are tried."""
+
+_LONGEST = 1e7
+"""Seconds, four months: a time beyond is a mistake of the decoder or the file."""
+
+_MAY_LACK = 0.02
+"""Share of a file that may be missing at its end: players show such files, and a frame at most is lost."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,8 @@ class VideoFile:
 
     def __init__(self, path: str | Path, decoder: str | None = None) -> None:
         self.path = Path(path)
-        _look_at(self.path)
-        self._decoder, name, first = _open(self.path, decoder)
+        lacking = _look_at(self.path)
+        self._decoder, name, first = _open(self.path, decoder, lacking)
         times = self._decoder.times
         self.times: Times = times - times[0]
         steps = np.diff(self.times)
@@ -130,49 +138,64 @@ class VideoFile:
         self.close()
 
 
-def _look_at(path: Path) -> None:
+def _look_at(path: Path) -> str | None:
+    """Refuse what needs no decoder to be refused; says what is missing at the end of the file."""
     try:
         if path.is_dir():
             raise InputError(f"{path}: a folder, not a video file.")
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty.")
-        with path.open("rb"):
-            pass
+        size, announced = path.stat().st_size, announced_bytes(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file.") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from error
+    if announced is None or size >= announced:
+        return None
+    told = f"it is cut off: {announced - size:,} of the {announced:,} bytes that it announces are not there"
+    if announced - size > _MAY_LACK * announced:
+        raise InputError(f"{path}: cannot be read as a video: {told}.")
+    return told
 
 
-def _open(path: Path, only: str | None) -> tuple[_Decoder, str, Frames]:
+def _open(path: Path, only: str | None, lacking: str | None) -> tuple[_Decoder, str, Frames]:
     """The first decoder that reads the file's first frame, and that frame."""
     if only is not None and only not in DECODERS:
         raise ConfigError(f"decoder must be one of {', '.join(DECODERS)}, got {only!r}.")
     names = [name for name in ([only] if only else DECODERS) if importlib.util.find_spec(name) is not None]
     if not names:
         raise ConfigError(f'Reading videos needs {only or "a decoder"}: pip install "vtc[video]".')
-    reasons = {}
+    reasons: dict[str, str] = {}
+    unusable: dict[str, str] = {}
     for name in names:
         decoder: _Decoder | None = None
         try:
             decoder = _CLASSES[name](path)
-            if not len(decoder.times):
+            times = decoder.times
+            if not len(times):
                 raise InputError("the video stream has no frames")
+            if not np.isfinite(times).all() or np.ptp(times) > _LONGEST or (np.diff(times) < 0).any():
+                raise InputError("the times of its frames make no sense")
             frames = decoder.read([0])
             if not frames:
                 raise InputError("not one frame can be decoded")
             return decoder, name, frames[0]
+        except (ConfigError, ImportError) as error:
+            unusable[name] = _line(error)
         except Exception as error:  # every decoder has a family of its own
             if decoder is not None:
                 decoder.close()
             reasons[name] = _line(error)
+    if not reasons:
+        raise ConfigError("; ".join(f"{name} cannot be used: {text}" for name, text in unusable.items()) + ".")
     # All decoders say the same in other words, and PyAV says it best.
-    reason = reasons.get("av") or "; ".join(f"{name}: {text}" for name, text in reasons.items())
+    reason = lacking or reasons.get("av") or "; ".join(f"{name}: {text}" for name, text in reasons.items())
     raise InputError(f"{path}: cannot be read as a video: {reason}.")
 
 
 def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = getattr(error, "strerror", None) or str(error)  # without the number and the name of the file
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
@@ -180,10 +203,13 @@ def _line(error: BaseException) -> str:
 
 
 class _Decord:
-    """decord: frames by number. It knows neither AV1 nor containers without an index."""
+    """decord: frames by number. It knows neither AV1 nor turned pictures that are not square."""
 
     def __init__(self, path: Path) -> None:
         decord = importlib.import_module("decord")
+        with path.open("rb") as file:
+            if container(file.read(12)) is None:  # found wrong without a word: transport streams, WMV
+                raise InputError("it finds frames by number in MP4, QuickTime, Matroska, WebM and AVI files only")
         decord.logging.set_level(decord.logging.QUIET)
         self._reader: Any = decord.VideoReader(str(path), num_threads=1)
         count = len(self._reader)
@@ -204,39 +230,54 @@ class _Av:
     _NEAR = 96
 
     def __init__(self, path: Path) -> None:
-        self._av = importlib.import_module("av")
-        self._container: Any = self._av.open(str(path))
+        self._av, self._path = importlib.import_module("av"), path
+        self._frames: Iterator[Any] = iter(())
+        self._next = -1
+        self._open()
         try:
             if not self._container.streams.video:
                 kinds = sorted({stream.type for stream in self._container.streams})
                 raise InputError(f"it has no video stream, only {', '.join(kinds) or 'nothing'}")
-            self._stream = self._container.streams.video[0]
-            self._stream.thread_type = "AUTO"
             self._pts = self._read_pts()
-            announced = self._stream.frames
-            if announced - len(self._pts) > max(2, announced // 50):
-                raise InputError(
-                    f"it is cut off: {len(self._pts)} of the {announced} frames that it announces are there"
-                )
         except BaseException:
             self._container.close()
             raise
-        self._next = -1
-        self._frames: Iterator[Any] = iter(())
         self.times: Times = np.array(self._pts, dtype=np.float64) * float(self._stream.time_base)
+
+    def _open(self) -> None:
+        self._container: Any = self._av.open(str(self._path))
+        self._stream: Any = next(iter(self._container.streams.video), None)
+        if self._stream is not None:
+            self._stream.thread_type = "AUTO"
 
     def _read_pts(self) -> list[int]:
         """When each frame is shown, in units of the stream, without decoding."""
         packets = [packet for packet in self._container.demux(self._stream) if packet.size]
         pts = sorted({packet.pts for packet in packets if packet.pts is not None})
         if len(pts) * 2 < len(packets):  # containers that store decoding times only
-            self._seek(0)
-            pts = sorted({frame.pts for frame in self._container.decode(self._stream) if frame.pts is not None})
+            self._rewind()
+            pts = sorted({frame.pts for frame in self._frames if frame.pts is not None})
         return pts
 
-    def _seek(self, pts: int) -> None:
-        self._container.seek(pts, stream=self._stream, backward=True, any_frame=False)
+    def _rewind(self) -> None:
+        """To the first frame. Some containers cannot seek there, but every file can be opened again."""
+        self._container.close()
+        self._open()
         self._frames = self._container.decode(self._stream)
+
+    def _seek(self, pts: int) -> None:
+        """To a frame at `pts` or before; a container without an index may seek too far, and then from further back."""
+        second = max(1, round(1 / self._stream.time_base))
+        back = 0
+        while pts - back > self._pts[0]:
+            self._container.seek(pts - back, stream=self._stream, backward=True, any_frame=False)
+            frames = self._container.decode(self._stream)
+            first = next((frame for frame in frames if frame.pts is not None), None)
+            if first is not None and first.pts <= pts:
+                self._frames = itertools.chain([first], frames)
+                return
+            back = max(second, 2 * back)
+        self._rewind()
 
     def read(self, indices: Sequence[int]) -> list[Frames]:
         if not self._next <= indices[0] <= self._next + self._NEAR or self._next < 0:
@@ -263,11 +304,35 @@ class _Av:
 class _TorchCodec:
     """torchcodec: frames by number."""
 
+    # Places at which a constant rate is checked, and frames decoded at a time where it is not one.
+    _CHECKED, _AT_ONCE = 16, 32
+
     def __init__(self, path: Path) -> None:
         decoders = importlib.import_module("torchcodec.decoders")
-        self._reader: Any = decoders.VideoDecoder(str(path), seek_mode="exact", dimension_order="NHWC")
+        try:
+            self._reader: Any = decoders.VideoDecoder(str(path), seek_mode="exact", dimension_order="NHWC")
+        except RuntimeError as error:
+            if "Could not load libtorchcodec" in str(error):
+                raise ConfigError("it needs the shared libraries of FFmpeg, which are not installed") from error
+            raise
+        self.times: Times = self._read_times()
+
+    def _read_times(self) -> Times:
+        """Times come with decoded frames only, so a constant rate is supposed and checked at a few."""
         metadata = self._reader.metadata
-        self.times: Times = np.arange(metadata.num_frames) / float(metadata.average_fps)
+        count = int(metadata.num_frames or 0)
+        if not count:
+            return np.zeros(0)
+        steps = np.arange(count) / float(metadata.average_fps)
+        places = sorted({round(place) for place in np.linspace(0, count - 1, self._CHECKED)})
+        shown = self._shown(places)
+        if np.abs(shown - shown[0] - steps[places]).max() < 0.5 / float(metadata.average_fps):
+            return steps
+        starts = range(0, count, self._AT_ONCE)
+        return np.concatenate([self._shown(range(s, min(s + self._AT_ONCE, count))) for s in starts])
+
+    def _shown(self, indices: Sequence[int]) -> Times:
+        return np.asarray(self._reader.get_frames_at(indices=list(indices)).pts_seconds, dtype=np.float64)
 
     def read(self, indices: Sequence[int]) -> list[Frames]:
         return list(self._reader.get_frames_at(indices=list(indices)).data.numpy())
@@ -292,8 +357,10 @@ def sample_by_fps(times: Times, duration: float, fps: float) -> list[int]:
     """
     if not (fps > 0 and math.isfinite(fps)):
         raise ConfigError(f"fps must be positive, got {fps}.")
-    wanted = np.arange(0, max(duration, 1e-9), 1 / fps)
-    return _on_screen(times, wanted)
+    # Frame i is on screen from times[i] to times[i + 1]; times are rounded to the file's own clock, so a frame due
+    # within a microsecond is on screen. Counting what is due before each border takes no list of what is due.
+    due = np.ceil([*(times - 1e-6) * fps, max(duration - 1e-6, 1e-9) * fps]).clip(min=0)
+    return np.flatnonzero(np.diff(due) > 0).tolist()
 
 
 def sample_by_count(times: Times, duration: float, count: int) -> list[int]:

@@ -262,7 +262,7 @@ def evaluate(name: str, task: Path, simple: bool = False, **arguments: Any) -> d
 
     made: dict[str, Any] = simple_evaluate(
         model=name,
-        model_args={"device_map": "cpu", **arguments},
+        model_args=",".join(f"{key}={value}" for key, value in {"device_map": "cpu", **arguments}.items()),
         tasks=["vtc_scenes"],
         task_manager=TaskManager("ERROR", include_path=str(task), model_name=name),
         batch_size=1,
