@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for answer in answers:
             print(f"{answer.question}\n{answer}\n")
         with VideoFile(video) as file:
-            frames = file.read([int(at) for at in np.searchsorted(file.times, np.array(answers[0].times) - 1e-6)])
+            frames = file.pictures(answers[0].times, 320)
     if answers[0].report is not None:
         save_animation(animation(answers[0].report, frames, processor=processor), args.output, fps=args.fps)
         print(f"what was kept: {args.output}")

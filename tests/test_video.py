@@ -252,6 +252,13 @@ def test_lengths_are_read_from_the_head(tmp_path: Path, data: bytes, announced: 
     assert announced_bytes(path) == announced
 
 
+def test_pictures_are_small_and_on_time(clip: Path) -> None:
+    with VideoFile(clip) as video:
+        shown = video.pictures([0.0, 0.3, 0.35, 1.4, 9.0], 32)
+    assert {picture.size for picture in shown} == {(32, 24)}
+    assert [clips.number(np.asarray(picture)) for picture in shown] == [0, 3, 3, 14, 14]
+
+
 def test_frames_that_cannot_be_decoded_are_told(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with VideoFile(clip) as video:
         read = video._decoder.read

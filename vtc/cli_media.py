@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,22 +154,24 @@ def _video(args: argparse.Namespace) -> int:
         answer = session.ask(question)
         print(json.dumps(answer.to_dict()) if args.json else f"{question}\n{answer}\n")
     if args.output is not None and answer is not None and answer.report is not None:
-        _draw(args, answer.report, processor, list(answer.times))
+        _draw(args, answer.report, processor, answer.times)
     return 0
 
 
-def _draw(args: argparse.Namespace, report: vtc.Report, processor: Any, times: list[float]) -> None:
+def _draw(args: argparse.Namespace, report: vtc.Report, processor: Any, times: Sequence[float]) -> None:
     """The sampled frames are read again: they were let go of window by window."""
-    import numpy as np
-
     from vtc.video import VideoFile
     from vtc.visualize import animation, save_animation
 
+    sheet = args.output.suffix.lower() == ".png"
+    # A sheet of some thousand pixels, and a moving picture of some hundred megabytes in memory, are what viewers take.
+    size = max(16, min(224, 8000 // math.ceil(math.sqrt(len(times))))) if sheet else 320 if len(times) <= 300 else 128
     with VideoFile(args.video, args.decoder) as file:
-        frames = file.read([int(at) for at in np.searchsorted(file.times, np.array(times) - 1e-6)])
-    if args.output.suffix.lower() == ".png":
-        vtc.visualize(report, frames, processor=processor, size=224).save(args.output)
+        frames = file.pictures(times, size)
+    if sheet:
+        titles = size >= 96  # below, they are wider than their panel
+        vtc.visualize(report, frames, processor=processor, size=size, titles=titles).save(args.output)
     else:
         rate = len(times) / max(times[-1] - times[0], 1e-9) if len(times) > 1 else 1.0
-        save_animation(animation(report, frames, processor=processor), args.output, fps=min(rate, 10.0))
+        save_animation(animation(report, frames, processor=processor, size=size), args.output, fps=min(rate, 10.0))
     print(f"{args.output}: {len(frames)} frames", file=sys.stderr)

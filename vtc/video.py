@@ -9,13 +9,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vtc.containers import announced_bytes, container
 from vtc.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["DECODERS", "VideoFile", "VideoInfo", "sample_by_count", "sample_by_fps", "sample_by_scenes"]
 
@@ -126,6 +129,22 @@ class VideoFile:
         """The frames at `indices`, at most `size` in memory at a time."""
         for start in range(0, len(indices), size):
             yield self.read(indices[start : start + size])
+
+    def pictures(self, times: Sequence[float], longest: int) -> list[Image]:
+        """The frames on screen at these ascending times, for drawing: their longer edge is `longest` pixels at most.
+
+        Few of them are in memory at full size at a time.
+        """
+        from PIL import Image as Pillow
+
+        found = [max(0, int(place) - 1) for place in np.searchsorted(self.times, np.array(times) + 1e-6, side="right")]
+        out = []
+        for frames in self.windows(found, 16):
+            for frame in frames:
+                picture = Pillow.fromarray(frame)
+                picture.thumbnail((longest, longest))
+                out.append(picture)
+        return out
 
     def close(self) -> None:
         """Let go of the file; does nothing the second time."""
