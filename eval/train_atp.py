@@ -19,6 +19,7 @@ Source: arXiv 2412.00447, section 3; losses and their weights as its second-hand
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,6 +148,7 @@ class Gated:
                 gate = functional.pad(left, (self.first, length - begin), value=1.0)
         return self.model.lm_head(self.decoder.norm(hidden)[:, begin:][labelled]), masks
 
+    @torch.autocast("cpu", enabled=False)
     def _choose(self, place: int, s_self: Tensor, s_cross: Tensor, left: Tensor) -> Tensor:
         """(B, N) of 0 and 1, with the soft mask's slope: what `AtpSelector.select` keeps of what is `left`."""
         theta_r, theta_s = self.modules[place](s_self, s_cross, self.origin)
@@ -175,7 +177,10 @@ def _average(attention: Tensor, weights: Tensor) -> Tensor:
 
 def questions(packer: Packer, data: Data, indices: np.ndarray, seed: int) -> PackedText:
     """One question about each of these scenes; another seed asks others."""
-    return packer.pack([ask(data.scenes[int(index)], 1, kinds=PRACTICE, seed=seed) for index in indices])
+    text = packer.pack([ask(data.scenes[int(index)], 1, kinds=PRACTICE, seed=seed) for index in indices])
+    longest = int((text.segments > 0).sum(dim=1).max())
+    cut = {name: getattr(text, name)[:, :longest] for name in ("ids", "labels", "positions", "segments")}
+    return dataclasses.replace(text, **cut)
 
 
 def train(gated: Gated, packer: Packer, data: Data, arguments: argparse.Namespace) -> list[dict[str, float]]:
@@ -189,8 +194,9 @@ def train(gated: Gated, packer: Packer, data: Data, arguments: argparse.Namespac
     for step in range(arguments.steps):
         indices = chance.integers(len(data.scenes), size=arguments.batch)
         text = questions(packer, data, indices, seed=1 + step)
-        logits, masks = gated(data.batch(indices)[:, 0].float(), text)
-        answer = functional.cross_entropy(logits, text.labels[text.labels != IGNORE])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, masks = gated(data.batch(indices)[:, 0].float(), text)
+        answer = functional.cross_entropy(logits.float(), text.labels[text.labels != IGNORE])
         depth, missed = depth_loss(masks, gated.layers), target_loss(masks, target)
         loss = answer + arguments.depth_weight * depth + arguments.target_weight * missed
         optimizer.zero_grad()

@@ -189,9 +189,10 @@ def _plan(configs: Sequence[CompressionConfig], adapter: Any) -> list[PlannedSta
         planned = selector.plan(depth, config.keep_ratio)
         for stage in planned:
             for need in sorted(stage.requires - adapter.supplies()):
+                instead = f"try {selector.instead[need]}, or see" if need in selector.instead else "see"
                 raise UnsupportedMethodError(
                     f"{config.method} needs {need.value}, which {kind} cannot give: {adapter.why_not(need)}; "
-                    "vtc.list_methods(model) shows what works on this model"
+                    f"{instead} vtc.list_methods(model) for what works on this model"
                 )
             if stage.layer is not None:
                 if adapter.decoder_stages_refused:
@@ -203,7 +204,7 @@ def _plan(configs: Sequence[CompressionConfig], adapter: Any) -> list[PlannedSta
                     raise ConfigError(
                         f"{config.method} prunes at decoder layer {stage.layer}; this model has layers 1 to {depth - 1}"
                     )
-            stages.append(PlannedStage(config, selector, stage.layer, stage.requires, stage.keep))
+            stages.append(PlannedStage(config, selector, stage.layer, stage.requires, stage.keep, stage.images_only))
         for modality in adapter.modalities:
             if any(stage.layer is None and stage.requires for stage in planned):
                 layers = len(adapter.tower_attentions(modality))

@@ -55,11 +55,14 @@ class Stage:
         tokens that are still alive.
     keep
         Fraction of the tokens entering this stage that is its budget; None: what the configuration says.
+    images_only
+        Those of `requires` that it wants of images and does without for videos.
     """
 
     layer: int | None = None
     requires: frozenset[Need] = frozenset()
     keep: float | None = None
+    images_only: frozenset[Need] = frozenset()
 
     def __post_init__(self) -> None:
         if self.keep is not None and not 0 <= self.keep <= 1:
@@ -159,6 +162,8 @@ class VisualContext:
         Fraction that `budget` was rounded from, for methods that round in their own way; None if a count was asked for.
     structural
         How many structural tokens of the segment stay beside the N, for methods that count them in their budget.
+    companions
+        How many other images and videos the prompt has.
     entered
         N when the segment entered the language model, for schedules that refer to it; None: this very N.
     cls_attention
@@ -206,6 +211,7 @@ class VisualContext:
     layer_idx: int | None = None
     keep_ratio: float | None = None
     structural: int = 0
+    companions: int = 0
     entered: int | None = None
     cls_attention: Tensor | None = field(default=None, repr=False)
     received_attention: Tensor | None = field(default=None, repr=False)

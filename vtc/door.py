@@ -61,6 +61,7 @@ def select(
     pagerank: Tensor | None = None,
     origin: Tensor | None = None,
     structural: int = 0,
+    companions: int = 0,
     seed: int = 0,
     **options: Any,
 ) -> Selection:
@@ -113,6 +114,8 @@ def select(
         (N, 6) long: (view, t, row, column, rows, columns) of each token; default: those of `grid_thw`.
     structural
         How many newline tokens stay beside the N, for methods that count them in their budget.
+    companions
+        How many other images and videos the prompt has, for methods that treat an image in company differently.
     seed
         Seed of the method's randomness, if it has any.
     **options
@@ -156,7 +159,9 @@ def select(
     given: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
     stage = selector.stages()[0]
     views = _grids(grid_thw)
-    _check_given(selector, stage.requires - {Need.ORIGIN}, given)
+    modality = "video" if any(t > 1 for t, _, _ in views) else "image"
+    needed = stage.requires - {Need.ORIGIN} - (stage.images_only if modality == "video" else frozenset())
+    _check_given(selector, needed, given)
     n = _count_tokens(given, views)
     some = next(iter(given.values()), torch.empty(0))
     if Need.ORIGIN in stage.requires:
@@ -166,10 +171,11 @@ def select(
         budget=resolve_budget(n, keep_ratio, keep_tokens),
         generator=torch.Generator().manual_seed(seed),
         grids=views or ((1, 1, n),),
-        modality="video" if any(t > 1 for t, _, _ in views) else "image",
+        modality=modality,
         layer_idx=stage.layer,
         keep_ratio=keep_ratio,
         structural=structural,
+        companions=companions,
         **given,
     )
     return selector.select(context.check())

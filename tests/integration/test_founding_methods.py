@@ -19,14 +19,14 @@ from tests.integration.test_law_7_memory import squares
 from vtc import kernels
 from vtc.adapters.cache import CACHE
 from vtc.context import VisualContext
-from vtc.errors import ConfigError, UnsupportedMethodError
+from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.selectors import AimSelector, AtpSelector, ToDreSelector, VFlowOptSelector
 from vtc.selectors.atp import AtpModule, save_modules
 
 FAMILIES = ("llava", "llava_onevision", "llava_onevision_video", "qwen2_5_vl", "qwen2_5_vl_video", "internvl")
 MERGING = {
-    "aim": ("aim", {"keep_ratio": 0.4}),
-    "aim by keys": ("aim", {"keep_ratio": 0.5, "metric": "keys", "l1": 1, "l2": 3}),
+    "aim": ("aim", {"keep_ratio": 0.4, "metric": "features"}),
+    "aim by keys": ("aim", {"keep_ratio": 0.5, "l1": 1, "l2": 3}),
     "vflowopt": ("vflowopt", {"keep_ratio": 0.3, "t": 1.2, "cell": 2.0}),
     "vflowopt released": ("vflowopt", {"keep_ratio": 0.5, "t": 1.2, "variant": "released", "alpha": 0.5}),
 }
@@ -394,6 +394,48 @@ def test_refusals_say_why() -> None:
     thrice = vtc.CompressionConfig("vflowopt", keep_ratio=0.5, options={"t": 1.0})
     with pytest.raises(UnsupportedMethodError, match="want different kinds of context_relevance"):
         vtc.compress(siglip, [once, thrice])
+
+
+def test_refusals_name_the_stand_ins() -> None:
+    siglip = build(tiny.family("llava_onevision")).model
+    for method, option in (("vtc-cls", 'score_source="received"'), ("todre", 'pivot="random", "received" or "center"')):
+        with pytest.raises(UnsupportedMethodError, match=f"has no .CLS. token; try {option}"):
+            vtc.compress(siglip, method, keep_ratio=0.5)
+
+
+@pytest.mark.parametrize("method", ["todre", "atp"])
+@torch.no_grad()
+def test_images_that_no_text_asks_about_are_refused(method: str) -> None:
+    case = build(tiny.family("llava"))
+    inputs = case.batch("single")
+    end = int((inputs["input_ids"][0] == tiny.IMAGE).nonzero()[-1]) + 1
+    silent = {**inputs, **{name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}}
+    with vtc.compressed(case.model, method, keep_ratio=0.5) as model:
+        with pytest.raises(InputError, match=rf'{method} asks how .* no text behind its first image; .*text="all"'):
+            model(**silent)
+        model(**inputs)  # the refusal leaves nothing behind
+    with vtc.compressed(case.model, method, keep_ratio=0.5, text="all") as model:
+        model(**silent)
+        assert vtc.report(model).visual_tokens_after > 0
+
+
+@torch.no_grad()
+def test_methods_know_whether_an_image_is_alone() -> None:
+    case = build(tiny.family("llava_onevision"))
+    with spied(VFlowOptSelector) as seen, vtc.compressed(case.model, "vflowopt", keep_ratio=0.3) as model:
+        model(**case.batch("ragged"))  # one image in the first row, two in the second
+        merged = [segment.selections[0][1].assign is not None for segment in vtc.report(model).segments]
+    assert [ctx.companions for ctx in seen if ctx.layer_idx is None] == [0, 1, 1]
+    assert merged == [True, False, False]
+
+
+@torch.no_grad()
+def test_aim_reads_keys_of_images_alone() -> None:
+    for name, keys in (("llava_onevision", True), ("llava_onevision_video", False)):
+        case = build(tiny.family(name))
+        with spied(AimSelector) as seen, vtc.compressed(case.model, "aim", keep_ratio=0.5) as model:
+            model(**case.batch("single"))
+        assert [ctx.keys is not None for ctx in seen if ctx.layer_idx is None] == [keys]
 
 
 def test_composition_with_another_method() -> None:

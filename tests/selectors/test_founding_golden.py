@@ -39,7 +39,8 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 def test_all_files_are_there() -> None:
     counts = {prefix: len(names(prefix)) for prefix in ("aim", "atp", "todre", "vflowopt")}
-    assert counts == {"aim": 28, "atp": 2, "todre": 10, "vflowopt": 18}
+    least = {"aim": 28, "atp": 2, "todre": 10, "vflowopt": 18}
+    assert all(counts[prefix] >= least[prefix] for prefix in least), counts
 
 
 # --- aim -------------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def shares(n: int, seed: int = 0) -> torch.Tensor:
         ("vflowopt", {"layers": (0, 9)}),
         ("vflowopt", {"std": (0.5, "a")}),
         ("vflowopt", {"recycle": "no"}),
+        ("vflowopt", {"recycle": 1}),
         ("atp", {"theta_r": 2}),
         ("atp", {"theta_s": (0.1, -0.1)}),
         ("atp", {"stride": 0}),
@@ -171,6 +172,26 @@ def test_vflowopt_does_not_merge_videos_or_where_told_not_to() -> None:
         assert torch.equal(selection.keep, best)
 
 
+def test_vflowopt_leaves_images_in_company_unmerged() -> None:
+    scores = shares(16)
+    best = kernels.topk_indices(scores, 6).sort().values
+    alone, together, told = (
+        recycled(scores, ((1, 4, 4),), 6, 2.0, **options)
+        for options in ({}, {"companions": 1}, {"companions": 1, "recycle": True})
+    )
+    assert together.assign is None
+    assert torch.equal(together.keep, best)
+    assert alone.assign is not None
+    assert told.assign is not None
+    # 16 + 2 newlines: alone 18 are counted, in company 16.
+    ratio = {"keep_ratio": 0.3, "variant": "released", "recycle": False, "structural": 2}
+    counts = [
+        select("vflowopt", context_relevance=scores, grid_thw=(1, 4, 4), companions=companions, **ratio).k
+        for companions in (0, 1)
+    ]
+    assert counts == [16 - round(18 * 0.7), 16 - round(16 * 0.7)]
+
+
 def test_vflowopt_variants_round_differently() -> None:
     # Newlines count in the released budget, though they always stay.
     counts = {}
@@ -220,7 +241,7 @@ def test_merge_is_the_definition(n: int, r: int, seed: int) -> None:
 def test_aim_merges_every_frame_by_itself_to_exactly_the_budget(frames: int, size: int, data: Any) -> None:
     budget = data.draw(st.integers(1, frames * size))
     x = draw(frames * size, 6, seed=size)
-    selection = select("aim", features=x, grid_thw=(frames, 1, size), keep_tokens=budget)
+    selection = select("aim", features=x, grid_thw=(frames, 1, size), keep_tokens=budget, metric="features")
     assert selection.k == budget
     per_frame = torch.bincount(selection.keep // size, minlength=frames)
     assert int(per_frame.max()) - int(per_frame.min()) <= 1
@@ -237,13 +258,30 @@ def test_aim_merges_every_frame_by_itself_to_exactly_the_budget(frames: int, siz
 def test_aim_halves_until_the_budget_and_keeps_means_of_means() -> None:
     # Eight tokens to two: two rounds. Sizes of earlier merges are not tracked: every round averages plainly.
     x = draw(8, 4, seed=3)
-    selection = select("aim", features=x, keep_tokens=2)
+    selection = select("aim", features=x, keep_tokens=2, metric="features")
     first_anchors, first = kernels.bipartite_merge(x[None], 4, order="author")
     once = torch.stack([x[first[0] == slot].mean(0) for slot in range(4)])
     _, second = kernels.bipartite_merge(once[None], 2, order="author")
     twice = torch.stack([once[second[0] == slot].mean(0) for slot in range(2)])
     torch.testing.assert_close(selection.merge(x).sort(dim=0).values, twice.sort(dim=0).values)
     assert first_anchors.shape == (1, 4)
+
+
+def test_aim_compares_images_by_keys_and_frames_by_themselves() -> None:
+    x, keys = draw(8, 4, seed=1), draw(8, 3, seed=2)
+    for grid, metric, inputs in (
+        ((1, 2, 4), "keys", {"features": x, "keys": keys}),
+        ((2, 1, 4), "features", {"features": x}),
+    ):
+        released = select("aim", grid_thw=grid, keep_tokens=4, **inputs)
+        named = select("aim", grid_thw=grid, keep_tokens=4, metric=metric, **inputs)
+        assert torch.equal(released.assign, named.assign)
+    assert not torch.equal(
+        select("aim", features=x, keys=keys, grid_thw=(1, 2, 4), keep_tokens=4).assign,
+        select("aim", features=x, grid_thw=(1, 2, 4), keep_tokens=4, metric="features").assign,
+    )
+    with pytest.raises(ConfigError, match="aim needs keys; got features"):
+        select("aim", features=x, keep_tokens=4)
 
 
 def test_aim_schedules() -> None:
@@ -264,7 +302,7 @@ def test_aim_keys_come_from_the_layer_that_reads_the_features() -> None:
     assert AimSelector(metric="keys").vision_layers(24, 22) == (23,)
     assert AimSelector(metric="keys").vision_layers(26, 25) == (25,)
     assert AimSelector(metric="keys", key_layer=3).vision_layers(24, 22) == (3,)
-    assert AimSelector().vision_layers(24, 22) == ()
+    assert AimSelector(metric="features").vision_layers(24, 22) == ()
     with pytest.raises(ConfigError, match="key_layer=24, but the tower has layers 0 to 23"):
         AimSelector(metric="keys", key_layer=24).vision_layers(24, 22)
 

@@ -31,7 +31,8 @@ DIVPRUNE = sorted(path.name for path in GOLDEN.glob("divprune_*.npz"))
 
 
 def test_all_files_are_there() -> None:
-    assert (len(VTC_CLS), len(DIVPRUNE)) == (12, 3)
+    assert len(VTC_CLS) >= 12
+    assert len(DIVPRUNE) >= 3
 
 
 @pytest.mark.parametrize("name", VTC_CLS)
@@ -40,7 +41,7 @@ def test_vtc_cls(name: str) -> None:
     depth = golden["cls_rows"].shape[0]
     selector = get_selector("vtc-cls", start_layer=golden["start_layer"])
     layers = selector.vision_layers(depth, feature_layer=depth - 2)
-    assert layers == tuple(range(golden["start_layer"], depth - 1))
+    assert layers == tuple(range(depth))[golden["start_layer"] : depth - 1]  # counted from the end if negative
     rows = golden["cls_rows"][list(layers), 0, :, 1:]
     selection = select("vtc-cls", cls_attention=rows, keep_tokens=golden["token_num"])
 

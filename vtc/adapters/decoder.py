@@ -14,7 +14,7 @@ from vtc.adapters.run import Run
 from vtc.adapters.stages import PlannedStage
 from vtc.adapters.tap import AttentionTap, attach
 from vtc.context import Need
-from vtc.errors import StateError
+from vtc.errors import InputError, StateError
 from vtc.kernels.attention import received_from, streamed_pagerank
 
 DECODER_NEEDS = frozenset({Need.TEXT_ATTENTION, Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE, Need.PAGERANK})
@@ -66,8 +66,19 @@ class DecoderReader:
         visual = here & prompt.visual[run.source].gather(1, columns.clamp(min=0))
         text = here & ~visual
         parameters = [stage.selector.parameters(need) for need in _MODALITIES & stage.requires]
-        if parameters[0].get("text", "after") == "after":
+        after = parameters[0].get("text", "after") == "after"
+        if after:
             text &= visual.cumsum(dim=1) > 0
+        silent = (visual.any(dim=1) & ~text.any(dim=1)).nonzero()[:, 0]
+        if len(silent):
+            raise InputError(
+                f"{stage.selector.name} asks how the text attends to the images, but row {int(silent[0])} of the "
+                + (
+                    'prompt has no text behind its first image; put the question there, or give text="all"'
+                    if after
+                    else "prompt has no text"
+                )
+            )
         return torch.stack([text, visual], dim=1)
 
     def read(

@@ -22,6 +22,7 @@ class PlannedStage:
     layer: int | None
     requires: frozenset[Need]
     keep: float | None = None
+    images_only: frozenset[Need] = frozenset()
 
     def budget(self, n: int) -> int:
         """How many of `n` tokens may stay; a method that plans its stages itself may plan to keep none."""
@@ -34,10 +35,15 @@ class PlannedStage:
         """Fraction behind `budget`, if it is one."""
         return self.config.keep_ratio if self.keep is None else self.keep
 
+    def wants(self, modality: str) -> frozenset[Need]:
+        """What it requires of an image or a video."""
+        return self.requires if modality == "image" else self.requires - self.images_only
 
-def wanted(stages: Sequence[PlannedStage], needs: frozenset[Need]) -> frozenset[Need]:
-    """Those of `needs` that some stage requires."""
-    return frozenset(need for stage in stages for need in stage.requires if need in needs)
+
+def wanted(stages: Sequence[PlannedStage], needs: frozenset[Need], modality: str | None = None) -> frozenset[Need]:
+    """Those of `needs` that some stage requires, of this modality if one is named."""
+    asked = (stage.requires if modality is None else stage.wants(modality) for stage in stages)
+    return frozenset(need for some in asked for need in some if need in needs)
 
 
 def parameters_of(stages: Sequence[PlannedStage], need: Need) -> dict[str, Any]:

@@ -43,33 +43,36 @@ class TowerReader:
 
     def __init__(self, adapter: Adapter, stages: Sequence[PlannedStage]) -> None:
         self.adapter, self.stages = adapter, tuple(stages)
-        self.attention_needs = wanted(stages, TOWER_NEEDS)
+        self.attention_needs = {modality: wanted(stages, TOWER_NEEDS, modality) for modality in adapter.modalities}
         self.busy = False
         self._parameters: dict[str, inspect.Signature] = {}
 
     def attach(self, modality: str) -> None:
         """Put taps on the layers that will be read, before the encoder is wrapped."""
         self._parameters[modality] = inspect.signature(getattr(self.adapter.base, f"get_{modality}_features"))
-        if not self.attention_needs:
-            return
+        needs = self.attention_needs[modality]
         layers = self.adapter.tower_attentions(modality)
         for layer in self._tapped_layers(modality, {}):
             if "_vtc_tap" not in layers[layer].__dict__:
-                tap = AttentionTap.of(_TAP[need] for need in self.attention_needs if need in _TAP)
-                if Need.CONTEXT_RELEVANCE in self.attention_needs:
-                    prefix = self.adapter.prefix_tokens(modality)
-                    parameters = parameters_of(self.stages, Need.CONTEXT_RELEVANCE)
-                    read = functools.partial(streamed_context_relevance, prefix=prefix, **parameters)
-                    tap.readers[Need.CONTEXT_RELEVANCE.value] = read
-                attach(layers[layer], tap)
+                attach(layers[layer], AttentionTap())
+            tap = layers[layer].__dict__["_vtc_tap"]  # which images and videos may share
+            for need in needs & _TAP.keys():
+                setattr(tap, _TAP[need], True)
+            if Need.CONTEXT_RELEVANCE in needs:
+                prefix = self.adapter.prefix_tokens(modality)
+                parameters = parameters_of(self.stages, Need.CONTEXT_RELEVANCE)
+                read = functools.partial(streamed_context_relevance, prefix=prefix, **parameters)
+                tap.readers[Need.CONTEXT_RELEVANCE.value] = read
 
     def _tapped_layers(self, modality: str, call: dict[str, Any]) -> tuple[int, ...]:
-        if not self.attention_needs:
+        if not self.attention_needs[modality]:
             return ()
         depth = len(self.adapter.tower_attentions(modality))
         feature_layer = self.adapter.feature_layer(modality, call)
         chosen = {
-            stage.selector.vision_layers(depth, feature_layer) for stage in self.stages if stage.requires & TOWER_NEEDS
+            stage.selector.vision_layers(depth, feature_layer)
+            for stage in self.stages
+            if stage.wants(modality) & TOWER_NEEDS
         }
         if len(chosen) > 1:
             raise UnsupportedMethodError(
@@ -113,7 +116,7 @@ class TowerReader:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
         with torch.no_grad():
             layout = self.adapter.layout(modality, call, output)
-            needs = {need: self._needs(modality, call, need, records) for need in self.attention_needs}
+            needs = {need: self._needs(modality, call, need, records) for need in self.attention_needs[modality]}
             if grabbed is not None:
                 needs[Need.ENTROPY] = self._entropy(modality, call, torch.cat(pixels))
         encoded = Encoded(modality, rows_of(output).detach(), layout, needs)

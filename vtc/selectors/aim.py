@@ -44,8 +44,8 @@ class AimSelector(Selector):
     Parameters
     ----------
     metric
-        What similarity is measured on: "features", the tokens themselves, as released for video; or "keys" of the
-        vision tower, as released for images.
+        What similarity is measured on: "features", the tokens themselves; "keys", those of the vision tower; or
+        "released", keys for images and features for videos.
     key_layer
         Tower layer (0-based) of the keys; None: the layer that reads the features, or the feature layer if it is the
         last.
@@ -70,7 +70,7 @@ class AimSelector(Selector):
     name: ClassVar[str] = "aim"
     paper: ClassVar[str] = "AIM, arXiv 2412.03248"
 
-    metric: str = "features"
+    metric: str = "released"
     key_layer: int | None = None
     prune: bool = True
     l1: int | None = None
@@ -85,8 +85,8 @@ class AimSelector(Selector):
         return {"temperature": Float(0.01, 1.0, log=True), "iterations": Int(1, 10), "damping": Float(0.0, 0.3)}
 
     def __post_init__(self) -> None:
-        if self.metric not in ("features", "keys"):
-            raise ConfigError(f'aim: metric must be "features" or "keys", got {self.metric!r}.')
+        if self.metric not in ("released", "features", "keys"):
+            raise ConfigError(f'aim: metric must be "released", "features" or "keys", got {self.metric!r}.')
         if not isinstance(self.prune, bool):
             raise ConfigError(f"aim: prune must be True or False, got {self.prune!r}.")
         for option in ("key_layer", "l1", "l2"):
@@ -110,7 +110,11 @@ class AimSelector(Selector):
 
     def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Before the language model, and behind every layer from `l1` to `l2` - 1."""
-        first = Stage(requires=frozenset({Need.KEYS} if self.metric == "keys" else ()))
+        keys = frozenset({Need.KEYS})
+        if self.metric == "features":
+            first = Stage()
+        else:
+            first = Stage(requires=keys, images_only=keys if self.metric == "released" else frozenset())
         if depth is None or keep_ratio == 1 or not self.prune:
             return (first,)
         it = self.resolve(depth, keep_ratio)
@@ -125,7 +129,7 @@ class AimSelector(Selector):
 
     def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
         """`key_layer`, if keys are the metric."""
-        if self.metric != "keys":
+        if self.metric == "features":
             return ()
         layer = min(feature_layer + 1, depth - 1) if self.key_layer is None else self.key_layer
         if layer >= depth:
@@ -160,7 +164,8 @@ class AimSelector(Selector):
     def _merge(self, ctx: VisualContext) -> Selection:
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        metric = ctx.need(Need.KEYS) if self.metric == "keys" else ctx.features
+        by_keys = self.metric == "keys" or (self.metric == "released" and ctx.modality == "image")
+        metric = ctx.need(Need.KEYS) if by_keys else ctx.features
         sizes = [h * w for t, h, w in ctx.grids for _ in range(t)]
         shares = largest_remainder(ctx.budget, sizes)
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()[:-1]

@@ -43,6 +43,8 @@ class Selector(ABC):
         False if it works without the features. Only `vtc.select` asks, where the caller may have none.
     adaptive
         True if the method itself decides how many tokens stay; the budget is then at most a ceiling.
+    instead
+        Options to propose where a model cannot give something that the method needs.
     """
 
     name: ClassVar[str]
@@ -50,6 +52,7 @@ class Selector(ABC):
     requires: ClassVar[frozenset[Need]] = frozenset()
     reads_features: ClassVar[bool] = True
     adaptive: ClassVar[bool] = False
+    instead: ClassVar[Mapping[Need, str]] = {}
 
     def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Where tokens are removed; by default once, before the language model.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,6 +66,7 @@ class ToDreSelector(Selector):
     name: ClassVar[str] = "todre"
     paper: ClassVar[str] = "ToDRE, arXiv 2505.18757"
     requires: ClassVar[frozenset[Need]] = frozenset({Need.CLS_ATTENTION})
+    instead: ClassVar[Mapping[Need, str]] = {Need.CLS_ATTENTION: 'pivot="random", "received" or "center"'}
 
     pivot: str = "cls"
     diversity: str = "sum"

@@ -69,12 +69,13 @@ class VFlowOptSelector(Selector):
     vision_layer
         Tower layer whose attention counts; None: the one that makes the features.
     recycle
-        Whether images are merged by cells. The authors do not where several images come in one prompt.
+        Whether images are merged by cells; None: as released, if there is no other image or video in the prompt.
     variant
         "paper": relevance is the sum over the context set, every stage keeps exactly its share of the patches (cells
         included), and r3 follows from the budget and the decoder at hand. "released": the mean over the set; a stage
-        drops ``round(n * (1 - r))`` tokens, newlines counted in n, and merging drops another ``int(n / cell ** 2)``
-        before it returns one token per cell, so that counts come out a little different; the constants as they are.
+        drops ``round(n * (1 - r))`` tokens, newlines counted in n (but for one of several images), and merging drops
+        another ``int(n / cell ** 2)`` before it returns one token per cell, so that counts come out a little different;
+        the constants as they are.
     mean, std
         How pixels were normalised, one number or one per channel; the default is SigLIP's. Only read if alpha is not 0.
 
@@ -101,7 +102,7 @@ class VFlowOptSelector(Selector):
     alpha: float = 0.0
     layers: tuple[int, int] | None = None
     vision_layer: int | None = None
-    recycle: bool = True
+    recycle: bool | None = None
     variant: str = "paper"
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
@@ -120,8 +121,8 @@ class VFlowOptSelector(Selector):
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "released"):
             raise ConfigError(f'vflowopt: variant must be "paper" or "released", got {self.variant!r}.')
-        if not isinstance(self.recycle, bool):
-            raise ConfigError(f"vflowopt: recycle must be True or False, got {self.recycle!r}.")
+        if self.recycle is not None and not isinstance(self.recycle, bool):
+            raise ConfigError(f"vflowopt: recycle must be True, False or None, got {self.recycle!r}.")
         check_number("vflowopt", "alpha", self.alpha)
         if self.t is not None:
             check_number("vflowopt", "t", self.t, 0)
@@ -235,7 +236,8 @@ class VFlowOptSelector(Selector):
         """The most important tokens; before the language model, one more for every cell of an image."""
         scores = self.score(ctx)
         budget = max(1, ctx.n - self._dropped(ctx))
-        if ctx.layer_idx is None and ctx.modality == "image" and self.recycle and budget < ctx.n:
+        recycle = not ctx.companions if self.recycle is None else self.recycle
+        if ctx.layer_idx is None and ctx.modality == "image" and recycle and budget < ctx.n:
             return self._recycle(ctx, scores, budget)
         return Selection.from_indices(ctx.n, kernels.topk_indices(scores, budget))
 
@@ -243,13 +245,18 @@ class VFlowOptSelector(Selector):
         """How many tokens a stage drops, if it merges none."""
         if self.variant == "paper" or ctx.keep_ratio is None:
             return ctx.n - min(ctx.budget, ctx.n)
-        return round((ctx.n + ctx.structural) * (1 - ctx.keep_ratio))
+        return round(self._counted(ctx) * (1 - ctx.keep_ratio))
+
+    def _counted(self, ctx: VisualContext) -> int:
+        """Tokens that the released code counts; where several images come in one prompt it gives them no newlines."""
+        several = ctx.layer_idx is None and ctx.modality == "image" and ctx.companions
+        return ctx.n if several else ctx.n + ctx.structural
 
     def _recycle(self, ctx: VisualContext, scores: Tensor, budget: int) -> Selection:
         cell = self._cells(ctx)
         lowest = kernels.topk_indices(scores, ctx.n).flip(0)  # among equals the later token goes first
         if self.variant == "released":
-            count: int | None = ctx.n - budget + int((ctx.n + ctx.structural) / self._or_preset("cell") ** 2)
+            count: int | None = ctx.n - budget + int(self._counted(ctx) / self._or_preset("cell") ** 2)
         else:
             count = _count_for(cell[lowest], budget)
             if count is None:  # fewer tokens than cells: nothing can be returned to them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,6 +50,7 @@ class VtcClsSelector(ScoreSelector):
     name: ClassVar[str] = "vtc-cls"
     paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
     reads_features: ClassVar[bool] = False
+    instead: ClassVar[Mapping[Need, str]] = {Need.CLS_ATTENTION: 'score_source="received"'}
 
     start_layer: int = -8
     score_source: str = "cls"
