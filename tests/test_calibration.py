@@ -16,7 +16,7 @@ from tests import tiny
 from vtc.calibration import _Trial
 from vtc.cli import main
 from vtc.registry import get_adapter, selectors
-from vtc.search import Choice, Float, Int
+from vtc.search import Choice, Each, Float, Int
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +73,47 @@ def test_the_model_is_left_as_it_was(case: tiny.TinyCase, rows: list[dict[str, A
     assert (set(case.model.__dict__), set(case.model.model.__dict__)) == before
 
 
-def test_images_are_encoded_once_where_the_tower_is_not_asked(case: tiny.TinyCase, rows: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("method", ["aim", "atp", "todre", "vflowopt"])
+def test_images_are_encoded_once(case: tiny.TinyCase, rows: list[dict[str, Any]], method: str) -> None:
+    # Whatever the method reads inside the tower: keys, rows of [CLS], relevance at ever other thresholds, pixels.
     runs = []
     handle = case.model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
     try:
-        quiet(case, rows, keep_ratio=0.5, method="aim", trials=4)
+        quiet(case, rows, keep_ratio=0.5, method=method, trials=3)
         assert len(runs) == len(rows)
-        runs.clear()
-        quiet(case, rows, keep_ratio=0.5, method="todre", trials=2)  # its pivot is read inside the tower
-        assert len(runs) == len(rows) * (1 + 1 + 2)
     finally:
         handle.remove()
 
 
-def test_reused_features_give_the_same_answer(case: tiny.TinyCase, rows: list[dict[str, Any]]) -> None:
-    config = vtc.CompressionConfig("aim", keep_ratio=0.5)
-    reused = trial(case, rows)(config)
+def test_another_layer_of_the_tower_is_encoded_when_it_is_read(case: tiny.TinyCase, rows: list[dict[str, Any]]) -> None:
+    runs = []
+    handle = case.model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    measure = trial(case, rows)
+    try:
+        for start, expected in ((-2, 1), (-3, 2), (-2, 2), (-3, 2)):
+            measure(vtc.CompressionConfig("vtc-cls", keep_ratio=0.5, options={"start_layer": start}))
+            assert len(runs) == len(rows) * expected
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("aim", {}),
+        ("todre", {"tau": 0.5}),
+        ("vtc-cls", {"start_layer": -3}),
+        ("vflowopt", {"t": 1.1, "alpha": 0.5, "cell": 2.0}),
+    ],
+)
+def test_what_is_remembered_gives_the_same_answer(
+    case: tiny.TinyCase, rows: list[dict[str, Any]], method: str, options: dict[str, Any]
+) -> None:
+    config = vtc.CompressionConfig(method, keep_ratio=0.5, options=options)
+    measure = trial(case, rows)
+    first = {"start_layer": -2} if method == "vtc-cls" else {}
+    measure(vtc.CompressionConfig(method, keep_ratio=0.25, options=first))
+    reused = measure(config)
     states = []
     for row in rows:
         seen = []
@@ -105,6 +130,7 @@ def test_reused_features_give_the_same_answer(case: tiny.TinyCase, rows: list[di
 def test_adaptive_methods_are_held_to_the_budget(case: tiny.TinyCase, rows: list[dict[str, Any]]) -> None:
     config = quiet(case, rows, keep_ratio=0.6, method="atp", trials=25)
     assert config.keep_tokens is not None, "the thresholds decide"
+    assert len(config.options.get("theta_r", (0.5, 0.5, 0.5))) == 3, "one for every place"
     assert trial(case, rows)(config)[1] <= 0.6 * 1.001
 
 
@@ -118,8 +144,18 @@ def test_an_interrupted_search_goes_on(case: tiny.TinyCase, rows: list[dict[str,
     backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
     (study,) = optuna.get_all_study_summaries(backend)
     assert study.n_trials == 5
+    tried = [
+        tuple(sorted(done.params.items()))
+        for done in optuna.load_study(study_name=study.study_name, storage=backend).trials
+    ]
+    assert len(set(tried)) == 5, "what goes on does not begin again"
     first = quiet(case, rows, trials=5, **more)  # nothing left to try: the best that is on file
     assert first == quiet(case, rows, trials=5, **more)
+    for other in ({"damping": 0.1}, {"space": {"damping": Float(0.0, 0.1)}}):
+        with pytest.raises(vtc.ConfigError, match="holds trials of another search"):
+            quiet(case, rows, trials=5, **more, **other)
+    with pytest.raises(vtc.ConfigError, match="holds trials of another search"):
+        quiet(case, rows[:2], trials=5, **more)
 
 
 def test_patience_stops_and_the_plot_is_drawn(case: tiny.TinyCase, rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -176,9 +212,10 @@ def test_search_spaces_are_of_real_options(name: str) -> None:
     space = cls.search_space(32, 0.25)
     assert set(space) <= set(cls.options())
     for values in space.values():
+        values = values.values if isinstance(values, Each) else values
+        assert isinstance(values, (Float, Int, Choice))
         if not isinstance(values, Choice):
             assert values.low < values.high
-        assert isinstance(values, (Float, Int, Choice))
 
 
 def test_the_command_writes_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ search space.
 from __future__ import annotations
 
 import functools
+import hashlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from vtc import api
-from vtc.adapters.tower import TOWER_NEEDS
+from vtc.adapters.tower import TowerMemory
 from vtc.config import CompressionConfig
-from vtc.context import Need
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
 from vtc.registry import get_adapter, get_selector
 from vtc.search import Range
@@ -30,7 +30,6 @@ __all__ = ["calibrate"]
 
 _NO_CEILING = 2**31 - 1  # tokens per image: adaptive methods then keep what their thresholds say
 _SAMPLERS = ("tpe", "gp", "random")
-_READ_IN_TOWER = TOWER_NEEDS | {Need.ENTROPY}
 _SLACK = 1e-3  # by which a budget may be missed, relative to it
 _PENALTY = 10.0  # cosine taken off per share of tokens too many: no gain in cosine can pay for it
 
@@ -56,8 +55,9 @@ def calibrate(
 
     The method's defaults come first, so the result is never worse than they are, on these samples. Nothing is chosen
     that keeps more tokens, on average over layers and samples, than the defaults do; methods that decide themselves how
-    many stay are held to `keep_ratio`. Images are encoded once, but for methods that read inside the vision tower: for
-    them it runs in every trial. The model is left as it was found.
+    many stay are held to `keep_ratio`. Images are encoded once: what a method reads inside the vision tower is kept,
+    and the tower runs again only where a trial reads a layer that none has read before. The model is left as it was
+    found.
 
     Parameters
     ----------
@@ -80,7 +80,8 @@ def calibrate(
     patience : int, optional
         Stop after so many trials without a better one.
     storage : path, optional
-        File in which trials are kept; the same call goes on where an interrupted one stopped.
+        File in which trials are kept; the same call goes on where an interrupted one stopped. Other calls are refused
+        if they would mix their trials with those in the file.
     plot : path, optional
         Picture of the search.
     progress : bool
@@ -123,13 +124,9 @@ def calibrate(
 
     api._plan([config({})], adapter)  # what no setting can change is told before anything runs
     prompts = _prompts(processor, samples, model)
-    study = optuna.create_study(
-        direction="maximize",
-        sampler=_sampler(optuna, sampler, seed),
-        storage=_storage(optuna, storage),
-        study_name=f"{method}, keep {keep_ratio:g}, seed {seed}",
-        load_if_exists=True,
-    )
+    study = _study(optuna, storage, f"{method}, keep {keep_ratio:g}, seed {seed}", _mark(prompts, options, ranges))
+    # A sitting that goes on draws other numbers than the first did.
+    study.sampler = _sampler(optuna, sampler, seed + len(study.trials))
     with _as_found(model):
         trial = _Trial(model, adapter, prompts)
         base, kept = trial(config({}))
@@ -159,60 +156,60 @@ def calibrate(
                     break
     for done in study.trials:  # those of earlier sittings too
         if done.value is not None and done.value > best:
-            best, chosen = done.value, config(done.params)
+            fixed = optuna.trial.FixedTrial(done.params)
+            best, chosen = done.value, config({name: values.suggest(fixed, name) for name, values in ranges.items()})
     if plot is not None:
         _plot(study, first, Path(plot))
     return chosen
 
 
 class _Trial:
-    """Mean cosine to the uncompressed model, and share of visual tokens kept; the reference is computed once."""
+    """Mean cosine to the uncompressed model, and share of visual tokens kept.
+
+    The first trial encodes the images; the uncompressed model then answers once, from what was encoded.
+    """
 
     def __init__(self, model: nn.Module, adapter: Any, prompts: Sequence[Mapping[str, Any]]) -> None:
         self.model, self.adapter, self.prompts = model, adapter, prompts
-        self.encoded: list[dict[str, Any]] = [{} for _ in prompts]
-        self.whole = []
-        for prompt, store in zip(prompts, self.encoded, strict=True):
-            with _encoding(adapter, store):
-                self.whole.append(_last_state(model, prompt))
+        self.memories = [TowerMemory() for _ in prompts]
+        self.whole: list[torch.Tensor] = []
 
     def __call__(self, config: CompressionConfig) -> tuple[float, float]:
-        cosines, shares = [], []
-        # What a method reads inside the tower is only there while the tower runs.
-        needs = frozenset().union(*(stage.requires for stage in api._plan([config], self.adapter)))
-        reuse = not needs & _READ_IN_TOWER
-        for prompt, store, whole in zip(self.prompts, self.encoded, self.whole, strict=True):
-            with _encoding(self.adapter, store if reuse else None), api.compressed(self.model, config):
-                state = _last_state(self.model, prompt)
+        states, shares = [], []
+        with api.compressed(self.model, config):
+            tower = api._engine(self.model).tower
+            for prompt, memory in zip(self.prompts, self.memories, strict=True):
+                tower.memory = memory
+                states.append(_last_state(self.model, prompt))
                 report = api.report(self.model)
-            cosines.append(float(functional.cosine_similarity(state, whole, dim=-1)))
-            if not report.visual_tokens_before:
-                raise InputError("a sample has no image; calibration compares what is kept of images")
-            shares.append(report.average_visual_tokens / report.visual_tokens_before)
+                if not report.visual_tokens_before:
+                    raise InputError("a sample has no image; calibration compares what is kept of images")
+                shares.append(report.average_visual_tokens / report.visual_tokens_before)
+        if not self.whole:
+            for prompt, memory in zip(self.prompts, self.memories, strict=True):
+                with _encoded(self.adapter, memory):
+                    self.whole.append(_last_state(self.model, prompt))
+        cosines = [
+            float(functional.cosine_similarity(state, whole, dim=-1))
+            for state, whole in zip(states, self.whole, strict=True)
+        ]
         return statistics.fmean(cosines), statistics.fmean(shares)
 
 
 @contextmanager
-def _encoding(adapter: Any, store: dict[str, Any] | None) -> Iterator[None]:
-    """While entered, images and videos are encoded once and then taken from `store`; with None nothing is changed."""
-    names = [f"get_{modality}_features" for modality in adapter.modalities] if store is not None else []
-    for name in names:
-        adapter.base.__dict__[name] = _once(getattr(adapter.base, name), name, store)
+def _encoded(adapter: Any, memory: TowerMemory) -> Iterator[None]:
+    """While entered, images and videos are not encoded but remembered."""
+    names = []
+    for modality, output in memory.outputs.items():
+        name = f"get_{modality}_features"
+        original = getattr(adapter.base, name)
+        adapter.base.__dict__[name] = functools.wraps(original)(lambda *_, output=output, **__: output)
+        names.append(name)
     try:
         yield
     finally:
         for name in names:
             adapter.base.__dict__.pop(name, None)
-
-
-def _once(original: Any, name: str, store: Any) -> Any:
-    @functools.wraps(original)
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        if name not in store:
-            store[name] = original(*args, **kwargs)
-        return store[name]
-
-    return encode
 
 
 @torch.inference_mode()
@@ -295,6 +292,31 @@ def _optuna() -> Any:
 def _sampler(optuna: Any, name: str, seed: int) -> Any:
     kinds = {"tpe": "TPESampler", "gp": "GPSampler", "random": "RandomSampler"}
     return getattr(optuna.samplers, kinds[name])(seed=seed)
+
+
+def _mark(prompts: Sequence[Mapping[str, Any]], options: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
+    """Tells one search from another: its samples, the options that stay, and what is searched."""
+    digest = hashlib.sha256(repr((sorted(options.items()), sorted(ranges.items()))).encode())
+    for prompt in prompts:
+        for name, value in sorted(prompt.items()):
+            raw = value.detach().cpu().contiguous().view(-1) if isinstance(value, torch.Tensor) else None
+            digest.update(name.encode())
+            digest.update(repr(value).encode() if raw is None else raw.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _study(optuna: Any, storage: str | Path | None, name: str, mark: str) -> Any:
+    """A new search, or the one in the file that this call began."""
+    study = optuna.create_study(
+        direction="maximize", storage=_storage(optuna, storage), study_name=name, load_if_exists=True
+    )
+    if study.trials and study.user_attrs.get("mark") != mark:
+        raise ConfigError(
+            f"{storage} holds trials of another search for {name}: its samples, options or ranges were different; "
+            "give another file"
+        )
+    study.set_user_attr("mark", mark)
+    return study
 
 
 def _storage(optuna: Any, path: str | Path | None) -> Any:

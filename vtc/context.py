@@ -163,7 +163,7 @@ class VisualContext:
     structural
         How many structural tokens of the segment stay beside the N, for methods that count them in their budget.
     companions
-        How many other images and videos the prompt has.
+        How many other images and videos the prompt has; tiles that stand apart in the prompt count as images.
     entered
         N when the segment entered the language model, for schedules that refer to it; None: this very N.
     cls_attention

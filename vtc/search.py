@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Choice", "Float", "Int", "Range"]
+__all__ = ["Choice", "Each", "Float", "Int", "Range"]
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,16 @@ class Choice:
         return trial.suggest_categorical(name, list(self.values))
 
 
-Range = Float | Int | Choice
+@dataclass(frozen=True)
+class Each:
+    """A tuple of `count` values, each of its own within `values`: one for every layer or place."""
+
+    values: Float | Int | Choice
+    count: int
+
+    def suggest(self, trial: Any, name: str) -> tuple[Any, ...]:
+        """Values from an optuna trial."""
+        return tuple(self.values.suggest(trial, f"{name}.{place}") for place in range(self.count))
+
+
+Range = Float | Int | Choice | Each

@@ -356,7 +356,7 @@ class Engine:
                     columns = run.prompt_columns()[row]
                     text = (columns >= 0) & ~prompt.visual[segment.row][columns.clamp(min=0)]
                     extra["text_embeds"] = embeds[row, text].detach()
-                self._select(stage, prompt, segment, extra)
+                self._select(stage, segment, extra)
         prompt.decide(None)
 
     def _require_whole(self, run: Run, stage: PlannedStage) -> None:
@@ -366,7 +366,7 @@ class Engine:
                 "prefill_chunk_size brings it in pieces; prefill in one piece or choose a method that does not need it"
             )
 
-    def _select(self, stage: PlannedStage, prompt: Prompt, segment: Segment, extra: dict[str, torch.Tensor]) -> None:
+    def _select(self, stage: PlannedStage, segment: Segment, extra: dict[str, torch.Tensor]) -> None:
         """Let one stage choose among what is left of one image or video."""
         fields = {need.value: segment.told(need) for need in stage.requires if need in segment.needs}
         if not len(segment.alive):  # an earlier stage has dropped the whole image
@@ -381,7 +381,7 @@ class Engine:
             layer_idx=stage.layer,
             keep_ratio=stage.keep_ratio,
             structural=int(segment.structural.sum()) if self.structural == "keep" else 0,
-            companions=sum(other.row == segment.row for other in prompt.segments) - 1,
+            companions=segment.companions,
             entered=segment.entered if stage.layer is not None else None,
             **{**fields, **extra},
         )
@@ -499,7 +499,7 @@ class Engine:
         if not prompt.decided(layer):
             self._require_whole(run, stage)
             for segment, extra in self.decoder.read(stage, layer, run, prompt, hidden):
-                self._select(stage, prompt, segment, extra)
+                self._select(stage, segment, extra)
             prompt.decide(layer)
         keep = run.kept(prompt.keep_at(layer))
         if torch.equal(keep, run.valid):

@@ -32,8 +32,9 @@ class Segment:
     """One image or video of the prompt while stages work on it.
 
     `columns` (n,) are its positions in the prompt, `alive` (K,) the scorable tokens that no stage has dropped yet, as
-    indices within the segment, `features` (K, D) their embeddings, merged ones included. `anchors` and
-    `anchor_features` are the same as the language model got them, before stages inside it dropped some.
+    indices within the segment, `features` (K, D) their embeddings, merged ones included. `companions` counts the other
+    images and videos of the row. `anchors` and `anchor_features` are tokens and embeddings as the language model got
+    them, before stages inside it dropped some.
     """
 
     row: int
@@ -45,6 +46,7 @@ class Segment:
     features: torch.Tensor
     needs: dict[Need, torch.Tensor]
     alive: torch.Tensor
+    companions: int = 0
     merged: bool = False
     anchors: torch.Tensor | None = None
     anchor_features: torch.Tensor | None = None
@@ -122,6 +124,8 @@ class Prompt:
         order: dict[int, int] = {}
         for segment in sorted(self.segments, key=lambda s: (s.row, int(s.columns[0]))):
             segment.index = order[segment.row] = order.get(segment.row, -1) + 1
+        for segment in self.segments:
+            segment.companions = order[segment.row]
         self.segments.sort(key=lambda s: (s.row, s.index))
         self.grids = [segment.grids for segment in self.segments]
         first = torch.ones_like(self.visual)

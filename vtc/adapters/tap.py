@@ -48,6 +48,8 @@ class AttentionTap:
         What else to record: functions of query, key, scaling and, in a tower, who may see whom.
     once : mapping of name to function
         The same until `stop`, for one pass.
+    calls : list of the arguments of `observe`, or None
+        Filled, if it is there, with what was observed: observing it again records the same.
     """
 
     cls_rows: bool = False
@@ -57,6 +59,7 @@ class AttentionTap:
     key_mask: torch.Tensor | None = None
     readers: dict[str, Reader] = field(default_factory=dict)
     once: dict[str, Reader] = field(default_factory=dict)
+    calls: list[tuple[Any, ...]] | None = None
     active: bool = False
     records: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
@@ -76,7 +79,7 @@ class AttentionTap:
     def stop(self) -> list[dict[str, torch.Tensor]]:
         """End recording and hand over what was recorded, one entry per call of the kernel."""
         records, self.records, self.active, self.queries, self.key_mask = self.records, [], False, None, None
-        self.once = {}
+        self.once, self.calls = {}, None
         return records
 
     @torch.no_grad()
@@ -86,6 +89,8 @@ class AttentionTap:
         """Record from one call: `query` (B, H, Lq, d), `key` (B, Hkv, M, d), after rotation, and the kernel's mask."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if self.calls is not None:
+            self.calls.append((query, key, mask, scaling, {"cu_seq_lens_q": cu_seqlens}))
         if cu_seqlens is not None and self.queries is None:
             # A flash kernel got all images of a packed tower in one call; the other kernels get them one by one.
             lengths = cu_seqlens.diff().tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,25 @@ TOWER_NEEDS = frozenset({*_TAP, Need.CONTEXT_RELEVANCE})
 """What is read from the tower's attention."""
 
 
+@dataclass(eq=False)
+class TowerMemory:
+    """What the towers made of one prompt, so that other methods and options can read it without running them again.
+
+    Attributes
+    ----------
+    outputs : mapping of modality to ModelOutput
+        Of the encoders.
+    pixels : mapping of modality to list of Tensor
+        What the towers were given.
+    calls : mapping of (modality, layer) to list
+        What taps observed there, see `AttentionTap`.
+    """
+
+    outputs: dict[str, Any] = field(default_factory=dict)
+    pixels: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    calls: dict[tuple[str, int], list[tuple[Any, ...]]] = field(default_factory=dict)
+
+
 class TowerReader:
     """Reads the towers of one model.
 
@@ -39,12 +59,18 @@ class TowerReader:
     adapter : Adapter
     stages : sequence of PlannedStage
         What they require is read, nothing more.
+
+    Attributes
+    ----------
+    memory : TowerMemory or None
+        What is read is kept there, and taken from there if it is there.
     """
 
     def __init__(self, adapter: Adapter, stages: Sequence[PlannedStage]) -> None:
         self.adapter, self.stages = adapter, tuple(stages)
         self.attention_needs = {modality: wanted(stages, TOWER_NEEDS, modality) for modality in adapter.modalities}
         self.busy = False
+        self.memory: TowerMemory | None = None
         self._parameters: dict[str, inspect.Signature] = {}
 
     def attach(self, modality: str) -> None:
@@ -101,27 +127,56 @@ class TowerReader:
                 "but compress() prepared another one; call compress() again after changing vision_feature_layer"
             )
         self.busy = True
-        pixels: list[torch.Tensor] = []
-        grabbed = self._grab_pixels(modality, pixels) if wanted(self.stages, frozenset({Need.ENTROPY})) else None
         for tap in taps:
             tap.start()
         try:
-            output = original(*args, **kwargs)
+            output, pixels = self._encode(modality, dict(zip(layers, taps, strict=True)), original, args, kwargs)
         finally:
             self.busy = False
             records = [tap.stop() for tap in taps]
-            if grabbed is not None:
-                grabbed.remove()
         if getattr(output, "pooler_output", None) is None:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
         with torch.no_grad():
             layout = self.adapter.layout(modality, call, output)
             needs = {need: self._needs(modality, call, need, records) for need in self.attention_needs[modality]}
-            if grabbed is not None:
+            if self._reads_pixels:
                 needs[Need.ENTROPY] = self._entropy(modality, call, torch.cat(pixels))
         encoded = Encoded(modality, rows_of(output).detach(), layout, needs)
         output._vtc_encoded = encoded  # follows features that are computed once and passed on
         return output, encoded
+
+    def _encode(
+        self,
+        modality: str,
+        taps: dict[int, AttentionTap],
+        original: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """The encoder's output and what the tower was given, while started `taps` observe; from memory if it can be."""
+        memory = self.memory
+        if memory is not None and modality in memory.outputs and all((modality, at) in memory.calls for at in taps):
+            for layer, tap in taps.items():
+                for call in memory.calls[modality, layer]:
+                    tap.observe(*call)
+            return memory.outputs[modality], memory.pixels[modality]
+        pixels: list[torch.Tensor] = []
+        grabbed = self._grab_pixels(modality, pixels) if self._reads_pixels or memory is not None else None
+        for tap in taps.values():
+            tap.calls = None if memory is None else []
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            if grabbed is not None:
+                grabbed.remove()
+        if memory is not None:
+            memory.outputs[modality], memory.pixels[modality] = output, pixels
+            memory.calls.update({(modality, layer): tap.calls or [] for layer, tap in taps.items()})
+        return output, pixels
+
+    @property
+    def _reads_pixels(self) -> bool:
+        return bool(wanted(self.stages, frozenset({Need.ENTROPY})))
 
     def _needs(
         self, modality: str, call: dict[str, Any], need: Need, records: list[list[dict[str, torch.Tensor]]]

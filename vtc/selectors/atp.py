@@ -16,7 +16,7 @@ from .. import kernels
 from ..context import Need, Stage, VisualContext
 from ..errors import ConfigError
 from ..registry import register_selector
-from ..search import Choice, Float, Range
+from ..search import Choice, Each, Float, Range
 from ..selection import Selection
 from .base import Selector
 from .schedule import at_depth, check_fraction, check_layer, check_number
@@ -99,9 +99,9 @@ class AtpSelector(Selector):
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
-        """The thresholds of the training-free variant, shared by all places."""
+        """The thresholds of the training-free variant: of redundancy for each place, of the grid one for all."""
         return {
-            "theta_r": Float(0.3, 0.8),
+            "theta_r": Each(Float(0.3, 0.8), len(cls().resolve(depth, keep_ratio).layers or ())),
             "theta_s": Float(0.0, 1.0),
             "stride": Choice((2, 3, 4)),
             "lambda_sample": Float(0.5, 6.0),
