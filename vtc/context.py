@@ -192,7 +192,8 @@ class VisualContext:
         (N,): share of each token in the pixel entropy of its crop, `kernels.patch_entropy` through a softmax.
     modality_attention
         (2, N): attention that each token receives from the text and from the visual tokens of its prompt, averaged over
-        heads and over those tokens, in decoder layer `layer_idx` - 1.
+        heads and over those tokens, in decoder layer `layer_idx` - 1. For selectors that ask so, the second row is the
+        mean of a token's own logits for the visual tokens.
     attention_exchange
         (2,): which part of its attention the text gives to the visual tokens, and they to the text, over the whole
         prompt, in decoder layer `layer_idx` - 1.

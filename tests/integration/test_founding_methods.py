@@ -18,6 +18,7 @@ from tests.integration.test_law_3_batches import kept
 from tests.integration.test_law_7_memory import squares
 from vtc import kernels
 from vtc.adapters.cache import CACHE
+from vtc.adapters.decoder import mean_logits
 from vtc.context import VisualContext
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.selectors import AimSelector, AtpSelector, ToDreSelector, VFlowOptSelector
@@ -288,6 +289,25 @@ def test_modality_attention_is_that_of_the_layer_before(name: str, text: str) ->
             torch.testing.assert_close(about.modality_attention, received[:, columns[: about.n]])
             torch.testing.assert_close(leaving.attention_exchange, exchange)
             columns = columns[about.n :]
+
+
+@torch.no_grad()
+def test_logits_may_count_instead_of_attention_received() -> None:
+    query, key = torch.randn(2, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    key, group = key[:, :2], torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
+    logits = (query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * 0.3).mean(1)
+    expected = torch.stack([row[:, mask].mean(1) for row, mask in zip(logits, group, strict=True)])
+    torch.testing.assert_close(mean_logits(query, key, 0.3, group), expected)
+
+    case = build(tiny.family("llava"))
+    inputs, chosen = case.batch("single"), []
+    for self_score in ("received", "logits"):
+        options = {"layers": (1,), "scale": "none", "theta_r": 0.05, "theta_s": 1.0, "self_score": self_score}
+        with spied(AtpSelector) as seen, vtc.compressed(case.model, "atp", keep_tokens=99, **options) as model:
+            model(**inputs)
+            chosen.append(kept(vtc.report(model)))
+    assert chosen[0] != chosen[1]
+    assert bool((seen[0].modality_attention[1] < 0).any()), "logits are no probabilities"
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "gemma3", "paligemma"])

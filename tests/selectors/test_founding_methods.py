@@ -72,6 +72,8 @@ def shares(n: int, seed: int = 0) -> torch.Tensor:
         ("atp", {"layers": (4, 4)}),
         ("atp", {"layers": ()}),
         ("atp", {"scale": "max"}),
+        ("atp", {"self_score": "sent"}),
+        ("atp", {"self_score": "logits"}),
     ],
 )
 def test_invalid_options_are_named(method: str, options: dict[str, Any]) -> None:

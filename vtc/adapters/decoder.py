@@ -23,6 +23,13 @@ DECODER_NEEDS = frozenset({Need.TEXT_ATTENTION, Need.MODALITY_ATTENTION, Need.AT
 _MODALITIES = frozenset({Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE})
 
 
+def mean_logits(query: torch.Tensor, key: torch.Tensor, scaling: float, group: torch.Tensor) -> torch.Tensor:
+    """(B, Q): logits of queries (B, H, Q, d) for keys (B, Hkv, Q, d), averaged over heads and the `group` (B, Q)."""
+    weights = group / group.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (weights[:, None, None] @ key.float())[:, :, 0].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (query.float() @ mean[..., None])[..., 0].mean(dim=1) * scaling
+
+
 class DecoderReader:
     """Reads decoder layers of one model: what a stage at layer k requires comes from the attention of layer k - 1."""
 
@@ -53,9 +60,14 @@ class DecoderReader:
             tap.once[Need.PAGERANK.value] = walk
         if following.requires & _MODALITIES:
             groups = self._modalities(following, run, prompt)
+            by_logits = following.selector.parameters(Need.MODALITY_ATTENTION).get("self_score") == "logits"
 
             def receive(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
-                return received_from(query, key, scaling, sight, groups, known=known)
+                received = received_from(query, key, scaling, sight, groups, known=known)
+                if by_logits:
+                    current = key[:, :, known - query.shape[2] : known]
+                    received[:, 1] = mean_logits(query, current, scaling, groups[:, 1])
+                return received
 
             tap.once[Need.MODALITY_ATTENTION.value] = receive
 

@@ -50,8 +50,8 @@ class AtpSelector(Selector):
     ``keep_ratio=1`` everything stays; a `keep_tokens` of more than there are leaves the thresholds alone.
 
     The paper's sources are second hand and disagree in places. Here both scores are attention after the softmax, and
-    received; `scale` makes them comparable with a threshold between 0 and 1, which raw probabilities of about 1/N are
-    not.
+    received, which is what the text says of them; `scale` makes them comparable with a threshold between 0 and 1, which
+    raw probabilities of about 1/N are not. `self_score` has the other reading.
 
     Parameters
     ----------
@@ -67,6 +67,9 @@ class AtpSelector(Selector):
     scale
         "relative": a redundancy score s becomes ``s / (s + mean)``, so that a token of average attention has 1/2.
         "none": as it is.
+    self_score
+        "received": attention from visual tokens. "logits": as one of the sources, what a token gives to the visual
+        tokens on average, before the softmax; with ``scale="none"``, and without modules, which read the former.
     modules
         File made by `save_modules`; the thresholds then come from it.
     text
@@ -94,6 +97,7 @@ class AtpSelector(Selector):
     stride: int | tuple[int, ...] = 2
     lambda_sample: float = 3.0
     scale: str = "relative"
+    self_score: str = "received"
     modules: str | None = None
     text: str = "after"
 
@@ -115,6 +119,12 @@ class AtpSelector(Selector):
             raise ConfigError(f'atp: scale must be "relative" or "none", got {self.scale!r}.')
         if self.text not in ("after", "all"):
             raise ConfigError(f'atp: text must be "after" or "all", got {self.text!r}.')
+        if self.self_score not in ("received", "logits"):
+            raise ConfigError(f'atp: self_score must be "received" or "logits", got {self.self_score!r}.')
+        if self.self_score == "logits" and (self.scale != "none" or self.modules is not None):
+            raise ConfigError(
+                'atp: self_score="logits" has no mean to compare with: give scale="none", and no modules.'
+            )
         for option in ("theta_r", "theta_s"):
             for value in _each(getattr(self, option)):
                 check_fraction("atp", option, value)
@@ -154,8 +164,8 @@ class AtpSelector(Selector):
         )
 
     def parameters(self, need: Need) -> dict[str, str]:
-        """Which text counts."""
-        return {"text": self.text} if need is Need.MODALITY_ATTENTION else {}
+        """Which text counts, and how visual tokens do."""
+        return {"text": self.text, "self_score": self.self_score} if need is Need.MODALITY_ATTENTION else {}
 
     def select(self, ctx: VisualContext) -> Selection:
         """What is above a threshold."""
