@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.selectors.inputs import make_context
+from vtc.bench._memory import peak_bytes
 from vtc.context import grid_origin
 from vtc.door import select
 from vtc.errors import ConfigError
@@ -136,6 +137,16 @@ def test_vidcom2_gives_more_to_the_frame_that_stands_out() -> None:
 @pytest.mark.parametrize("budget", [1, 3, 7, 59, 60])
 def test_vidcom2_is_exact_at_any_count(budget: int) -> None:
     assert select("vidcom2", features=torch.randn(60, 6), grid_thw=(5, 3, 4), keep_tokens=budget).k == budget
+
+
+def test_vidcom2_goes_through_a_long_video_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3000, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    frame = torch.arange(3000) // 50
+    whole = typicality(x, frame)
+    monkeypatch.setattr("vtc.selectors.vidcom2._BLOCK", 128)
+    for once, blocked in zip(whole, typicality(x, frame), strict=True):
+        torch.testing.assert_close(once, blocked)
+    assert peak_bytes(lambda: typicality(x, frame)) < 4 * x.numel() / 2, "no copy of all in float32"
 
 
 def test_vidcom2_refuses_a_cold_softmax() -> None:

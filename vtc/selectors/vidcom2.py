@@ -18,6 +18,7 @@ from .base import Selector
 __all__ = ["VidCom2Selector"]
 
 _BANDWIDTHS = tuple(2.0**power for power in range(-3, 2))
+_BLOCK = 4096  # tokens that are looked at in float32 at a time
 
 
 @register_selector
@@ -75,6 +76,8 @@ class VidCom2Selector(Selector):
 def typicality(x: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
     """Similarity of every token to the mean of the video and to the mean of its frame.
 
+    Videos are long: `x` is gone through in blocks, and memory beside it is that of a block and of the frames' means.
+
     Parameters
     ----------
     x : Tensor (N, D)
@@ -85,12 +88,30 @@ def typicality(x: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
     -------
     Two tensors (N,) float32 in 0..5.
     """
-    x = x.float()
-    quiet = torch.topk(x.var(dim=0, correction=min(1, len(x) - 1)), max(1, x.shape[1] // 2), largest=False).indices
-    unit = F.normalize(x[:, quiet], dim=-1)
+    quiet = torch.topk(_variance(x), max(1, x.shape[1] // 2), largest=False).indices
     count = torch.bincount(frame)
-    means = unit.new_zeros(len(count), unit.shape[1]).index_add(0, frame, unit) / count[:, None]
-    return _kernel(unit, unit.mean(dim=0)), _kernel(unit, means[frame])
+    sums = x.new_zeros(len(count), len(quiet), dtype=torch.float32)
+    for block, of in zip(x.split(_BLOCK), frame.split(_BLOCK), strict=True):
+        sums.index_add_(0, of, _unit(block, quiet))
+    means, centre = sums / count[:, None], sums.sum(dim=0) / len(x)
+    to_video, to_frame = [], []
+    for block, of in zip(x.split(_BLOCK), frame.split(_BLOCK), strict=True):
+        unit = _unit(block, quiet)
+        to_video.append(_kernel(unit, centre))
+        to_frame.append(_kernel(unit, means[of]))
+    return torch.cat(to_video), torch.cat(to_frame)
+
+
+def _variance(x: Tensor) -> Tensor:
+    """(D,) float32: of each channel; 0 of a single token."""
+    mean = sum((block.float().sum(dim=0) for block in x.split(_BLOCK)), x.new_zeros((), dtype=torch.float32)) / len(x)
+    squares = sum(((block.float() - mean).square().sum(dim=0) for block in x.split(_BLOCK)), torch.zeros_like(mean))
+    return squares / max(1, len(x) - 1)
+
+
+def _unit(x: Tensor, channels: Tensor) -> Tensor:
+    """Rows of `x` in these channels, normalised, in float32."""
+    return F.normalize(x[:, channels].float(), dim=-1)
 
 
 def _kernel(x: Tensor, centre: Tensor) -> Tensor:
