@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernels
 from .context import Grid
 from .errors import ConfigError, InputError
 
@@ -121,11 +122,7 @@ class Selection:
             return x[self.keep.to(x.device)]
         if not x.is_floating_point():
             raise InputError(f"merge averages, which {x.dtype} cannot hold; index with selection.keep instead.")
-        wide = x if x.dtype == torch.float64 else x.float()
-        assign, weight = self.assign.to(x.device), self._weight().to(x.device)
-        member = assign >= 0
-        parts = wide[member] * weight[member].to(wide.dtype).view(-1, *[1] * (x.ndim - 1))
-        return wide.new_zeros(self.k, *x.shape[1:]).index_add(0, assign[member], parts).to(x.dtype)
+        return kernels.segment_merge(x, self.assign.to(x.device), self.k, self._weight().to(x.device))
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread (K, ...) back over the tokens (N, ...): each token gets its slot's value, dropped ones zero."""
@@ -246,23 +243,50 @@ class PackPlan:
         ConfigError
             `side` is neither "left" nor "right".
         """
+        return cls.pack(keep, side=side)[0]
+
+    @classmethod
+    def pack(
+        cls,
+        keep: Tensor,
+        planes: Sequence[Tensor] = (),
+        dims: Sequence[int] = (),
+        *,
+        marks: Tensor | None = None,
+        marked: Sequence[Tensor] = (),
+        side: str = "left",
+    ) -> tuple[PackPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Make a plan and carry it out, in one operation.
+
+        Parameters
+        ----------
+        keep, side
+            As in `from_keep`.
+        planes, dims
+            What to pack, along which axes, each as in `take`.
+        marks
+            (B, L) bool: tokens that have a row in each of `marked`.
+        marked
+            Planes (marks, ...) of which the rows of kept tokens stay.
+
+        Returns
+        -------
+        plan, planes, marked
+
+        Raises
+        ------
+        InputError, ConfigError
+            As `from_keep` and `take`.
+        """
         if keep.ndim != 2 or keep.dtype != torch.bool:
             raise InputError(f"keep must be (B, L) bool, got {tuple(keep.shape)} {keep.dtype}.")
         if side not in ("left", "right"):
             raise ConfigError(f'side must be "left" or "right", got {side!r}.')
-        length = keep.shape[1]
-        lengths = keep.sum(dim=1)
-        width = int(lengths.max()) if keep.shape[0] else 0
-        slot = torch.arange(width, device=keep.device)
-        # A stable sort of the flags is the whole packing: kept columns move to one end in order, dropped ones to the
-        # other.
-        if side == "left":
-            index = keep.byte().argsort(dim=1, stable=True)[:, length - width :]
-            mask = slot >= width - lengths[:, None]
-        else:
-            index = (~keep).byte().argsort(dim=1, stable=True)[:, :width]
-            mask = slot < lengths[:, None]
-        return cls(index, mask, lengths, length, side)
+        rows, length = keep.shape
+        for x, dim in zip(planes, dims, strict=True):
+            _check_plane(x, dim, rows, length)
+        packed = kernels.select_gather(keep, planes, dims, marks=marks, marked=marked, side=side)
+        return cls(packed.index, packed.mask, packed.lengths, length, side), packed.planes, packed.marked
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """Pack `x` along `dim`, whose batch axis is the one before: (B, L, ...) with 1, position ids (A, B, L) with 2.
@@ -280,13 +304,8 @@ class PackPlan:
         InputError
             The shape does not fit the plan.
         """
-        rows, batch = self.index.shape[0], x.shape[dim - 1] if 1 <= dim < x.ndim else -1
-        if batch not in (1, rows) or x.shape[dim] != self.source_length:
-            raise InputError(
-                f"Cannot pack a tensor of shape {tuple(x.shape)} along axis {dim}: expected batch {rows} (or 1) "
-                f"at axis {dim - 1} and length {self.source_length} at axis {dim}."
-            )
-        return x[(slice(None),) * (dim - 1) + (self._rows(x.device, batch), self.index.to(x.device))]
+        _check_plane(x, dim, len(self.index), self.source_length)
+        return kernels.gather_planes(self.index, [x], [dim])[0]
 
     def scatter(self, y: Tensor) -> Tensor:
         """Undo `take`: (B, T, ...) to (B, L, ...), zero where a token was dropped. Differentiable.
@@ -299,23 +318,28 @@ class PackPlan:
         rows, width = self.index.shape
         if y.ndim < 2 or y.shape[:2] != (rows, width):
             raise InputError(f"Cannot scatter a tensor of shape {tuple(y.shape)}: expected ({rows}, {width}, ...).")
-        mask = self.mask.to(y.device).view(rows, width, *[1] * (y.ndim - 2))
-        out = y.new_zeros(rows, self.source_length, *y.shape[2:])
-        # The columns of a row are distinct, so plain writing (no accumulation) is exact and deterministic.
-        return out.index_put(
-            (self._rows(y.device, rows), self.index.to(y.device)), torch.where(mask, y, y.new_zeros(()))
-        )
-
-    def _rows(self, device: torch.device, batch: int) -> Tensor:
-        rows = self.index.shape[0]
-        return (
-            torch.arange(rows, device=device) if batch == rows else torch.zeros(rows, dtype=torch.long, device=device)
-        )[:, None]
+        # The kept columns of all rows are distinct, so plain writing (no accumulation) is exact and deterministic.
+        starts = torch.arange(rows, device=self.index.device)[:, None] * self.source_length
+        flat, mask = (self.index + starts).flatten(), self.mask.flatten()
+        values = y.flatten(0, 1)
+        if not bool(mask.all()):
+            flat, values = flat[mask], values[mask.to(y.device)]
+        out = y.new_zeros(rows * self.source_length, *y.shape[2:])
+        return out.index_copy_(0, flat.to(y.device), values).unflatten(0, (rows, self.source_length))
 
 
 def _check_first_axis(x: Tensor, size: int, what: str) -> None:
     if x.ndim < 1 or x.shape[0] != size:
         raise InputError(f"{what} expects {size} entries along the first axis, got shape {tuple(x.shape)}.")
+
+
+def _check_plane(x: Tensor, dim: int, rows: int, length: int) -> None:
+    batch = x.shape[dim - 1] if 1 <= dim < x.ndim else -1
+    if batch not in (1, rows) or x.shape[dim] != length:
+        raise InputError(
+            f"Cannot pack a tensor of shape {tuple(x.shape)} along axis {dim}: expected batch {rows} (or 1) "
+            f"at axis {dim - 1} and length {length} at axis {dim}."
+        )
 
 
 def _preview(x: Tensor) -> str:

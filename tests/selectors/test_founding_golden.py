@@ -211,7 +211,7 @@ def pick(authors: Pruned, count: int, rate: float, layer: int, entered: int, rel
     """Our choice behind `layer`: by the selector where the schedule is the released one, else by its ranking."""
     scores = authors.importance[authors.before]
     if not released or not 0 < rate < 1:
-        return Selection.from_indices(len(scores), kernels.topk_indices(scores, count))
+        return Selection(len(scores), kernels.topk_indices(scores, count))
     context = VisualContext(
         features=torch.empty(len(scores), 0),
         budget=count,

@@ -30,7 +30,7 @@ from vtc.adapters.cache import CACHE, CacheRecord, Lease, cache_in, record_of
 from vtc.adapters.decoder import DECODER_NEEDS, DecoderReader
 from vtc.adapters.masks import LayerKinds
 from vtc.adapters.prompt import Encoded, Prompt, Segment
-from vtc.adapters.run import Run, thin
+from vtc.adapters.run import Run
 from vtc.adapters.seams import Seams
 from vtc.adapters.stages import PlannedStage, wanted
 from vtc.adapters.tap import detach
@@ -39,7 +39,7 @@ from vtc.config import CompressionConfig
 from vtc.context import Need, VisualContext, grid_origin
 from vtc.errors import InputError, StateError, UnsupportedMethodError
 from vtc.report import Report, SegmentReport
-from vtc.selection import PackPlan, Selection
+from vtc.selection import Selection
 
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 """Arguments of the base model that bring a modality; Video-LLaVA has called its images differently over time."""
@@ -273,10 +273,7 @@ class Engine:
         if self.positions == "compact" or shift is not None:
             positions, shift = self._compact(run, positions, keep, shift)
         if dropped:
-            plan = run.pack(keep)
-            kwargs["inputs_embeds"] = embeds = plan.take(embeds)
-            positions = plan.take(positions, dim=positions.dim() - 1)
-            self._thin_deepstack(kwargs, plan)
+            embeds, positions = self._pack(run, keep, embeds, positions, kwargs)
         if run.cache is None and self._uses_cache(kwargs):
             kwargs.pop("past_key_values", None)  # the old name of an explicit None
             run.cache = kwargs[CACHE] = DynamicCache(config=self.text_config)
@@ -422,13 +419,20 @@ class Engine:
             moved = moved + shift[:, None]
         return (positions.expand(len(keep), -1) - moved).clamp(min=0), moved[:, -1]
 
-    def _thin_deepstack(self, kwargs: dict[str, Any], plan: PackPlan) -> None:
-        where = kwargs.get("visual_pos_masks")
-        if where is not None:
-            kwargs["deepstack_visual_embeds"] = [
-                thin(plan, where, plane)[1] for plane in kwargs["deepstack_visual_embeds"]
-            ]
-            kwargs["visual_pos_masks"] = plan.take(where) & plan.mask.to(where.device)
+    def _pack(
+        self, run: Run, keep: torch.Tensor, embeds: torch.Tensor, positions: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and positions without what is dropped; in `kwargs` the embeddings and the planes of deepstack."""
+        planes, dims = [embeds, positions], [1, positions.dim() - 1]
+        marks, marked = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds") or ()
+        if marks is not None:
+            planes, dims = [*planes, marks & keep.to(marks.device)], [*dims, 1]
+        packed, rows = run.pack(keep, planes, dims, marks, marked)
+        kwargs["inputs_embeds"] = packed[0]
+        if marks is not None:
+            # Padding slots point at dropped columns, where `keep` has taken the marks away.
+            kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"] = packed[2], list(rows)
+        return packed[0], packed[1]
 
     def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
         text = self.adapter.text_model
@@ -504,9 +508,9 @@ class Engine:
         keep = run.kept(prompt.keep_at(layer))
         if torch.equal(keep, run.valid):
             return hidden
-        plan = run.step(layer, keep)
+        hidden = run.step(layer, keep, hidden)
         run.write_record(self.lease, run.shift)
-        return plan.take(hidden)
+        return hidden
 
     def around_deepstack(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Thin out the planes that deepstack adds behind the first layers, as far as decoder stages have pruned."""

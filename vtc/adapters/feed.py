@@ -56,12 +56,12 @@ def feed(
         record = CacheRecord(0, [(0, keep.new_zeros(1, 0, dtype=torch.long))])
     columns = torch.arange(record.logical, record.logical + keep.shape[1], device=embeds.device)[None]
     run = Run(engine.kinds, cache, columns, record.logical, record)
-    plan = run.pack(keep)
+    (positions,), _ = run.pack(keep, [positions], [positions.dim() - 1])
     run.write_record(engine.lease, record.shift)
     arguments: dict[str, Any] = {
         "inputs_embeds": embeds,
         "attention_mask": run.valid_keys(0).long(),
-        "position_ids": plan.take(positions, dim=positions.dim() - 1),
+        "position_ids": positions,
         CACHE: cache,
         "use_cache": True,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,18 +99,23 @@ class Run:
 
     # -- packing --------------------------------------------------------------------------------------------------
 
-    def pack(self, keep: torch.Tensor) -> PackPlan:
-        """Drop tokens before the first layer."""
-        self.packed = PackPlan.from_keep(keep)
-        self._take(self.packed)
+    def pack(
+        self,
+        keep: torch.Tensor,
+        planes: Sequence[torch.Tensor],
+        dims: Sequence[int],
+        marks: torch.Tensor | None = None,
+        marked: Sequence[torch.Tensor] = (),
+    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """Drop tokens before the first layer: `planes` and `marked` without them, as `PackPlan.pack` has them."""
+        self.packed, packed, rows = self._pack(keep, planes, dims, marks, marked)
         self.groups = [(start, torch.cat([keys, self.columns], dim=1)) for start, keys in self.history.groups]
-        return self.packed
+        return packed, rows
 
-    def step(self, layer: int, keep: torch.Tensor) -> PackPlan:
-        """Drop tokens on entering decoder layer `layer`; earlier layers keep theirs."""
-        plan = PackPlan.from_keep(keep)
+    def step(self, layer: int, keep: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Drop tokens on entering decoder layer `layer`; earlier layers keep theirs. `hidden` without them."""
+        plan, (hidden,), _ = self._pack(keep, [hidden], [1])
         self.steps.append((layer, plan))
-        self._take(plan)
         before = dict(self.groups)
         starts = sorted({start for start, _ in self.history.groups} | before.keys() | {layer})
         self.groups = [
@@ -117,12 +123,22 @@ class Run:
             for start in starts
         ]
         self._masks, self._rotary = {}, {}
-        return plan
+        return hidden
 
-    def _take(self, plan: PackPlan) -> None:
-        self.columns = plan.take(self.columns).masked_fill(~plan.mask, -1)
-        if self.blocks is not None:
-            self.blocks = plan.take(self.blocks).masked_fill(~plan.mask, -1)
+    def _pack(
+        self,
+        keep: torch.Tensor,
+        planes: Sequence[torch.Tensor],
+        dims: Sequence[int],
+        marks: torch.Tensor | None = None,
+        marked: Sequence[torch.Tensor] = (),
+    ) -> tuple[PackPlan, list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """Everything that the tokens carry, in one operation: the given and what is kept here."""
+        own = [self.columns] if self.blocks is None else [self.columns, self.blocks]
+        plan, packed, rows = PackPlan.pack(keep, [*planes, *own], [*dims, *[1] * len(own)], marks=marks, marked=marked)
+        self.columns, *blocks = (plane.masked_fill(~plan.mask, -1) for plane in packed[len(planes) :])
+        self.blocks = blocks[0] if blocks else None
+        return plan, list(packed[: len(planes)]), rows
 
     def write_record(self, lease: Lease, shift: torch.Tensor | None) -> None:
         """Leave behind on the cache what later passes need to know."""

@@ -39,11 +39,10 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Te
     batch, n = metric.shape[:2]
     r = max(0, min(r, n // 2))
     unit = torch.nn.functional.normalize(metric.float(), dim=-1, eps=1e-12)
-    source = torch.arange(0, n, 2, device=metric.device)
-    destination = torch.arange(1, n, 2, device=metric.device)
+    tokens = torch.arange(n, device=metric.device)
     if r == 0:
-        every = torch.arange(n, device=metric.device).expand(batch, n)
-        return every, every
+        return tokens.expand(batch, n), tokens.expand(batch, n)
+    source, destination = tokens[::2], tokens[1::2]
     best, partner = _best_partner(unit[:, ::2], unit[:, 1::2])
     ranked = best.sort(dim=1, descending=True, stable=True).indices
     merged, staying = ranked[:, :r], ranked[:, r:]
@@ -64,6 +63,41 @@ def _best_partner(source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
         places.append(similarity.argmax(dim=-1))  # the first of equals
         values.append(similarity.amax(dim=-1))
     return torch.cat(values, dim=1), torch.cat(places, dim=1)
+
+
+@op()
+def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
+    """Weighted sums of the rows that flow into each slot; one pass, in the order of the rows, on every device.
+
+    Sums run in float32 (float64 stays) and are rounded once. Differentiable.
+
+    Parameters
+    ----------
+    x
+        (N, ...): floating point.
+    slot
+        (N,) long: 0 to `count` - 1; -1 flows nowhere.
+    count
+        K.
+    weight
+        (N,): None is 1.
+
+    Returns
+    -------
+    Tensor
+        (K, ...), of the dtype of `x`; 0 where nothing flows.
+    """
+    rows = x.reshape(len(x), -1) if x.numel() else x.new_zeros(len(x), x.shape[1:].numel())
+    rows = rows if x.dtype == torch.float64 else rows.float()
+    ordered, order = slot.sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=slot.device))
+    order = order[int(bounds[0]) : int(bounds[-1])]
+    if not order.numel() or not rows.shape[1]:
+        return x.new_zeros(count, *x.shape[1:])
+    share = None if weight is None else weight.to(rows.dtype).index_select(0, order)
+    bag = torch.nn.functional.embedding_bag
+    merged = bag(order, rows, bounds - bounds[0], mode="sum", per_sample_weights=share, include_last_offset=True)
+    return merged.to(x.dtype).view(count, *x.shape[1:])
 
 
 def recycle_cells(scores: Tensor, low: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:

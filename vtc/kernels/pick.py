@@ -1,4 +1,4 @@
-"""Which tokens to take: the best, or those that differ most from each other.
+"""Which tokens differ most from each other.
 
 On a CPU most of the products that the definitions ask for are left out: bounds that only tighten say which rows cannot
 win, and what has to be looked at is taken in blocks that stay in the cache. The picks are those of the definitions.
@@ -17,20 +17,6 @@ _POOL = 512  # candidates that are kept up to date with every pick
 _CHAMPIONS = 16  # rows that are compared with everything, to learn how isolated a row can be
 _SLACK = 1e-6  # by how much two float32 products of the same rows may differ
 _TIE = 2.0**-22  # cosines that differ by less are equal but for rounding
-
-
-def topk_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices of the `k` highest of `scores` (N,), best first, the lower index first among equals.
-
-    `torch.topk` leaves the order of ties to the back end, so two devices could keep different tokens; a stable sort
-    cannot.
-
-    Returns
-    -------
-    Tensor
-        (min(k, N),) long.
-    """
-    return scores.sort(descending=True, stable=True).indices[:k]
 
 
 @op()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -204,3 +206,90 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
         picks.append(int(score.argmax()))
         covered = torch.maximum(covered, similarity[:, picks[-1]])
     return torch.tensor(picks, dtype=torch.long, device=x.device)
+
+
+def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
+    """(B, N - r) tokens that stand in the slots and (B, N) slots of the tokens, one row after the other.
+
+    The `r` even tokens most similar to some odd token flow into it.
+    """
+    batch, n = metric.shape[:2]
+    r = max(0, min(r, n // 2))
+    anchors, assign = [], []
+    for row in metric:
+        similarity = cosines(row)[::2, 1::2]
+        best = similarity.amax(dim=1) if n > 1 else similarity.new_zeros(n)
+        ranked = (2 * best.sort(descending=True, stable=True).indices).tolist()
+        staying = ranked[r:] + list(range(1, n, 2))
+        if order == "original" or r == 0:
+            staying.sort()
+        slot = {token: place for place, token in enumerate(staying)}
+        into = {token: 2 * int(similarity[token // 2].argmax()) + 1 for token in ranked[:r]}
+        anchors.append(staying)
+        assign.append([slot[into.get(token, token)] for token in range(n)])
+    stand = torch.tensor(anchors, dtype=torch.long, device=metric.device).view(batch, n - r)
+    return stand, torch.tensor(assign, dtype=torch.long, device=metric.device).view(batch, n)
+
+
+def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
+    """(K, ...): for every slot the weighted sum of the rows of `x` (N, ...) that flow into it."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    share = torch.ones_like(slot, dtype=wide.dtype) if weight is None else weight.to(wide.dtype)
+    flows = torch.arange(count, device=slot.device)[:, None] == slot
+    return torch.tensordot(flows * share, wide, dims=1).to(x.dtype)
+
+
+def topk_indices(scores: Tensor, k: int) -> Tensor:
+    """(min(k, N),) long, ascending: the front of the stable order."""
+    return (
+        scores.nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        .sort(descending=True, stable=True)
+        .indices[: max(k, 0)]
+        .sort()
+        .values
+    )
+
+
+def select_gather(
+    keep: Tensor,
+    planes: Sequence[Tensor] = (),
+    axes: Sequence[int] = (),
+    *,
+    scores: Tensor | None = None,
+    columns: Tensor | None = None,
+    offsets: Tensor | None = None,
+    counts: Tensor | None = None,
+    threshold: float | None = None,
+    marks: Tensor | None = None,
+    marked: Sequence[Tensor] = (),
+    side: str = "left",
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Index, mask, lengths, planes and marked planes of the packed batch, row by row."""
+    keep = keep.clone()
+    if scores is not None and columns is not None and offsets is not None:
+        for segment in range(len(offsets) - 1):
+            part = slice(int(offsets[segment]), int(offsets[segment + 1]))
+            if counts is not None:
+                chosen = topk_indices(scores[part], int(counts[segment]))
+            else:
+                chosen = (scores[part] >= threshold).nonzero()[:, 0]  # type: ignore[operator]
+            keep.view(-1)[columns[part][chosen]] = True
+    lengths = keep.sum(dim=1)
+    width = int(lengths.max()) if len(keep) else 0
+    index, mask = [], []
+    for row in keep:
+        kept, dropped = row.nonzero()[:, 0], (~row).nonzero()[:, 0]
+        room = width - len(kept)
+        left = side == "left"
+        filling = dropped[len(dropped) - room :] if left else dropped[:room]
+        index.append(torch.cat([filling, kept] if left else [kept, filling]))
+        real = torch.ones_like(index[-1], dtype=torch.bool)
+        real[slice(room) if left else slice(width - room, None)] = False
+        mask.append(real)
+    packed = []
+    for plane, axis in zip(planes, axes, strict=True):
+        rows = [plane.select(axis - 1, row if plane.shape[axis - 1] > 1 else 0) for row in range(len(keep))]
+        taken = [part.index_select(axis - 1, index[row]) for row, part in enumerate(rows)]
+        packed.append(torch.stack(taken, dim=axis - 1))
+    rest = [] if marks is None else [plane[keep[marks]] for plane in marked]
+    return torch.stack(index), torch.stack(mask), lengths, packed, rest

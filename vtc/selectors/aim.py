@@ -153,8 +153,7 @@ class AimSelector(Selector):
             return self._merge(ctx)
         entered = ctx.n if ctx.entered is None else ctx.entered
         count = min(ctx.n, retained(entered, self.rate(ctx.layer_idx - 1)))
-        best = kernels.topk_indices(ctx.need(Need.PAGERANK).float(), count)
-        return Selection.from_indices(ctx.n, best)
+        return Selection(ctx.n, kernels.topk_indices(ctx.need(Need.PAGERANK).float(), count))
 
     def _schedule(self) -> tuple[int, int]:
         if self.l1 is None or self.l2 is None:
@@ -206,8 +205,9 @@ def _shrink(metric: Tensor, target: int) -> tuple[Tensor, Tensor]:
         left = chosen.shape[1]
         members = torch.zeros(batch, left, device=metric.device).scatter_add(1, step, torch.ones_like(step).float())
         share = 1 / members.gather(1, step)
-        index = step[..., None].expand(-1, -1, width)
-        metric = metric.new_zeros(batch, left, width).scatter_add(1, index, metric * share[..., None])
+        rows = step + torch.arange(batch, device=metric.device)[:, None] * left
+        merged = kernels.segment_merge(metric.flatten(0, 1), rows.flatten(), batch * left, share.flatten())
+        metric = merged.view(batch, left, width)
         weight = weight * share.gather(1, slot)
         slot, anchors = step.gather(1, slot), anchors.gather(1, chosen)
     return anchors.gather(1, slot), weight

@@ -177,7 +177,7 @@ class AtpSelector(Selector):
         theta_r, theta_s = self._thresholds(place, s_self, s_cross, origin)
         above = torch.maximum(redundancy - theta_r, spatial - theta_s)
         count = min(max(1, int((above > 0).sum())), ctx.budget)
-        return Selection.from_indices(ctx.n, kernels.topk_indices(above, count))
+        return Selection(ctx.n, kernels.topk_indices(above, count))
 
     def _place(self, layer_idx: int | None) -> int:
         """Which of the modules stands before decoder layer `layer_idx`."""

@@ -140,7 +140,7 @@ class ScoreSelector(Selector):
         scores = self.score(ctx)
         if bool(torch.isnan(scores).any()):
             raise InputError(f"{self.name} computed NaN scores; its inputs ({sorted(self._inputs())}) are broken.")
-        return Selection.from_indices(ctx.n, kernels.topk_indices(scores, min(ctx.budget, ctx.n)))
+        return Selection(ctx.n, kernels.topk_indices(scores, min(ctx.budget, ctx.n)))
 
     def _inputs(self) -> set[str]:
         return {need.value for stage in self.stages() for need in stage.requires} or {"features"}

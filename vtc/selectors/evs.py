@@ -48,7 +48,7 @@ class EvsSelector(Selector):
         whole = first.nonzero()[:, 0]
         if budget >= len(whole):
             scores = scores.masked_fill(first, torch.inf)
-            return Selection.from_indices(ctx.n, kernels.topk_indices(scores, budget))
+            return Selection(ctx.n, kernels.topk_indices(scores, budget))
         complete = len(whole) == sum(h * w for _, h, w in ctx.grids)
         spread = VisualContext(
             features=ctx.features[whole],

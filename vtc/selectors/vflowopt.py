@@ -239,7 +239,7 @@ class VFlowOptSelector(Selector):
         recycle = not ctx.companions if self.recycle is None else self.recycle
         if ctx.layer_idx is None and ctx.modality == "image" and recycle and budget < ctx.n:
             return self._recycle(ctx, scores, budget)
-        return Selection.from_indices(ctx.n, kernels.topk_indices(scores, budget))
+        return Selection(ctx.n, kernels.topk_indices(scores, budget))
 
     def _dropped(self, ctx: VisualContext) -> int:
         """How many tokens a stage drops, if it merges none."""
@@ -254,7 +254,8 @@ class VFlowOptSelector(Selector):
 
     def _recycle(self, ctx: VisualContext, scores: Tensor, budget: int) -> Selection:
         cell = self._cells(ctx)
-        lowest = kernels.topk_indices(scores, ctx.n).flip(0)  # among equals the later token goes first
+        # Among equals the later token goes first.
+        lowest = scores.sort(descending=True, stable=True).indices.flip(0)
         if self.variant == "released":
             count: int | None = ctx.n - budget + int(self._counted(ctx) / self._or_preset("cell") ** 2)
         else:

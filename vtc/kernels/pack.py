@@ -1,0 +1,188 @@
+"""Which tokens stay, and the rectangle that those of a batch make: selection and every gather in one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.errors import InputError
+
+from .dispatch import op
+
+__all__ = ["Packed", "gather_planes", "select_gather", "topk_indices"]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A packed batch.
+
+    Attributes
+    ----------
+    index
+        (B, T) long: column of every slot. Within a row all are distinct and kept ones ascend; padding slots point at
+        some dropped column.
+    mask
+        (B, T) bool: True for kept tokens, False for padding.
+    lengths
+        (B,) long: kept tokens per row; T is the largest.
+    planes
+        The planes, with T in place of L and B in place of a batch axis of 1. What stands in padding slots is arbitrary,
+        but finite where the plane is.
+    marked
+        Of the planes with one row per mark, the rows whose marks stayed.
+    """
+
+    index: Tensor
+    mask: Tensor
+    lengths: Tensor
+    planes: tuple[Tensor, ...]
+    marked: tuple[Tensor, ...]
+
+
+@op()
+def topk_indices(scores: Tensor, k: int) -> Tensor:
+    """Indices of the `k` highest of `scores` (N,), ascending; the lower index stays among equals. NaN is the lowest.
+
+    `torch.topk` leaves the choice among ties to the back end, so two devices could keep different tokens.
+
+    Returns
+    -------
+    Tensor
+        (min(k, N),) long.
+    """
+    return _best(scores, k).nonzero().squeeze(1)
+
+
+@op()
+def select_gather(
+    keep: Tensor,
+    planes: Sequence[Tensor] = (),
+    axes: Sequence[int] = (),
+    *,
+    scores: Tensor | None = None,
+    columns: Tensor | None = None,
+    offsets: Tensor | None = None,
+    counts: Tensor | None = None,
+    threshold: float | None = None,
+    marks: Tensor | None = None,
+    marked: Sequence[Tensor] = (),
+    side: str = "left",
+) -> Packed:
+    """Choose the best tokens of every segment and pack them, with the tokens that stay anyway, into a rectangle.
+
+    Parameters
+    ----------
+    keep
+        (B, L) bool: tokens that stay whatever they score, such as text.
+    planes
+        What the tokens carry: embeddings (B, L, D), position ids (B, L) or (3, B, L), masks; a batch axis of size 1 is
+        shared by all rows.
+    axes
+        For each plane the axis that has the L columns; the batch axis is the one before.
+    scores
+        (M,): of the tokens that have to compete, segment after segment; None: nobody competes.
+    columns
+        (M,) long: where they stand, ``row * L + column``, ascending within a segment; distinct, and not in `keep`.
+    offsets
+        (S + 1,) long: where each of the S segments begins among the M.
+    counts
+        (S,) long: how many of each segment stay, the lower column among equals.
+    threshold
+        Instead of `counts`: those stay whose score is at least this.
+    marks
+        (B, L) bool: tokens with a row in each of `marked`.
+    marked
+        Planes (marks, ...) with one row per mark, in the order of rows and columns: deepstack features.
+    side
+        Where rows with fewer tokens are padded, "left" or "right".
+
+    Raises
+    ------
+    InputError
+        There are scores, but not columns, offsets and one of `counts` and `threshold`.
+    """
+    if scores is not None:
+        if columns is None or offsets is None or (counts is None) == (threshold is None):
+            raise InputError("scores need columns, offsets and either counts or a threshold.")
+        stays = _stays(scores, offsets, counts, threshold)
+        keep = keep.flatten().index_fill(0, columns[stays], True).view_as(keep)
+    index, mask, lengths = _slots(keep, side)
+    rows: tuple[Tensor, ...] = ()
+    if marks is not None and marked:
+        staying = keep[marks.to(keep.device)].nonzero().squeeze(1)
+        rows = tuple(plane.index_select(0, staying.to(plane.device)) for plane in marked)
+    return Packed(index, mask, lengths, _gathered(index, planes, axes), rows)
+
+
+@op()
+def gather_planes(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> tuple[Tensor, ...]:
+    """More planes for an `index` (B, T) that exists; arguments and result as in `select_gather`."""
+    return _gathered(index, planes, axes)
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """(N,) bool: the `k` highest; the lower index among equals."""
+    if k >= scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    if k <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    least = scores.topk(k, sorted=False).values.amin()
+    best = scores > least
+    ties = scores == least
+    return best | (ties & (ties.cumsum(0) <= k - best.sum()))
+
+
+def _stays(scores: Tensor, offsets: Tensor, counts: Tensor | None, threshold: float | None) -> Tensor:
+    """(M,) bool: which of the tokens that compete stay."""
+    if counts is None:
+        return scores >= threshold  # type: ignore[operator]
+    bounds = offsets.tolist()
+    parts = [
+        _best(scores[start:stop], count)
+        for start, stop, count in zip(bounds[:-1], bounds[1:], counts.tolist(), strict=True)
+    ]
+    return torch.cat(parts) if parts else torch.zeros_like(scores, dtype=torch.bool)
+
+
+def _slots(keep: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Index, mask and lengths of `Packed`."""
+    batch, length = keep.shape
+    lengths = keep.sum(dim=1)
+    sizes = lengths.tolist()
+    width = max(sizes, default=0)
+    if all(size == width for size in sizes):
+        index = keep.nonzero()[:, 1].view(batch, width)
+        return index, torch.ones_like(index, dtype=torch.bool), lengths
+    # Kept columns move to one end in order; of the others as many as there is room for stand at the other.
+    kept = keep.long().cumsum(dim=1)
+    dropped = torch.arange(1, length + 1, device=keep.device) - kept
+    if side == "left":
+        slot = torch.where(keep, width - lengths[:, None] + kept, dropped - (length - width)) - 1
+    else:
+        slot = torch.where(keep, kept, lengths[:, None] + dropped) - 1
+    index = keep.new_empty(batch, width, dtype=torch.long)
+    row, column = ((slot >= 0) & (slot < width)).nonzero(as_tuple=True)
+    index[row, slot[row, column]] = column
+    place = torch.arange(width, device=keep.device)
+    mask = place >= width - lengths[:, None] if side == "left" else place < lengths[:, None]
+    return index, mask, lengths
+
+
+def _gathered(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Each plane in one copy: whole rows of its last axes, by one flat index of rows and columns."""
+    flat: dict[tuple[int, torch.device], Tensor] = {}
+    out = []
+    for plane, axis in zip(planes, axes, strict=True):
+        batch, length = plane.shape[axis - 1], plane.shape[axis]
+        step = length if batch > 1 else 0
+        if (step, plane.device) not in flat:
+            starts = torch.arange(len(index), device=index.device)[:, None] * step
+            flat[step, plane.device] = (index + starts).flatten().to(plane.device)
+        merged = plane.flatten(axis - 1, axis)
+        taken = merged.index_select(axis - 1, flat[step, plane.device])
+        out.append(taken.unflatten(axis - 1, tuple(index.shape)))
+    return tuple(out)
