@@ -20,6 +20,11 @@ def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
     return x, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp(min=1e-12).reciprocal()
 
 
+def squared_norms(inverse: Tensor, weight: Tensor) -> Tensor:
+    """(N,): of rows made as long as `weight` says; exactly, so that equal weights are ties, and 0 for zero rows."""
+    return torch.where(inverse < 5e11, weight, 0.0).square()
+
+
 def stripes(x: Tensor, scale: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Products (M, rows) of the rows `others` of `x` with all rows, stripe by stripe, each row times its `scale`."""
     pivots = x.index_select(0, others).float() * scale[others, None]

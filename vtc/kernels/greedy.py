@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cosines import products, rows_of
+from .cosines import products, rows_of, squared_norms
 from .dispatch import op
 
 _POOL = 512  # candidates that are kept up to date with every pick
@@ -45,7 +45,7 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
     k = min(k, n)
     weight = torch.ones_like(inverse) if relevance is None else relevance.float()
     scale = inverse * weight
-    left = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * scale).square()
+    left = squared_norms(inverse, weight)
     least = _RANK * float(left.max()) if n else 0.0
     factor = x.new_empty(k, n, dtype=torch.float32)
     picks: list[int] = []

@@ -168,7 +168,7 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
     """
     weight = torch.ones_like(x[:, 0], dtype=torch.float32) if relevance is None else relevance.float()
     kernel = weight[:, None] * cosines(x) * weight
-    left = kernel.diagonal().clone()
+    left = torch.where(x.float().norm(dim=1) > 1e-12, weight, 0.0).square()
     least = 1e-5 * left.max() if len(x) else 0.0
     factor: list[Tensor] = []
     picks: list[int] = []
