@@ -231,6 +231,7 @@ def test_the_command_writes_a_configuration(tmp_path: Path, capsys: pytest.Captu
     assert "vflowopt" in capsys.readouterr().out
     config = vtc.CompressionConfig.load(output)
     assert config.keep_ratio == 0.25
+    assert config.options["mean"] == pytest.approx((0.485, 0.456, 0.406)), "entropy is that of this processor's pixels"
     (tmp_path / "samples.jsonl").write_text('{"picture": 1}\n')
     assert main(command) == 2
     assert "line 1: expected" in capsys.readouterr().err

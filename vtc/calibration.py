@@ -25,6 +25,7 @@ from vtc.config import CompressionConfig
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
 from vtc.registry import get_adapter, get_selector
 from vtc.search import Range
+from vtc.selectors.base import Selector
 
 __all__ = ["calibrate"]
 
@@ -87,7 +88,8 @@ def calibrate(
     progress : bool
         Whether to show a bar.
     **options
-        Options of the method that stay as they are.
+        Options of the method that stay as they are. `mean` and `std`, where a method has them, are the processor's if
+        they are not given.
 
     Raises
     ------
@@ -108,6 +110,7 @@ def calibrate(
     target = api._unwrap(model)
     adapter = get_adapter(str(target.config.model_type))(target)
     selector = type(get_selector(method, **options))
+    options = {**_normalisation(selector, processor), **options}
     ranges = dict(selector.search_space(len(adapter.text_model.layers), keep_ratio) if space is None else space)
     ranges = {name: values for name, values in ranges.items() if name not in options}
     if not ranges:
@@ -246,6 +249,14 @@ def _prompts(processor: Any, samples: Sequence[Any], model: Any) -> list[dict[st
             moved[name] = value.to(model.dtype) if floating else value
         prompts.append(moved)
     return prompts
+
+
+def _normalisation(selector: type[Selector], processor: Any) -> dict[str, Any]:
+    """How the processor normalises pixels, for methods that undo it."""
+    images = getattr(processor, "image_processor", None)
+    found = {"mean": getattr(images, "image_mean", None), "std": getattr(images, "image_std", None)}
+    known = selector.options()
+    return {name: tuple(value) for name, value in found.items() if name in known and value is not None}
 
 
 def _processed(processor: Any, number: int, sample: Any) -> Any:
