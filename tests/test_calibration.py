@@ -181,6 +181,11 @@ def test_ranges_of_ones_own(case: tiny.TinyCase, rows: list[dict[str, Any]]) -> 
     assert config.options.get("layer", 2) in (1, 2)
 
 
+def test_a_search_in_which_nothing_is_possible_says_so(case: tiny.TinyCase, rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(vtc.ConfigError, match=r"none of 3 settings that were tried is possible: .* layer 9"):
+        quiet(case, rows, keep_ratio=0.5, method="fastv", trials=3, space={"layer": Choice((9,))})
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -227,10 +232,12 @@ def test_the_command_writes_a_configuration(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "samples.jsonl").write_text("\n".join(lines))
     output = tmp_path / "config.json"
     command = ["calibrate", str(tmp_path / "samples.jsonl"), "--keep-ratio", "0.25", "--trials", "2", "-o", str(output)]
+    command += ["--option", "alpha=0"]
     assert main(command) == 0
     assert "vflowopt" in capsys.readouterr().out
     config = vtc.CompressionConfig.load(output)
     assert config.keep_ratio == 0.25
+    assert config.options["alpha"] == 0
     assert config.options["mean"] == pytest.approx((0.485, 0.456, 0.406)), "entropy is that of this processor's pixels"
     (tmp_path / "samples.jsonl").write_text('{"picture": 1}\n')
     assert main(command) == 2

@@ -94,7 +94,7 @@ def calibrate(
     Raises
     ------
     ConfigError
-        There is nothing to search, an argument is wrong, or optuna is missing.
+        There is nothing to search, none of the settings tried is possible, an argument is wrong, or optuna is missing.
     InputError
         There are no samples, or one has no image.
     UnsupportedMethodError
@@ -142,13 +142,14 @@ def calibrate(
         first = base - _PENALTY * max(0.0, kept / allowed - 1 - _SLACK)
         best, chosen = first, config({})
         with _bar(trials, progress) as bar:
-            waited = 0
+            waited, impossible = 0, None
             for asked in _asked(study, trials, bar):
                 found = {name: values.suggest(asked, name) for name, values in ranges.items()}
                 try:
                     score = value(config(found))
-                except (ConfigError, UnsupportedMethodError):  # a combination that is not possible
+                except (ConfigError, UnsupportedMethodError) as error:  # a combination that is not possible
                     study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+                    impossible = error
                     continue
                 study.tell(asked, score)
                 waited = 0 if score > best else waited + 1
@@ -157,6 +158,8 @@ def calibrate(
                 bar.set_postfix(cosine=f"{best:.4f}", default=f"{first:.4f}")
                 if patience is not None and waited >= patience:
                     break
+    if impossible is not None and all(done.value is None for done in study.trials):
+        raise ConfigError(f"none of {len(study.trials)} settings that were tried is possible: {impossible}")
     for done in study.trials:  # those of earlier sittings too
         if done.value is not None and done.value > best:
             fixed = optuna.trial.FixedTrial(done.params)

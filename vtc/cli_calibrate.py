@@ -16,12 +16,23 @@ from vtc.errors import InputError
 
 def add_command(commands: Any) -> None:
     """Register the subcommand."""
+    from vtc.cli import _option
+
     parser = commands.add_parser("calibrate", help="fit a method's options to your own pictures and questions")
     parser.add_argument(
         "samples", type=Path, metavar="SAMPLES.jsonl", help='a line each: {"image": PATH, "question": TEXT}'
     )
     parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
     parser.add_argument("--method", default="vflowopt", help="see `vtc methods` (vflowopt)")
+    parser.add_argument(
+        "--option",
+        dest="options",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the method that stays as it is; repeat for more",
+    )
     parser.add_argument("--keep-ratio", type=float, required=True)
     parser.add_argument("--trials", type=int, default=50, help="(50)")
     parser.add_argument("--patience", type=int, help="stop after so many trials without a better one")
@@ -39,7 +50,7 @@ def add_command(commands: Any) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     from vtc.cli import _load, _open_image
 
-    registry.get_selector(args.method)
+    registry.get_selector(args.method, **dict(args.options))
     for path in (args.output, args.plot, args.storage):
         if path is not None and not path.resolve().parent.is_dir():
             raise InputError(f"{path}: the folder does not exist.")
@@ -57,6 +68,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         patience=args.patience,
         storage=args.storage,
         plot=args.plot,
+        **dict(args.options),
     )
     config.save(args.output)
     print(f"{args.output}: {config.method} {dict(config.options) or 'with its defaults'}")
