@@ -107,7 +107,7 @@ def select(
     modality_attention
         (2, N): attention that each token receives on average from the text and from the visual tokens.
     attention_exchange
-        (2,): from `kernels.attention_exchange`.
+        (2,): which part of its attention the text gives to the visual tokens, and they to the text.
     pagerank
         (N,): from `kernels.pagerank`.
     origin

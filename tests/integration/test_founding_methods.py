@@ -21,6 +21,7 @@ from vtc.adapters.cache import CACHE
 from vtc.adapters.decoder import mean_logits
 from vtc.context import VisualContext
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
+from vtc.kernels import reference as specification
 from vtc.selectors import AimSelector, AtpSelector, ToDreSelector, VFlowOptSelector
 from vtc.selectors.atp import AtpModule, save_modules
 
@@ -325,7 +326,7 @@ def test_pagerank_is_that_of_the_layer_before(name: str) -> None:
     hidden = torch.finfo(torch.float32).min
     masked = logits[1].masked_fill(logits[1].isinf(), hidden)
     masked = masked.masked_fill(inputs["attention_mask"][:, None, :, None] == 0, hidden)
-    expected = kernels.pagerank(masked, **walk)
+    expected = specification.pagerank_of_logits(masked, **walk)
     visual = visual_columns(case, inputs)
     for row in range(len(visual)):
         columns = visual[row].nonzero()[:, 0]
@@ -350,7 +351,7 @@ def test_context_relevance_and_entropy_are_those_of_the_tower() -> None:
     first = [ctx for ctx in seen if ctx.layer_idx is None]
     assert len(first) == len(pixels)
     for image, ctx in enumerate(first):
-        torch.testing.assert_close(ctx.context_relevance, kernels.context_relevance(tower[image], 1.3, "sum"))
+        torch.testing.assert_close(ctx.context_relevance, specification.context_relevance_of(tower[image], 1.3, "sum"))
         torch.testing.assert_close(ctx.entropy, entropy[image].softmax(0))
 
 

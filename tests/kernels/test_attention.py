@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vtc.kernels.attention import attention_received, attention_rows
+from vtc.kernels import attention, attention_received, attention_rows
 
 
 def whole(query: torch.Tensor, key: torch.Tensor, scaling: float, allowed: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,10 +32,12 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
     assert torch.equal(rows, torch.zeros(1, 2, 1, 5))
 
 
-@pytest.mark.parametrize(("length", "block"), [(1, 256), (64, 16), (65, 16), (300, 256)])
-def test_received_is_the_mean_over_queries(length: int, block: int) -> None:
+@pytest.mark.parametrize("tile", [4, 5000, 2**20])
+@pytest.mark.parametrize("length", [1, 64, 65, 300])
+def test_received_is_the_mean_over_queries(monkeypatch: pytest.MonkeyPatch, length: int, tile: int) -> None:
+    monkeypatch.setitem(attention._TILE, "cpu", tile)
     query, key = heads(2, 4, length, 8), heads(2, 2, length, 8, seed=1)
-    received = attention_received(query, key, 0.4, block=block)
+    received = attention_received(query, key, 0.4)
     torch.testing.assert_close(received, whole(query, key, 0.4).mean(dim=2))
     torch.testing.assert_close(received.sum(dim=-1), torch.ones(2, 4))
 
@@ -48,7 +50,8 @@ def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("per_query", [False, True])
-def test_received_leaves_padding_out(per_query: bool) -> None:
+def test_received_leaves_padding_out(monkeypatch: pytest.MonkeyPatch, per_query: bool) -> None:
+    monkeypatch.setitem(attention._TILE, "cpu", 4 * 4 * 9)
     query, key = heads(2, 2, 9, 8), heads(2, 2, 9, 8, seed=1)
     real = [9, 6]
     allowed = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
@@ -56,7 +59,7 @@ def test_received_leaves_padding_out(per_query: bool) -> None:
         allowed[row, ..., :count] = True
     if per_query:
         allowed = allowed.expand(2, 1, 9, 9)
-    received = attention_received(query, key, 0.4, allowed, block=4)
+    received = attention_received(query, key, 0.4, allowed)
     for row, count in enumerate(real):
         expected = whole(query[row : row + 1, :, :count], key[row : row + 1, :, :count], 0.4).mean(dim=2)
         torch.testing.assert_close(received[row : row + 1, :, :count], expected)

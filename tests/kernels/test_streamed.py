@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from tests.kernels.test_attention import heads, whole
-from vtc import kernels
-from vtc.adapters.masks import Sight
-from vtc.kernels.attention import attention_push, received_from, streamed_context_relevance, streamed_pagerank
+from vtc.kernels import Sight, attention, attention_push, context_relevance, pagerank, received_from, reference
 
-BLOCKS = (3, 16, 256)
+TILES = (4, 1000, 2**20)  # bytes: a row at a time, some rows, several heads
 
 
 def packed(lengths: tuple[int, ...], width: int) -> torch.Tensor:
@@ -30,30 +28,34 @@ def causal(columns: torch.Tensor) -> torch.Tensor:
     return torch.ones(n, n, dtype=torch.bool).tril() & (real[:, None, :] & real[:, :, None])[:, None]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_push_is_a_product_with_the_matrix(block: int, key_heads: int) -> None:
+def test_push_is_a_product_with_the_matrix(monkeypatch: pytest.MonkeyPatch, tile: int, key_heads: int) -> None:
+    monkeypatch.setitem(attention._TILE, "cpu", tile)
     query, key = heads(2, 4, 13, 8), heads(2, key_heads, 13, 8, seed=1)
     columns = packed((13, 9), 13)
     weights = torch.rand(2, 4, 3, 13, generator=torch.Generator().manual_seed(2))
     weights *= (columns >= 0)[:, None, None]
     matrix = whole(query, key, 0.3, causal(columns)).nan_to_num(0.0)
-    pushed = attention_push(query, key, 0.3, weights, Sight(columns, columns), block)
+    pushed = attention_push(query, key, 0.3, weights, Sight(columns, columns))
     torch.testing.assert_close(pushed, weights @ matrix)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("iterations", "damping", "temperature"), [(5, 0.0, 0.1), (0, 0.0, 0.1), (2, 0.15, 0.5)])
-def test_pagerank(block: int, iterations: int, damping: float, temperature: float) -> None:
+def test_pagerank(
+    monkeypatch: pytest.MonkeyPatch, tile: int, iterations: int, damping: float, temperature: float
+) -> None:
+    monkeypatch.setitem(attention._TILE, "cpu", tile)
     query, key = heads(2, 4, 13, 8), heads(2, 2, 13, 8, seed=1)
     columns = packed((13, 9), 13)
     logits = (query @ key.repeat_interleave(2, dim=1).transpose(2, 3)) * 0.3
     logits = logits.masked_fill(~causal(columns), torch.finfo(torch.float32).min)
     walk = {"temperature": temperature, "iterations": iterations, "damping": damping}
-    expected = kernels.pagerank(logits, **walk)
-    streamed = streamed_pagerank(query, key, 0.3, Sight(columns, columns), columns >= 0, block=block, **walk)
+    expected = reference.pagerank_of_logits(logits, **walk)
+    streamed = pagerank(query, key, 0.3, Sight(columns, columns), columns >= 0, **walk)
     torch.testing.assert_close(streamed, expected)
-    alone = streamed_pagerank(
+    alone = pagerank(
         query[1:, :, 4:], key[1:, :, 4:], 0.3, Sight(columns[1:, 4:], columns[1:, 4:]), columns[1:, 4:] >= 0, **walk
     )
     torch.testing.assert_close(streamed[1:, 4:], alone)
@@ -70,7 +72,7 @@ def test_received_from_groups(room: int) -> None:
     groups[1, 0] = False
     cache = torch.full((2, 2, room, 8), 50.0)
     cache[:, :, :13] = key
-    received = received_from(query, cache, 0.3, sight, groups, known=13, block=6)
+    received = received_from(query, cache, 0.3, sight, groups, known=13)
     matrix = whole(query, key, 0.3, causal(keys)[:, :, 5:]).nan_to_num(0.0).mean(1)
     for row in range(2):
         for group in range(2):
@@ -98,11 +100,11 @@ def test_sight_knows_windows_and_blocks() -> None:
 def test_context_relevance(prefix: int, t: float, reduction: str) -> None:
     query, key = heads(2, 4, 17, 8), 2 * heads(2, 2, 17, 8, seed=1)
     matrix = whole(query, key, 0.5).mean(1)[:, prefix:, prefix:]
-    expected = kernels.context_relevance(matrix, t, reduction)
-    streamed = streamed_context_relevance(query, key, 0.5, t=t, reduction=reduction, prefix=prefix, block=4)
-    assert streamed.shape == (2, 1, 17)
-    torch.testing.assert_close(streamed[:, 0, prefix:], expected)
-    assert not bool(streamed[:, :, :prefix].any())
+    expected = reference.context_relevance_of(matrix, t, reduction)
+    streamed = context_relevance(query, key, 0.5, t=t, reduction=reduction, prefix=prefix)
+    assert streamed.shape == (2, 17)
+    torch.testing.assert_close(streamed[:, prefix:], expected)
+    assert not bool(streamed[:, :prefix].any())
 
 
 @pytest.mark.parametrize("t", [0.5, 1.2, 1e6])
@@ -113,11 +115,11 @@ def test_context_relevance_leaves_padding_out(t: float, per_query: bool) -> None
     allowed[1, ..., 11:] = False
     if per_query:
         allowed = allowed.expand(-1, -1, 17, -1)
-    streamed = streamed_context_relevance(query, key, 0.5, allowed, t=t, block=4)
-    alone = streamed_context_relevance(query[1:, :, :11], key[1:, :, :11], 0.5, t=t)
-    torch.testing.assert_close(streamed[1:, :, :11], alone)
-    assert not bool(streamed[1, :, 11:].any())
-    torch.testing.assert_close(streamed[:1], streamed_context_relevance(query[:1], key[:1], 0.5, t=t))
+    streamed = context_relevance(query, key, 0.5, allowed, t=t)
+    alone = context_relevance(query[1:, :, :11], key[1:, :, :11], 0.5, t=t)
+    torch.testing.assert_close(streamed[1:, :11], alone)
+    assert not bool(streamed[1, 11:].any())
+    torch.testing.assert_close(streamed[:1], context_relevance(query[:1], key[:1], 0.5, t=t))
 
 
 def test_reading_never_makes_a_square() -> None:
@@ -127,7 +129,7 @@ def test_reading_never_makes_a_square() -> None:
     columns = torch.arange(N + 40)[None]
     sight, real = Sight(columns, columns), columns >= 0
     with SquareWatch() as watch:
-        streamed_pagerank(query, key, 0.3, sight, real)
+        pagerank(query, key, 0.3, sight, real)
         received_from(query, key, 0.3, sight, torch.stack([real, real], dim=1))
-        streamed_context_relevance(query, key.expand(-1, 4, -1, -1), 0.3, t=0.0)
+        context_relevance(query, key.expand(-1, 4, -1, -1), 0.3, t=0.0)
     assert watch.found == []

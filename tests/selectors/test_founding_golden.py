@@ -17,6 +17,7 @@ from tests.selectors.test_golden import GOLDEN, load
 from vtc import kernels
 from vtc.context import VisualContext, grid_origin
 from vtc.door import select
+from vtc.kernels import reference
 from vtc.registry import get_selector
 from vtc.selection import Selection
 from vtc.selectors import AimSelector
@@ -124,7 +125,14 @@ def test_aim_merges_an_image_by_its_keys() -> None:
 @pytest.mark.parametrize("name", names("aim_importance", without=("leftpad",)))
 def test_aim_importance(name: str) -> None:
     golden = load(name)
-    close(kernels.pagerank(golden["logits"], golden["tau"], golden["iters"], golden["d"]), golden["importance"])
+    logits = golden["logits"]
+    walk = {"temperature": golden["tau"], "iterations": golden["iters"], "damping": golden["d"]}
+    close(reference.pagerank_of_logits(logits, **walk), golden["importance"])
+    # With the rows of the unit matrix for keys, queries are logits.
+    seen = logits > torch.finfo(torch.float32).min / 2
+    keys = torch.eye(logits.shape[-1], dtype=logits.dtype).expand(len(logits), 1, -1, -1)
+    streamed = kernels.pagerank(logits.masked_fill(~seen, 0.0), keys, 1.0, seen, seen.any(dim=-1).all(dim=1), **walk)
+    close(streamed, golden["importance"])
 
 
 def test_aim_importance_of_padding_is_nothing() -> None:
@@ -132,11 +140,11 @@ def test_aim_importance_of_padding_is_nothing() -> None:
     assert bool(golden["importance"].isnan().all())
     logits = golden["logits"]
     real = (logits > -1e30).any(-1)[0, 0]
-    importance = kernels.pagerank(logits, golden["tau"], golden["iters"], golden["d"])
+    importance = reference.pagerank_of_logits(logits, golden["tau"], golden["iters"], golden["d"])
     assert torch.equal(importance[0, ~real], torch.zeros(int((~real).sum())))
     alone = logits[:, :, real][..., real]
     torch.testing.assert_close(
-        importance[:, real], kernels.pagerank(alone, golden["tau"], golden["iters"], golden["d"])
+        importance[:, real], reference.pagerank_of_logits(alone, golden["tau"], golden["iters"], golden["d"])
     )
 
 
@@ -179,7 +187,7 @@ def test_aim_prune(name: str) -> None:
     mask = golden["attention_mask_in"]
     for layer, rate in enumerate(rates):
         logits = masked(golden["base_logits"][layer], mask)
-        importance = kernels.pagerank(logits)
+        importance = reference.pagerank_of_logits(logits)
         mask = golden["mask_after_layer"][layer]
         for row in range(len(visual)):
             authors = pruned(golden, row, layer)
@@ -251,7 +259,7 @@ def test_vflowopt_importance(name: str) -> None:
     golden = load(name)
     entropy = golden["entropy"].flatten(1).softmax(-1)
     for image, attention in enumerate(golden["attn"].mean(1)):
-        relevance = kernels.context_relevance(attention, golden["t"])
+        relevance = reference.context_relevance_of(attention, golden["t"])
         member = attention.mean(0) > golden["t"] * attention.mean()
         assert torch.equal(member, golden["context_mask"][image])
         context = VisualContext(
@@ -265,7 +273,7 @@ def test_vflowopt_importance(name: str) -> None:
         score = VFlowOptSelector(alpha=golden["alpha"], variant="released").score(context)
         close(score, golden["importance"][image])
         # The paper adds where the code averages.
-        summed = kernels.context_relevance(attention, golden["t"], reduction="sum")
+        summed = reference.context_relevance_of(attention, golden["t"], reduction="sum")
         torch.testing.assert_close(summed, relevance * member.sum())
 
 
@@ -274,7 +282,7 @@ def test_vflowopt_empty_context_is_everybody() -> None:
     assert bool(golden["importance"].isnan().all())
     assert not bool(golden["context_mask"].any())
     attention = golden["attn"].mean(1)
-    close(kernels.context_relevance(attention, golden["t"]), attention.mean(dim=1))
+    close(reference.context_relevance_of(attention, golden["t"]), attention.mean(dim=1))
 
 
 def without_newlines(golden: dict[str, Any]) -> tuple[Tensor, list[tuple[int, int, int]], int]:
@@ -422,7 +430,7 @@ def test_todre_diversity(name: str) -> None:
 @pytest.mark.parametrize("name", names("todre_stage2"))
 def test_todre_exit(name: str) -> None:
     golden = load(name)
-    exchange = kernels.attention_exchange(golden["attn"], golden["text_index"], golden["visual_index"])
+    exchange = reference.attention_exchange(golden["attn"], golden["text_index"], golden["visual_index"])
     expected = torch.tensor([golden["text_to_vision"], golden["vision_to_text"]])
     close(exchange, expected)
     context = VisualContext(

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
+from vtc import kernels
 from vtc.adapters.base import Adapter
-from vtc.adapters.masks import Sight
 from vtc.adapters.prompt import Prompt, Segment
 from vtc.adapters.run import Run
 from vtc.adapters.stages import PlannedStage
 from vtc.adapters.tap import AttentionTap, attach
 from vtc.context import Need
 from vtc.errors import InputError, StateError
-from vtc.kernels.attention import received_from, streamed_pagerank
 
 DECODER_NEEDS = frozenset({Need.TEXT_ATTENTION, Need.MODALITY_ATTENTION, Need.ATTENTION_EXCHANGE, Need.PAGERANK})
 """What is read from a decoder layer's attention."""
@@ -49,13 +48,13 @@ class DecoderReader:
             tap.queries = run.prompt_columns().argmax(dim=1)[:, None]  # of the last prompt token
             tap.key_mask = run.valid_keys(layer)
         keys = run.keys_of(layer)
-        sight = Sight(run.columns, keys, run.kinds.windows[layer], run.blocks)
+        sight = kernels.Sight(run.columns, keys, run.kinds.windows[layer], run.blocks)
         known = keys.shape[1]
         if Need.PAGERANK in following.requires:
             parameters = following.selector.parameters(Need.PAGERANK)
 
             def walk(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
-                return streamed_pagerank(query, key, scaling, sight, run.valid, known=known, **parameters)
+                return kernels.pagerank(query, key, scaling, sight, run.valid, known=known, **parameters)
 
             tap.once[Need.PAGERANK.value] = walk
         if following.requires & _MODALITIES:
@@ -63,7 +62,7 @@ class DecoderReader:
             by_logits = following.selector.parameters(Need.MODALITY_ATTENTION).get("self_score") == "logits"
 
             def receive(query: Any, key: Any, scaling: float, _: Any) -> torch.Tensor:
-                received = received_from(query, key, scaling, sight, groups, known=known)
+                received = kernels.received_from(query, key, scaling, sight, groups, known=known)
                 if by_logits:
                     current = key[:, :, known - query.shape[2] : known]
                     received[:, 1] = mean_logits(query, current, scaling, groups[:, 1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,46 +34,6 @@ class LayerKinds:
         self.names = tuple(getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers)
         self.windows = tuple(window if name == "sliding_attention" else None for name in self.names)
         self.shortest = min((length for length in self.windows if length is not None), default=None)
-
-
-@dataclass(frozen=True, eq=False)
-class Sight:
-    """Who sees whom in one decoder layer, asked for in blocks of queries so that the whole never exists.
-
-    Attributes
-    ----------
-    queries : LongTensor (B, T)
-        Where every current token stands in the uncompressed conversation; -1 for padding.
-    keys : LongTensor (B, P)
-        The same for every key, those of the current tokens last.
-    window : int or None
-        How far back the layer looks.
-    blocks : LongTensor (B, T) or None
-        Current tokens that see each other in both directions share a number >= 0.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    window: int | None = None
-    blocks: torch.Tensor | None = None
-
-    def __call__(self, part: slice, room: int) -> torch.Tensor:
-        """(B, 1, R, room) bool for the queries of `part`."""
-        keys, queries = self._room(self.keys, room), self.queries[:, part, None]
-        seen = keys <= queries
-        if self.window is not None:
-            seen &= queries - keys < self.window
-        if self.blocks is not None:
-            blocks = nn.functional.pad(self.blocks, (self.keys.shape[1] - self.blocks.shape[1], 0), value=-1)
-            blocks = self._room(blocks, room)
-            seen |= (blocks == self.blocks[:, part, None]) & (blocks >= 0)
-        seen &= (keys >= 0) & (queries >= 0)
-        return seen[:, None]
-
-    @staticmethod
-    def _room(table: torch.Tensor, room: int) -> torch.Tensor:
-        """(B, 1, room): a sliding cache has forgotten the first keys, a static one has room behind the last."""
-        return _padded(table[:, -room:], room)[:, None]
 
 
 def causal_mask(

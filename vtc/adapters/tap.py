@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtc.kernels.attention import attention_received, attention_rows
+from vtc.kernels import attention_received, attention_rows
 
 Reader = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
 
@@ -88,30 +88,29 @@ class AttentionTap:
     ) -> None:
         """Record from one call: `query` (B, H, Lq, d), `key` (B, Hkv, M, d), after rotation, and the kernel's mask."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
         if self.calls is not None:
-            self.calls.append((query, key, mask, scaling, {"cu_seq_lens_q": cu_seqlens}))
-        if cu_seqlens is not None and self.queries is None:
-            # A flash kernel got all images of a packed tower in one call; the other kernels get them one by one.
-            lengths = cu_seqlens.diff().tolist()
-            for q, k in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True):
-                self._observe_one(q, k, None, scaling)
-        else:
-            self._observe_one(query, key, _allowed(mask), scaling)
-
-    def _observe_one(
-        self, query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, scaling: float
-    ) -> None:
+            self.calls.append((query, key, mask, scaling, {"cu_seq_lens_q": kwargs.get("cu_seq_lens_q")}))
+        # A flash kernel gets all images of a packed tower in one call; the other kernels get them one by one.
+        bounds = kwargs.get("cu_seq_lens_q") if self.queries is None else None
+        allowed = _allowed(mask) if bounds is None else None
         record: dict[str, torch.Tensor] = {}
         if self.cls_rows:
-            first = None if allowed is None else allowed[:, :, :1]
-            record["cls_attention"] = attention_rows(query[:, :, :1], key, scaling, first)[:, :, 0]
+            if bounds is None:
+                first, sight = query[:, :, :1], None if allowed is None else allowed[:, :, :1]
+            else:
+                first, sight = query[0, :, bounds[:-1].long()].transpose(0, 1)[:, :, None], None
+            record["cls_attention"] = attention_rows(first, key, scaling, sight, cu_seqlens=bounds)[:, :, 0]
         if self.received:
-            record["received_attention"] = attention_received(query, key, scaling, allowed)
+            record["received_attention"] = attention_received(query, key, scaling, allowed, cu_seqlens=bounds)
         if self.keys:
             record["keys"] = key.transpose(1, 2).flatten(2)
         for name, read in {**self.readers, **self.once}.items():
-            record[name] = read(query, key, scaling, allowed)
+            if bounds is None:
+                record[name] = read(query, key, scaling, allowed)
+            else:
+                lengths = bounds.diff().tolist()
+                parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True)
+                record[name] = torch.cat([read(q, k, scaling, None) for q, k in parts], dim=-1)
         if self.queries is not None:
             if self.key_mask is None:
                 raise RuntimeError("a tap with queries needs key_mask")

@@ -19,7 +19,6 @@ from vtc.adapters.stages import PlannedStage, parameters_of, wanted
 from vtc.adapters.tap import AttentionTap, attach
 from vtc.context import Need
 from vtc.errors import InputError, StateError, UnsupportedMethodError
-from vtc.kernels.attention import streamed_context_relevance
 
 _TAP: dict[Need, str] = {
     Need.CLS_ATTENTION: "cls_rows",
@@ -87,7 +86,7 @@ class TowerReader:
             if Need.CONTEXT_RELEVANCE in needs:
                 prefix = self.adapter.prefix_tokens(modality)
                 parameters = parameters_of(self.stages, Need.CONTEXT_RELEVANCE)
-                read = functools.partial(streamed_context_relevance, prefix=prefix, **parameters)
+                read = functools.partial(_context_relevance, prefix=prefix, **parameters)
                 tap.readers[Need.CONTEXT_RELEVANCE.value] = read
 
     def _tapped_layers(self, modality: str, call: dict[str, Any]) -> tuple[int, ...]:
@@ -218,3 +217,8 @@ class TowerReader:
         shares = [kernels.patch_entropy(crop, mean, std).softmax(dim=0) for crop in crops]
         patches = torch.cat(shares)[None] if pixels.dim() == 2 else torch.stack(shares)  # packed towers: one crop
         return self.adapter.arrange_inputs(modality, call, patches[..., None])[:, 0]
+
+
+def _context_relevance(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """`kernels.context_relevance` with an axis for the heads it is averaged over, as every record of a tap has one."""
+    return kernels.context_relevance(*args, **kwargs)[:, None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vtc import kernels
 from vtc.bench import _plain
-from vtc.kernels.attention import attention_received, attention_rows, streamed_pagerank
+from vtc.kernels import attention_received, attention_rows, pagerank
 
 __all__ = ["OPS", "Draw", "Op", "Problem"]
 
@@ -125,14 +125,10 @@ def _attention_received(draw: Draw, n: int, heads: int, width: int) -> Problem:
 def _pagerank(draw: Draw, n: int, heads: int, kv_heads: int, width: int, steps: int) -> Problem:
     # Small logits: AIM divides them by a temperature of 0.1, and a walk that is one-hot compares nothing.
     query, key, scaling = draw(1, heads, n, width) * 0.1, draw(1, kv_heads, n, width), width**-0.5
-    everybody = torch.ones(1, n, dtype=torch.bool, device=query.device)
-    at = torch.arange(n, device=query.device)
-
-    def causal(part: slice, room: int) -> Tensor:
-        return at[:room] <= at[part, None]
-
+    at = torch.arange(n, device=query.device)[None]
+    causal = kernels.Sight(at, at)
     return Problem(
-        lambda: streamed_pagerank(query, key, scaling, causal, everybody, temperature=0.1, iterations=steps),
+        lambda: pagerank(query, key, scaling, causal, temperature=0.1, iterations=steps),
         lambda: _plain.pagerank(query, key, scaling, 0.1, steps),
         difference,
     )

@@ -7,16 +7,22 @@ environment variable ``VTC_KERNELS`` choose between the last two, see `dispatch`
 
 from __future__ import annotations
 
+from .attention import attention_push, attention_rows
 from .dispatch import use
 from .greedy import coverage_greedy, dpp_greedy
 from .merge import bipartite_merge, recycle_cells, segment_merge
 from .pack import Packed, gather_planes, select_gather, topk_indices
 from .pick import farthest_point, max_sum
-from .reference import attention_exchange, context_relevance, pagerank, patch_entropy
+from .received import attention_received, context_relevance, pagerank, received_from
+from .reference import patch_entropy
+from .sight import Sight
 
 __all__ = [
     "Packed",
-    "attention_exchange",
+    "Sight",
+    "attention_push",
+    "attention_received",
+    "attention_rows",
     "bipartite_merge",
     "context_relevance",
     "coverage_greedy",
@@ -26,6 +32,7 @@ __all__ = [
     "max_sum",
     "pagerank",
     "patch_entropy",
+    "received_from",
     "recycle_cells",
     "segment_merge",
     "select_gather",

@@ -18,7 +18,7 @@ from typing import Any
 
 from vtc import kernels as package
 
-__all__ = ["SHARED_MEMORY", "Binary", "KernelSpec", "compiled", "kernels"]
+__all__ = ["SHARED_MEMORY", "Binary", "KernelSpec", "compiled", "kernels", "modules"]
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one block can have, by compute capability: A100 and H100."""
@@ -76,15 +76,23 @@ class Binary:
     shared: int
 
 
-def kernels() -> list[KernelSpec]:
-    """Every kernel that a ``triton_*.py`` of this package lists in its ``KERNELS``; imports Triton."""
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name[:7] == "triton_")
-    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
-    return [spec for module in modules for spec in module.KERNELS]
+def modules() -> list[str]:
+    """Names of the modules of this package that hold Triton kernels."""
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return [f"{package.__name__}.{name}" for name in names if name.startswith("triton_")]
+
+
+def kernels(module: str | None = None) -> list[KernelSpec]:
+    """Every kernel that the `modules`, or one of them, list in their ``KERNELS``; imports Triton."""
+    names = modules() if module is None else [module]
+    return [spec for name in names for spec in importlib.import_module(name).KERNELS]
 
 
 def compiled(spec: KernelSpec, capability: int) -> Binary:
-    """Compile a kernel for a compute capability (80, 90) and read what it takes."""
+    """Compile a kernel for a compute capability (80, 90) and read what it takes.
+
+    Not where Triton interprets: its own functions must be compilable, so ``TRITON_INTERPRET`` is unset.
+    """
     from triton import compile as build
     from triton import knobs
     from triton.backends.compiler import GPUTarget

@@ -1,88 +1,107 @@
-"""Rows and sums of an attention matrix, without the matrix."""
+"""Rows and weighted column sums of an attention matrix, without the matrix.
+
+The PyTorch paths work on tiles of the matrix that fit into a processor's cache: a tile is made, used and overwritten by
+the next. Memory beside inputs and outputs is that of one tile, and, for half precision, of the keys of one batch row in
+float32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from vtc.kernels.reference import context_set
+from vtc.errors import ConfigError, InputError
 
-Sight = Callable[[slice, int], torch.Tensor]
-"""Says for a slice of the queries which of so many keys they see: bool, broadcastable to (B, H, R, M)."""
+from .dispatch import op
+from .sight import Sight
+
+__all__ = ["REDUCTIONS", "attention_push", "attention_rows"]
+
+REDUCTIONS = ("none", "mean", "max", "sum", "rms")
+
+_TILE = {"cpu": 2**20, "other": 2**26}
+"""Bytes of one tile: about half of a core's second-level cache; elsewhere enough to make launches cheap."""
+
+_ROWS = 256
+"""Rows of a tile per key head: a matrix product gains nothing from more of them."""
 
 
+@op(triton="vtc.kernels.triton_attention:attention_rows")
 def attention_rows(
-    query: torch.Tensor, key: torch.Tensor, scaling: float, allowed: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Softmax rows of chosen queries.
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    sight: Sight | Tensor | None = None,
+    *,
+    reduce: str = "none",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Softmax rows of chosen queries, reduced over the heads in the same pass.
 
     Parameters
     ----------
-    query : Tensor (B, H, R, d)
-        The chosen queries only.
-    key : Tensor (B, Hkv, M, d)
+    query : Tensor (..., H, R, d)
+        The chosen queries only. Several layers at once are one more leading axis.
+    key : Tensor (..., Hkv, M, d)
         Hkv divides H: each key head serves H / Hkv query heads.
     scaling : float
         Factor on the logits.
-    allowed : BoolTensor broadcastable to (B, H, R, M), optional
-        Keys a query may see. A query that sees none gets a row of zeros.
+    sight : Sight or BoolTensor broadcastable to (B, H, R, M), optional
+        Which keys a query sees; the leading axes are one then. A query that sees none gets a row of zeros.
+    reduce : str
+        Over the heads: "none", "mean", "max", "sum" or "rms", the root of the mean square.
+    cu_seqlens : IntTensor (S + 1,), optional
+        Cumulative lengths of S sequences that lie one behind the other in `key`, which then is (1, Hkv, M, d); `query`
+        is (S, H, R, d), R of each, and sees the keys of its own sequence.
 
     Returns
     -------
-    Tensor (B, H, R, M), float32
+    Tensor (..., H, R, M) or, reduced, (..., R, M), float32
+        With `cu_seqlens` the leading axis is 1 and the rows of a sequence stand over its own keys.
+
+    Raises
+    ------
+    ConfigError
+        Unknown reduction.
+    InputError
+        The shapes contradict each other.
     """
-    logits = _logits(query, key, scaling)
-    if allowed is None:
-        return logits.softmax(dim=-1)
-    logits = logits.masked_fill(~allowed, float("-inf"))
-    return logits.softmax(dim=-1).nan_to_num(nan=0.0)
+    check_rows(query, key, sight, reduce, cu_seqlens)
+    if cu_seqlens is not None:
+        parts = key.split(cu_seqlens.diff().tolist(), dim=2)
+        own = [attention_rows(query[s : s + 1], part, scaling, reduce=reduce) for s, part in enumerate(parts)]
+        return torch.cat(own, dim=-1)
+    leading, heads, length, room = query.shape[:-3], query.shape[-3], query.shape[-2], key.shape[-2]
+    query, key = query.flatten(0, -4), key.flatten(0, -4)
+    shape = (heads, length, room) if reduce == "none" else (length, room)
+    rows = query.new_zeros(len(query), *shape, dtype=torch.float32)
+    for row, some, part, tile, sees in _tiles(query, key, scaling, sight):
+        if sees is not None:
+            tile *= sees[..., None]
+        if reduce == "none":
+            rows[row, some, part] = tile
+        elif reduce == "max":
+            torch.maximum(rows[row, part], tile.amax(dim=0), out=rows[row, part])
+        else:
+            rows[row, part] += (tile.square_() if reduce == "rms" else tile).sum(dim=0)
+    if reduce in ("mean", "rms"):
+        rows /= heads
+    return (rows.sqrt_() if reduce == "rms" else rows).view(*leading, *shape)
 
 
-def attention_received(
-    query: torch.Tensor, key: torch.Tensor, scaling: float, allowed: torch.Tensor | None = None, block: int = 256
-) -> torch.Tensor:
-    """Attention that each key receives, averaged over the queries, in blocks of queries: O(block x M) memory.
-
-    Parameters
-    ----------
-    query : Tensor (B, H, M, d)
-    key : Tensor (B, Hkv, M, d)
-    scaling : float
-    allowed : BoolTensor (B, 1, M or 1, M), optional
-        Keys a query may see. Keys that nobody may see are padding, and do not count as queries either.
-    block : int
-        Queries per block.
-
-    Returns
-    -------
-    Tensor (B, H, M), float32
-        Sums to 1 over the keys.
-    """
-    received = query.new_zeros(query.shape[0], query.shape[1], key.shape[2], dtype=torch.float32)
-    if allowed is None:
-        for rows in query.split(block, dim=2):
-            received += _logits(rows, key, scaling).softmax(dim=-1).sum(dim=2)
-        return received / query.shape[2]
-    exists = allowed.any(dim=2)  # (B, 1, M)
-    for start in range(0, query.shape[2], block):
-        part = slice(start, start + block)
-        rows = attention_rows(
-            query[:, :, part], key, scaling, allowed if allowed.shape[2] == 1 else allowed[:, :, part]
-        )
-        received += (rows * exists[:, :, part, None]).sum(dim=2)
-    return received / exists.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
+@op(triton="vtc.kernels.triton_attention:attention_push")
 def attention_push(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     scaling: float,
-    weights: torch.Tensor,
-    sight: Sight | None = None,
-    block: int = 256,
-) -> torch.Tensor:
-    """Weighted sums of attention rows, in blocks of queries: what flows to the keys if every query has some weight.
+    weights: Tensor,
+    sight: Sight | Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Weighted sums of attention rows: what flows to the keys if every query has some weight.
 
     Parameters
     ----------
@@ -91,171 +110,133 @@ def attention_push(
     scaling : float
     weights : Tensor (B, H or 1, W, Q), float32
         W sets of weights.
-    sight : Sight, optional
-        Without it everybody sees everything.
-    block : int
-        Rows of logits per key head that exist at a time.
+    sight : Sight or BoolTensor broadcastable to (B, H, Q, M), optional
+        Which keys a query sees; without it, all. The weight of a query that sees none is lost.
+    cu_seqlens : IntTensor (S + 1,), optional
+        Cumulative lengths of S sequences that lie one behind the other in the one row of the batch, Q = M; each sees
+        itself alone.
 
     Returns
     -------
     Tensor (B, H, W, M), float32
+
+    Raises
+    ------
+    InputError
+        The shapes contradict each other.
     """
-    step = max(1, block // (query.shape[1] // key.shape[1]))
-    pushed = query.new_zeros(query.shape[0], query.shape[1], weights.shape[2], key.shape[2], dtype=torch.float32)
-    for start in range(0, query.shape[2], step):
-        part = slice(start, start + step)
-        allowed = None if sight is None else sight(part, key.shape[2])
-        pushed += weights[..., part] @ attention_rows(query[:, :, part], key, scaling, allowed)
+    check_push(query, key, weights, sight, cu_seqlens)
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+        parts = zip(query.split(lengths, 2), key.split(lengths, 2), weights.split(lengths, 3), strict=True)
+        return torch.cat([attention_push(q, k, scaling, w) for q, k, w in parts], dim=-1)
+    batch, heads, sets = query.shape[0], query.shape[1], weights.shape[2]
+    pushed = query.new_zeros(batch, heads, sets, key.shape[2], dtype=torch.float32)
+    weights = weights.expand(batch, heads, -1, -1)
+    for row, some, part, tile, sees in _tiles(query, key, scaling, sight):
+        weight = weights[row, some, :, part]
+        pushed[row, some] += (weight if sees is None else weight * sees[:, None]) @ tile
     return pushed
 
 
-def streamed_context_relevance(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scaling: float,
-    allowed: torch.Tensor | None = None,
-    *,
-    t: float,
-    reduction: str = "mean",
-    prefix: int = 0,
-    block: int = 256,
-) -> torch.Tensor:
-    """`vtc.kernels.context_relevance` in two passes: what everybody receives, then the rows of the context set alone.
+Tile = tuple[int, slice, slice, Tensor, Tensor | None]
 
-    Parameters
-    ----------
-    query : Tensor (B, H, M, d)
-    key : Tensor (B, Hkv, M, d)
-    scaling : float
-    allowed : BoolTensor (B, 1, M or 1, M), optional
-        Keys a query may see; keys that nobody sees are padding.
-    t, reduction
-        As in the reference.
-    prefix : int
-        Leading tokens that are no patches: they take part in the softmax and are left out of everything else.
-    block : int
 
-    Returns
-    -------
-    Tensor (B, 1, M), float32
-        0 for prefix and padding.
+def _tiles(query: Tensor, key: Tensor, scaling: float, sight: Sight | Tensor | None) -> Iterator[Tile]:
+    """Tiles of the attention of `query` (B, H, Q, d) to `key` (B, Hkv, M, d).
+
+    Yields
+    ------
+    row, heads, queries
+        Where the tile is: an index, and two slices.
+    Tensor (h, r, M), float32
+        Softmax rows; the caller may overwrite them.
+    Tensor (1 or h, r), float32, or None
+        1 for a query that sees something, 0 for one that does not, whose row means nothing.
     """
-    batch, length = query.shape[0], query.shape[2]
-    patch = torch.ones(batch, length, dtype=torch.bool, device=query.device)
-    patch[:, :prefix] = False
-    if allowed is not None:
-        patch &= allowed.any(dim=2)[:, 0]
-
-    def seen_by(queries: torch.Tensor) -> Sight | None:
-        """What the queries (B, R) see."""
-        if allowed is None:
-            return None
-        if allowed.shape[2] == 1:
-            return lambda part, room: allowed
-        return lambda part, room: allowed.gather(2, queries[:, None, part, None].expand(-1, -1, -1, room))
-
-    everybody = torch.arange(length, device=query.device).expand(batch, -1)
-    count = patch.sum(dim=1, keepdim=True).clamp(min=1)
-    equal = (patch / count)[:, None, None]
-    received = attention_push(query, key, scaling, equal, seen_by(everybody), block)[:, :, 0].mean(dim=1)
-    # The mean is over patches; what is none is put there, where it is above no threshold.
-    mean = (received * patch).sum(dim=1, keepdim=True) / count
-    member = context_set(torch.where(patch, received, mean), t) & patch
-    member = torch.where(member.any(dim=1, keepdim=True), member, patch)
-    chosen = member.byte().argsort(dim=1, descending=True, stable=True)[:, : int(member.sum(dim=1).max())]
-    rows = query.gather(2, chosen[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    weights = member.gather(1, chosen).float()
-    if reduction == "mean":
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
-    pushed = attention_push(rows, key, scaling, weights[:, None, None], seen_by(chosen), block)
-    return pushed.mean(dim=1) * patch[:, None]
+    query, key = query.detach(), key.detach()  # nothing that is selected by these has a gradient
+    batch, heads, length, width = query.shape
+    key_heads, room = key.shape[1], key.shape[2]
+    shared = heads // key_heads
+    size = _TILE["cpu" if query.device.type == "cpu" else "other"] // (4 * max(1, room))  # rows of a tile
+    step = max(1, min(length, min(size, _ROWS) // shared))
+    together = max(1, size // (shared * step))  # key heads in one tile
+    for row in range(batch):
+        keys = key[row].float().transpose(1, 2)
+        for start in range(0, length, step):
+            part = slice(start, min(start + step, length))
+            bias, sees = _bias(sight, row, part, room)
+            for first in range(0, key_heads, together):
+                last = min(first + together, key_heads)
+                some = slice(first * shared, last * shared)
+                rows = query[row, some, part].float() * scaling
+                logits = (rows.reshape(last - first, -1, width) @ keys[first:last]).view(*rows.shape[:2], room)
+                if bias is not None:
+                    logits += bias if len(bias) == 1 else bias[some]
+                torch.softmax(logits, dim=-1, out=logits)
+                yield row, some, part, logits, sees if sees is None or len(sees) == 1 else sees[some]
 
 
-def streamed_pagerank(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scaling: float,
-    sight: Sight,
-    exists: torch.Tensor,
-    *,
-    known: int | None = None,
-    temperature: float = 0.1,
-    iterations: int = 5,
-    damping: float = 0.0,
-    block: int = 256,
-) -> torch.Tensor:
-    """`vtc.kernels.pagerank` with one block of the attention at a time, computed anew for every step of the walk.
+def _bias(sight: Sight | Tensor | None, row: int, part: slice, room: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What to add to logits (1 or H, r, M) so that what is not seen gets nothing; and who sees something (1 or H, r).
 
-    Parameters
-    ----------
-    query : Tensor (B, H, Q, d)
-    key : Tensor (B, Hkv, M, d)
-        Keys of the queries, behind those of an earlier conversation: weight that flows there is lost.
-    scaling : float
-    sight : Sight
-    known : int, optional
-        Keys that exist so far, of M that a static cache has room for; those of the queries are the last of them.
-    exists : BoolTensor (B, Q)
-        False for padding.
-    temperature, iterations, damping
-        As in the reference.
-    block : int
-
-    Returns
-    -------
-    Tensor (B, Q), float32
+    A query that sees nothing gets a harmless bias: there is no NaN to be cleaned up.
     """
-    start = (exists / exists.sum(dim=1, keepdim=True).clamp(min=1))[:, None, None]
-    weight = start.expand(-1, query.shape[1], -1, -1)
-    for _ in range(iterations):
-        pushed = attention_push(query, key, scaling / temperature, weight, sight, block)
-        weight = pushed[..., _current(query, key, known)] * (1 - damping) + damping * start
-    return weight[:, :, 0].square().mean(dim=1).sqrt()
+    if sight is None:
+        return None, None
+    if isinstance(sight, Sight):
+        allowed = sight.row(row)(part, room)
+    else:
+        allowed = sight[row : row + 1] if sight.shape[0] > 1 else sight
+        allowed = allowed if allowed.shape[2] == 1 else allowed[:, :, part]
+    allowed = allowed.expand(1, -1, part.stop - part.start, room)[0]
+    sees = allowed.any(dim=-1)
+    bias = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(sees[..., None] & ~allowed, -torch.inf)
+    return bias, sees.float()
 
 
-def received_from(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scaling: float,
-    sight: Sight,
-    groups: torch.Tensor,
-    *,
-    known: int | None = None,
-    block: int = 256,
-) -> torch.Tensor:
-    """Attention that each current token receives from groups of queries, averaged over heads and over the group.
-
-    Parameters
-    ----------
-    query : Tensor (B, H, Q, d)
-    key : Tensor (B, Hkv, M, d)
-        Keys of the queries, behind those of an earlier conversation.
-    scaling : float
-    sight : Sight
-    known : int, optional
-        As in `streamed_pagerank`.
-    groups : BoolTensor (B, G, Q)
-
-    Returns
-    -------
-    Tensor (B, G, Q), float32
-        0 from a group that is empty.
-    """
-    weights = groups / groups.sum(dim=2, keepdim=True).clamp(min=1)
-    pushed = attention_push(query, key, scaling, weights[:, None], sight, block)
-    return pushed[..., _current(query, key, known)].mean(dim=1)
+def check_rows(
+    query: Tensor, key: Tensor, sight: Sight | Tensor | None, reduce: str, cu_seqlens: Tensor | None
+) -> None:
+    """Raise unless the arguments of `attention_rows` fit together."""
+    if reduce not in REDUCTIONS:
+        raise ConfigError(f"attention_rows: reduce is one of {', '.join(REDUCTIONS)}; got {reduce!r}.")
+    _check_heads("attention_rows", query, key)
+    if cu_seqlens is not None:
+        if sight is not None or query.ndim != 4 or key.shape[0] != 1 or len(cu_seqlens) != len(query) + 1:
+            raise InputError(
+                "attention_rows: with cu_seqlens (S + 1,), query is (S, H, R, d), key (1, Hkv, M, d) and sight None; "
+                f"got {len(cu_seqlens)} bounds, {tuple(query.shape)}, {tuple(key.shape)}."
+            )
+    elif query.shape[:-3] != key.shape[:-3] or (sight is not None and query.ndim != 4):
+        raise InputError(
+            f"attention_rows: query {tuple(query.shape)} and key {tuple(key.shape)} need the same leading axes, one if "
+            "there is a sight."
+        )
 
 
-def _current(query: torch.Tensor, key: torch.Tensor, known: int | None) -> slice:
-    """Where the keys of the queries are."""
-    end = key.shape[2] if known is None else min(known, key.shape[2])
-    return slice(end - query.shape[2], end)
+def check_push(
+    query: Tensor, key: Tensor, weights: Tensor, sight: Sight | Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Raise unless the arguments of `attention_push` fit together."""
+    _check_heads("attention_push", query, key)
+    batch, heads, length = query.shape[:3]
+    fits = weights.ndim == 4 and weights.shape[0] in (1, batch) and weights.shape[1] in (1, heads)
+    if not fits or weights.shape[3] != length or key.shape[0] != batch:
+        raise InputError(
+            f"attention_push: query {tuple(query.shape)}, key {tuple(key.shape)} and weights {tuple(weights.shape)} "
+            "are not (B, H, Q, d), (B, Hkv, M, d) and (B, H or 1, W, Q)."
+        )
+    if cu_seqlens is not None and (sight is not None or batch != 1 or key.shape[2] != length):
+        raise InputError(
+            "attention_push: cu_seqlens goes with one row that attends to itself, without a sight; got query "
+            f"{tuple(query.shape)} and key {tuple(key.shape)}."
+        )
 
 
-def _logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Scaled logits (B, H, R, M) in float32, keys shared by groups of query heads without being copied."""
-    batch, heads, rows, width = query.shape
-    groups = heads // key.shape[1]
-    # Scaled before the product: half precision would overflow in the product first.
-    grouped = (query * scaling).reshape(batch, key.shape[1], groups * rows, width)
-    return (grouped @ key.transpose(2, 3)).float().reshape(batch, heads, rows, key.shape[2])
+def _check_heads(name: str, query: Tensor, key: Tensor) -> None:
+    if query.ndim < 4 or key.ndim < 4 or query.shape[-1] != key.shape[-1] or query.shape[-3] % key.shape[-3]:
+        raise InputError(
+            f"{name}: query {tuple(query.shape)} and key {tuple(key.shape)} need the same width, and a number of heads "
+            "that is a multiple of the keys'."
+        )

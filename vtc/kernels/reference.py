@@ -1,4 +1,7 @@
-"""Specification of the shared operations, in plain PyTorch."""
+"""Specification of the shared operations, in plain PyTorch: as slow and as large as the definition is.
+
+Functions named like an operation have its signature. The others define a score on the attention matrix itself.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,93 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .sight import Sight
 
-def pagerank(logits: Tensor, temperature: float = 0.1, iterations: int = 5, damping: float = 0.0) -> Tensor:
+
+def attention(query: Tensor, key: Tensor, scaling: float, sight: Sight | Tensor | None = None) -> Tensor:
+    """(..., H, Q, M) float32: the attention matrix; rows of queries that see nothing are zero."""
+    return logits(query, key, scaling, sight).softmax(dim=-1).nan_to_num(nan=0.0)
+
+
+def logits(query: Tensor, key: Tensor, scaling: float, sight: Sight | Tensor | None = None) -> Tensor:
+    """(..., H, Q, M) float32: what the softmax is taken of, minus infinity where nothing is seen."""
+    shared = query.shape[-3] // key.shape[-3]
+    products = query.float() @ key.float().repeat_interleave(shared, dim=-3).transpose(-1, -2) * scaling
+    if isinstance(sight, Sight):
+        sight = sight(slice(None), key.shape[-2])
+    return products if sight is None else products.masked_fill(~sight, -torch.inf)
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    sight: Sight | Tensor | None = None,
+    *,
+    reduce: str = "none",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """As `vtc.kernels.attention_rows`."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        own = [attention(query[[s]], key[:, :, bounds[s] : bounds[s + 1]], scaling) for s in range(len(query))]
+        matrix = torch.cat(own, dim=-1)
+    else:
+        matrix = attention(query, key, scaling, sight)
+    if reduce == "none":
+        return matrix
+    if reduce == "rms":
+        return matrix.square().mean(dim=-3).sqrt()
+    reduced: Tensor = matrix.amax(dim=-3) if reduce == "max" else getattr(matrix, reduce)(dim=-3)
+    return reduced
+
+
+def attention_push(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    weights: Tensor,
+    sight: Sight | Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """As `vtc.kernels.attention_push`."""
+    if cu_seqlens is not None:
+        sequence = torch.bucketize(torch.arange(query.shape[2], device=query.device), cu_seqlens[1:], right=True)
+        sight = (sequence[:, None] == sequence)[None, None]
+    return weights @ attention(query, key, scaling, sight)
+
+
+def pagerank(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    sight: Sight | Tensor | None = None,
+    exists: Tensor | None = None,
+    *,
+    known: int | None = None,
+    temperature: float = 0.1,
+    iterations: int = 5,
+    damping: float = 0.0,
+) -> Tensor:
+    """As `vtc.kernels.pagerank`."""
+    walk = attention(query, key, scaling / temperature, sight)
+    end = key.shape[2] if known is None else known
+    here = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if exists is None else exists
+    start = (here / here.sum(dim=-1, keepdim=True).clamp(min=1))[:, None].expand(-1, query.shape[1], -1)
+    weight = _walked(walk[..., end - query.shape[2] : end], start, iterations, damping)
+    return weight.square().mean(dim=1).sqrt()
+
+
+def _walked(walk: Tensor, start: Tensor, iterations: int, damping: float) -> Tensor:
+    """(B, H, N): where the weight `start` is after so many steps along `walk` (B, H, N, N)."""
+    weight = start
+    for _ in range(iterations):
+        weight = (weight[:, :, None] @ walk)[:, :, 0] * (1 - damping) + damping * start
+    return weight
+
+
+def pagerank_of_logits(logits: Tensor, temperature: float = 0.1, iterations: int = 5, damping: float = 0.0) -> Tensor:
     """Importance of tokens by a random walk along sharpened attention (AIM, arXiv 2412.03248, as released).
 
     All queries start with the same weight, which flows along ``softmax(logits / temperature)``; a fraction `damping` of
@@ -30,13 +118,10 @@ def pagerank(logits: Tensor, temperature: float = 0.1, iterations: int = 5, damp
     exists = visible.any(dim=-1)  # (B, H, N)
     walk = (logits / temperature).masked_fill(~visible, -torch.inf).softmax(dim=-1).nan_to_num(nan=0.0)
     start = exists / exists.sum(dim=-1, keepdim=True).clamp(min=1)
-    weight = start
-    for _ in range(iterations):
-        weight = (weight[:, :, None] @ walk)[:, :, 0] * (1 - damping) + damping * start
-    return weight.square().mean(dim=1).sqrt()
+    return _walked(walk, start, iterations, damping).square().mean(dim=1).sqrt()
 
 
-def context_relevance(attention: Tensor, t: float, reduction: str = "mean") -> Tensor:
+def context_relevance_of(attention: Tensor, t: float, reduction: str = "mean") -> Tensor:
     """Attention that every token receives from the context set (VFlowOpt, arXiv 2508.05211, section 3).
 
     The context set are the tokens that receive more than `t` times the average attention; if nobody does, it is all.
