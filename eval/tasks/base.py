@@ -101,7 +101,7 @@ class Sample:
                 opened = Image.fromarray(opened)
             return opened.convert("RGB")
         except FileNotFoundError as error:
-            raise vtc.InputError(f"sample {self.id}: {name}: no such file") from error
+            raise vtc.InputError(f"sample {self.id}: {error.filename or name}: no such file") from error
         except UnidentifiedImageError as error:
             raise vtc.InputError(f"sample {self.id}: {name}: not a picture that pillow can read") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

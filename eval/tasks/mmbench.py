@@ -37,8 +37,8 @@ class _MmBench(Lettered):
         return found
 
     def _sample(self, row: Mapping[str, Any], path: Path, number: int, shown: Picture) -> Sample:
-        letters = tuple(letter for letter in "ABCD" if row.get(letter) is not None)
-        hint = [row["hint"]] if row.get("hint") else []
+        letters = _letters(row)
+        hint = [row["hint"]] if row.get("hint") not in _NOTHING else []
         texts = [str(row[letter]) for letter in letters]
         if not texts:
             raise vtc.InputError(f"{path}: no column A, so row {row['index']} has no options")
@@ -87,9 +87,17 @@ class _Circular(_MmBench):
         }
 
 
+_NOTHING = (None, "", "nan")
+"""How tables write that there is nothing."""
+
+
+def _letters(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(letter for letter in "ABCD" if row.get(letter) not in _NOTHING)
+
+
 def _rotations(row: Mapping[str, Any], path: Path, number: int) -> list[dict[str, Any]]:
     """The options moved on by one, two, ... places."""
-    letters = [letter for letter in "ABCD" if row.get(letter) is not None]
+    letters = _letters(row)
     answer = letters.index(need(row, "answer", path, number))
     found = []
     for turn in range(len(letters)):

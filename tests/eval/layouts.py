@@ -103,10 +103,16 @@ def mmbench(folder: Path, name: str = "MMBench_DEV_EN.tsv") -> None:
     rows = [
         ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"),
         ("3", "Which?", "", "cat", "dog", "", "", "A", "animals", image),
-        ("1000003", "Which?", "", "dog", "cat", "", "", "B", "animals", "3"),
         ("4", "Who?", "Look.", "x", "y", "z", "", "C", "people", image),
+        ("1000003", "Which?", "", "dog", "cat", "", "", "B", "animals", "3"),  # releases put rotations last
     ]
     write(folder / name, "\n".join("\t".join(row) for row in rows))
+
+
+def mmbench_parquet(folder: Path) -> None:
+    row = {"question": "Which?", "hint": "nan", "A": "cat", "B": "dog", "C": "nan", "D": "nan", "category": "animals"}
+    rows = [{**row, "index": 3, "answer": "A"}, {**row, "index": 1000003, "A": "dog", "B": "cat", "answer": "B"}]
+    table(folder / "en" / "dev-00000-of-00001.parquet", rows)
 
 
 def mmbench_cn(folder: Path) -> None:
@@ -314,6 +320,7 @@ MAKERS: dict[str, tuple[Callable[[Path], None], str]] = {
 """By task: what makes its folder, and a right answer to its first question."""
 
 OTHERS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "mmbench-circular, parquet": ("mmbench-circular", mmbench_parquet, "cat"),
     "seedbench, parquet in two shards": ("seedbench", seedbench_parquet, "b"),
     "seedbench, TSV": ("seedbench", lettered_tsv("SEEDBench_IMG.tsv"), "B"),
     "mmstar, TSV": ("mmstar", lettered_tsv("MMStar.tsv"), "the answer is b"),

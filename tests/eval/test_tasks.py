@@ -166,6 +166,13 @@ def test_mmbench_is_rotated_where_its_release_is_not(tmp_path: Path) -> None:
     assert always_c == {"circular": 0.0, "accuracy": pytest.approx(1 / 3), "vanilla": 1.0}
 
 
+def test_mmbench_leaves_out_what_a_table_calls_nan(tmp_path: Path) -> None:
+    layouts.mmbench_parquet(tmp_path)
+    first = get_task("mmbench").samples(tmp_path)[0]
+    assert first.options == ("A", "B")
+    assert "nan" not in first.question
+
+
 def test_mme_questions_end_as_llava_asks_them(tmp_path: Path) -> None:
     mme(tmp_path)
     write(tmp_path / "count" / "questions_answers_YN" / "p.txt", "Is it? Please answer yes or no.\tYes\nNo?\tNo\n")
@@ -245,6 +252,21 @@ def test_pictures_come_as_paths_text_and_cells(tmp_path: Path) -> None:
         layouts.table(folder / name if "." in name else folder, [{"question": "?", "answer": "x"}] * 5)
         samples = get_task("files").samples(folder)
         assert [sample.open_images()[0].size for sample in samples] == [(8, 6)] * 5
+
+
+def test_a_picture_beside_a_table_is_found_or_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"question": "?", "answer": "x", "image": {"bytes": None, "path": name}} for name in ("a.png", "b.png")]
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    schema = pyarrow.schema({"question": pyarrow.string(), "answer": pyarrow.string(), "image": kind})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / "test.parquet")
+    layouts.picture(tmp_path / "a.png")
+    here, gone = get_task("files").samples(tmp_path)
+    assert here.open_images()[0].size == (8, 6)
+    with pytest.raises(vtc.InputError, match=r"sample 2: .*b\.png: no such file"):
+        gone.open_images()
 
 
 def test_nothing_to_show_and_double_names_are_errors(tmp_path: Path) -> None:
