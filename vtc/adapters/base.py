@@ -159,8 +159,10 @@ class Adapter(ABC):
             Values per feature row, in the order of `layout`; averaged where patches are pooled, 0 on structural rows.
         """
 
-    def patch_pixels(self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Pixels of every patch, from what the tower is given.
+    def patch_pixels(
+        self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor
+    ) -> tuple[list[torch.Tensor], tuple[int, int] | None]:
+        """Where the pixels of every patch are in what the tower is given.
 
         Parameters
         ----------
@@ -170,14 +172,14 @@ class Adapter(ABC):
 
         Returns
         -------
-        list of Tensor (M, C, P)
-            One per crop, patches in the order in which they enter the tower.
+        list of Tensor (C, H, W), and (int, int)
+            The crops, and the size of their patches, which enter the tower in raster order; or
+        list of Tensor (M, C, P), and None
+            The patches of every crop, in the order in which they enter the tower.
         """
         config: Any = self.tower(modality).config
         size = config.patch_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        patches = nn.functional.unfold(pixels, (height, width), stride=(height, width))
-        return list(patches.transpose(1, 2).unflatten(2, (pixels.shape[1], -1)))
+        return list(pixels), tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
     def arrange_inputs(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         """As `arrange`, for values in the order in which patches enter the tower."""

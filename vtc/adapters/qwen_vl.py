@@ -40,9 +40,11 @@ class QwenVLAdapter(Adapter):
         # Named by its class: a tower that reorders its patches does so behind its entrance.
         return QwenVLAdapter.arrange(self, modality, call, patches)
 
-    def patch_pixels(self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor) -> list[torch.Tensor]:
+    def patch_pixels(
+        self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor
+    ) -> tuple[list[torch.Tensor], tuple[int, int] | None]:
         """Here `pixels` are rows (M, C * P), one image after the other."""
-        return list(pixels.unflatten(1, (3, -1)).split(self._grids(modality, call).prod(dim=1).tolist()))
+        return list(pixels.unflatten(1, (3, -1)).split(self._grids(modality, call).prod(dim=1).tolist())), None
 
 
 @register_adapter("qwen2_5_vl")

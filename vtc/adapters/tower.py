@@ -207,14 +207,14 @@ class TowerReader:
 
     def _entropy(self, modality: str, call: dict[str, Any], pixels: torch.Tensor) -> torch.Tensor:
         """Share in the pixel entropy of its crop per feature row, (total,)."""
-        crops = self.adapter.patch_pixels(modality, call, pixels)
+        crops, size = self.adapter.patch_pixels(modality, call, pixels)
         parameters = parameters_of(self.stages, Need.ENTROPY)
-        channels = crops[0].shape[1]
+        channels = crops[0].shape[-3 if size else -2]
         mean, std = (
             torch.as_tensor(parameters[name], dtype=torch.float32, device=pixels.device).expand(channels)
             for name in ("mean", "std")
         )
-        shares = [kernels.patch_entropy(crop, mean, std).softmax(dim=0) for crop in crops]
+        shares = [kernels.patch_entropy(crop, mean, std, size=size).softmax(dim=0) for crop in crops]
         patches = torch.cat(shares)[None] if pixels.dim() == 2 else torch.stack(shares)  # packed towers: one crop
         return self.adapter.arrange_inputs(modality, call, patches[..., None])[:, 0]
 

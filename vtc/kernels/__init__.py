@@ -13,9 +13,10 @@ from .greedy import coverage_greedy, dpp_greedy
 from .merge import bipartite_merge, recycle_cells, segment_merge
 from .pack import Packed, gather_planes, select_gather, topk_indices
 from .pick import farthest_point, max_sum
+from .pixels import patch_entropy
 from .received import attention_received, context_relevance, pagerank, received_from
-from .reference import patch_entropy
 from .sight import Sight
+from .video import earlier_tokens, temporal_similarity
 
 __all__ = [
     "Packed",
@@ -27,6 +28,7 @@ __all__ = [
     "context_relevance",
     "coverage_greedy",
     "dpp_greedy",
+    "earlier_tokens",
     "farthest_point",
     "gather_planes",
     "max_sum",
@@ -36,6 +38,7 @@ __all__ = [
     "recycle_cells",
     "segment_merge",
     "select_gather",
+    "temporal_similarity",
     "topk_indices",
     "use",
 ]

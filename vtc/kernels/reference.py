@@ -152,37 +152,31 @@ def context_set(received: Tensor, t: float) -> Tensor:
     return member | ~member.any(dim=-1, keepdim=True)
 
 
-def patch_entropy(patches: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-    """Entropy, in bits, of the grey values of every patch (VFlowOpt, arXiv 2508.05211, as released).
-
-    A pixel's grey value is the rounded sum of 0.3333 of each of its 8-bit channels; one histogram of all patches at
-    once counts them in 256 bins.
-
-    Parameters
-    ----------
-    patches
-        (..., C, P): pixels of each patch, C channels of P values in 0..1.
-    mean, std
-        (C,): undo this normalisation first. Values then come from whole 8-bit numbers and are rounded to them; without
-        it they are truncated, as released.
-
-    Returns
-    -------
-    Tensor
-        (...) float32, between 0 and 8.
-    """
-    pixels = patches.float()
+def patch_entropy(
+    pixels: Tensor, mean: Tensor | None = None, std: Tensor | None = None, *, size: tuple[int, int] | None = None
+) -> Tensor:
+    """As `vtc.kernels.patch_entropy`."""
+    if size is not None:
+        patches = torch.nn.functional.unfold(pixels.float().flatten(0, -4), size, stride=size).transpose(1, 2)
+        entropy = patch_entropy(patches.unflatten(2, (pixels.shape[-3], -1)), mean, std)
+        return entropy.view(*pixels.shape[:-3], -1)
+    pixels = pixels.float()
     if mean is None or std is None:
         levels = (pixels * 255).trunc()
     else:
         levels = ((pixels * std[:, None] + mean[:, None]) * 255).round()
-    weight = 0.3333 * 3 / patches.shape[-2]
-    grey = (levels.clamp(0, 255) * weight).sum(dim=-2).round().long().clamp(0, 255)
-    shape, size = grey.shape[:-1], grey.shape[-1]
-    grey = grey.reshape(-1, size)
-    bins = torch.arange(grey.shape[0], device=grey.device)[:, None] * 256 + grey
-    share = torch.bincount(bins.flatten(), minlength=256 * grey.shape[0]).view(-1, 256).float() / size
-    return -(share * (share + 1e-10).log2()).sum(dim=-1).view(shape)
+    grey = (levels.clamp(0, 255) * (0.3333 * 3 / pixels.shape[-2])).sum(dim=-2).round().clamp(0, 255)
+    bins = torch.arange(256, device=grey.device)
+    share = (grey[..., None, :] == bins[:, None]).sum(dim=-1) / grey.shape[-1]
+    return -(share * (share + 1e-10).log2()).sum(dim=-1)
+
+
+def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
+    """As `vtc.kernels.temporal_similarity`."""
+    x = x.float()
+    unit = torch.nn.functional.normalize(x, dim=1, eps=1e-12)
+    similarity = (unit * unit[earlier]).sum(dim=1).clamp(-1, 1)
+    return similarity.where((x != x[earlier]).any(dim=1), 1.0).where(earlier >= 0, 0.0)
 
 
 def attention_exchange(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:

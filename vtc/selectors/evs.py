@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import kernels
 from ..context import Need, VisualContext
@@ -72,16 +71,13 @@ def change(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     -------
     (N,) float32 in 0..2, 0 where there is none; and (N,) bool: there is none.
     """
-    x = x.float()
     view, frame, row, column, _, width = origin.unbind(dim=1)
     place = (view * (row.max() + 1) + row) * width.max() + column
     # Sorted by place and then by time (a stable sort of tokens in time's order), predecessors are neighbours.
     order = torch.argsort(place * (frame.max() + 1) + frame, stable=True)
     before, after = order[:-1], order[1:]
     same = place[before] == place[after]
-    before, after = before[same], after[same]
-    difference = 1 - F.cosine_similarity(x[after], x[before], dim=-1)
-    difference = difference.masked_fill((x[after] == x[before]).all(dim=-1), 0.0)
-    first = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    first[after] = False
-    return x.new_zeros(len(x)).index_copy(0, after, difference), first
+    earlier = torch.full_like(order, -1)
+    earlier[after[same]] = before[same]
+    first = earlier < 0
+    return (1 - kernels.temporal_similarity(x, earlier)).masked_fill(first, 0.0), first
