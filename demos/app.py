@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import functools
 import html
+import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +37,8 @@ EXAMPLES = (
 """Sample image, question, method, keep ratio."""
 
 LENGTH = 32
+SHEET = 144
+"""Frames of a video that are drawn; a sheet of more cannot be read on a page."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,25 @@ class Models:
     def load(self, name: str) -> tuple[Any, Any]:
         if name not in self.folders:
             return vtc.reference.load(name)
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         folder = self.folders[name]
         model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
-        return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return model, self._processor(folder)
+
+    def for_videos(self) -> list[str]:
+        """Names of the models that take videos. The small reference models are loaded to see, others are not."""
+        processors = {
+            name: self._processor(self.folders[name]) if name in self.folders else self.load(name)[1]
+            for name in self.names
+        }
+        return [name for name, processor in processors.items() if getattr(processor, "video_processor", None)]
+
+    @staticmethod
+    def _processor(folder: Path) -> Any:
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
 class _FirstToken(StoppingCriteria):
@@ -112,22 +130,23 @@ def compare(
 def compare_video(
     models: Models, name: str, video: str | None, question: str, method: str, keep_ratio: float, fps: float
 ) -> tuple[vtc.VideoAnswer, vtc.VideoAnswer, Image.Image | None]:
-    """As `compare`, for a video file: the full answer, the compressed one, and a sheet of frames."""
-    import numpy as np
-
+    """As `compare`, for a video file: the full answer, the compressed one, and a sheet of its first frames."""
     from vtc.video import VideoFile
 
     if not video or not question.strip():
         raise vtc.InputError("Give a video and a question.")
     model, processor = models.load(name)
     settings = {"fps": fps, "max_new_tokens": LENGTH}
-    full = vtc.VideoQAPipeline(model, processor, "uniform", keep_ratio=1.0, **settings)(video, question)
-    answer = vtc.VideoQAPipeline(model, processor, method, keep_ratio=keep_ratio, **settings)(video, question)
-    with VideoFile(video) as file:
-        frames = file.read([int(at) for at in np.searchsorted(file.times, np.array(answer.times) - 1e-6)][:36])
+    whole = vtc.VideoQAPipeline(model, processor, "uniform", keep_ratio=1.0, **settings)
+    part = vtc.VideoQAPipeline(model, processor, method, keep_ratio=keep_ratio, **settings)
+    whole(video, question)  # what is slow the first time only
+    full, answer = whole(video, question), part(video, question)
     drawn = None
-    if answer.report is not None and len(frames) == len(answer.times):
-        drawn = vtc.visualize(answer.report, frames, processor=processor, size=160)
+    if answer.report is not None and len(answer.times) <= SHEET:
+        size = max(96, min(384, 768 // math.ceil(math.sqrt(len(answer.times)))))
+        with VideoFile(video) as file:
+            frames = file.pictures(answer.times, size)
+        drawn = vtc.visualize(answer.report, frames, processor=processor, size=size)
     return full, answer, drawn
 
 
@@ -159,7 +178,7 @@ def bars(rows: Sequence[tuple[str, float | None, float | None, str]]) -> str:
                 f"<span style='width:86px'>{label}</span><span style='flex:1'>"
                 f"<span style='display:block;height:12px;border-radius:3px;background:{colour};"
                 f"width:{100 * value / widest:.1f}%'></span></span>"
-                f"<span style='width:110px;text-align:right'>{value:,.4g} {unit}</span></div>"
+                f"<span class='figure' style='width:110px;text-align:right'>{value:,.4g} {unit}</span></div>"
             )
     return "\n".join(out)
 
@@ -199,10 +218,8 @@ def build(models: Models) -> Any:
     """The page, not yet served."""
     import gradio as gr
 
-    samples = [str(path) for path in vtc.reference.samples()]
-
     def about_image(
-        name: str, image: Image.Image | None, question: str, method: str, keep_ratio: float
+        name: str, method: str, keep_ratio: float, image: Image.Image | None, question: str
     ) -> tuple[str, str, Image.Image, str, str]:
         try:
             made = compare(models, name, image, question, method, keep_ratio)
@@ -212,39 +229,56 @@ def build(models: Models) -> Any:
         return made.full.text, made.compressed.text, made.overlay, bars_of, layers(made.report)
 
     def about_video(
-        name: str, video: str | None, question: str, method: str, keep_ratio: float, fps: float
+        name: str, method: str, keep_ratio: float, video: str | None, question: str, fps: float
     ) -> tuple[str, str, Image.Image | None, str, str]:
         try:
             full, answer, drawn = compare_video(models, name, video, question, method, keep_ratio, fps)
         except vtc.VtcError as error:
             raise gr.Error(str(error)) from error
-        if answer.report is None:
+        if answer.report is None:  # only captions have none
             return full.text, answer.text, drawn, "", ""
+        if drawn is None:
+            gr.Info(f"{len(answer.times)} frames are too many to draw here; `vtc video -o kept.gif` draws them.")
         told = summary(answer.report, full.time_to_first_token, answer.time_to_first_token)
         return full.text, answer.text, drawn, told, layers(answer.report)
 
+    def settings(names: Sequence[str], method: str) -> list[Any]:
+        return [
+            gr.Dropdown(list(names), value=names[0], label="model"),
+            gr.Dropdown(list(vtc.list_methods()), value=method, label="method"),
+            gr.Slider(0.02, 1.0, value=0.25, step=0.01, label="keep ratio"),
+        ]
+
+    samples, for_videos = [str(path) for path in vtc.reference.samples()], models.for_videos()
     with gr.Blocks(title="vtc", analytics_enabled=False) as page:
         gr.Markdown("## vtc: one question, all visual tokens and a part of them")
         with gr.Row():
             with gr.Column(scale=4):
-                name = gr.Dropdown(models.names, value=models.names[0], label="model")
-                method = gr.Dropdown(list(vtc.list_methods()), value="vtc-cls", label="method")
-                keep = gr.Slider(0.02, 1.0, value=0.25, step=0.01, label="keep ratio")
                 with gr.Tab("image"):
+                    chosen = settings(models.names, "vtc-cls")
                     image = gr.Image(type="pil", label="image", sources=["upload", "clipboard"], height=300)
                     question = gr.Textbox(label="question", value=EXAMPLES[0][1])
                     ask = gr.Button("Ask", variant="primary", elem_id="ask-image")
                     gr.Examples(
                         [[samples[number], *rest] for number, *rest in EXAMPLES],
-                        [image, question, method, keep],
+                        [image, question, *chosen[1:]],
                         cache_examples=False,
                     )
                 with gr.Tab("video"):
-                    video = gr.Video(label="video", sources=["upload"], height=300)
-                    video_question = gr.Textbox(label="question", value="What happens in the clip?")
-                    fps = gr.Slider(0.25, 8.0, value=1.0, step=0.25, label="frames per second")
-                    ask_video = gr.Button("Ask", variant="primary", elem_id="ask-video")
-                    gr.Markdown("Needs a model that takes videos, and a method such as `evs` or `vidcom2`.")
+                    if for_videos:
+                        asked = settings(for_videos, "evs")
+                        video = gr.Video(label="video", sources=["upload"], height=300)
+                        video_question = gr.Textbox(label="question", value="What happens in the clip?")
+                        fps = gr.Slider(0.25, 8.0, value=1.0, step=0.25, label="frames per second")
+                        ask_video = gr.Button("Ask", variant="primary", elem_id="ask-video")
+                        examples = video_examples()
+                        if examples:
+                            gr.Examples(examples, [video, video_question, fps], cache_examples=False)
+                    else:
+                        gr.Markdown(
+                            "None of the models here takes videos. Start the page with "
+                            "`--model NAME=/path/to/checkpoint` to offer one that does."
+                        )
             with gr.Column(scale=5):
                 with gr.Row():
                     full = gr.Textbox(label="answer with all tokens", elem_id="full")
@@ -255,9 +289,22 @@ def build(models: Models) -> Any:
                     measured = gr.HTML(elem_id="bars")
                     per_layer = gr.HTML(elem_id="layers")
         outputs = [full, part, overlay, measured, per_layer]
-        ask.click(about_image, [name, image, question, method, keep], outputs)
-        ask_video.click(about_video, [name, video, video_question, method, keep, fps], outputs)
+        ask.click(about_image, [*chosen, image, question], outputs)
+        if for_videos:
+            ask_video.click(about_video, [*asked, video, video_question, fps], outputs)
     return page
+
+
+def video_examples() -> list[list[Any]]:
+    """Sample clips with a question about each, and how many frames a second; none where none are installed."""
+    clips = getattr(vtc.reference, "clips", list)()
+    if not clips:
+        return []
+    asked: dict[str, str] = {}
+    with open(clips[0].parent / "questions.jsonl", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            asked.setdefault(row["video"], row["question"])
+    return [[str(clip), asked[clip.name], 4.0] for clip in clips if clip.name in asked]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def rolling_ball(path: Path, count: int = 24, width: int = 160, height: int = 96
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
+        stream = container.add_stream("libx264", rate=8)  # which browsers play, too
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(count):
             image = Image.new("RGB", (width, height), (225, 225, 215))

@@ -144,6 +144,11 @@ def test_questions_reuse_the_video_and_do_not_touch_each_other(built: Any, clip:
     assert alone.text == second.text
     assert alone.reused == ()
     assert "re-used: features, compressed KV prefix" in str(second)
+    assert first.report is not None
+    assert second.report is not None
+    assert (first.report.reused, second.report.reused) == (first.reused, second.reused)
+    assert "earlier question and re-used: features, compressed KV prefix" in str(second.report)
+    assert "earlier question" not in str(first.report)
     assert not vtc.is_compressed(built(family)[0])
 
 
@@ -166,6 +171,8 @@ def test_methods_inside_the_decoder_reuse_the_features(
     one, two = pipe(clip, [QUESTION, "describe a b c ?"])
     assert len(calls) == 1
     assert two.reused == ("features",)
+    assert two.report is not None
+    assert two.report.reused == ("features",)
     assert pipe(clip, "describe a b c ?").text == two.text
     assert len(calls) == 2
     assert one.report is not None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -362,14 +362,15 @@ class _Streamed(VideoSession):
                 stopping_criteria=StoppingCriteriaList([stopwatch]),
             )
             text, tokens = self._said(output, ids.shape[1])
-            report = watched.report(engine, ids)
+            reused = ("features", "compressed KV prefix") if self.asked else ()
+            report = replace(watched.report(engine, ids), reused=reused)
         return VideoAnswer(
             question=question,
             text=text,
             report=report,
             timings=self._spent(stopwatch),
             tokens=tokens,
-            reused=("features", "compressed KV prefix") if self.asked else (),
+            reused=reused,
             windows=tuple(watched.windows),
             times=tuple(self.times.tolist()),
         )
@@ -425,14 +426,15 @@ class _Whole(VideoSession):
                     stopping_criteria=StoppingCriteriaList([stopwatch]),
                 )
             text, tokens = self._said(output, inputs["input_ids"].shape[1])
-            report = engine.report()
+            reused = ("features",) if self.asked else ()
+            report = replace(engine.report(), reused=reused)
         return VideoAnswer(
             question=question,
             text=text,
             report=report,
             timings=self._spent(stopwatch),
             tokens=tokens,
-            reused=("features",) if self.asked else (),
+            reused=reused,
             windows=((len(self.frames), report.visual_tokens_before, report.visual_tokens_after),),
             times=tuple(self.times.tolist()),
         )

@@ -106,6 +106,8 @@ class Report:
         Of the decoder, and so of its cache.
     versions : tuple of (str, str)
         Names and versions of vtc, torch and transformers.
+    reused : tuple of str
+        What an earlier question about the same video had made already, so that this one did not pay for it.
     """
 
     configs: tuple[CompressionConfig, ...]
@@ -123,6 +125,7 @@ class Report:
     selector_ms: float
     dtype: torch.dtype
     versions: tuple[tuple[str, str], ...]
+    reused: tuple[str, ...] = ()
 
     @classmethod
     def build(
@@ -263,6 +266,7 @@ class Report:
             "total_kv_bytes_after": self.total_kv_bytes_after,
             "flops_note": self.flops_note,
             "selector_ms": self.selector_ms,
+            "reused": list(self.reused),
         }
 
     def __str__(self) -> str:
@@ -290,6 +294,8 @@ class Report:
             rows.append(_scaled("KV cache", kv[0], kv[1], 1024, ("B", "KiB", "MiB", "GiB", "TiB")))
         rows.append(("selector", "", f"{self.selector_ms:.2f} ms", ""))
         notes = [] if self.flops_note is None else [f"No FLOPs and KV bytes: {self.flops_note}"]
+        if self.reused:
+            notes.append(f"Made by an earlier question and re-used: {', '.join(self.reused)}")
         stages = " then ".join(_described(config) for config in self.configs)
         head = f"{stages} on {self.model_type}"
         conditions = f"{self.text_model_type} decoder in {dtype}, {versions}"

@@ -245,10 +245,7 @@ def test_answers_are_those_of_the_harness(simple: bool, task: Path, tmp_path: Pa
     loaded = models.load("reference")
     samples = get_task("scenes").samples(None)[:4]
     with vtc.compressed(loaded.model, "divprune", keep_ratio=0.11):
-        ours = [
-            models.answer(loaded, models.inputs(loaded, [sample], [sample.open_images()]), 6)[0][0]
-            for sample in samples
-        ]
+        ours = [models.answer(loaded, models.inputs(loaded, [sample], [sample.open()]), 6)[0][0] for sample in samples]
     if simple:  # puts a line break between picture and question, which is another prompt
         assert len(theirs) == len(ours)
     else:
