@@ -38,8 +38,10 @@ def extremes(drawn: int, group: int, seed: int) -> tuple[list[Scene], list[Scene
 
 
 @torch.inference_mode()
-def kept(loaded: models.Loaded, scenes: Sequence[Scene], configs: Sequence[vtc.CompressionConfig]) -> NDArray[Any]:
-    """(configs, scenes, 1 + places): tokens kept on average over layers, and behind each place that drops some."""
+def kept(
+    loaded: models.Loaded, scenes: Sequence[Scene], configs: Sequence[vtc.CompressionConfig]
+) -> list[NDArray[Any]]:
+    """Per configuration (scenes, 1 + places): tokens kept on average over layers, and behind each place."""
     counts: list[list[list[float]]] = [[] for _ in configs]
     for scene in tqdm(scenes, unit="scene", disable=None):
         question = ask(scene, 1)[0]
@@ -53,10 +55,10 @@ def kept(loaded: models.Loaded, scenes: Sequence[Scene], configs: Sequence[vtc.C
                 report = vtc.report(model)
             places = [float(selection.k) for _, selection in report.segments[0].selections]
             seen.append([report.average_visual_tokens, *places])
-    return np.array(counts)
+    return [np.array(seen) for seen in counts]
 
 
-def table(names: Sequence[str], counts: NDArray[Any], cover: NDArray[Any], group: int) -> str:
+def table(names: Sequence[str], counts: Sequence[NDArray[Any]], cover: NDArray[Any], group: int) -> str:
     """One line per configuration; the first `group` scenes are the plain ones."""
     lines = [
         "| configuration | kept, mean of layers | plain scenes | full scenes | difference, 95 % | rank correlation, p |"

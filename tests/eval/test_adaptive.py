@@ -29,9 +29,13 @@ def test_counts_are_those_of_the_report() -> None:
     configs = [
         vtc.CompressionConfig("atp", keep_tokens=999, options={"theta_r": 0.0}),
         vtc.CompressionConfig("atp", keep_tokens=999, options={"theta_r": 1.0, "theta_s": 1.0}),
+        vtc.CompressionConfig("atp", keep_tokens=999, options={"layers": (2,), "theta_r": 1.0, "theta_s": 1.0}),
     ]
     # Six layers, places behind layers 0, 2 and 4.
-    assert adaptive.kept(loaded, scenes, configs).tolist() == [[[256.0] * 4], [[(256 + 5) / 6, 1.0, 1.0, 1.0]]]
+    every, fewest, one_place = adaptive.kept(loaded, scenes, configs)
+    assert every.tolist() == [[256.0] * 4]
+    assert fewest.tolist() == [[(256 + 5) / 6, 1.0, 1.0, 1.0]]
+    assert one_place.tolist() == [[(3 * 256 + 3) / 6, 1.0]]
 
 
 def test_the_table_tells_the_groups_apart() -> None:
