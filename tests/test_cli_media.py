@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import vtc
 import vtc.reference
 from tests import clips, tiny
 from tests.tiny_processors import processor
-from vtc.cli import main
+from vtc.cli import _parser, main
 
 
 @pytest.mark.skipif(not vtc.reference.available(), reason="vtc-reference is not installed")
@@ -58,6 +59,22 @@ def model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     return clips.write(tmp_path / "clip.mp4", clips.frames(8), fps=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "loaded"),
+    [([], "reference:qwen2_5_vl"), (["--model", "reference:llava"], "reference:llava"), (["--model", "x"], "x")],
+)
+def test_video_asks_the_reference_model_for_videos(
+    given: list[str], loaded: str, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, *_: str) -> Any:
+        raise vtc.InputError(name)
+
+    monkeypatch.setattr("vtc.cli._load", load)
+    args = _parser().parse_args(["video", str(clip), "what ?", *given])
+    with pytest.raises(vtc.InputError, match=f"^{loaded}$"):
+        args.run(args)
 
 
 @pytest.mark.usefixtures("model")

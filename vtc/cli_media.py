@@ -18,6 +18,8 @@ from vtc.errors import ConfigError, InputError
 from vtc.visualize import FITS
 
 _KEEP_RATIO = 0.25
+_VIDEO_REFERENCE = "qwen2_5_vl"
+"""The reference model that takes videos."""
 
 
 def add_commands(commands: Any) -> None:
@@ -131,7 +133,8 @@ def _video(args: argparse.Namespace) -> int:
         if args.strategy == "captions":
             raise ConfigError("--output draws what compression kept; --strategy captions has no such picture.")
     VideoFile(args.video, args.decoder).close()  # broken files show before a model is loaded
-    model, processor = _load(args.model, args.dtype, args.device)
+    name = f"reference:{_VIDEO_REFERENCE}" if args.model == "reference" else args.model
+    model, processor = _load(name, args.dtype, args.device)
     pipeline = VideoQAPipeline(
         model,
         processor,
