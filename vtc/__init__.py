@@ -1,6 +1,7 @@
 """Compress the visual tokens of a transformers vision-language model in one call, and undo it in one call."""
 
 from vtc._version import __version__
+from vtc.advice import Advice, advise
 from vtc.api import compress, compressed, disabled, is_compressed, list_methods, report, restore, supported_models
 from vtc.calibration import calibrate
 from vtc.config import CompressionConfig
@@ -23,6 +24,7 @@ from vtc.selectors.base import ScoreSelector, Selector
 from vtc.visualize import visualize
 
 __all__ = [
+    "Advice",
     "CompressionConfig",
     "ConfigError",
     "InputError",
@@ -44,6 +46,7 @@ __all__ = [
     "VisualSegment",
     "VtcError",
     "__version__",
+    "advise",
     "calibrate",
     "compress",
     "compressed",

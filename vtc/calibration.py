@@ -24,6 +24,7 @@ from vtc.adapters.tower import TowerMemory
 from vtc.config import CompressionConfig
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
 from vtc.registry import get_adapter, get_selector
+from vtc.samples import as_found, prompts
 from vtc.search import Range
 from vtc.selectors.base import Selector
 
@@ -126,12 +127,12 @@ def calibrate(
         return CompressionConfig(method, seed=seed, options={**options, **found}, **budget)
 
     api._plan([config({})], adapter)  # what no setting can change is told before anything runs
-    prompts = _prompts(processor, samples, model)
-    study = _study(optuna, storage, f"{method}, keep {keep_ratio:g}, seed {seed}", _mark(prompts, options, ranges))
+    encoded = prompts(processor, samples, model)
+    study = _study(optuna, storage, f"{method}, keep {keep_ratio:g}, seed {seed}", _mark(encoded, options, ranges))
     # A sitting that goes on draws other numbers than the first did.
     study.sampler = _sampler(optuna, sampler, seed + len(study.trials))
-    with _as_found(model):
-        trial = _Trial(model, adapter, prompts)
+    with as_found(model):
+        trial = _Trial(model, adapter, encoded)
         base, kept = trial(config({}))
         allowed = float(keep_ratio) if selector.adaptive else kept
 
@@ -231,64 +232,12 @@ def _last_state(model: nn.Module, prompt: Mapping[str, Any]) -> torch.Tensor:
     return seen[-1]
 
 
-def _prompts(processor: Any, samples: Sequence[Any], model: Any) -> list[dict[str, Any]]:
-    """Model inputs of one row each."""
-    if isinstance(samples, (str, bytes)) or not len(samples):
-        raise InputError("calibration needs at least one sample: (image, question) pairs, or inputs from a processor")
-    prompts = []
-    for number, sample in enumerate(samples):
-        if isinstance(sample, Mapping):
-            prompt = dict(sample)
-            if "input_ids" not in prompt or len(prompt["input_ids"]) != 1:
-                raise InputError(f"sample {number}: inputs need input_ids of exactly one row")
-        else:
-            prompt = dict(_processed(processor, number, sample))
-        if not any(name.startswith("pixel_values") for name in prompt):
-            raise InputError(f"sample {number} has no image; calibration compares what is kept of images")
-        moved = {}
-        for name, value in prompt.items():
-            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-            value = value.to(model.device) if isinstance(value, torch.Tensor) else value
-            moved[name] = value.to(model.dtype) if floating else value
-        prompts.append(moved)
-    return prompts
-
-
 def _normalisation(selector: type[Selector], processor: Any) -> dict[str, Any]:
     """How the processor normalises pixels, for methods that undo it."""
     images = getattr(processor, "image_processor", None)
     found = {"mean": getattr(images, "image_mean", None), "std": getattr(images, "image_std", None)}
     known = selector.options()
     return {name: tuple(value) for name, value in found.items() if name in known and value is not None}
-
-
-def _processed(processor: Any, number: int, sample: Any) -> Any:
-    try:
-        images, question = sample
-    except (TypeError, ValueError) as error:
-        raise InputError(f"sample {number} must be an (image, question) pair or a mapping, got {sample!r}") from error
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
-    if processor is None or not images or any(image is None for image in images) or not isinstance(question, str):
-        raise InputError(f"sample {number}: pairs need a processor, at least one image and a question in words")
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=images, text=[text], return_tensors="pt")
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Take an earlier compression off while entered."""
-    target = api._unwrap(model)
-    before, training = getattr(target, api._ATTRIBUTE, None), model.training
-    api.restore(model)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        if before is not None:
-            before.install()
-            setattr(target, api._ATTRIBUTE, before)
 
 
 # -------------------------------------------------------------------------------------------------------------- optuna

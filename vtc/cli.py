@@ -14,7 +14,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 import vtc
-from vtc import cli_calibrate, cli_media, registry
+from vtc import cli_advise, cli_calibrate, cli_media, registry
 from vtc.bench import kernels, overhead, prefill
 from vtc.errors import ConfigError, InputError, VtcError
 
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ask(commands)
     cli_media.add_commands(commands)
     cli_calibrate.add_command(commands)
+    cli_advise.add_command(commands)
     _add_methods(commands)
     _add_models(commands)
     _add_bench(commands)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import vtc
-from vtc import registry
+from vtc import cli_samples, registry
 from vtc.errors import InputError
 
 
@@ -19,9 +18,7 @@ def add_command(commands: Any) -> None:
     from vtc.cli import _option
 
     parser = commands.add_parser("calibrate", help="fit a method's options to your own pictures and questions")
-    parser.add_argument(
-        "samples", type=Path, metavar="SAMPLES.jsonl", help='a line each: {"image": PATH, "question": TEXT}'
-    )
+    cli_samples.add_arguments(parser)
     parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
     parser.add_argument("--method", default="vflowopt", help="see `vtc methods` (vflowopt)")
     parser.add_argument(
@@ -38,7 +35,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--patience", type=int, help="stop after so many trials without a better one")
     parser.add_argument("--sampler", choices=("tpe", "gp", "random"), default="tpe")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="samples, from the start")
     parser.add_argument("--storage", type=Path, help="file that keeps trials, to go on after an interruption")
     parser.add_argument("--plot", type=Path, help="picture of the search")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -48,18 +44,18 @@ def add_command(commands: Any) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from vtc.cli import _load, _open_image
+    from vtc.cli import _load
 
     registry.get_selector(args.method, **dict(args.options))
     for path in (args.output, args.plot, args.storage):
         if path is not None and not path.resolve().parent.is_dir():
             raise InputError(f"{path}: the folder does not exist.")
-    samples = [(_open_image(path), question) for path, question in _read(args.samples)[: args.limit]]
+    samples = cli_samples.read(args)
     model, processor = _load(args.model, args.dtype, args.device)
     config = vtc.calibrate(
         model,
         processor,
-        samples,
+        cli_samples.encode(samples, processor),
         keep_ratio=args.keep_ratio,
         method=args.method,
         trials=args.trials,
@@ -74,25 +70,3 @@ def _calibrate(args: argparse.Namespace) -> int:
     print(f"{args.output}: {config.method} {dict(config.options) or 'with its defaults'}")
     print(f'use it: vtc.compress(model, vtc.CompressionConfig.load("{args.output}"))')
     return 0
-
-
-def _read(path: Path) -> list[tuple[Path, str]]:
-    """Pictures, relative to the file, and questions."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}.") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-            found.append((path.parent / sample["image"], str(sample["question"])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{path}, line {number}: expected {{"image": PATH, "question": TEXT}}, got {line[:80]!r}.'
-            ) from error
-    if not found:
-        raise InputError(f"{path}: no samples in it.")
-    return found
