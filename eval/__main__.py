@@ -1,13 +1,13 @@
-"""Measure methods on tasks: `python -m eval tasks | run | sweep | compare`.
+"""Measure methods on tasks: `python -m eval tasks | run | sweep | table | compare | readme`.
 
-    python -m eval sweep --task scenes --limit 200 --out results/scenes
-    python -m eval run --task pope --data data/pope --model checkpoints/llava-1.5-7b-hf --methods divprune --keep 0.25 \
-        --out results/pope
-    python -m eval compare results/scenes "divprune 0.25" "vtc-cls 0.25"
+    python -m eval sweep --model reference --methods all --keep 0.5 0.25 0.11 0.056
+    python -m eval run --task pope --data data/pope --model checkpoints/llava-1.5-7b-hf --methods divprune --keep 0.25
+    python -m eval compare "results/scenes-reference:divprune 0.25" "results/scenes-reference:vtc-cls 0.25"
 
 `run` answers and writes rows; interrupted, it goes on where it stopped. Started by `accelerate launch` or `torchrun`,
-each process takes its share and writes a file of its own, and `sweep --table-only` puts them together. `sweep` runs,
-takes times, and writes table.md, table.csv and pictures.
+each process takes its share and writes a file of its own; `--backend ray` shares the samples among the workers of a
+cluster. `sweep` runs what is missing, takes times, and writes table.md, table.csv and pictures; `table` does only the
+last.
 """
 
 from __future__ import annotations
@@ -22,38 +22,16 @@ from typing import Any
 import torch
 
 import vtc
-from eval import journal, models, runner, statistics, tables, tasks
-from eval.cells import Cell, sweep_cells
-from eval.tasks.base import Sample, Task
+from eval import comparison, readme, runner, sweep, tasks, timing
+from eval.models import Loaded
+from eval.sweep import Job
 
 _KEEP = (0.5, 0.25, 0.11, 0.056)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 2 for a mistake in the arguments or the input, told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("tasks", help="list the tasks").set_defaults(run=_tasks)
-    for name, action, text in (
-        ("run", _run, "answer every sample in every cell, row by row"),
-        ("sweep", _sweep, "run, then table and pictures"),
-    ):
-        sub = commands.add_parser(name, help=text)
-        _add_measuring(sub)
-        if name == "sweep":
-            sub.add_argument("--table-only", action="store_true", help="from rows that are there, nothing is run")
-            sub.add_argument("--timed", type=int, default=6, metavar="N", help="samples to take times on (6; 0: none)")
-            sub.add_argument("--rounds", type=int, default=3, help="timed rounds per sample (3)")
-        sub.set_defaults(run=action)
-    compare = commands.add_parser("compare", help="paired difference of two cells")
-    compare.add_argument("folder", type=Path)
-    compare.add_argument("a", help='name of a cell, such as "divprune 0.25"')
-    compare.add_argument("b")
-    compare.add_argument("--other", type=Path, help="folder of the second cell, if it is another run's")
-    compare.set_defaults(run=_compare)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
     except vtc.VtcError as error:
@@ -61,11 +39,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("tasks", help="list the tasks").set_defaults(run=_tasks)
+    run = commands.add_parser("run", help="answer every sample in every cell, row by row")
+    _add_measuring(run)
+    run.set_defaults(run=_run)
+    sub = commands.add_parser("sweep", help="run, take times, then tables and pictures")
+    _add_measuring(sub)
+    sub.add_argument("--timed", type=int, default=6, metavar="N", help="samples to take times on (6; 0: none)")
+    sub.add_argument("--rounds", type=int, default=3, help="timed rounds per sample (3)")
+    sub.add_argument(
+        "--decode-tokens",
+        type=int,
+        default=timing.DECODE_TOKENS,
+        help=f"timed answers' length ({timing.DECODE_TOKENS})",
+    )
+    sub.set_defaults(run=_sweep)
+    table = commands.add_parser("table", help="tables and pictures of rows that are there")
+    table.add_argument("folder", type=Path)
+    table.set_defaults(run=_table)
+    compare = commands.add_parser("compare", help="paired differences with significance")
+    compare.add_argument(
+        "a", metavar="A", help='a folder of results, or FOLDER:CELL, such as "results/x:divprune 0.25"'
+    )
+    compare.add_argument("b", metavar="B")
+    compare.add_argument("--folder", type=Path, help="A and B are names of this folder's cells")
+    compare.set_defaults(run=_compare)
+    page = commands.add_parser("readme", help="write README's table anew from the committed results")
+    page.set_defaults(run=_readme)
+    return parser
+
+
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", required=True, help="see `python -m eval tasks`")
-    parser.add_argument("--data", type=Path, help="folder with the task's files; generated tasks need none")
+    parser.add_argument("--task", nargs="+", default=["scenes"], help="see `python -m eval tasks` (scenes)")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="[TASK=]FOLDER", help="the task's files; drawn tasks need none"
+    )
     parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
-    parser.add_argument("--methods", nargs="+", default=["all"], help="names, or all (all)")
+    parser.add_argument("--methods", nargs="+", default=["all"], help="names, or all that the model can run (all)")
     parser.add_argument("--keep", type=float, nargs="+", default=list(_KEEP), help="fractions, or counts above 1")
     parser.add_argument("--positions", nargs="+", choices=("original", "compact"), default=["original"])
     parser.add_argument(
@@ -75,14 +90,64 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD.NAME=VALUE",
         help="option of a method, the value as JSON; repeat for more",
     )
-    parser.add_argument("--limit", type=int, help="samples, from the start")
+    parser.add_argument("--limit", type=int, help=f"samples, from the start (all; {sweep.DRAWN} of a drawn task)")
     parser.add_argument("--frames", type=int, help="frames shown of each video; every task has a usual number")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder for rows and tables")
+    parser.add_argument("--retry", action="store_true", help="try samples again that ended in an error")
+    parser.add_argument(
+        "--backend", choices=("local", "ray"), default="local", help="ray: workers of a cluster (local)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="of --backend ray (2)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for rows and tables (results/TASK-MODEL); several tasks: one in it for each"
+    )
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    """One for each task; everything that can be wrong without a model is found here."""
+    folders = _data(args.data, args.task)
+    model = Path(args.model).name.replace(":", "-")
+    several = len(args.task) > 1
+    base = args.out or Path("results") / (model if several else f"{args.task[0]}-{model}")
+    jobs = [
+        Job(
+            task=name,
+            data=folders.get(name),
+            model=args.model,
+            dtype=args.dtype,
+            device=args.device,
+            attention=args.attention,
+            methods=tuple(args.methods),
+            keep=tuple(args.keep),
+            positions=tuple(args.positions),
+            options=_options(args.option),
+            limit=args.limit,
+            frames=args.frames,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            out=base / name if several else base,
+        )
+        for name in dict.fromkeys(args.task)
+    ]
+    for job in jobs:
+        job.prepare()
+    return jobs
+
+
+def _data(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
+    named = dict(text.split("=", 1) for text in given if text.partition("=")[0] in names and "=" in text)
+    bare = [text for text in given if text.partition("=")[0] not in named]
+    if len(bare) > 1 or (bare and len(names) > 1):
+        raise vtc.ConfigError(f"--data takes TASK=FOLDER where there are several tasks, got {', '.join(bare)}")
+    return {**dict.fromkeys(names if bare else (), Path(bare[0]) if bare else None), **_paths(named)}
+
+
+def _paths(named: dict[str, str]) -> dict[str, Path]:
+    return {name: Path(folder) for name, folder in named.items()}
 
 
 def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -99,112 +164,68 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Task, Sequence[Sample], list[Cell]]:
-    """Everything that can be wrong without a model."""
-    task = tasks.get_task(args.task, **_task_options(args))
-    cells = sweep_cells(
-        args.methods, args.keep, positions=args.positions, bounds=task.knows_truth, options=_options(args.option)
-    )
-    if args.limit is not None and args.limit < 1:
-        raise vtc.ConfigError(f"--limit must be at least 1, got {args.limit}")
-    samples = task.samples(args.data)[: args.limit]
-    if not samples:
-        raise vtc.InputError(f"{args.task}: no samples in {args.data}")
-    return task, samples, cells
+def _answer(args: argparse.Namespace, jobs: Sequence[Job]) -> Loaded | None:
+    """The model comes back, if it was this process that asked it."""
+    if args.backend == "ray":
+        from eval import ray_backend
 
-
-def _task_options(args: argparse.Namespace) -> dict[str, Any]:
-    if args.frames is None:
-        return {}
-    if args.frames < 1:
-        raise vtc.ConfigError(f"--frames must be at least 1, got {args.frames}")
-    if not hasattr(tasks.get_task(args.task), "frames"):
-        raise vtc.ConfigError(f"--frames was given, but {args.task} shows no video files")
-    return {"frames": args.frames}
-
-
-def _identity(args: argparse.Namespace, loaded: models.Loaded | None) -> dict[str, Any]:
-    """What rows must share to stand in one table."""
-    return {
-        "task": args.task,
-        **({"frames": args.frames} if args.frames is not None else {}),
-        "model": args.model,
-        "weights": None if loaded is None else loaded.weights,
-        "dtype": args.dtype,
-        "attention": args.attention,
-        "seed": args.seed,
-    }
-
-
-def _measure(
-    args: argparse.Namespace, loaded: models.Loaded, task: Task, samples: Sequence[Sample], cells: list[Cell]
-) -> None:
-    rank, world = runner.shard()
-    name = "rows.jsonl" if world == 1 else f"rows.{rank}-of-{world}.jsonl"
-    with journal.Journal(args.out / name, _identity(args, loaded), runner.conditions()) as rows:
-        runner.run(loaded, task, samples, cells, rows, batch_size=args.batch_size, seed=args.seed, progress=rank == 0)
-
-
-def _load(args: argparse.Namespace, samples: Sequence[Sample]) -> models.Loaded:
-    loaded = models.load(args.model, dtype=args.dtype, device=args.device, attention=args.attention)
-    models.check_modality(loaded, "video" if any(sample.video for sample in samples) else "image")
+        for job in jobs:
+            ray_backend.answer(job, workers=args.workers, retry=args.retry)
+        return None
+    loaded = jobs[0].load()
+    for job in jobs:
+        sweep.answer(job, loaded, retry=args.retry)
     return loaded
 
 
 def _run(args: argparse.Namespace) -> int:
-    task, samples, cells = _prepare(args)
-    _measure(args, _load(args, samples), task, samples, cells)
+    _answer(args, _jobs(args))
     return 0
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    task, samples, cells = _prepare(args)
-    times = None
-    if not args.table_only:
-        loaded = _load(args, samples)
-        _measure(args, loaded, task, samples, cells)
-        if args.timed:
-            times = runner.timings(loaded, samples[: args.timed], cells, rounds=args.rounds, seed=args.seed)
-    header, rows = journal.read(args.out)
-    frame = tables.summary(rows, cells, task, times, seed=args.seed)
-    kinds = tables.by_kind(rows, task.main_score)
-    title = f"{args.task}, {header['run']['model']}"
-    frame.to_csv(args.out / "table.csv", index=False, float_format="%.6g")
-    parts = [f"# {title}", tables.markdown(frame)]
-    if not kinds.empty:
-        parts += ["## By kind of question", tables.kinds_markdown(kinds)]
-    told = {**header["run"], **header["conditions"], "samples": len(samples)}
-    if times is not None:
-        told["times"] = (
-            f"medians over {args.timed} samples x {args.rounds} interleaved rounds, batch 1, vision included"
+    if runner.shard()[1] > 1:
+        raise vtc.ConfigError(
+            "sweep takes times and writes tables, which is for one process: use `accelerate launch -m eval run` with "
+            "these arguments, and then `python -m eval sweep` for the rest"
         )
-    parts.append("\n".join(f"- {key}: {value}" for key, value in told.items() if value is not None))
-    (args.out / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    tables.plots(frame, kinds, args.out, title)
-    print("\n\n".join(parts))
+    for name, value, least in (
+        ("timed", args.timed, 0),
+        ("rounds", args.rounds, 1),
+        ("decode-tokens", args.decode_tokens, 2),
+    ):
+        if value < least:
+            raise vtc.ConfigError(f"--{name} must be at least {least}, got {value}")
+    jobs = _jobs(args)
+    loaded = _answer(args, jobs)
+    if args.timed:
+        loaded = loaded or jobs[0].load()
+        for job in jobs:
+            sweep.take_times(job, loaded, count=args.timed, rounds=args.rounds, decode_tokens=args.decode_tokens)
+    found = []
+    for job in jobs:
+        found.append(sweep.results(job.out))
+        found[-1].write(job.out)
+        print(found[-1].markdown())
+    if len(jobs) > 1:
+        print(sweep.overview(found, jobs[0].out.parent))
+    return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    found = sweep.results(args.folder)
+    found.write(args.folder)
+    print(found.markdown())
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    sides = []
-    for folder, cell in ((args.folder, args.a), (args.other or args.folder, args.b)):
-        header, rows = journal.read(folder)
-        good = {row["sample"]: row for row in rows if row["cell"] == cell and "error" not in row}
-        if not good:
-            known = ", ".join(dict.fromkeys(row["cell"] for row in rows))
-            raise vtc.InputError(f"{folder} has no cell {cell!r}; it has: {known}")
-        sides.append((header["run"]["task"], good))
-    (task_a, a), (task_b, b) = sides
-    shared = [name for name in a if name in b]
-    if task_a != task_b or not shared:
-        raise vtc.InputError(f"nothing to pair: {len(shared)} samples in common, tasks {task_a} and {task_b}")
-    main = tasks.get_task(task_a).main_score
-    x, y = ([side[name]["scores"][main] for name in shared] for side in (a, b))
-    difference, (low, high), p = statistics.paired(x, y, [a[name]["group"] for name in shared])
-    print(f"{args.b} - {args.a}: {difference:+.4f} (95 % {low:+.4f} to {high:+.4f}), p = {p:.4f} by sign flips of")
-    print(f"whole groups; {len(shared)} samples in {len({a[name]['group'] for name in shared})} groups")
-    if set(x) | set(y) <= {0.0, 1.0}:
-        print(f"McNemar, samples taken as independent: p = {statistics.mcnemar(x, y):.4f}")
+    print(comparison.told(comparison.compare(args.a, args.b, args.folder)))
+    return 0
+
+
+def _readme(_: argparse.Namespace) -> int:
+    readme.write()
     return 0
 
 

@@ -20,7 +20,8 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 import vtc
-from eval import models, runner
+from eval import models
+from eval.conditions import conditions
 from eval.tasks.base import Sample
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.scene import Scene, make_scene
@@ -102,9 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "scenes": f"{arguments.group} plain ones ({cover[: arguments.group].mean():.0f} of 256 patches covered) and "
         f"{arguments.group} full ones ({cover[arguments.group :].mean():.0f}), of {arguments.drawn} drawn with seed "
         f"{arguments.seed}; one question each",
-        **{
-            name: value for name, value in runner.conditions("python -m eval.adaptive ...").items() if value is not None
-        },
+        **{name: value for name, value in conditions("python -m eval.adaptive ...").items() if value is not None},
         **{path.stem: config.to_dict() for path, config in zip(arguments.configs, configs, strict=True)},
     }
     text = table([path.stem for path in arguments.configs], counts, cover, arguments.group)

@@ -13,12 +13,13 @@ import vtc
 
 @dataclass(frozen=True)
 class GivenSelector(vtc.Selector):
-    """Keeps the tokens it is told to; only meaningful for one sample at a time."""
+    """Keeps the tokens it is told to, out of `of`; only meaningful for one sample at a time."""
 
     name: ClassVar[str] = "given"
     paper: ClassVar[str] = "none: indices chosen by the caller"
 
     keep: tuple[int, ...] = ()
+    of: int = 0
 
     def select(self, ctx: vtc.VisualContext) -> vtc.Selection:
         """The given indices.
@@ -26,10 +27,13 @@ class GivenSelector(vtc.Selector):
         Raises
         ------
         InputError
-            They are not as many as the budget, or not tokens of this image.
+            They are not as many as the budget, or were chosen for another number of tokens.
         """
-        if len(self.keep) != min(ctx.budget, ctx.n) or not all(0 <= i < ctx.n for i in self.keep):
-            raise vtc.InputError(f"{len(self.keep)} indices were given for a budget of {ctx.budget} of {ctx.n} tokens")
+        if ctx.n != self.of or len(self.keep) != min(ctx.budget, ctx.n):
+            raise vtc.InputError(
+                f"{len(self.keep)} of {self.of} tokens were chosen beforehand, but the model has {ctx.n} and a budget "
+                f"of {ctx.budget}; the truth is only known for models with a token per patch"
+            )
         return vtc.Selection.from_indices(ctx.n, torch.tensor(self.keep, device=ctx.features.device))
 
 

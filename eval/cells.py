@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ class Cell:
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     positions: str = "original"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ class Cell:
         extra = "".join(f" {key}={value}" for key, value in sorted(self.options.items()))
         return f"{self.method} {keep}{'' if self.positions == 'original' else ' ' + self.positions}{extra}"
 
-    def config(self, **more: Any) -> CompressionConfig | None:
+    def config(self, seed: int = 0) -> CompressionConfig | None:
         """The configuration that `vtc.compress` takes; None for all tokens, and for the blind model that has them too.
 
         Raises
@@ -68,8 +69,18 @@ class Cell:
             keep_ratio=self.keep_ratio,
             keep_tokens=self.keep_tokens,
             positions=self.positions,
-            options={**self.options, **more},
+            seed=seed,
+            options=self.options,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and fields as plain JSON types; `from_dict` reads them."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Cell:
+        """The cell that `to_dict` wrote down."""
+        return cls(**{key: value for key, value in data.items() if key != "name"})
 
 
 FULL = Cell()
@@ -120,3 +131,29 @@ def sweep_cells(
     for cell in cells:
         cell.config()  # says now what is wrong with a number
     return cells
+
+
+def fitting(cells: Sequence[Cell], model: Any, asked: Sequence[str]) -> tuple[list[Cell], dict[str, str]]:
+    """Cells that the model can run, and why not the others, by name.
+
+    Raises
+    ------
+    UnsupportedMethodError, ConfigError
+        A method that was asked for by name cannot run on this model at all.
+    """
+    good, bad = [], {}
+    for cell in cells:
+        config = None if cell.method in BOUNDS else cell.config()
+        try:
+            if config is not None:
+                with vtc.compressed(model, config):
+                    pass
+            good.append(cell)
+        except (vtc.UnsupportedMethodError, vtc.ConfigError) as error:
+            bad[cell.name] = error
+    for name in asked:
+        runs = any(cell.method == name for cell in good)
+        refused = [bad[cell.name] for cell in cells if cell.method == name and cell.name in bad]
+        if refused and not runs:
+            raise refused[0]
+    return good, {name: str(error) for name, error in bad.items()}

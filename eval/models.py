@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,9 +51,22 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu", attention: s
         except (OSError, ValueError) as error:
             raise vtc.InputError(f"{name}: cannot be loaded as an image-text-to-text model: {error}") from error
     if attention is not None:
-        model.set_attn_implementation(attention)
+        try:
+            model.set_attn_implementation(attention)
+        except (ImportError, ValueError) as error:
+            raise vtc.ConfigError(f"--attention {attention}: {error}") from error
     processor.tokenizer.padding_side = "left"
-    return Loaded(model.to(device).eval(), processor, name, fingerprint(model))
+    try:
+        model = model.to(_own(device)).eval()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise vtc.ConfigError(f"--device {device}: {error}") from error
+    return Loaded(model, processor, name, fingerprint(model))
+
+
+def _own(device: str) -> str:
+    """Of several processes on one machine each takes its own GPU, as their launcher numbered them."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
 
 
 def fingerprint(model: Any) -> str:

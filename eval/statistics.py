@@ -64,3 +64,12 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     right_a, right_b = np.asarray(a, bool), np.asarray(b, bool)
     lost, won = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values after Holm's step-down correction: significant at a level means so in spite of the number of tests."""
+    adjusted, running = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        running = max(running, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = running
+    return adjusted

@@ -1,10 +1,9 @@
-"""Rows to tables and pictures."""
+"""Rows to tables."""
 
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,11 @@ import pandas as pd
 
 import vtc
 from eval import statistics
-from eval.cells import BASELINES, BLIND, BOUNDS, FULL, Cell
+from eval.cells import FULL, Cell
 from eval.journal import Row
 from eval.runner import in_groups
 from eval.tasks.base import Task
+from eval.timing import FIGURES
 
 Timings = Mapping[str, Mapping[str, float]]
 
@@ -23,43 +23,48 @@ Timings = Mapping[str, Mapping[str, float]]
 def summary(
     rows: Sequence[Row], cells: Sequence[Cell], task: Task, times: Timings | None = None, *, seed: int = 0
 ) -> pd.DataFrame:
-    """One line per cell.
+    """One line per cell in which any sample could be answered; `unanswered` tells of the others.
 
     Columns: ``score`` with ``low`` and ``high`` (95 %, clusters drawn as wholes), ``agreement`` and ``kl`` with the
-    model that sees all tokens, ``kept`` (share of visual tokens, mean over layers and samples), ``flops`` (share of the
-    decoder's prefill), ``speed_up`` and ``selector_share`` where times were taken, ``n``, ``broken`` samples, and the
-    task's own aggregate numbers as ``task.*``.
+    model that sees all tokens, ``kept`` (share of visual tokens, mean over layers and samples), ``tokens`` (the same as
+    a number), ``gflops`` and ``flops`` (the decoder's prefill, and its share of all tokens'), what was measured of time
+    and memory (`timing.FIGURES`), ``n``, ``broken`` samples, and the task's own aggregate numbers as ``task.*``.
 
     Raises
     ------
     InputError
-        A cell has no rows, or none that could be read.
+        No sample could be answered with all tokens.
     """
-    by_cell, lines = in_groups(rows), []
+    by_cell = in_groups(rows)
+    visual = {row["sample"]: row["visual"] for row in rows if row.get("visual") is not None}
+    lines = []
     for cell in cells:
         every = by_cell.get(cell.name, [])
         good = [row for row in every if "error" not in row]
         if not good:
-            first = next((row["error"] for row in every), "no sample was run")
-            raise vtc.InputError(f"{cell.name}: none of {len(every)} samples could be read; the first: {first}")
-        main = task.main_score
-        values, groups = [row["scores"][main] for row in good], [row["group"] for row in good]
+            if cell == FULL:
+                raise vtc.InputError(f"{cell.name}: {_why_not(every)}")
+            continue
+        values, groups = [row["scores"][task.main_score] for row in good], [row["group"] for row in good]
         low, high = statistics.interval(values, groups, seed=seed)
-        flops = [row["flops_share"] for row in good if row.get("flops_share") is not None]
+        counted = [row["kept"] * visual[row["sample"]] for row in good if row["sample"] in visual]
         lines.append(
             {
                 "cell": cell.name,
                 "method": cell.method or "all tokens",
                 "keep": cell.keep_ratio if cell.keep_ratio is not None else cell.keep_tokens,
                 "positions": cell.positions,
+                "options": " ".join(f"{name}={value}" for name, value in sorted(cell.options.items())),
                 "kept": plain.fmean(row["kept"] for row in good),
+                "tokens": plain.fmean(counted) if counted else None,
                 "score": float(np.mean(values)),
                 "low": low,
                 "high": high,
                 "agreement": plain.fmean(row["agrees"] for row in good),
                 "kl": plain.fmean(row["kl"] for row in good),
-                "flops": plain.fmean(flops) if flops else (1.0 if cell in (FULL, BLIND) else None),
-                **_timed(cell, times),
+                "gflops": _mean(row["flops"] / 1e9 for row in good if row["flops"] is not None),
+                "flops": _mean(row["flops_share"] for row in good if row["flops_share"] is not None),
+                **{name: (times or {}).get(cell.name, {}).get(name) for name in FIGURES},
                 "n": len(good),
                 "broken": len(every) - len(good),
                 **{f"task.{name}": value for name, value in task.summarise(good).items()},
@@ -68,9 +73,24 @@ def summary(
     return pd.DataFrame(lines)
 
 
-def _timed(cell: Cell, times: Timings | None) -> dict[str, float | None]:
-    known = (times or {}).get(cell.name, {})
-    return {name: known.get(name) for name in ("ttft", "speed_up", "selector_share")}
+def unanswered(rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, str]:
+    """Cells that have no line in `summary`, with the reason."""
+    by_cell = in_groups(rows)
+    return {
+        cell.name: _why_not(by_cell.get(cell.name, []))
+        for cell in cells
+        if not any("error" not in row for row in by_cell.get(cell.name, []))
+    }
+
+
+def _why_not(every: Sequence[Row]) -> str:
+    first = next((row["error"] for row in every), "no sample was run")
+    return f"none of {len(every)} samples could be answered; the first: {first}"
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return plain.fmean(found) if found else None
 
 
 def by_kind(rows: Sequence[Row], main: str) -> pd.DataFrame:
@@ -79,106 +99,73 @@ def by_kind(rows: Sequence[Row], main: str) -> pd.DataFrame:
     if not known:
         return pd.DataFrame()
     frame = pd.DataFrame({"cell": r["cell"], "kind": r["kind"], "score": r["scores"][main]} for r in known)
-    order = list(in_groups(rows))
+    order = list(in_groups(known))
     return frame.pivot_table(index="cell", columns="kind", values="score", sort=False).reindex(order)
 
 
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("method", "method", str),
+    ("keep", "keep", "{:g}".format),
+    ("positions", "positions", str),
+    ("options", "options", str),
+    ("kept", "kept, mean of layers", _percent),
+    ("tokens", "tokens", "{:.1f}".format),
+    ("score", "score", "{:.3f}".format),
+    ("interval", "95 %", str),
+    ("agreement", "agreement", "{:.3f}".format),
+    ("kl", "KL", "{:.3f}".format),
+    ("flops", "FLOPs", _percent),
+    ("speed_up", "TTFT speed-up", "{:.2f}x".format),
+    ("ttft", "TTFT, s", "{:.3g}".format),
+    ("decode_rate", "decode, tokens/s", "{:.1f}".format),
+    ("selector_ms", "selector, ms", "{:.2f}".format),
+    ("host_mib", "host peak, MiB", "{:.0f}".format),
+    ("device_mib", "device peak, MiB", "{:.0f}".format),
+    ("n", "n", str),
+    ("broken", "broken", str),
+)
+_ONLY_IF_TOLD = {"options", *FIGURES, "flops", "tokens"}  # columns of nothing but blanks say nothing
+
+
 def markdown(frame: pd.DataFrame) -> str:
-    """The table for people: positions, times and broken samples only where there are any to tell."""
-    drop = [name for name in ("positions", "speed_up", "selector_share") if frame[name].nunique(dropna=False) <= 1]
-    header = ["method", "keep", *(["positions"] if "positions" not in drop else []), "kept, mean of layers", "score"]
-    header += ["95 %", "agreement", "KL", "FLOPs"]
-    header += [title for name, title in _TIMES if name not in drop]
-    broken = bool(frame["broken"].any())
-    header += ["broken"] * broken
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    for line in frame.to_dict("records"):
-        cells = [line["method"], "" if pd.isna(line["keep"]) else f"{line['keep']:g}"]
-        cells += [line["positions"]] if "positions" not in drop else []
-        cells += [f"{100 * line['kept']:.1f} %", f"{line['score']:.3f}"]
-        cells.append("" if pd.isna(line["low"]) else f"{line['low']:.3f} to {line['high']:.3f}")
-        cells += [f"{line['agreement']:.3f}", f"{line['kl']:.3f}", _percent(line["flops"])]
-        if "speed_up" not in drop:
-            cells.append("" if pd.isna(line["speed_up"]) else f"{line['speed_up']:.2f}x")
-        if "selector_share" not in drop:
-            cells.append(_percent(line["selector_share"]))
-        cells += [str(line["broken"])] * broken
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """The table for people: times, options and broken samples only where there are any to tell."""
+    lines = frame.assign(
+        interval=[
+            "" if pd.isna(low) else f"{low:.3f} to {high:.3f}"
+            for low, high in zip(frame["low"], frame["high"], strict=True)
+        ]
+    )
+
+    def shown(name: str) -> bool:
+        if name == "broken":
+            return bool(lines[name].any())
+        if name == "n":
+            return lines[name].nunique() > 1
+        return name not in _ONLY_IF_TOLD or bool((lines[name].notna() & (lines[name] != "")).any())
+
+    columns = [column for column in _COLUMNS if shown(column[0])]
+    return pipes(
+        [title for _, title, _ in columns],
+        [
+            ["" if pd.isna(line[name]) else write(line[name]) for name, _, write in columns]
+            for line in lines.to_dict("records")
+        ],
+    )
 
 
-_TIMES = (("speed_up", "TTFT speed-up"), ("selector_share", "of TTFT selecting"))
+def pipes(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    rule = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
-def _percent(value: Any) -> str:
-    return "" if pd.isna(value) else f"{100 * value:.1f} %"
-
-
-def kinds_markdown(frame: pd.DataFrame) -> str:
-    """`by_kind` as Markdown."""
-    lines = ["| | " + " | ".join(map(str, frame.columns)) + " |", "|---|" + "---:|" * len(frame.columns)]
-    for name, line in frame.iterrows():
-        lines.append(f"| {name} | " + " | ".join("" if pd.isna(v) else f"{v:.3f}" for v in line) + " |")
-    return "\n".join(lines)
-
-
-def pareto(cost: Sequence[float], gain: Sequence[float]) -> list[int]:
-    """Indices of the points that no other point beats (cheaper and at least as good, or as cheap and better)."""
-    order = sorted(range(len(cost)), key=lambda i: (cost[i], -gain[i]))
-    front, best = [], -np.inf
-    for i in order:
-        if gain[i] > best:
-            front.append(i)
-            best = gain[i]
-    return front
-
-
-def plots(frame: pd.DataFrame, kinds: pd.DataFrame, folder: Path, title: str) -> list[Path]:
-    """Score against kept tokens, score against measured time with the Pareto front marked, and bars by kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    written = []
-    full = frame[frame["method"] == "all tokens"].iloc[0]
-    for column, label, name in (
-        ("kept", "visual tokens kept, mean over layers", "score-by-tokens.png"),
-        ("ttft", "time to first token, s", "score-by-ttft.png"),
-    ):
-        known = frame[frame[column].notna() & ~frame["method"].isin(("all tokens", BLIND.name))]
-        if known.empty:
-            continue
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for method, lines in known.groupby("method", sort=False):
-            frameless = method in BASELINES or method in BOUNDS
-            ordered = lines.sort_values(column)
-            style = {"linestyle": "--", "alpha": 0.7} if frameless else {}
-            axes.plot(ordered[column], ordered["score"], marker="o", markersize=4, label=method, **style)
-        axes.axhline(full["score"], color="black", linewidth=0.8, label="all tokens")
-        for floor in frame[frame["method"] == BLIND.name]["score"]:
-            axes.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label=BLIND.name)
-        if column == "ttft":
-            points = known[~known["method"].isin(BOUNDS)]
-            best = points.iloc[pareto(points["ttft"].tolist(), points["score"].tolist())]
-            axes.scatter(best["ttft"], best["score"], s=110, facecolors="none", edgecolors="black", label="front")
-        else:
-            axes.set_xscale("log")
-        axes.set(xlabel=label, ylabel="score", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, ncols=2)
-        written.append(folder / name)
-        figure.savefig(written[-1], dpi=120)
-        plt.close(figure)
-    if not kinds.empty:
-        budgets = sorted(frame["keep"].dropna().unique())
-        middle = budgets[(len(budgets) - 1) // 2]  # one budget: bars of all would be unreadable
-        chosen = frame[(frame["method"] == "all tokens") | (frame["keep"] == middle)]["cell"]
-        axes = kinds.loc[chosen].T.plot.bar(figsize=(12, 4.5), width=0.85, colormap="tab20")
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        axes.set(ylabel="score", title=title, xlabel="")
-        axes.figure.tight_layout()
-        written.append(folder / "score-by-kind.png")
-        axes.figure.savefig(written[-1], dpi=120)
-        plt.close(axes.figure)
-    return written
+def pivot_markdown(frame: pd.DataFrame) -> str:
+    """Scores by cell (index) and something else (columns), as of `by_kind`."""
+    return pipes(
+        ["", *map(str, frame.columns)],
+        ([str(name), *("" if pd.isna(value) else f"{value:.3f}" for value in line)] for name, line in frame.iterrows()),
+    )

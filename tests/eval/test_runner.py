@@ -23,7 +23,7 @@ pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 import vtc
 from eval import journal, models, runner, tables
 from eval.__main__ import main
-from eval.cells import FULL, Cell, sweep_cells
+from eval.cells import FULL, Cell
 from eval.journal import Journal
 from eval.tasks import Sample, Task, get_task
 from vtc import reference
@@ -49,7 +49,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     with Journal(path, RUN, {}) as rows:
         runner.run(loaded, get_task("scenes"), samples, cells, rows, progress=False, **more)
-    return journal.read(path)[1]
+    return journal.read(path.parent)[1]
 
 
 CELLS = [FULL, Cell("random", 0.25), Cell("fastv", 0.5), Cell("oracle", 0.1)]
@@ -70,48 +70,80 @@ def test_rows_say_what_was_kept_and_how_far_answers_moved(
     assert all(row["kept"] == 26 / 256 for row in cells["oracle 0.1"])
     assert all(row["kl"] > 0 for row in cells["random 0.25"])
     assert all(0.2 < row["flops_share"] < 0.3 for row in cells["random 0.25"])
+    whole = {row["sample"]: row["flops"] for row in cells["all tokens"]}
+    assert all(row["flops"] == pytest.approx(row["flops_share"] * whole[row["sample"]]) for row in rows)
+    assert all(row["visual"] == 256 for row in rows if row["cell"] != "all tokens")
     assert not vtc.is_compressed(loaded.model)
 
 
-def test_batches_and_shards_do_not_change_rows(
-    loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_do_not_change_answers(loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path) -> None:
     cells = [FULL, Cell("random", 0.25), Cell("divprune", 0.25)]
 
-    def essence(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-        return [(r["cell"], r["sample"], r["prediction"], r["scores"], r["kept"], round(r["kl"], 4)) for r in rows]
+    def essence(batch_size: int) -> list[tuple[Any, ...]]:
+        rows = measure(loaded, samples, cells, tmp_path / str(batch_size) / "rows.jsonl", batch_size=batch_size)
+        names = ("cell", "sample", "prediction", "scores", "visual", "kept", "flops", "flops_share")
+        return [(*(row[name] for name in names), round(row["kl"], 4)) for row in rows]
 
-    whole = essence(measure(loaded, samples, cells, tmp_path / "whole" / "rows.jsonl", batch_size=3))
-    single = essence(measure(loaded, samples, cells, tmp_path / "single" / "rows.jsonl", batch_size=1))
+    assert essence(3) == essence(1)
+
+
+def test_shards_give_the_same_rows(
+    loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure(loaded, samples, CELLS, tmp_path / "whole" / "rows.jsonl", batch_size=2)
+    folder = tmp_path / "shards"
+    sizes = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        measure(loaded, samples, cells, tmp_path / "shards" / f"rows.{rank}-of-2.jsonl", batch_size=2)
-    shards = essence(journal.read(tmp_path / "shards")[1])
-    assert whole == single == shards
+        measure(loaded, samples, CELLS, folder / f"rows.{rank}-of-2.jsonl", batch_size=2)
+        sizes.append(len((folder / f"rows.{rank}-of-2.jsonl").read_text().splitlines()) - 1)
+    assert sizes == [16, 8], "three batches of two samples in four cells"
+    assert journal.read(folder)[1] == whole
+    # Whoever comes later, in whatever number, finds the work done.
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert measure(loaded, samples, CELLS, folder / "rows.jsonl", batch_size=2) == whole
+    assert len((folder / "rows.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "eval", "run", "--task", "scenes", "--limit", "6", "--methods", "uniform"]
-    command += ["--keep", "0.25", "--batch-size", "1", "--out", str(tmp_path)]
-    rows = tmp_path / "rows.jsonl"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.time() + 120
-        while (not rows.exists() or rows.read_text().count("\n") < 5) and process.poll() is None:
-            assert time.time() < deadline, "no rows in two minutes"
+def test_other_cells_in_a_later_sitting_stand_beside_the_first(
+    loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    measure(loaded, samples[:2], [FULL, Cell("random", 0.25), Cell("uniform", 0.25)], path)
+    rows = measure(loaded, samples, [FULL, Cell("uniform", 0.25), Cell("divprune", 0.25)], path)
+    sizes = {name: len(each) for name, each in runner.in_groups(rows).items()}
+    assert sizes == {"all tokens": 6, "uniform 0.25": 6, "random 0.25": 2, "divprune 0.25": 6}
+
+
+def test_a_killed_run_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    command = ["run", "--limit", "6", "--methods", "uniform", "--keep", "0.25", "--batch-size", "2", "--out"]
+    killed = tmp_path / "killed"
+    rows = killed / "rows.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-m", "eval", *command, str(killed)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.time() + 500
+        # Ten rows: the second of three batches has begun (six cells of two samples each are a batch).
+        while (not rows.exists() or rows.read_text().count("\n") < 11) and process.poll() is None:
+            if time.time() > deadline:
+                break
             time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
         os.kill(process.pid, signal.SIGKILL)
     before = rows.read_text().splitlines()
-    assert len(before) >= 5
+    assert 11 <= len(before) < 1 + 36
     with rows.open("a") as file:
         file.write('{"cell": "uniform 0.25", "sam')  # what a kill in the middle of a line leaves
-    assert main(command[3:]) == 0
-    after = rows.read_text().splitlines()
-    assert after[: len(before)] == before
-    _, every = journal.read(tmp_path)
-    # Oracle and anti-oracle, random and uniform, all tokens and blind; none twice.
-    assert len(every) == 6 * 6
-    assert len({(row["cell"], row["sample"]) for row in every}) == 36
+    assert main([*command, str(killed)]) == 0
+    assert rows.read_text().splitlines()[: len(before)] == before, "what was measured is not measured again"
+    assert rows.read_text().count('"prediction"') == 36, "nothing twice"
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert journal.read(killed)[1] == journal.read(tmp_path / "whole")[1]
 
 
 def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
@@ -119,7 +151,10 @@ def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
     Journal(path, {"task": "scenes", "seed": 0}, {}).close()
     with pytest.raises(vtc.InputError, match=r"another run \(different: seed"):
         Journal(path, {"task": "scenes", "seed": 1}, {})
-    Journal(tmp_path / "rows.2.jsonl", {"task": "pope", "seed": 0}, {}).close()
+    with pytest.raises(vtc.InputError, match=r"rows.jsonl holds rows of another run \(different: task"):
+        Journal(tmp_path / "rows.1-of-2.jsonl", {"task": "pope", "seed": 0}, {})
+    Journal(tmp_path / "other" / "rows.jsonl", {"task": "pope", "seed": 0}, {}).close()
+    (tmp_path / "other" / "rows.jsonl").rename(tmp_path / "rows.2.jsonl")
     with pytest.raises(vtc.InputError, match="different runs"):
         journal.read(tmp_path)
     with pytest.raises(vtc.InputError, match="no rows"):
@@ -168,68 +203,67 @@ def test_broken_pictures_are_rows_and_are_counted(loaded: models.Loaded, tmp_pat
     assert "a.png: not a picture" in errors["a"]
     assert "c.png" in errors["c"]
     nothing = [row for row in rows.rows if "error" in row]
-    with pytest.raises(vtc.InputError, match="none of 2 samples could be read"):
+    with pytest.raises(vtc.InputError, match="none of 2 samples could be answered; the first: sample a"):
         tables.summary(nothing, cells, task)
+    assert set(tables.unanswered([row for row in rows.rows if row["cell"] == FULL.name], cells)) == {"divprune 0.25"}
 
 
-def test_sweep_writes_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["sweep", "--task", "scenes", "--limit", "12", "--methods", "divprune", "--keep", "0.1"]
-    arguments += ["--timed", "1", "--rounds", "1", "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    written = {path.name for path in tmp_path.iterdir()}
-    pictures = {"score-by-tokens.png", "score-by-ttft.png", "score-by-kind.png"}
-    assert written == {"rows.jsonl", "table.md", "table.csv", *pictures}
-    text = (tmp_path / "table.md").read_text()
-    for name in ("all tokens", "blind", "random", "uniform", "divprune", "oracle", "anti-oracle"):
-        assert f"| {name} |" in text
-    assert "- weights: " in text
-    assert "TTFT speed-up" in text
-    capsys.readouterr()
-    assert main(["compare", str(tmp_path), "anti-oracle 0.1", "oracle 0.1"]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("oracle 0.1 - anti-oracle 0.1: +")
-    assert "McNemar" in told
-    assert main(["compare", str(tmp_path), "oracle 0.1", "nonsense"]) == 2
-    assert "it has: all tokens" in capsys.readouterr().err
+def test_what_broke_is_tried_again_if_asked(loaded: models.Loaded, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(b"")
+    task, path = Files(), tmp_path / "rows.jsonl"
+    for content, retry, errors in ((b"", False, 1), (None, False, 1), (None, True, 0)):
+        (pictures / "a.png").write_bytes(reference.samples()[6].read_bytes() if content is None else content)
+        with Journal(path, RUN, {}, retry=retry) as rows:
+            runner.run(loaded, task, task.samples(pictures), [FULL], rows, progress=False)
+        found = journal.read(path)[1]
+        assert len(found) == 1
+        assert sum("error" in row for row in found) == errors
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--task", "nonsense"], "no task is called 'nonsense'"),
-        (["--task", "scenes", "--methods", "nonsense"], "unknown method"),
-        (["--task", "scenes", "--keep", "-1"], "keep_ratio"),
-        (["--task", "scenes", "--limit", "0"], "--limit"),
-        (["--task", "scenes", "--option", "fastv=3"], "METHOD.NAME=VALUE"),
-        (["--task", "scenes", "--frames", "8"], "scenes shows no video files"),
-        (["--task", "clips", "--limit", "1"], "LlavaProcessor takes no videos"),
-        (["--task", "scenes", "--model", "nowhere", "--limit", "1"], "no such folder"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_run(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_model_that_fails_on_a_sample_is_told_in_its_row(
+    loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["run", *arguments, "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    genuine, bad = models.inputs, samples[3]
+
+    def inputs(loaded: models.Loaded, batch: Sequence[Sample], media: Any) -> Any:
+        if bad in batch and (vtc.is_compressed(loaded.model) or everywhere):
+            raise RuntimeError("out of memory, say")
+        return genuine(loaded, batch, media)
+
+    monkeypatch.setattr(models, "inputs", inputs)
+    cells = [FULL, Cell("uniform", 0.25)]
+    everywhere = True
+    rows = measure(loaded, samples, cells, tmp_path / "all" / "rows.jsonl", batch_size=3)
+    broken = {(row["cell"], row["sample"]): row["error"] for row in rows if "error" in row}
+    assert set(broken) == {(cell.name, bad.id) for cell in cells}
+    assert set(broken.values()) == {"all tokens: RuntimeError: out of memory, say"}
+    assert len(rows) == 12
+    # Nothing works from the start: that is no sample's fault.
+    with pytest.raises(RuntimeError, match="say"):
+        measure(loaded, [bad], cells, tmp_path / "none" / "rows.jsonl")
 
 
-def test_cells_bring_the_baselines_along() -> None:
-    cells = sweep_cells(["fastv"], [0.5, 32], options={"fastv": {"layer": 3}})
-    assert [cell.name for cell in cells] == [
-        "all tokens",
-        "blind",
-        "random 0.5",
-        "random 32 tokens",
-        "uniform 0.5",
-        "uniform 32 tokens",
-        "fastv 0.5 layer=3",
-        "fastv 32 tokens layer=3",
+def test_only_the_cell_that_fails_is_broken(
+    loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = models.answer
+    asked = []
+
+    def answer(loaded: models.Loaded, encoded: Any, length: int) -> Any:
+        if vtc.is_compressed(loaded.model):
+            asked.append(len(encoded["input_ids"]))
+            if len(asked) in (1, 3):  # the batch, then its second sample alone
+                raise IndexError("a bug of this method")
+        return genuine(loaded, encoded, length)
+
+    monkeypatch.setattr(models, "answer", answer)
+    rows = measure(loaded, samples[:3], [FULL, Cell("uniform", 0.25)], tmp_path / "rows.jsonl")
+    assert asked == [3, 1, 1, 1]
+    assert [(row["cell"], row["sample"], row["error"]) for row in rows if "error" in row] == [
+        ("uniform 0.25", samples[1].id, "IndexError: a bug of this method")
     ]
-
-
-def test_the_front_is_what_nothing_beats() -> None:
-    assert tables.pareto([1, 2, 3, 4, 2], [0.5, 0.7, 0.6, 0.9, 0.65]) == [0, 1, 3]
 
 
 def test_a_row_is_one_line(tmp_path: Path) -> None:

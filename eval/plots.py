@@ -1,0 +1,116 @@
+"""Tables to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from eval.cells import BASELINES, BLIND, BOUNDS, FULL
+
+_AXES = (
+    ("kept", "visual tokens kept, mean over layers", "score-by-tokens.png"),
+    ("ttft", "measured time to first token, s", "score-by-ttft.png"),
+)
+
+
+def pareto(cost: Sequence[float], gain: Sequence[float]) -> list[int]:
+    """Indices of the points that no other point beats (cheaper and at least as good, or as cheap and better)."""
+    order = sorted(range(len(cost)), key=lambda i: (cost[i], -gain[i]))
+    front, best = [], -np.inf
+    for i in order:
+        if gain[i] > best:
+            front.append(i)
+            best = gain[i]
+    return front
+
+
+def against_cost(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Score against kept tokens, and, where times were taken, against time with the Pareto front marked.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        As of `tables.summary`.
+    folder : Path
+    title : str
+    """
+    plt = _pyplot()
+    written = []
+    full = frame[frame["cell"] == FULL.name].iloc[0]
+    for column, label, name in _AXES:
+        known = frame[frame[column].notna() & ~frame["cell"].isin((FULL.name, BLIND.name))]
+        if known.empty:
+            continue
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        colours = {method: plt.get_cmap("tab20")(i % 20) for i, method in enumerate(known["method"].unique())}
+        for (method, positions), lines in known.groupby(["method", "positions"], sort=False):
+            ordered = lines.sort_values(column)
+            compact = positions == "compact"
+            axes.plot(
+                ordered[column],
+                ordered["score"],
+                marker="s" if compact else "o",
+                markersize=4,
+                markerfacecolor="none" if compact else None,
+                linestyle="--" if method in BASELINES or method in BOUNDS else ":" if compact else "-",
+                color=colours[method],
+                label=f"{method}, compact" if compact else method,
+            )
+        axes.axhline(full["score"], color="black", linewidth=0.8, label=FULL.name)
+        for floor in frame[frame["cell"] == BLIND.name]["score"]:
+            axes.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label=BLIND.name)
+        if column == "ttft":
+            points = frame[frame["ttft"].notna()]  # the uncompressed model competes too
+            best = points.iloc[pareto(points["ttft"].tolist(), points["score"].tolist())]
+            axes.plot(best["ttft"], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, alpha=0.6)
+            axes.scatter(best["ttft"], best["score"], s=110, facecolors="none", edgecolors="black", label="front")
+        else:
+            axes.set_xscale("log")
+        axes.set(xlabel=label, ylabel="score", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, ncols=2)
+        written.append(_saved(figure, folder / name))
+    return written
+
+
+def bars(scores: pd.DataFrame, frame: pd.DataFrame, path: Path, title: str) -> Path:
+    """Score by kind of question or by task, of every method at one budget (the middle one: all are unreadable).
+
+    Parameters
+    ----------
+    scores : DataFrame
+        Cells by kinds or tasks, as of `tables.by_kind`.
+    frame : DataFrame
+        As of `tables.summary`; says which cell has which budget.
+    path : Path
+    title : str
+    """
+    plt = _pyplot()
+    budgets = sorted(frame["keep"].dropna().unique())
+    middle = budgets[(len(budgets) - 1) // 2] if budgets else None
+    plain = (frame["keep"] == middle) & (frame["positions"] == "original")
+    chosen = [cell for cell in frame[(frame["cell"] == FULL.name) | plain]["cell"] if cell in scores.index]
+    figure, axes = plt.subplots(figsize=(12, 4.5), layout="constrained")
+    scores.loc[chosen].T.plot.bar(ax=axes, width=0.85, colormap="tab20", rot=20)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set(ylabel="score", title=title, xlabel="")
+    return _saved(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+    return path
