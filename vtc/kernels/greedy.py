@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ _WORKSPACE = 64 * 2**20  # bytes up to which all of it may
 _RANK = 1e-5  # of the largest: what is left of a row's norm when it adds nothing but rounding
 
 
-@op()
+@op("vtc.kernels.triton_pick:dpp_greedy")
 def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
     """Greedy MAP of a determinantal point process over the rows of `x` (CDPruner, arXiv 2506.10967).
 
@@ -101,7 +103,7 @@ def _catch_up(
     left[missed] = -torch.inf
 
 
-@op()
+@op("vtc.kernels.triton_pick:coverage_greedy")
 def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
     """Greedy facility location: the rows of `x` that cover all others best (SCOPE, arXiv 2510.24214).
 
@@ -129,10 +131,24 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
         (min(k, N),) long, in the order taken.
     """
     x, inverse = rows_of(x)
-    n = x.shape[0]
+    return pick_covering(_SimilarityRows(x, inverse), k, weight, combine, torch.zeros_like(inverse))
+
+
+class Similarities(Protocol):
+    """What picking by coverage asks of the similarities of N rows."""
+
+    def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """(M,): for all rows, or those `chosen`, the sum of what their similarities are above `covered` (N,)."""
+
+    def row(self, index: Tensor) -> Tensor:
+        """(N,): similarities of the row `index` (1,) to all."""
+
+
+def pick_covering(rows: Similarities, k: int, weight: Tensor | None, combine: str, covered: Tensor) -> Tensor:
+    """The picks of `coverage_greedy`; `covered` (N,) is zeros."""
+    n = len(covered)
     k = min(k, n)
-    rows = _SimilarityRows(x, inverse)
-    gain = rows.sums()
+    gain = rows.gains(covered)
 
     def score(indices: Tensor | slice) -> Tensor:
         if weight is None:
@@ -141,23 +157,22 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
         return gain[indices] * part if combine == "multiply" else gain[indices] + part
 
     best = score(slice(None)).clone()
-    covered = torch.zeros_like(gain)
-    current = torch.ones(n, dtype=torch.bool, device=x.device)  # whether `gain` is what the row adds now
+    current = torch.ones_like(covered, dtype=torch.bool)  # whether `gain` is what the row adds now
     picks: list[int] = []
     while len(picks) < k:
         place = int(best.argmax())  # the first of equals
         while not current[place]:
             candidates = best.topk(min(_BATCH, n - len(picks))).indices
             candidates = torch.cat([candidates[~current[candidates]], candidates.new_tensor([place])]).unique()
-            gain[candidates] = (rows(candidates) - covered).clamp_(min=0).sum(dim=1)
+            gain[candidates] = rows.gains(covered, candidates)
             best[candidates] = score(candidates)
             current[candidates] = True
             place = int(best.argmax())
         picks.append(place)
         best[place] = -torch.inf
-        covered = torch.maximum(covered, rows(torch.tensor([place], device=x.device))[0])
+        covered = torch.maximum(covered, rows.row(torch.tensor([place], device=covered.device)))
         current.zero_()
-    return torch.tensor(picks, dtype=torch.long, device=x.device)
+    return torch.tensor(picks, dtype=torch.long, device=covered.device)
 
 
 class _SimilarityRows:
@@ -169,8 +184,10 @@ class _SimilarityRows:
         self.table = inverse.new_empty(n, n) if 4 * n * n <= _WORKSPACE else None
         self.kept: dict[int, Tensor] = {}
 
-    def sums(self) -> Tensor:
-        """(N,): of the positive entries of every row. The matrix is symmetric: half of it is multiplied out."""
+    def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Of some rows; of all, as nothing is covered yet, by half of the product, the matrix being symmetric."""
+        if chosen is not None:
+            return (self._rows(chosen) - covered).clamp_(min=0).sum(dim=1)
         total = torch.zeros_like(self.inverse)
         for start in range(0, self.x.shape[0], _BLOCK):
             stop = start + _BLOCK
@@ -185,7 +202,11 @@ class _SimilarityRows:
             total[start:stop] += block[:, _BLOCK:].sum(dim=1)
         return total
 
-    def __call__(self, indices: Tensor) -> Tensor:
+    def row(self, index: Tensor) -> Tensor:
+        """One row."""
+        return self._rows(index)[0]
+
+    def _rows(self, indices: Tensor) -> Tensor:
         """(M, N): the rows `indices`."""
         if self.table is not None:
             return self.table.index_select(0, indices)

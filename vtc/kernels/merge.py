@@ -10,7 +10,7 @@ from .dispatch import op
 _BLOCK = 512  # rows of the similarity matrix that exist at a time
 
 
-@op()
+@op("vtc.kernels.triton_merge:bipartite_merge")
 def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
     """Merge `r` of N tokens into their most similar partner (AIM, arXiv 2412.03248; the matching is ToMe's).
 
@@ -42,15 +42,21 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Te
     tokens = torch.arange(n, device=metric.device)
     if r == 0:
         return tokens.expand(batch, n), tokens.expand(batch, n)
-    source, destination = tokens[::2], tokens[1::2]
     best, partner = _best_partner(unit[:, ::2], unit[:, 1::2])
+    return matched(best, partner, n, r, order)
+
+
+def matched(best: Tensor, partner: Tensor, n: int, r: int, order: str) -> tuple[Tensor, Tensor]:
+    """What `bipartite_merge` returns, from (B, S) similarities of the sources and the number of each one's partner."""
+    batch, device = len(best), best.device
+    source, destination = torch.arange(0, n, 2, device=device), torch.arange(1, n, 2, device=device)
     ranked = best.sort(dim=1, descending=True, stable=True).indices
     merged, staying = ranked[:, :r], ranked[:, r:]
     anchors = torch.cat([source[staying], destination.expand(batch, -1)], dim=1)
     if order == "original":
         anchors = anchors.sort(dim=1).values
-    slots = torch.arange(n - r, device=metric.device).expand(batch, -1)
-    assign = torch.empty(batch, n, dtype=torch.long, device=metric.device).scatter_(1, anchors, slots)
+    slots = torch.arange(n - r, device=device).expand(batch, -1)
+    assign = torch.empty(batch, n, dtype=torch.long, device=device).scatter_(1, anchors, slots)
     target = assign.gather(1, destination[partner.gather(1, merged)])
     return anchors, assign.scatter_(1, source[merged], target)
 
@@ -65,7 +71,7 @@ def _best_partner(source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(values, dim=1), torch.cat(places, dim=1)
 
 
-@op()
+@op("vtc.kernels.triton_merge:segment_merge")
 def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
     """Weighted sums of the rows that flow into each slot; one pass, in the order of the rows, on every device.
 

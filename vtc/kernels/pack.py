@@ -42,7 +42,7 @@ class Packed:
     marked: tuple[Tensor, ...]
 
 
-@op()
+@op("vtc.kernels.triton_pack:topk_indices")
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """Indices of the `k` highest of `scores` (N,), ascending; the lower index stays among equals. NaN is the lowest.
 
@@ -56,7 +56,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     return _best(scores, k).nonzero().squeeze(1)
 
 
-@op()
+@op("vtc.kernels.triton_pack:select_gather")
 def select_gather(
     keep: Tensor,
     planes: Sequence[Tensor] = (),
@@ -104,9 +104,8 @@ def select_gather(
     InputError
         There are scores, but not columns, offsets and one of `counts` and `threshold`.
     """
-    if scores is not None:
-        if columns is None or offsets is None or (counts is None) == (threshold is None):
-            raise InputError("scores need columns, offsets and either counts or a threshold.")
+    check_scores(scores, columns, offsets, counts, threshold)
+    if scores is not None and columns is not None and offsets is not None:
         stays = _stays(scores, offsets, counts, threshold)
         keep = keep.flatten().index_fill(0, columns[stays], True).view_as(keep)
     index, mask, lengths = _slots(keep, side)
@@ -117,10 +116,23 @@ def select_gather(
     return Packed(index, mask, lengths, _gathered(index, planes, axes), rows)
 
 
-@op()
+@op("vtc.kernels.triton_pack:gather_planes")
 def gather_planes(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> tuple[Tensor, ...]:
     """More planes for an `index` (B, T) that exists; arguments and result as in `select_gather`."""
     return _gathered(index, planes, axes)
+
+
+def check_scores(
+    scores: Tensor | None,
+    columns: Tensor | None,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    threshold: float | None,
+) -> None:
+    """Raise `InputError` if there are scores, but not what goes with them."""
+    incomplete = columns is None or offsets is None or (counts is None) == (threshold is None)
+    if scores is not None and incomplete:
+        raise InputError("scores need columns, offsets and either counts or a threshold.")
 
 
 def _best(scores: Tensor, k: int) -> Tensor:

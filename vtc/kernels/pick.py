@@ -19,7 +19,7 @@ _SLACK = 1e-6  # by how much two float32 products of the same rows may differ
 _TIE = 2.0**-22  # cosines that differ by less are equal but for rounding
 
 
-@op()
+@op("vtc.kernels.triton_pick:farthest_point")
 def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     """Greedy max-min selection of `k` rows of `x` (N, D) under the distance 1 - cosine.
 
@@ -69,7 +69,7 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     return torch.tensor(picks, device=x.device)
 
 
-@op()
+@op("vtc.kernels.triton_pick:max_sum")
 def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     """Greedy max-sum selection of `k` rows of `x` (N, D): always the row least similar to all taken ones together.
 

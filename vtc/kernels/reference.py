@@ -321,7 +321,7 @@ def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = N
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """(min(k, N),) long, ascending: the front of the stable order."""
     return (
-        scores.nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         .sort(descending=True, stable=True)
         .indices[: max(k, 0)]
         .sort()

@@ -1,0 +1,202 @@
+"""Triton kernels that pick rows one after the other, in one pass over the rows per pick.
+
+A launch of `_pick` first agrees on the next pick: every program reads what each program of the launch before found best
+and comes to the same answer. Then it compares its rows with the pick, and leaves behind which of them is best now. No
+program adds to what another writes, so the picks do not depend on the order in which they run, and nothing waits for
+the host.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aot import KernelSpec
+from .cosines import squared_norms
+from .greedy import pick_covering
+from .triton_cosines import gains, inverse_norms, nearest
+
+_MAX_PROGRAMS = 2048  # each of which reads what all others found
+
+NEAREST = tl.constexpr(0)
+SUM = tl.constexpr(1)
+VOLUME = tl.constexpr(2)
+
+
+@triton.jit
+def _smallest(value, index):
+    """The smallest of some values, and the lowest index among equals."""
+    least = tl.min(value, axis=0)
+    return least, tl.min(tl.where(value == least, index, 2147483647), axis=0)
+
+
+@triton.jit(do_not_specialize=["step", "picked_at", "left_at"])  # one binary for all picks
+def _pick(
+    x, scale, state, reserve, floor, factor, values, indices, reserves, reserve_indices, picks,
+    step, n, width, programs, picked_at, left_at,
+    OBJECTIVE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Take pick number `step`, then update `state` (N,), of which the smallest is picked; taken rows have infinity.
+
+    NEAREST: the cosine to the nearest pick. SUM: the sum of cosines to all. VOLUME: less what is left of the squared
+    norm; where nothing above `floor` is left, the smallest of `reserve` is taken.
+    """
+    programs_at = tl.arange(0, PROGRAMS)
+    there = programs_at < programs
+    found = tl.load(indices + picked_at + programs_at, mask=there, other=2147483647)
+    best, pick = _smallest(tl.load(values + picked_at + programs_at, mask=there, other=float("inf")), found)
+    exhausted = False
+    if OBJECTIVE == VOLUME:
+        exhausted = -best <= tl.load(floor)
+        spare = tl.load(reserves + picked_at + programs_at, mask=there, other=float("inf"))
+        found = tl.load(reserve_indices + picked_at + programs_at, mask=there, other=2147483647)
+        _, other = _smallest(spare, found)
+        pick = tl.where(exhausted, other, pick)
+    if tl.program_id(0) == 0:
+        tl.store(picks + step, pick.to(tl.int64))
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < n
+    product = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, width, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        inside = lane < width
+        pivot = tl.load(x + pick.to(tl.int64) * width + lane, mask=inside, other=0.0).to(tl.float32)
+        part = tl.load(
+            x + row[:, None].to(tl.int64) * width + lane[None, :], mask=here[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
+        product += tl.sum(part * pivot[None, :], axis=1)
+    product *= tl.load(scale + row, mask=here, other=0.0) * tl.load(scale + pick)
+    old = tl.load(state + row, mask=here, other=float("inf"))
+    if OBJECTIVE == NEAREST:
+        new = tl.maximum(old, product)
+    elif OBJECTIVE == SUM:
+        new = old + product
+    else:
+        for start in range(0, step, STEPS):
+            earlier = start + tl.arange(0, STEPS)
+            known = earlier < step
+            theirs = tl.load(factor + earlier.to(tl.int64) * n + pick, mask=known, other=0.0)
+            at = factor + earlier[:, None].to(tl.int64) * n + row[None, :]
+            ours = tl.load(at, mask=known[:, None] & here[None, :], other=0.0)
+            product -= tl.sum(theirs[:, None] * ours, axis=0)
+        entry = tl.where(exhausted, 0.0, product / tl.sqrt(tl.where(exhausted, 1.0, -best)))
+        tl.store(factor + tl.cast(step, tl.int64) * n + row, entry, mask=here)
+        new = old + entry * entry
+    new = tl.where(row == pick, float("inf"), new)
+    tl.store(state + row, new, mask=here)
+    best, pick = _smallest(new, row)
+    tl.store(values + left_at + tl.program_id(0), best)
+    tl.store(indices + left_at + tl.program_id(0), pick)
+    if OBJECTIVE == VOLUME:
+        spare = tl.where(new == float("inf"), float("inf"), tl.load(reserve + row, mask=here, other=float("inf")))
+        best, pick = _smallest(spare, row)
+        tl.store(reserves + left_at + tl.program_id(0), best)
+        tl.store(reserve_indices + left_at + tl.program_id(0), pick)
+
+
+def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
+    """See `vtc.kernels.farthest_point`."""
+    x = x.contiguous()
+    inverse = inverse_norms(x)
+    start: Tensor | int | None = first
+    if first is None and len(x):
+        start = nearest(x[None], inverse[None])[0][0].argmin()
+    return _run(x, inverse, torch.full_like(inverse, -torch.inf), k, start, NEAREST)
+
+
+def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
+    """See `vtc.kernels.max_sum`."""
+    x = x.contiguous()
+    inverse = inverse_norms(x)
+    return _run(x, inverse, torch.zeros_like(inverse), k, first, SUM)
+
+
+def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
+    """See `vtc.kernels.dpp_greedy`."""
+    x = x.contiguous()
+    inverse = inverse_norms(x)
+    weight = torch.ones_like(inverse) if relevance is None else relevance.float()
+    left = squared_norms(inverse, weight)
+    return _run(x, inverse * weight, -left, k, None, VOLUME, weight)
+
+
+def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
+    """See `vtc.kernels.coverage_greedy`; here the host waits for every pick."""
+    x = x.contiguous()
+    return pick_covering(_Similarities(x), k, weight, combine, torch.zeros(len(x), device=x.device))
+
+
+class _Similarities:
+    """What candidates add, by a kernel that never writes their similarities; computed anew for every batch of them."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.inverse = x, inverse_norms(x)
+
+    def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
+        return gains(self.x, self.inverse, covered, chosen)
+
+    def row(self, index: Tensor) -> Tensor:
+        pivot = self.x.index_select(0, index)[0]
+        return (self.x.float() @ pivot.float()) * self.inverse * self.inverse[index]
+
+
+def _run(
+    x: Tensor, scale: Tensor, state: Tensor, k: int, first: Tensor | int | None, objective, weight: Tensor | None = None
+) -> Tensor:
+    """Launch the kernel once per pick. Without `first` the smallest of `state` is first."""
+    n, width = x.shape
+    k = min(k, n)
+    picks = torch.empty(k, dtype=torch.long, device=x.device)
+    if k == 0:
+        return picks
+    rows = max(16, triton.next_power_of_2(triton.cdiv(n, _MAX_PROGRAMS)))
+    programs = triton.cdiv(n, rows)
+    # What the programs found: two sets, one to read and one to write, the first with one entry to begin with.
+    values = torch.full((2, programs), torch.inf, device=x.device)
+    indices = torch.zeros(2, programs, dtype=torch.int32, device=x.device)
+    reserves, reserve_indices = torch.full_like(values, torch.inf), torch.zeros_like(indices)
+    begin = state.argmin() if first is None else torch.as_tensor(first, device=x.device) % n
+    values[0, 0], indices[0, 0] = state.index_select(0, begin.view(1))[0], begin
+    volume = objective is VOLUME
+    floor = factor = reserve = None
+    if volume and weight is not None:
+        floor = -1e-5 * state.amin()
+        reserve = -weight
+        reserves[0, 0] = reserve.amin()
+        reserve_indices[0, 0] = reserve.argmin()
+        factor = torch.empty(k, n, device=x.device)
+    for step in range(k):
+        _pick[(programs,)](
+            x, scale, state, reserve, floor, factor, values, indices, reserves, reserve_indices, picks,
+            step, n, width, programs, step % 2 * programs, (step + 1) % 2 * programs,
+            OBJECTIVE=objective.value, ROWS=rows, WIDTH=_WIDTH, STEPS=_STEPS,
+            PROGRAMS=triton.next_power_of_2(programs),
+        )  # fmt: skip
+    return picks
+
+
+_WIDTH, _STEPS = 256, 16  # columns of the rows, and rows of the factor, at a time
+
+
+def _specs() -> list[KernelSpec]:
+    found = {"values": "*fp32", "indices": "*i32", "picks": "*i64"}
+    found |= dict.fromkeys(("step", "n", "width", "programs", "picked_at", "left_at"), "i32")
+    spare = {"reserve": "*fp32", "floor": "*fp32", "factor": "*fp32", "reserves": "*fp32", "reserve_indices": "*i32"}
+    specs = []
+    for name, objective in (("nearest", NEAREST), ("sum", SUM), ("volume", VOLUME)):
+        for dtype in ("bf16", "fp32"):
+            pointers = {"x": f"*{dtype}", "scale": "*fp32", "state": "*fp32"} | found
+            constants = {"OBJECTIVE": objective.value, "ROWS": 16, "WIDTH": _WIDTH, "STEPS": _STEPS, "PROGRAMS": 256}
+            if objective is VOLUME:
+                pointers |= spare
+            else:
+                constants |= dict.fromkeys((*spare, "reserves", "reserve_indices"))
+            specs.append(KernelSpec(_pick, pointers, constants, label=f"{name}, {dtype}"))
+    return specs
+
+
+KERNELS = _specs()
