@@ -17,7 +17,7 @@ from vtc.errors import ConfigError, StateError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["available", "load", "names", "samples"]
+__all__ = ["available", "clips", "load", "names", "samples"]
 
 
 def _distribution() -> ModuleType:
@@ -85,3 +85,14 @@ def samples() -> list[Path]:
         If ``vtc-reference`` is not installed.
     """
     return list(_distribution().samples())
+
+
+def clips() -> list[Path]:
+    """Paths of the sample clips that ship with the models: short videos for those that take them.
+
+    Raises
+    ------
+    StateError
+        If ``vtc-reference`` is not installed.
+    """
+    return list(_distribution().clips())

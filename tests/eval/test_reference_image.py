@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 from transformers import AutoTokenizer
 
 from eval.reference.train import models
-from eval.reference.train.__main__ import TOKENIZER, begin_with
+from eval.reference.train.__main__ import TOKENIZER, begin_with, tokens_like
 from eval.reference.train.export import internvl_processor, llava_processor
 from eval.reference.train.labels import GROUPS, patch_labels, word_ids
 from eval.reference.train.packing import IGNORE, Packer
@@ -30,6 +30,7 @@ from vtc import reference
 from vtc.errors import ConfigError, StateError
 
 FAMILIES = ("llava", "internvl")
+SHIPPED = (*FAMILIES, "qwen2_5_vl")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_an_unknown_model_is_refused_by_name() -> None:
         reference.load("gpt")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHIPPED)
 def test_loading_gives_the_stock_class_and_leaves_the_random_state_alone(family: str) -> None:
     distribution = _installed()
     if family not in distribution.names():
@@ -218,7 +219,7 @@ def test_loading_gives_the_stock_class_and_leaves_the_random_state_alone(family:
     assert processor.tokenizer.padding_side == "left"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHIPPED)
 def test_an_export_is_an_ordinary_checkpoint(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -242,7 +243,7 @@ def test_the_whole_distribution_stays_small() -> None:
     assert max(sizes) <= 50e6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHIPPED)
 def test_the_sample_questions_are_answered_right(family: str) -> None:
     distribution = _installed()
     if family not in distribution.names():
@@ -277,3 +278,18 @@ def test_training_can_go_on_from_the_shipped_weights(tokenizer: Any) -> None:
         torch.testing.assert_close(model.model.multi_modal_projector(features[:, 0]), expected, atol=1e-4, rtol=1e-4)
     for name, weight in shipped.model.language_model.state_dict().items():
         assert torch.equal(model.model.language_model.state_dict()[name], weight)
+
+
+def test_another_family_begins_with_the_shipped_decoder_and_imitates_its_projector(tokenizer: Any) -> None:
+    shipped, _ = _installed().load("llava")
+    _, packed = models.new_packed("internvl", tokenizer)
+    teacher = begin_with(packed, "llava", "internvl")
+    assert teacher is not None
+    for name, weight in shipped.model.language_model.state_dict().items():
+        assert torch.equal(packed.decoder.state_dict()[name], weight)
+    features = torch.randn(2, 5, 256, 384)
+    shown = shipped.model.multi_modal_projector(features[:, -1])  # the thumbnail is what llava sees
+    wanted = tokens_like(teacher, packed, features)
+    tile, thumbnail = packed.sources[70], packed.sources[300]
+    torch.testing.assert_close(wanted[:, 70], shown[:, tile[0]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wanted[:, 300], shown[:, thumbnail].mean(1), atol=1e-5, rtol=1e-5)

@@ -1,15 +1,14 @@
 r"""Train a reference model on cached tower features.
 
     python -m eval.reference.train llava --minutes 60 --cache cache/ --folder runs/llava [--resume]
-    python -m eval.reference.train internvl --minutes 30 --cache cache/ --tiles cache_tiles/ --folder runs/internvl \
-        --start runs/llava/checkpoint.pt
+    python -m eval.reference.train internvl --minutes 60 --cache cache_tiles/ --folder runs/internvl --start llava
 
 On a busy CPU, two processes of one thread each get much further than one of two threads: start the same command twice
 with RANK=0 and RANK=1, WORLD_SIZE=2, MASTER_ADDR, MASTER_PORT (or through ``torchrun --nproc-per-node 2``).
 
-``cache/train*`` and ``cache/test`` come from ``python -m eval.reference.train.cache``. The learning rate follows the
-share of ``--minutes`` used up, so a run ends on time on any machine; a checkpoint is written every ``--save-every``
-seconds, and ``--resume`` continues from it with the clock where it stood.
+``cache/train*`` and ``cache/test`` come from ``python -m eval.reference.train.cache`` (``--tiles`` for internvl). The
+learning rate follows the share of ``--minutes`` used up, so a run ends on time on any machine; a checkpoint is written
+every ``--save-every`` seconds, and ``--resume`` continues from it with the clock where it stood.
 """
 
 from __future__ import annotations
@@ -45,37 +44,32 @@ PRACTICE = (*KINDS, "relation", "relation", "relation", "extreme", "place", "dig
 
 @dataclass
 class Data:
-    """Cached features with what the scenes hold: shards of scenes, each of arrays to be joined along the views."""
+    """Cached features with what the scenes hold."""
 
-    shards: list[list[np.ndarray]]
+    shards: list[np.ndarray]
     scenes: list[Scene]
     places: list[tuple[int, int]]
 
     @classmethod
-    def load(cls, split: str, *caches: Path) -> Data:
-        """Read every shard ``<split>*`` that all the caches hold; as many scenes as the shortest holds."""
+    def load(cls, split: str, cache: Path) -> Data:
+        """Read every shard ``<split>*`` of the cache, as far as it is filled."""
         data = cls([], [], [])
-        for name in sorted(folder.name for folder in caches[0].glob(f"{split}*")):
-            folders = [cache / name for cache in caches]
-            if not all((folder / "state.json").exists() for folder in folders):
+        for folder in sorted(cache.glob(f"{split}*")):
+            if not (folder / "state.json").exists():
                 continue
-            states = [json.loads((folder / "state.json").read_text()) for folder in folders]
-            if len({(state["split"], state["seed"]) for state in states}) != 1:
-                raise ValueError(f"caches of different scenes cannot be joined: {states}")
-            count = min(state["done"] for state in states)
-            things = pickle.loads((folders[0] / "things.pkl").read_bytes())[:count]
-            data.places += [(len(data.shards), index) for index in range(count)]
-            data.shards.append([np.load(folder / "features.npy", mmap_mode="r") for folder in folders])
-            data.scenes += [bare_scene(t, split, states[0]["seed"], index) for index, t in enumerate(things)]
+            state = json.loads((folder / "state.json").read_text())
+            things = pickle.loads((folder / "things.pkl").read_bytes())[: state["done"]]
+            data.places += [(len(data.shards), index) for index in range(len(things))]
+            data.shards.append(np.load(folder / "features.npy", mmap_mode="r"))
+            data.scenes += [bare_scene(t, split, state["seed"], index) for index, t in enumerate(things)]
         if not data.scenes:
-            raise ValueError(f"no cached {split} scenes in {', '.join(map(str, caches))}; make them with train.cache")
+            raise ValueError(f"no cached {split} scenes in {cache}; make them with train.cache")
         return data
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
         """Features ``(n, views, 256, 384)`` of the scenes, in the order given."""
         places = [self.places[int(index)] for index in indices]
-        rows = [np.concatenate([part[index] for part in self.shards[shard]]) for shard, index in places]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack([self.shards[shard][index] for shard, index in places]))
 
 
 def learning_rate(peak: float, step: int, share: float, warmup: int = 100) -> float:
@@ -127,11 +121,29 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def learn_words(packed: models.PackedModel, data: Data, labels: torch.Tensor, arguments: argparse.Namespace) -> None:
+@torch.no_grad()
+def tokens_like(teacher: torch.nn.Module, packed: models.PackedModel, features: torch.Tensor) -> torch.Tensor:
+    """What another family's projector makes of the patches that each visual token shows: their mean ``(B, N, HIDDEN)``.
+
+    ``features (B, views, 256, 384)``, the whole scene last.
+    """
+    tokens: torch.Tensor = teacher(features[:, -1].float())
+    return tokens[:, packed.sources].mean(2)
+
+
+def learn_words(
+    packed: models.PackedModel,
+    data: Data,
+    labels: torch.Tensor,
+    arguments: argparse.Namespace,
+    teacher: torch.nn.Module | None = None,
+) -> None:
     """Before anything else: projector and word embeddings alone, by the word loss.
 
     A step costs a tenth of a full one, and a decoder that starts on tokens which already carry their words skips the
-    long plateau in which it can only guess. With ``--start`` the words are already there and only the projector moves.
+    long plateau in which it can only guess. With ``--start`` the words are already there and only the projector moves;
+    where it is another family's, its tokens are pulled towards those of the ``teacher``, the projector that the decoder
+    was trained with.
     """
     rank, world = workers()
     steps, batch, seed = arguments.word_steps, arguments.word_batch, arguments.seed
@@ -145,8 +157,13 @@ def learn_words(packed: models.PackedModel, data: Data, labels: torch.Tensor, ar
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
         indices = np.sort(rng.choice(len(data.scenes), batch // world, replace=False))
+        features = data.batch(indices)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = packed.word_loss(packed.visual(data.batch(indices)), packed.token_labels(labels[indices]))
+            visual = packed.visual(features)
+            loss = packed.word_loss(visual, packed.token_labels(labels[indices]))
+            if teacher is not None:
+                wanted = tokens_like(teacher, packed, features).float()
+                loss = loss + (visual.float() - wanted).square().mean() / wanted.var()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(parameters)
@@ -156,11 +173,16 @@ def learn_words(packed: models.PackedModel, data: Data, labels: torch.Tensor, ar
             print(f"words, step {step + 1}: {np.mean(losses[-100:]):.3f}, {time.process_time():.0f} s CPU", flush=True)
 
 
-def begin_with(packed: models.PackedModel, start: str, name: str) -> None:
+def begin_with(packed: models.PackedModel, start: str, name: str) -> torch.nn.Module | None:
     """Take over trained weights: of a checkpoint of this script, or of a shipped model by its name.
 
-    Another family's projector does not fit and is left as it is. A shipped model has lost what only training needs: the
-    pointers begin anew, and the temperature of the word loss is found by `fit_scale`.
+    A shipped model has lost what only training needs: the pointers begin anew, and the temperature of the word loss is
+    found by `fit_scale`.
+
+    Returns
+    -------
+    nn.Module or None
+        The projector of a shipped model of another family, which does not fit here but can be imitated.
     """
     if start in vtc_reference.names():
         shipped, _ = vtc_reference.load(start)
@@ -169,20 +191,26 @@ def begin_with(packed: models.PackedModel, start: str, name: str) -> None:
         if name == start:
             packed.projector.load_state_dict(shipped.model.multi_modal_projector.state_dict())
             packed.unfold()
-        return
+            return None
+        projector: torch.nn.Module = shipped.model.multi_modal_projector
+        return projector
     weights = torch.load(start, weights_only=True)["model"]
     if name != "llava":
         weights = {key: tensor for key, tensor in weights.items() if key.startswith(("decoder.", "head.", "scale"))}
     found = packed.load_state_dict(weights, strict=False)
     if found.unexpected_keys or any(not key.startswith(("projector.", "pointe")) for key in found.missing_keys):
         raise ValueError(f"the checkpoint to start from does not fit: {found}")
+    return None
 
 
 @torch.no_grad()
-def fit_scale(packed: models.PackedModel, data: Data, labels: torch.Tensor, scenes: int = 32) -> None:
-    """Set the temperature of the word loss to the best of a few, on the first scenes."""
+def fit_scale(
+    packed: models.PackedModel, data: Data, labels: torch.Tensor, teacher: torch.nn.Module | None, scenes: int = 32
+) -> None:
+    """Set the temperature of the word loss to the best of a few, on the first scenes' tokens (or the teacher's)."""
     indices = np.arange(min(scenes, len(data.scenes)))
-    visual, shown = packed.visual(data.batch(indices)), packed.token_labels(labels[indices])
+    features, shown = data.batch(indices), packed.token_labels(labels[indices])
+    visual = packed.visual(features) if teacher is None else tokens_like(teacher, packed, features)
     losses = {}
     for candidate in (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0):
         packed.scale.fill_(candidate)
@@ -198,8 +226,7 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         dist.init_process_group("gloo")
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    folders = [arguments.cache] if arguments.tiles is None else [arguments.tiles, arguments.cache]
-    data, test = (Data.load(split, *folders) for split in ("train", "test"))
+    data, test = (Data.load(split, arguments.cache) for split in ("train", "test"))
     labels = torch.stack([patch_labels(scene.things) for scene in data.scenes])
     _, packed = models.new_packed(arguments.model, tokenizer)
     packed.prepare(data.batch(np.arange(0, len(data.scenes), max(1, len(data.scenes) // 200))))
@@ -215,11 +242,12 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         optimiser.load_state_dict(saved["optimiser"])
         step, used, epoch = saved["step"], saved["used"], saved["epoch"] + 1
     else:
+        teacher = None
         if arguments.start is not None:
-            begin_with(packed, arguments.start, arguments.model)
-            if arguments.start == arguments.model:
-                fit_scale(packed, data, labels)
-        learn_words(packed, data, labels, arguments)
+            teacher = begin_with(packed, arguments.start, arguments.model)
+            if arguments.start in vtc_reference.names():
+                fit_scale(packed, data, labels, teacher)
+        learn_words(packed, data, labels, arguments, teacher)
     if rank == 0:
         print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(data.scenes)} scenes", flush=True)
     if arguments.compile:
@@ -245,7 +273,7 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
             group["lr"] = learning_rate(arguments.lr, step, share)
         if len(order) < arguments.batch:
             epoch += 1
-            data = Data.load("train", *folders)  # scenes that were cached meanwhile join in
+            data = Data.load("train", arguments.cache)  # scenes that were cached meanwhile join in
             labels = torch.stack([patch_labels(scene.things) for scene in data.scenes])
             order = np.random.default_rng([arguments.seed, epoch]).permutation(len(data.scenes))
         indices, order = np.sort(order[: arguments.batch][rank::world]), order[arguments.batch :]
@@ -294,7 +322,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("llava", "internvl"))
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--tiles", type=Path, help="cache of tiles, for internvl")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--resume", action="store_true")

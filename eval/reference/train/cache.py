@@ -4,9 +4,9 @@
 
 writes ``features.npy`` ``(scenes, views, 256, 384)`` float16 (the second-last layer's patch tokens, [CLS] dropped, as
 the stock LLaVA class reads them), ``things.pkl`` (what stands in each scene) and, for the test split,
-``cls_attention.npy`` ``(scenes, layers, heads, 256)``. One view is the whole scene; ``--tiles`` stores the four tiles
-that InternVL's image processor cuts from the scene enlarged twice (its fifth view, the thumbnail, is the whole scene
-again). Interrupted runs continue where they stopped.
+``cls_attention.npy`` ``(scenes, layers, heads, 256)``. One view is the whole scene; with ``--tiles`` the four that
+InternVL's image processor cuts from the scene enlarged twice come before it (which is the thumbnail). Interrupted
+runs continue where they stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from eval.tasks.scenes.scene import make_scene
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-TILES = 4
+VIEWS = 5  # four tiles and the thumbnail
 FEATURE_LAYER = -2  # index into hidden_states: the output of the second-last layer
 ATTENTION_LAYERS = (9, 10, 11)  # 0-based layers whose [CLS] rows are kept for the test split
 
@@ -44,12 +44,20 @@ def normalised(images: NDArray[np.uint8]) -> torch.Tensor:
 def tower_features(tower: Dinov2Model, pixels: torch.Tensor, attention: bool = False) -> tuple[torch.Tensor, ...]:
     """Patch tokens of the feature layer ``(n, 256, 384)``, and the [CLS] rows ``(n, layers, heads, 256)`` if asked."""
     with torch.autocast("cpu", torch.bfloat16):
-        out = tower(pixels, output_hidden_states=True, output_attentions=attention)
+        if not attention:
+            return (second_last(tower, pixels)[:, 1:].half(),)
+        out = tower(pixels, output_hidden_states=True, output_attentions=True)
     features = out.hidden_states[FEATURE_LAYER][:, 1:].half()
-    if not attention:
-        return (features,)
     rows = torch.stack([out.attentions[layer][:, :, 0, 1:] for layer in ATTENTION_LAYERS], 1)
     return features, rows.half()
+
+
+def second_last(tower: Dinov2Model, pixels: torch.Tensor) -> torch.Tensor:
+    """The output of the second-last layer ``(n, 257, 384)``, without running the last."""
+    hidden: torch.Tensor = tower.embeddings(pixels)
+    for layer in tower.encoder.layer[: FEATURE_LAYER + 1]:
+        hidden = layer(hidden)
+    return hidden
 
 
 def tile_processor() -> GotOcr2ImageProcessor:
@@ -57,18 +65,18 @@ def tile_processor() -> GotOcr2ImageProcessor:
     return GotOcr2ImageProcessor(
         size={"height": 224, "width": 224},
         crop_to_patches=True,
-        min_patches=TILES,
-        max_patches=TILES,
+        min_patches=VIEWS - 1,
+        max_patches=VIEWS - 1,
         image_mean=list(IMAGE_MEAN),
         image_std=list(IMAGE_STD),
     )
 
 
 def tiled(images: NDArray[np.uint8]) -> torch.Tensor:
-    """``(n, 224, 224, 3)`` uint8 to the tiles ``(n * 4, 3, 224, 224)`` without the thumbnails."""
+    """``(n, 224, 224, 3)`` uint8 to tiles and thumbnails ``(n * 5, 3, 224, 224)``."""
     pictures = [Image.fromarray(image) for image in images]
-    pixels = tile_processor()(pictures, return_tensors="pt").pixel_values
-    return pixels.unflatten(0, (len(images), TILES + 1))[:, :TILES].flatten(0, 1)
+    pixels: torch.Tensor = tile_processor()(pictures, return_tensors="pt").pixel_values
+    return pixels
 
 
 def build(
@@ -79,7 +87,7 @@ def build(
     state_file = folder / "state.json"
     done = json.loads(state_file.read_text())["done"] if state_file.exists() else 0
     mode = "r+" if done else "w+"
-    views = TILES if tiles else 1
+    views = VIEWS if tiles else 1
     features = np.lib.format.open_memmap(folder / "features.npy", mode, np.float16, (count, views, 256, 384))
     with_attention = split == "test" and not tiles
     if with_attention:
@@ -112,7 +120,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--tower", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--tiles", action="store_true", help="four tiles per scene instead of the whole scene")
+    parser.add_argument("--tiles", action="store_true", help="four tiles of each scene as well")
     arguments = parser.parse_args()
     tower = Dinov2Model.from_pretrained(arguments.tower).eval()
     build(arguments.split, arguments.seed, arguments.count, tower, arguments.folder, arguments.tiles)

@@ -4,7 +4,7 @@
 
 Tokens are dropped between projector and decoder, positions kept, which is what a selector before the language model
 does. Beside a few selectors written out here in their plainest form (the product's own are measured by
-``eval.reference.evaluate --curves``) stand the oracle that gives every object a token in turn, the anti-oracle that
+``python -m eval sweep``) stand the oracle that gives every object a token in turn, the anti-oracle that
 avoids objects, and the model without any picture.
 """
 

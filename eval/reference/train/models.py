@@ -68,7 +68,7 @@ def internvl_config(tokenizer: PreTrainedTokenizerBase) -> InternVLConfig:
         image_size=[tower.IMAGE_SIZE, tower.IMAGE_SIZE],
         patch_size=[tower.PATCH, tower.PATCH],
         use_mean_pooling=False,
-        use_mask_token=True,
+        use_mask_token=False,
     )
     return InternVLConfig(
         vision_config=vision,

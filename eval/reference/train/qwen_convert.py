@@ -32,6 +32,10 @@ _GELU_SLOPE: Final = 1.702  # gelu(z) is nearly z * sigmoid(1.702 z) (Hendrycks 
 _WHITENING_FLOOR: Final = 0.01  # share of the mean variance below which a direction counts as noise
 _FREQUENCIES: Final = 7  # per axis: fast enough to tell distances within a picture apart
 _RIDGE: Final = 0.02  # pull towards the converted matrix, as a share of the features' mean power
+_FRAME_SHARES: Final = (
+    0.7,
+    0.3,
+)  # of a patch's two frames; if equal, before and after would look the same
 _REACH: Final = 5.0  # patches: how far away the preferred distances are fitted well
 
 
@@ -76,9 +80,8 @@ def convert(teacher: Dinov2Model, pixels: Tensor) -> nn.Module:
     kernel = weights["embeddings.patch_embeddings.projection.weight"]
     centre = torch.eye(len(kernel)) - 1.0 / len(kernel)
     centred = (centre @ kernel.flatten(1)).view_as(kernel)
-    visual.patch_embed.proj.weight.copy_(
-        centred[:, :, None].expand(-1, -1, FRAMES_PER_PATCH, -1, -1) / FRAMES_PER_PATCH
-    )
+    shares = torch.tensor(_FRAME_SHARES).view(1, 1, FRAMES_PER_PATCH, 1, 1)
+    visual.patch_embed.proj.weight.copy_(centred[:, :, None] * shares)
     stream = functional.conv2d(pixels, centred, stride=PATCH).flatten(2).transpose(1, 2)
     teacher_stream = teacher.embeddings(pixels)
     for index, block in enumerate(visual.blocks):

@@ -44,6 +44,9 @@ SIZES: Final = ((224, 224), (224, 224), (224, 224), (168, 224), (224, 224), (224
 KINDS_ANY_SIZE: Final = tuple(kind for kind in KINDS if kind != "place")
 """Kinds that can be asked of a scene of another size (corners are those of the 224 x 224 scene)."""
 
+PRACTISED: Final = ("place", "relation", "extreme", "digit", "reading", "order", "change", "when", "count")
+"""Kinds that take longest to learn; they are asked three times as often in training."""
+
 LABELS: Final = tuple(ATTRIBUTES)[:4]
 """Attributes whose words visual tokens are tied to: colour, shape, text and motion."""
 
@@ -141,14 +144,15 @@ class Batch:
         """Tokens of one row."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
-    def ask(self, count: int, seed: int) -> list[tuple[Question, ...]]:
-        """Questions for every row; another seed asks others."""
+    def ask(self, count: int, seed: int, *, practice: bool = False) -> list[tuple[Question, ...]]:
+        """Questions for every row; another seed asks others. In ``practice`` more of :data:`PRACTISED`."""
+        kinds = (*self.kinds, *[kind for kind in self.kinds if kind in PRACTISED] * 2 * practice)
         asked = []
         for source in self.sources:
             if isinstance(source, Clip):
-                asked.append(clip_questions.ask(source, count, kinds=self.kinds, seed=seed))
+                asked.append(clip_questions.ask(source, count, kinds=kinds, seed=seed))
             else:
-                asked.append(scene_questions.ask(source, count, kinds=self.kinds, seed=seed))
+                asked.append(scene_questions.ask(source, count, kinds=kinds, seed=seed))
         return asked
 
 

@@ -5,9 +5,9 @@
 reads ``OUT/tower.pt``, ``OUT/train`` and ``OUT/test`` (see ``qwen_tower`` and ``qwen_data``), resumes from
 ``OUT/decoder.pt`` if that exists. Scenes and clips alternate; every question sees its picture and itself only,
 exactly as alone in ``generate`` (see ``packing``). Auxiliary losses speed things up and leave nothing behind in the
-model: visual tokens stay tied to the words of what they show; half-way up they must know what is written on them and
-where and when they are; and there the place that will say the answer must point at the tokens that the answer speaks
-about."""
+model: visual tokens stay tied to the words of what they show; half-way up they must know what is written on them, where
+and when they are, and what becomes of what they show; and there the place that will say the answer must point at the
+tokens that the answer speaks about."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+import vtc_reference
 from eval.reference.train.packing import EOS_WEIGHT, IGNORE, PackedText, Packer, attention_mask
 from eval.reference.train.qwen_crops import ATTRIBUTES
 from eval.reference.train.qwen_data import LABELS, Batch, Cache
 from eval.reference.train.qwen_model import TOKENIZER, WIDTH, new_model
 from eval.tasks.clips.clip import Actor, Clip
 from eval.tasks.clips.questions import KINDS as CLIP_KINDS
+from eval.tasks.clips.questions import TIMES, part_of
 from eval.tasks.scenes.questions import Question
 from eval.tasks.scenes.scene import Thing
 from eval.tasks.scenes.vocabulary import COLOURS, SHAPES, SIGN_COLOURS
@@ -42,6 +44,7 @@ TEXT_LENGTH: Final = 176
 
 _HALFWAY: Final = 3  # layers below the states that the auxiliary losses look at
 _PROBE_CLASSES: Final = (8, 20, 20)  # time, row, column
+_EVENT_CLASSES: Final = 1 + 1 + 2 * len(TIMES)  # not asked, always there, appears at ..., disappears at ...
 _HELP_WEIGHT: Final = 0.3
 _POINTER_WIDTH: Final = 64
 
@@ -110,6 +113,24 @@ def spots_of(text: PackedText, rows: Sequence[Sequence[Question]], batch: Batch,
     return Spots(torch.tensor(places, dtype=torch.long).view(-1, 2), stacked, torch.tensor(words, dtype=torch.bool))
 
 
+def event_labels(batch: Batch) -> Tensor:
+    """What becomes of the object that each visual token of a clip shows, ``(B, N)`` of :data:`_EVENT_CLASSES`."""
+    labels = torch.zeros(len(batch.sources), batch.tokens, dtype=torch.long)
+    for row, clip in enumerate(batch.sources):
+        if not isinstance(clip, Clip):
+            continue
+        for actor, shown in zip(clip.actors, batch.owned[row], strict=True):
+            if actor.role != "object":
+                continue
+            event = 1
+            if actor.first > 0:
+                event = 2 + TIMES.index(part_of(actor.first, clip.length))
+            elif actor.last < clip.length:
+                event = 2 + len(TIMES) + TIMES.index(part_of(actor.last, clip.length))
+            labels[row, list(shown)] = event
+    return labels
+
+
 def names_of(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Token ids of the words that name things, plurals of shapes included."""
     words = {name: name for name in (*COLOURS, *SIGN_COLOURS, *SHAPES, "sign")} | {
@@ -140,6 +161,7 @@ class PackedQwen(nn.Module):
         self.probe = nn.Linear(WIDTH, sum(_PROBE_CLASSES))
         self.pointer = nn.Linear(WIDTH, _POINTER_WIDTH)
         self.pointed = nn.Linear(WIDTH, _POINTER_WIDTH)
+        self.events = nn.Linear(WIDTH, _EVENT_CLASSES)
         self.scale = nn.Parameter(torch.ones(()))  # temperature of the word loss
         ids = tokenizer.convert_tokens_to_ids(["<s>", "<|vision_start|>", "<|vision_end|>"])
         self.register_buffer("frame_ids", torch.tensor(ids), persistent=False)
@@ -176,17 +198,27 @@ class PackedQwen(nn.Module):
         return halfway, self.decoder.norm(x)
 
     def help_loss(
-        self, visual: Tensor, halfway: Tensor, labels: Tensor, grid: tuple[int, int, int], spots: Spots
+        self,
+        visual: Tensor,
+        halfway: Tensor,
+        labels: Tensor,
+        grid: tuple[int, int, int],
+        spots: Spots,
+        events: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The auxiliary losses by name."""
+        """The auxiliary losses by name; ``events (B, N)`` are :func:`event_labels`."""
         middle = halfway[:, 2 : 2 + visual.shape[1]]
         states = halfway[:, visual.shape[1] + 3 :]
-        return {
+        losses = {
             "words": self.word_loss(visual, labels),
             "reading": self.reading_loss(middle, labels),
             "places": 0.3 * self.probe_loss(self.probe(middle).float(), grid),
             "pointing": self.pointing_loss(middle, states, spots),
         }
+        if events is not None:
+            there = events > 0
+            losses["events"] = functional.cross_entropy(self.events(middle[there]).float(), events[there])
+        return losses
 
     def reading_loss(self, middle: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of what is written, at the tokens of writing half-way up: no token alone can tell."""
@@ -272,11 +304,13 @@ def begin(packed: PackedQwen, tables: dict[str, Tensor], tokens: Tensor) -> None
         packed.adapter.weight.mul_(vectors.std() / tokens.float().std())
 
 
-def begin_from_llava(packed: PackedQwen, data: Cache, checkpoint: Path, features: Path) -> float:
-    """Start from the trained ``llava`` reference model, whose decoder has the same shape.
+@torch.no_grad()
+def begin_from_llava(packed: PackedQwen, data: Cache, features: Path) -> float:
+    """Start from the shipped ``llava`` reference model, whose decoder has the same shape.
 
     The adapter is fitted so that the tower's tokens look like those of that model's projector on the same scenes. New
-    are only the biases of queries, keys and values (zero), and the meaning of positions, which training must mend.
+    are only the biases of queries, keys and values (zero), the pointers (which are not shipped), and the meaning of
+    positions, which training must mend.
 
     Parameters
     ----------
@@ -284,10 +318,8 @@ def begin_from_llava(packed: PackedQwen, data: Cache, checkpoint: Path, features
         Gets the weights.
     data : Cache
         Cached tokens of this model's tower.
-    checkpoint : Path
-        Training checkpoint of the ``llava`` model.
     features : Path
-        Folder with the cached features that it was trained on.
+        Folder with cached features of the tower of ``llava`` (see ``cache``).
 
     Returns
     -------
@@ -297,55 +329,54 @@ def begin_from_llava(packed: PackedQwen, data: Cache, checkpoint: Path, features
     Raises
     ------
     ValueError
-        If the checkpoint's decoder has another shape, or no scene is in both caches.
+        If the decoder has another shape, or no scene is in both caches.
     """
-    state = torch.load(checkpoint, weights_only=True)["model"]
-    taken = {k: v for k, v in state.items() if k.startswith(("decoder.", "head.", "pointer.", "pointed."))} | {
-        "scale": state["scale"]
-    }
-    found = packed.load_state_dict(taken, strict=False)
-    new = [name for name in found.missing_keys if not name.startswith(("adapter.", "probe."))]
-    if found.unexpected_keys or not all(name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) for name in new):
-        raise ValueError(f"not a decoder of this shape: missing {new}, unexpected {found.unexpected_keys}")
-    with torch.no_grad():
-        for name in new:
-            packed.get_parameter(name).zero_()
-        tokens, wanted = _pairs(data, state, features)
-        mean, goal = tokens.mean(0), wanted.mean(0)
-        gram = (tokens - mean).T @ (tokens - mean)
-        gram = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
-        weight = torch.linalg.solve(gram, (tokens - mean).T @ (wanted - goal)).T
-        packed.adapter.weight.copy_(weight)
-        packed.adapter.bias.copy_(goal - weight @ mean)
-        error = packed.adapter(tokens) - wanted
-    return 1.0 - float(error.pow(2).sum() / (wanted - goal).pow(2).sum())
+    llava, _ = vtc_reference.load("llava")
+    found = packed.decoder.load_state_dict(llava.model.language_model.state_dict(), strict=False)
+    if found.unexpected_keys or not all(key.endswith("_proj.bias") for key in found.missing_keys):
+        raise ValueError(f"not a decoder of this shape: {found}")
+    for name in found.missing_keys:
+        packed.decoder.get_parameter(name).zero_()
+    packed.head.load_state_dict(llava.lm_head.state_dict())
+    tokens, wanted, labels = _pairs(data, llava.model.multi_modal_projector, features)
+    mean, goal = tokens.mean((0, 1)), wanted.mean((0, 1))
+    flat = (tokens - mean).flatten(0, 1)
+    gram = flat.T @ flat
+    gram = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    weight = torch.linalg.solve(gram, flat.T @ (wanted - goal).flatten(0, 1)).T
+    packed.adapter.weight.copy_(weight)
+    packed.adapter.bias.copy_(goal - weight @ mean)
+    fitted = packed.adapter(tokens)
+    losses = {}
+    for scale in (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0):  # the temperature of the word loss is not shipped either
+        packed.scale.fill_(scale)
+        losses[scale] = packed.word_loss(fitted, labels).item()
+    packed.scale.fill_(min(losses, key=lambda scale: losses[scale]))
+    return 1.0 - float((fitted - wanted).square().sum() / (wanted - goal).square().sum())
 
 
-def _pairs(data: Cache, state: dict[str, Tensor], features: Path, most: int = 40) -> tuple[Tensor, Tensor]:
-    """Tokens of this tower and of the other model's projector for the same patches, each ``(n, WIDTH)``."""
+def _pairs(data: Cache, projector: nn.Module, features: Path, most: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of this tower and of the other model's projector for the same patches, each ``(n, 256, WIDTH)``.
+
+    With their classes ``(n, 256, 4)``.
+    """
     described = json.loads((features / "state.json").read_text())
     stored = np.load(features / "features.npy", mmap_mode="r")
     tokens: list[Tensor] = []
     wanted: list[Tensor] = []
+    labels: list[Tensor] = []
     for batch in data.batches:
         if batch.grid != (1, 16, 16) or len(tokens) == most:
             continue
         rows = [i for i, s in enumerate(batch.sources) if s.seed == described["seed"] and s.index < described["done"]]
         if rows:
-            raw = torch.from_numpy(np.stack([stored[batch.sources[i].index, 0] for i in rows])).float()
-            hidden = functional.linear(
-                (raw - state["mean"]) / state["std"],
-                state["projector.linear_1.weight"],
-                state["projector.linear_1.bias"],
-            )
-            hidden = functional.gelu(hidden)
-            wanted.append(
-                functional.linear(hidden, state["projector.linear_2.weight"], state["projector.linear_2.bias"])
-            )
+            raw = torch.from_numpy(np.stack([stored[batch.sources[i].index, -1] for i in rows])).float()
+            wanted.append(projector(raw))
             tokens.append(data.tokens(batch)[rows])
+            labels.append(data.labels(batch)[rows])
     if not tokens:
         raise ValueError(f"no scene of this cache is among the first {described['done']} of {features}")
-    return torch.cat(tokens).flatten(0, 1), torch.cat(wanted).flatten(0, 1)
+    return torch.cat(tokens), torch.cat(wanted), torch.cat(labels)
 
 
 def learning_rate(peak: float, step: int, share: float, warmup: int = 100) -> float:
@@ -398,7 +429,7 @@ def train(
     seed: int = 0,
     compiled: bool = True,
     per_row: int = 18,
-    llava: tuple[Path, Path] | None = None,
+    llava: Path | None = None,
     most_steps: int | None = None,
 ) -> list[float]:
     """Train until ``minutes`` are used up, or for ``most_steps``, and return the losses; checkpoints go to ``out``."""
@@ -421,9 +452,7 @@ def train(
         optimiser.load_state_dict(saved["optimiser"])
         step, used = saved["step"], saved["seconds"]
     elif llava is not None:
-        print(
-            f"adapter explains {begin_from_llava(packed, data, *llava):.3f} of the llava tokens' variance", flush=True
-        )
+        print(f"adapter explains {begin_from_llava(packed, data, llava):.3f} of the llava tokens' variance", flush=True)
     if compiled:
         packed.compile()
     packers: dict[int, Packer] = {}
@@ -438,13 +467,14 @@ def train(
         epoch, place = divmod(step, len(data.batches))
         order = np.random.default_rng([seed, epoch]).permutation(len(data.batches))
         batch: Batch = data.batches[int(order[place])]
-        rows = batch.ask(per_row, epoch + 1)
+        rows = batch.ask(per_row, epoch + 1, practice=True)
         text = packer_for(packers, batch.grid, packed).pack(rows)
         targets = text.labels[text.labels != IGNORE]
         with torch.autocast("cpu", torch.bfloat16):
             logits, visual, halfway = packed(data.tokens(batch), batch.grid, text)
             spots = spots_of(text, rows, batch, names)
-            helps = packed.help_loss(visual, halfway, data.labels(batch), batch.grid, spots)
+            events = event_labels(batch) if batch.modality == "video" else None
+            helps = packed.help_loss(visual, halfway, data.labels(batch), batch.grid, spots, events)
         answer = answer_loss(logits, targets, packers[text_start(batch.grid)].eos)
         optimiser.zero_grad(set_to_none=True)
         (answer + _HELP_WEIGHT * torch.stack(list(helps.values())).sum()).backward()
@@ -484,10 +514,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="in all, counting those of a checkpoint")
     parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument(
-        "--llava",
-        type=Path,
-        nargs=2,
-        help="checkpoint of the llava reference model to start from, folder of its features",
+        "--llava", type=Path, help="start from the shipped llava's decoder; folder of its tower's cached features"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-compile", action="store_true")
@@ -498,7 +525,7 @@ def main() -> None:
         arguments.minutes,
         arguments.lr,
         compiled=not arguments.no_compile,
-        llava=arguments.llava and tuple(arguments.llava),
+        llava=arguments.llava,
     )
 
 

@@ -1,4 +1,4 @@
-"""Write the trained ``qwen2_5_vl`` reference model, its processor and its sample clips into ``vtc-reference``.
+"""Write the trained ``qwen2_5_vl`` reference model and its processor into ``vtc-reference``.
 
 python -m eval.reference.train.qwen_export runs/qwen
 """
@@ -6,7 +6,6 @@ python -m eval.reference.train.qwen_export runs/qwen
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,14 +23,8 @@ from eval.reference.train.export import PACKAGE, keep_family_files, save_family
 from eval.reference.train.qwen_decoder import PackedQwen
 from eval.reference.train.qwen_model import FRAMES_PER_PATCH, IMAGE_MEAN, IMAGE_STD, MERGE, PATCH, TOKENIZER, new_model
 from eval.reference.train.tokenizer import chat_template
-from eval.tasks.clips.clip import make_clip
-from eval.tasks.clips.files import write_mp4
-from eval.tasks.clips.questions import ask
 
 NAME: Final = "qwen2_5_vl"
-SAMPLE_CLIPS: Final = (3, 8, 14)
-"""Test clips that ship as samples."""
-
 _IMAGE_PIXELS: Final = {"shortest_edge": 112 * 112, "longest_edge": 336 * 336}
 _VIDEO_PIXELS: Final = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
 
@@ -68,20 +61,6 @@ def processor(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLProcessor:
     )
 
 
-def write_samples(folder: Path) -> None:
-    """Sample clips of the test split and ``questions.jsonl`` with a few questions about each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in SAMPLE_CLIPS:
-        clip = make_clip("test", 0, index)
-        name = f"clip_{index:02d}.mp4"
-        write_mp4(folder / name, clip.frames)
-        for question in ask(clip, 4):
-            record = {"video": name, "question": question.text, "answer": question.answer, "kind": question.kind}
-            lines.append(json.dumps(record | {"options": list(question.options)}))
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,7 +71,6 @@ def main() -> None:
     target = arguments.package / NAME
     save_family(trained(arguments.out, tokenizer), target)
     keep_family_files(processor(tokenizer), target)
-    write_samples(target / "samples")
 
 
 if __name__ == "__main__":

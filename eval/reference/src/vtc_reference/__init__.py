@@ -5,14 +5,15 @@
     model, processor = vtc_reference.load("llava")     # a stock transformers model, float32, eval mode
     vtc_reference.export("llava", "checkpoints/llava")  # the same as an ordinary checkpoint folder
     pictures = vtc_reference.samples()                  # paths of sample images
+    videos = vtc_reference.clips()                      # paths of sample clips
 
 Each model's folder holds a ``README.md`` (model card): what it can do, how it was made, and the licence of every part.
 """
 
 from __future__ import annotations
 
-from vtc_reference.loading import card, export, load, names, samples
+from vtc_reference.loading import card, clips, export, load, names, samples
 
-__all__ = ["card", "export", "load", "names", "samples"]
+__all__ = ["card", "clips", "export", "load", "names", "samples"]
 
 __version__ = "0.1.0"

@@ -24,12 +24,15 @@ class Entry:
         Where the shared tower's weights go in a checkpoint of the family; None if the model brings its own tower.
     tower_renames : tuple of (str, str)
         Substring replacements from the shared tower's weight names to the family's.
+    tower_without : tuple of str
+        Weights of the shared tower that the family has no place for (only training a tower would use them).
     """
 
     folder: str
     architecture: str
     tower_prefix: str | None = None
     tower_renames: tuple[tuple[str, str], ...] = ()
+    tower_without: tuple[str, ...] = ()
 
 
 CATALOGUE: Final[dict[str, Entry]] = {
@@ -38,6 +41,7 @@ CATALOGUE: Final[dict[str, Entry]] = {
         folder="internvl",
         architecture="InternVLForConditionalGeneration",
         tower_prefix="vision_tower.",
+        tower_without=("embeddings.mask_token",),
         tower_renames=(
             (".norm1.", ".layernorm_before."),
             (".norm2.", ".layernorm_after."),
@@ -49,4 +53,5 @@ CATALOGUE: Final[dict[str, Entry]] = {
             (".layer_scale2.lambda1", ".lambda_2"),
         ),
     ),
+    "qwen2_5_vl": Entry(folder="qwen2_5_vl", architecture="Qwen2_5_VLForConditionalGeneration"),
 }

@@ -34,6 +34,8 @@ def tower_weights(entry: Entry) -> dict[str, torch.Tensor]:
         return {}
     weights = {}
     for key, tensor in load_file(_HERE / "tower" / "model.safetensors").items():
+        if key in entry.tower_without:
+            continue
         for old, new in entry.tower_renames:
             key = key.replace(old, new)
         weights[entry.tower_prefix + key] = tensor
@@ -115,3 +117,8 @@ def card(name: str) -> str:
 def samples() -> list[Path]:
     """Paths of the sample images, sorted; ``questions.jsonl`` beside them holds questions and answers."""
     return sorted(path for path in (_HERE / "samples").iterdir() if path.suffix in _IMAGE_SUFFIXES)
+
+
+def clips() -> list[Path]:
+    """Paths of the sample clips, sorted; ``questions.jsonl`` beside them holds questions and answers."""
+    return sorted((_HERE / "clips").glob("*.mp4"))
