@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import vtc
-from eval.bounds import GivenSelector
+from eval.bounds import TruthSelector
 from vtc import CompressionConfig
 
 BASELINES = ("random", "uniform")
@@ -116,7 +116,7 @@ def sweep_cells(
     ConfigError
         A method or a budget does not exist.
     """
-    known = [name for name in vtc.list_methods() if name != GivenSelector.name]
+    known = [name for name in vtc.list_methods() if name != TruthSelector.name]
     names = known if list(methods) == ["all"] else list(methods)
     unknown = [name for name in names if name not in known]
     if unknown:

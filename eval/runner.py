@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 import vtc
 from eval import models
-from eval.bounds import GivenSelector, register
+from eval.bounds import TruthSelector, register
 from eval.cells import BLIND, BOUNDS, FULL, Cell
 from eval.journal import Journal, Row
 from eval.models import Loaded
@@ -257,13 +257,12 @@ class Answerer:
         if cell.method not in BOUNDS:
             return cell.config(self.seed)
         register()
-        keep = self.task.bound(cell.method, sample, cell.keep_ratio, cell.keep_tokens)
-        everything = self.task.bound(cell.method, sample, 1.0, None)
         return vtc.CompressionConfig(
-            GivenSelector.name,
-            keep_tokens=len(keep),
+            TruthSelector.name,
+            keep_ratio=cell.keep_ratio,
+            keep_tokens=cell.keep_tokens,
             positions=cell.positions,
-            options={"keep": tuple(keep), "of": len(everything)},
+            options={**self.task.truth(sample)._asdict(), "first": cell.method == "oracle"},
         )
 
 

@@ -108,6 +108,24 @@ class Sample:
             raise vtc.InputError(f"sample {self.id}: {name}: {error}") from error
 
 
+class Truth(NamedTuple):
+    """What is where: see `eval.bounds.TruthSelector`, whose options these are.
+
+    Attributes
+    ----------
+    things : tuple of tuple of int
+        The cells of everything that questions may name, best first.
+    grid : (int, int, int)
+        Steps in time, rows and columns that these cells are numbered in.
+    seed : tuple of int
+        Another for each picture, so that what is drawn beside them differs.
+    """
+
+    things: tuple[tuple[int, ...], ...]
+    grid: tuple[int, int, int]
+    seed: tuple[int, ...]
+
+
 class Task(ABC):
     """A benchmark.
 
@@ -120,7 +138,7 @@ class Task(ABC):
     main_score
         The key of `score` that tables show.
     knows_truth
-        Whether `bound` works: only generated tasks know which tokens matter.
+        Whether `truth` works: only generated tasks know which tokens matter.
     """
 
     name: ClassVar[str]
@@ -151,15 +169,15 @@ class Task(ABC):
         names = dict.fromkeys(name for record in records for name in record["scores"])
         return {name: float(np.mean([record["scores"][name] for record in records])) for name in names}
 
-    def bound(self, which: str, sample: Sample, keep_ratio: float | None, keep_tokens: int | None) -> Sequence[int]:
-        """Tokens that the "oracle" or the "anti-oracle" keeps.
+    def truth(self, sample: Sample) -> Truth:
+        """What the sample shows where, for an oracle and its opposite.
 
         Raises
         ------
         ConfigError
             The task does not know.
         """
-        raise vtc.ConfigError(f"{self.name} does not know which tokens matter, so it has no {which}")
+        raise vtc.ConfigError(f"{self.name} does not know which tokens matter, so it has no oracle")
 
 
 _TASKS: dict[str, type[Task]] = {}

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-import vtc
-from eval.tasks.base import Sample, Task, register_task
+from eval.tasks.base import Sample, Task, Truth, register_task
 from eval.tasks.video import Footage
 
 
@@ -27,28 +23,6 @@ class Generated(Task):
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
         return {"exact": float(prediction.strip() == sample.target)}
-
-    def bound(self, which: str, sample: Sample, keep_ratio: float | None, keep_tokens: int | None) -> Sequence[int]:
-        """Object tokens in turns, then others ("oracle"), or others first ("anti-oracle").
-
-        Taken for granted is a token per 14 x 14 pixels (and two frames), as the reference models have them.
-        """
-        from eval.tasks.scenes import oracle
-
-        queues, total, seed = self.truth(sample)
-        budget = keep_tokens if keep_ratio is None else max(1, round(keep_ratio * total))
-        if budget is None or not 1 <= budget <= total:
-            raise vtc.ConfigError(f"{which} keeps between 1 and {total} tokens, got {budget}")
-        rng = np.random.default_rng(seed)
-        if which == "oracle":
-            kept = oracle.in_turns(queues, total, budget, rng)
-        else:
-            kept = oracle.others_first({token for queue in queues for token in queue}, total, budget, rng)
-        return [int(i) for i in kept]
-
-    @abstractmethod
-    def truth(self, sample: Sample) -> tuple[list[tuple[int, ...]], int, list[int]]:
-        """The tokens of everything that questions may name, best first; how many there are; a seed for the rest."""
 
 
 @register_task
@@ -94,13 +68,13 @@ class ScenesTask(Generated):
                 )
         return found
 
-    def truth(self, sample: Sample) -> tuple[list[tuple[int, ...]], int, list[int]]:
+    def truth(self, sample: Sample) -> Truth:
         """Within a thing, the patch that it fills most comes first."""
         from eval.tasks.scenes.vocabulary import GRID
 
         index = int(sample.meta["index"])
-        things = _scene(self.seed, index).things
-        return [thing.patches for thing in things if thing.role != "distractor"], GRID * GRID, [self.seed, index]
+        things = tuple(thing.patches for thing in _scene(self.seed, index).things if thing.role != "distractor")
+        return Truth(things, (1, GRID, GRID), (self.seed, index))
 
 
 @register_task
@@ -146,15 +120,14 @@ class ClipsTask(Generated):
                 )
         return found
 
-    def truth(self, sample: Sample) -> tuple[list[tuple[int, ...]], int, list[int]]:
+    def truth(self, sample: Sample) -> Truth:
         """Within an object, its first and last moments come before those between: they tell where it went and when."""
         from eval.tasks.clips.clip import SIDE, cells
 
         index = int(sample.meta["index"])
-        clip = _clip(self.seed, index)
-        per_step = (SIDE // 14) ** 2
-        queues = [_ends_first(cells(actor, clip.length), per_step) for actor in clip.objects]
-        return queues, clip.length // 2 * per_step, [self.seed, index]
+        clip, side = _clip(self.seed, index), SIDE // 14
+        things = tuple(_ends_first(cells(actor, clip.length), side * side) for actor in clip.objects)
+        return Truth(things, (clip.length // 2, side, side), (self.seed, index))
 
 
 def _ends_first(tokens: Sequence[int], per_step: int) -> tuple[int, ...]:

@@ -17,10 +17,12 @@ pytest.importorskip("av", reason="clips are written with PyAV")
 
 import vtc
 from eval import journal, models, runner, tables
+from eval.bounds import TruthSelector, regridded
 from eval.cells import BLIND, FULL, Cell
 from eval.journal import Journal
 from eval.models import Loaded
 from eval.tasks import Sample, Task, get_task
+from eval.tasks.base import Truth
 from eval.tasks.generated import _ends_first
 from eval.tasks.video import Clip
 from tests import clips, tiny
@@ -188,17 +190,37 @@ def test_clips_are_a_task_with_bounds() -> None:
     total = len(shown.frames) // 2 * 64
     assert task.score(sample, sample.target) == {"exact": 1.0}
     assert task.score(sample, "not this") == {"exact": 0.0}
-    queues, counted, _ = task.truth(sample)
-    owned = {token for queue in queues for token in queue}
-    assert counted == total
-    oracle = task.bound("oracle", sample, None, len(queues))
-    assert sorted(oracle) == sorted(queue[0] for queue in queues), "one token of each object"
-    assert owned <= set(task.bound("oracle", sample, None, len(owned)))
-    others = task.bound("anti-oracle", sample, 0.25, None)
-    assert len(others) == round(0.25 * total)
+    truth = task.truth(sample)
+    assert truth.grid == (total // 64, 8, 8)
+    owned = {cell for cells in truth.things for cell in cells}
+    one_each = kept(truth, len(truth.things))
+    assert one_each == sorted(cells[0] for cells in truth.things)
+    assert owned <= set(kept(truth, len(owned)))
+    others = kept(truth, total // 4, first=False)
+    assert len(others) == total // 4
     assert not owned & set(others)
-    with pytest.raises(vtc.ConfigError, match="between 1 and"):
-        task.bound("oracle", sample, None, total + 1)
+    with pytest.raises(vtc.ConfigError, match="photos does not know which tokens matter"):
+        get_task("photos").truth(sample)
+
+
+def kept(truth: Truth, budget: int, *, first: bool = True, grids: Any = None) -> list[int]:
+    grids = (truth.grid,) if grids is None else grids
+    tokens = sum(int(np.prod(grid)) for grid in grids)
+    context = vtc.VisualContext(torch.zeros(tokens, 2), budget, torch.Generator(), grids, modality="video")
+    return TruthSelector(*truth[:2], first=first, seed=truth.seed).select(context).keep.tolist()
+
+
+def test_the_truth_is_looked_up_in_the_models_grid() -> None:
+    assert regridded([0, 5, 15], (1, 4, 4), (1, 4, 4)) == [0, 5, 15]
+    assert regridded([5, 0, 15], (1, 4, 4), (1, 2, 2)) == [0, 3], "cells that share a token name it once"
+    assert regridded([3], (1, 2, 2), (1, 4, 4)) == [10, 11, 14, 15]
+    assert regridded([1], (1, 1, 2), (1, 3, 3)) == [1, 2, 4, 5, 7, 8], "the middle is to the right of the left half"
+    assert regridded([0, 7], (2, 2, 2), (1, 2, 2)) == [0, 3]
+    truth = Truth(((0, 1), (15,)), (1, 4, 4), (0,))
+    assert kept(truth, 2, grids=((1, 2, 2),)) == [0, 3]
+    assert kept(truth, 2, first=False, grids=((1, 2, 2),)) == [1, 2]
+    with pytest.raises(vtc.InputError, match="this model makes 2 views"):
+        kept(truth, 2, grids=((1, 2, 2), (1, 4, 4)))
 
 
 def test_an_objects_ends_come_first() -> None:
