@@ -446,7 +446,10 @@ def _table(places: Tensor, batch: int) -> Tensor:
 
 
 def _specs() -> list[KernelSpec]:
-    """What is launched for decoders (heads of 128, causal), towers (of 64 to 80, with a mask) and float32."""
+    """What is launched for decoders (heads of 128, causal), towers (of 64 to 80, with a mask) and float32.
+
+    Triton makes numbers that are 1 constants: of a tower, the heads per key head, and the one query of a [CLS] row.
+    """
     reading = {"q": "*{t}", "k": "*{t}", "scaling": "fp32"}
     reading |= dict.fromkeys(("q_b", "q_h", "q_n", "k_b", "k_h", "k_n"), "i32")
     sizes = dict.fromkeys(("heads", "shared", "length", "room", "width"), "i32")
@@ -469,13 +472,18 @@ def _specs() -> list[KernelSpec]:
         tile = _tile(torch.float32 if dtype == "fp32" else torch.bfloat16, width)
         tiled = constants | {"ROWS": tile.rows, "COLUMNS": tile.columns}
         launch = (tile.warps, tile.stages)
+        if kind == "mask":
+            common.pop("shared")
+            constants, tiled = constants | {"shared": 1}, tiled | {"shared": 1}
         rows = common | {"out": "*fp32", "sums": "*fp32", "blocks": "i32"}
-        specs.append(KernelSpec(_row_logits, rows, constants | {"ROWS": 16, "COLUMNS": 64}, label=label))
+        one = {"length": 1} if kind == "mask" else {}
+        chosen = {name: text for name, text in rows.items() if name not in one}
+        specs.append(KernelSpec(_row_logits, chosen, constants | one | {"ROWS": 16, "COLUMNS": 64}, label=label))
         specs.append(KernelSpec(_row_sums, common | {"sums": "*fp32"}, tiled, *launch, label=label))
         pushed = {"sums": "*fp32", "weights": "*fp32", "out": "*fp32"} | dict.fromkeys(("w_b", "w_h", "w_s"), "i32")
         specs.append(KernelSpec(_push, common | pushed, tiled, *launch, label=label))
-    finish = dict.fromkeys(("logits", "sums", "out"), "*fp32") | dict.fromkeys(("heads", "length", "room"), "i32")
-    constants = {"bounds": None, "RAGGED": False, "COLUMNS": 64}
+    finish = dict.fromkeys(("logits", "sums", "out"), "*fp32") | dict.fromkeys(("heads", "room"), "i32")
+    constants = {"bounds": None, "length": 1, "RAGGED": False, "COLUMNS": 64}
     constants["REDUCE"] = plain.REDUCTIONS.index("rms")
     specs.append(KernelSpec(_row_finish, finish, constants, num_warps=2, label="rms"))
     return specs
