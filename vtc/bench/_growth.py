@@ -108,7 +108,7 @@ def _too_much(points: Points, n: int, most_seconds: float) -> str | None:
         if not earlier[what] or not latest[what]:
             continue
         power = math.log(latest[what] / earlier[what]) / math.log(last / before)
-        expected = latest[what] * (n / last) ** max(power, 1.0)
+        expected = latest[what] * (n / last) ** min(max(power, 1.0), 3.0)  # nothing here is steeper; a hiccup is
         if expected > limit:
             return f"about {words(expected)}"
     return None

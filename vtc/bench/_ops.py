@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vtc import kernels
 from vtc.bench import _plain
-from vtc.kernels import attention_received, attention_rows, pagerank
 
 __all__ = ["OPS", "Draw", "Op", "Problem"]
 
@@ -45,12 +44,15 @@ class Problem:
 
     Attributes
     ----------
+    reads : tuple of Tensor
+        As large as what has to be read: the inputs, of those that are gathered from as many rows as are kept.
     ours, plain : callable
         Compute the same.
     agreement : callable
         (result of ours, result of plain) to a few words on how far they agree.
     """
 
+    reads: tuple[Tensor, ...]
     ours: Callable[[], Any]
     plain: Callable[[], Any]
     agreement: Callable[[Any, Any], str]
@@ -88,6 +90,10 @@ class Op:
         """Sizes beside the number of tokens."""
         return {**self.sizes, **(self.growing if growing else {})}
 
+    def words(self) -> str:
+        """The sizes where the two ways are compared."""
+        return ", ".join(f"{name} {size}" for name, size in {"n": self.n, **self.sizes}.items())
+
 
 def difference(a: Tensor, b: Tensor) -> str:
     """Largest difference relative to the largest value."""
@@ -102,21 +108,21 @@ def same_picks(a: Tensor, b: Tensor) -> str:
 
 
 def _attention_rows(draw: Draw, n: int, layers: int, heads: int, width: int) -> Problem:
-    queries = [draw(1, heads, n, width) for _ in range(layers)]
-    keys = [draw(1, heads, n, width) for _ in range(layers)]
-    scaling = width**-0.5
-
-    def ours() -> Tensor:
-        rows = [attention_rows(q[:, :, :1], k, scaling) for q, k in zip(queries, keys, strict=True)]
-        return torch.stack(rows).mean(dim=2).sum(dim=0)[0, 0]
-
-    return Problem(ours, lambda: _plain.attention_rows(queries, keys, scaling), difference)
+    queries, keys = draw(layers, 1, heads, n, width), draw(layers, 1, heads, n, width)
+    first, scaling = queries[..., :1, :], width**-0.5
+    return Problem(
+        (first, keys),
+        lambda: kernels.attention_rows(first, keys, scaling, reduce="mean").sum(dim=0)[0, 0],
+        lambda: _plain.attention_rows(queries, keys, scaling),
+        difference,
+    )
 
 
 def _attention_received(draw: Draw, n: int, heads: int, width: int) -> Problem:
     query, key, scaling = draw(1, heads, n, width), draw(1, heads, n, width), width**-0.5
     return Problem(
-        lambda: attention_received(query, key, scaling),
+        (query, key),
+        lambda: kernels.attention_received(query, key, scaling),
         lambda: _plain.attention_received(query, key, scaling),
         difference,
     )
@@ -128,7 +134,8 @@ def _pagerank(draw: Draw, n: int, heads: int, kv_heads: int, width: int, steps: 
     at = torch.arange(n, device=query.device)[None]
     causal = kernels.Sight(at, at)
     return Problem(
-        lambda: pagerank(query, key, scaling, causal, temperature=0.1, iterations=steps),
+        (query, key),
+        lambda: kernels.pagerank(query, key, scaling, causal, temperature=0.1, iterations=steps),
         lambda: _plain.pagerank(query, key, scaling, 0.1, steps),
         difference,
     )
@@ -137,28 +144,74 @@ def _pagerank(draw: Draw, n: int, heads: int, kv_heads: int, width: int, steps: 
 def _topk(draw: Draw, n: int, k: int) -> Problem:
     scores = draw(n)
     return Problem(
-        lambda: kernels.topk_indices(scores, k).sort().values, lambda: _plain.topk_sorted(scores, k), same_picks
+        (scores,), lambda: kernels.topk_indices(scores, k), lambda: _plain.topk_sorted(scores, k), same_picks
+    )
+
+
+def _select_gather(draw: Draw, n: int, k: int, d: int, text: int) -> Problem:
+    length, left, start = n + text, k + text, text // 2
+    scores, embeddings, plane = draw(n).float(), draw(1, length, d), draw(n, d)
+    positions = torch.arange(length, device=draw.device).expand(3, 1, length).contiguous()
+    mask = torch.ones(1, length, dtype=torch.long, device=draw.device)
+    visual = torch.zeros(1, length, dtype=torch.bool, device=draw.device)
+    visual[:, start : start + n] = True
+    columns = visual[0].nonzero()[:, 0]
+    offsets, counts = (torch.tensor(x, device=draw.device) for x in ([0, n], [k]))
+
+    def ours() -> tuple[Tensor, ...]:
+        packed = kernels.select_gather(
+            ~visual, (embeddings, positions, mask), (1, 2, 1),
+            scores=scores, columns=columns, offsets=offsets, counts=counts, marks=visual, marked=(plane,),
+        )  # fmt: skip
+        return *packed.planes, *packed.marked
+
+    def agreement(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> str:
+        return "equal" if all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) else "not equal"
+
+    return Problem(
+        (scores, visual, columns, embeddings[:, :left], positions[..., :left], mask[:, :left], plane[:k]),
+        ours,
+        lambda: _plain.select_gather(scores, k, start, embeddings, positions, mask, plane),
+        agreement,
+    )
+
+
+def _segment_merge(draw: Draw, n: int, k: int, d: int) -> Problem:
+    x, slot = draw(n, d), torch.randint(k, (n,), generator=draw.generator).to(draw.device)
+    weight = torch.bincount(slot, minlength=k).float().reciprocal()[slot]
+    return Problem(
+        (x, slot, weight),
+        lambda: kernels.segment_merge(x, slot, k, weight),
+        lambda: _plain.segment_merge(x, slot, k),
+        difference,
     )
 
 
 def _farthest_point(draw: Draw, n: int, k: int, d: int, first: int | None = None, noise: bool = False) -> Problem:
     x = draw(n, d) if noise else draw.tokens(n, d)
-    return Problem(lambda: kernels.farthest_point(x, k, first), lambda: _plain.farthest_point(x, k, first), same_picks)
+    return Problem(
+        (x,), lambda: kernels.farthest_point(x, k, first), lambda: _plain.farthest_point(x, k, first), same_picks
+    )
 
 
 def _max_sum(draw: Draw, n: int, k: int, d: int) -> Problem:
     x = draw.tokens(n, d)
-    return Problem(lambda: kernels.max_sum(x, k, 0), lambda: _plain.max_sum(x, k, 0), same_picks)
+    return Problem((x,), lambda: kernels.max_sum(x, k, 0), lambda: _plain.max_sum(x, k, 0), same_picks)
 
 
 def _dpp_greedy(draw: Draw, n: int, k: int, d: int) -> Problem:
     x, relevance = draw.tokens(n, d), draw(n).sigmoid()
-    return Problem(lambda: kernels.dpp_greedy(x, k, relevance), lambda: _plain.dpp_greedy(x, k, relevance), same_picks)
+    return Problem(
+        (x, relevance),
+        lambda: kernels.dpp_greedy(x, k, relevance),
+        lambda: _plain.dpp_greedy(x, k, relevance),
+        same_picks,
+    )
 
 
 def _coverage_greedy(draw: Draw, n: int, k: int, d: int) -> Problem:
     x = draw.tokens(n, d)
-    return Problem(lambda: kernels.coverage_greedy(x, k), lambda: _plain.coverage_greedy(x, k), same_picks)
+    return Problem((x,), lambda: kernels.coverage_greedy(x, k), lambda: _plain.coverage_greedy(x, k), same_picks)
 
 
 def _bipartite_merge(draw: Draw, n: int, d: int) -> Problem:
@@ -169,12 +222,24 @@ def _bipartite_merge(draw: Draw, n: int, d: int) -> Problem:
         out = x.new_zeros(anchors.shape[1], d, dtype=torch.float32).index_add(0, assign[0], x.float())
         return (out / torch.bincount(assign[0])[:, None]).to(x.dtype)
 
-    return Problem(ours, lambda: _plain.bipartite_merge(x, n // 2), difference)
+    return Problem((x,), ours, lambda: _plain.bipartite_merge(x, n // 2), difference)
 
 
 def _patch_entropy(draw: Draw, n: int, side: int) -> Problem:
     patches = draw(n, 3, side * side).sigmoid()
-    return Problem(lambda: kernels.patch_entropy(patches), lambda: _plain.patch_entropy(patches), difference)
+    return Problem(
+        (patches,), lambda: kernels.patch_entropy(patches), lambda: _plain.patch_entropy(patches), difference
+    )
+
+
+def _temporal_similarity(draw: Draw, n: int, frame: int, d: int) -> Problem:
+    x, earlier = draw.tokens(n, d), (torch.arange(n, device=draw.device) - frame).clamp(min=-1)
+    return Problem(
+        (x, earlier),
+        lambda: kernels.temporal_similarity(x, earlier),
+        lambda: _plain.temporal_similarity(x, frame),
+        difference,
+    )
 
 
 _PICKS = {"k": 64, "d": 3584}
@@ -205,6 +270,10 @@ OPS: dict[str, Op] = {
         {"heads": 1, "kv_heads": 1, "width": 64, "steps": 1},
     ),
     "topk_indices": Op(_topk, "torch.topk, then sort", 2880, {"k": 288}, {"k": 64}),
+    # One row of LLaVA-NeXT's length with a deepstack plane, in the width of a 7B decoder.
+    "select_gather": Op(
+        _select_gather, "torch.topk, sort, a gather each", 2880, {"k": 288, "d": 4096, "text": 64}, {"k": 64, "d": 256}
+    ),
     "farthest_point": Op(_farthest_point, "N x N cosines, then greedy", 2880, _PICKS, _SMALL),
     "farthest_point/noise": Op(
         partial(_farthest_point, noise=True), "N x N cosines, then greedy", 2880, _PICKS, _SMALL
@@ -214,5 +283,10 @@ OPS: dict[str, Op] = {
     "dpp_greedy": Op(_dpp_greedy, "N x N kernel, then greedy", 2880, _PICKS, _SMALL),
     "coverage_greedy": Op(_coverage_greedy, "N x N cosines, all of them per pick", 2880, _PICKS, _SMALL),
     "bipartite_merge": Op(_bipartite_merge, "N/2 x N/2 cosines, sort, scatter", 2880, {"d": 1024}, {"d": 64}),
+    "segment_merge": Op(_segment_merge, "scatter_reduce, mean", 2880, {"k": 288, "d": 3584}, {"k": 64, "d": 256}),
+    # 64 frames of LLaVA-OneVision.
+    "temporal_similarity": Op(
+        _temporal_similarity, "cosine_similarity of frames", 12544, {"frame": 196, "d": 3584}, {"frame": 64, "d": 256}
+    ),
     "patch_entropy": Op(_patch_entropy, "torch.histc per patch", 576, {"side": 14}, {}),
 }

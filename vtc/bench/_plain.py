@@ -21,6 +21,9 @@ __all__ = [
     "max_sum",
     "pagerank",
     "patch_entropy",
+    "segment_merge",
+    "select_gather",
+    "temporal_similarity",
     "topk_sorted",
 ]
 
@@ -34,7 +37,7 @@ def eager_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | N
     return logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
-def attention_rows(queries: list[Tensor], keys: list[Tensor], scaling: float) -> Tensor:
+def attention_rows(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """(N,): row 0 of all layers' matrices, mean over heads, summed over layers; all matrices are returned first."""
     attentions = [eager_attention(query, key, scaling) for query, key in zip(queries, keys, strict=True)]
     return torch.stack([attention[0, :, 0].float().mean(dim=0) for attention in attentions]).sum(dim=0)
@@ -139,6 +142,29 @@ def patch_entropy(patches: Tensor) -> Tensor:
         share = torch.histc(grey, bins=256, min=0, max=256) / grey.numel()
         entropies.append(-(share * (share + 1e-10).log2()).sum())
     return torch.stack(entropies)
+
+
+def segment_merge(x: Tensor, slot: Tensor, count: int) -> Tensor:
+    """(count, D): the mean of the rows of each slot by `scatter_reduce`, as merging methods write it."""
+    where = slot[:, None].expand(-1, x.shape[1])
+    return x.new_zeros(count, x.shape[1]).scatter_reduce(0, where, x, "mean", include_self=False)
+
+
+def select_gather(
+    scores: Tensor, k: int, start: int, embeddings: Tensor, positions: Tensor, mask: Tensor, plane: Tensor
+) -> tuple[Tensor, ...]:
+    """Embeddings, positions and mask of one row, and one deepstack plane, at the best `k` tokens and all text."""
+    best = scores.topk(k).indices.sort().values
+    before = torch.arange(start, device=scores.device)
+    after = torch.arange(start + len(scores), embeddings.shape[1], device=scores.device)
+    index = torch.cat([before, best + start, after])
+    return embeddings[:, index], positions[..., index], mask[:, index], plane[best]
+
+
+def temporal_similarity(x: Tensor, frame: int) -> Tensor:
+    """(N,): of every token to the one a frame earlier, 0 in the first frame."""
+    x = x.float()
+    return torch.cat([x.new_zeros(frame), F.cosine_similarity(x[frame:], x[:-frame], dim=-1)])
 
 
 def topk_sorted(scores: Tensor, k: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Both ways run in turn, in an order of its own every round; short ones several times per run. Memory is what tensors
 held at most during one run beyond what it was given, measured apart from the clock. Beside the table stands what was
-aimed at, met or not. `--growth` lets the number of tokens grow instead, `--video` selects among those of a long video.
+aimed at, met or not. `--growth` lets the number of tokens grow instead, `--video` selects among those of a long video,
+`--roofline` counts what the Triton kernels would take on GPUs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vtc.bench import _growth, _targets, _video
+from vtc.bench import _growth, _roofline, _targets, _video
 from vtc.bench._memory import peak_bytes
 from vtc.bench._ops import OPS, Draw
 from vtc.bench._timing import (
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--growth", action="store_true", help="time and memory against the number of tokens")
     modes.add_argument("--video", action="store_true", help="memory of selecting among the tokens of a long video")
+    modes.add_argument(
+        "--roofline", action="store_true", help="what the Triton kernels take at best on two GPUs, by count; no run"
+    )
     parser.add_argument(
         "--most-seconds", type=float, default=60.0, help="do not run what would take longer, with --growth (60)"
     )
@@ -58,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the JSON if asked."""
     _check(args)
+    if args.roofline:
+        print(_roofline.report())
+        return 0
     stated = conditions(
         dtype=args.dtype, device=args.device, clock=args.clock, repeats=args.repeats, warmup=args.warmup
     )
@@ -78,8 +85,10 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.plot and not args.growth:
         raise ConfigError("--plot draws what --growth measures; give both.")
-    if args.op and args.video:
-        raise ConfigError("--video runs whole methods, of which --op chooses none; leave one of them out.")
+    if args.op and (args.video or args.roofline):
+        raise ConfigError("--op chooses none of what --video and --roofline are about; leave one of them out.")
+    if args.json and args.roofline:
+        raise ConfigError("--roofline measures nothing that --json could hold; leave one of them out.")
     if args.clock == "cpu" and torch.device(args.device).type != "cpu":
         raise ConfigError(f"--clock cpu does not see what runs on {args.device}; use --clock wall.")
 
@@ -127,7 +136,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         [
             (
                 r["op"],
-                ", ".join(f"{key} {size}" for key, size in r["shape"].items()),
+                OPS[r["op"]].words(),
                 r["plainly"],
                 spread(r["plain"]),
                 spread(r["ours"]),

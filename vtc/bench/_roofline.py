@@ -1,0 +1,163 @@
+"""What the Triton kernels take at best on two GPUs, from bytes and operations; nothing is run.
+
+A kernel cannot be faster than its bytes through the memory, nor than its arithmetic through the units. "At best" counts
+every input and output once, as if all repeated loads were answered by caches; "without caches" counts every load that
+the kernels make. The truth lies between them, plus a few microseconds per launch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from vtc.bench._models import LLAVA_7B
+from vtc.bench._ops import OPS, Draw
+from vtc.bench._timing import markdown_table, seconds
+from vtc.bench._traffic import Traffic, record
+from vtc.errors import KernelError
+from vtc.flops import DecoderShape
+from vtc.kernels import aot, dispatch
+
+__all__ = ["CHIPS", "notes", "report", "resources_notes", "resources_table", "roofline_table", "work"]
+
+TOKENS = 2880
+"""Of the prefill that stands beside: five images of LLaVA."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Bytes per second, and operations per second in products of bfloat16 and otherwise."""
+
+    name: str
+    memory: float
+    products: float
+    other: float
+
+    def time(self, moved: float, products: float, other: float) -> float:
+        """Seconds of the slowest of the three, the others hidden behind it."""
+        return max(moved / self.memory, products / self.products, other / self.other)
+
+
+CHIPS = (
+    Chip("A100", 1555e9, 312e12, 19.5e12),
+    Chip("H100", 3350e9, 989e12, 67e12),
+)
+"""The A100 with 40 GB (that with 80 GB moves 2,039 GB/s) and the H100 SXM, by their data sheets, without sparsity."""
+
+
+@torch.no_grad()
+def work(name: str) -> tuple[Traffic, int, int]:
+    """Of one operation of the benchmark, in bfloat16: what its kernels do, bytes that must move, launches.
+
+    No launches: the operation has no kernel.
+    """
+    problem = OPS[name].at(Draw(torch.Generator().manual_seed(0), torch.bfloat16))
+    try:
+        with record() as launches:
+            result = problem.ours()
+    except KernelError:
+        return Traffic(), 0, 0
+    tensors = [leaf for leaf in tree_leaves((problem.reads, result)) if isinstance(leaf, torch.Tensor)]
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum((launch.traffic for launch in launches), Traffic()), needed, len(launches)
+
+
+def report() -> str:
+    """Both tables and what they say, as the documentation has them.
+
+    Raises
+    ------
+    KernelError
+        Triton is not installed, or is told to interpret.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise KernelError("--roofline reads the Triton kernels, and Triton is not installed: pip install triton.")
+    if dispatch.interpreting():
+        raise KernelError(
+            "--roofline compiles the kernels, which Triton cannot where it interprets: unset TRITON_INTERPRET."
+        )
+    return f"{roofline_table()}\n\n{notes()}\n\n{resources_table()}\n\n{resources_notes()}"
+
+
+def notes() -> str:
+    """Under the first table."""
+    prefill = ", ".join(f"{seconds(prefill_seconds(chip))} on the {chip.name}" for chip in CHIPS)
+    rates = "; ".join(
+        f"{chip.name}: {chip.memory / 1e9:,.0f} GB/s, {chip.products / 1e12:.0f} TFLOP/s in products of bfloat16, "
+        f"{chip.other / 1e12:g} otherwise"
+        for chip in CHIPS
+    )
+    return (
+        f"Batch 1, bfloat16, the launches of one call. {rates} (data sheets; the A100 with 80 GB moves 2,039 GB/s). "
+        f"The prefill is that of LLaVA-1.5-7B's decoder at {TOKENS} tokens by the formula of `vtc/flops.py`, nothing "
+        f"but its products at the full rate: {prefill}."
+    )
+
+
+def resources_notes() -> str:
+    """Under the second table."""
+    version = importlib.metadata.version("triton")
+    return f"As compiled by Triton {version}. Spilled: bytes of local memory per thread."
+
+
+def prefill_seconds(chip: Chip) -> float:
+    """Of a 7B decoder at `TOKENS` tokens, by the formula of `vtc.flops` and nothing but its products."""
+    shape = DecoderShape.from_config(LLAVA_7B.config(LLAVA_7B.full_depth).get_text_config())
+    return shape.prefill_flops(TOKENS) / chip.products
+
+
+def roofline_table() -> str:
+    """One line per operation that has kernels; per chip two times and the longer one's part of a prefill."""
+    header = ["operation", "shape", "launches", "must move", "kernels move", "products", "other"]
+    for chip in CHIPS:
+        header += [f"{chip.name}: at best", "without caches", "of prefill"]
+    rows = []
+    for name, op in OPS.items():
+        done, needed, launches = work(name)
+        if not launches or name.endswith("/noise"):  # what is drawn changes nothing here
+            continue
+        row = [name, op.words(), f"{launches}", _bytes(needed), _bytes(done.moved)]
+        row += [_operations(done.products), _operations(done.other)]
+        for chip in CHIPS:
+            best, worst = (chip.time(moved, done.products, done.other) for moved in (needed, done.moved))
+            row += [seconds(best), seconds(worst), f"{100 * worst / prefill_seconds(chip):.3f} %"]
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def resources_table() -> str:
+    """Registers, shared memory and spills of every kernel, as compiled here for compute capabilities 8.0 and 9.0."""
+    header = ["kernel"]
+    for capability in aot.SHARED_MEMORY:
+        header += [f"sm_{capability}: registers", "shared memory", "spilled"]
+    rows = []
+    for spec in aot.kernels():
+        rows.append(resources_row(spec.name, [aot.compiled(spec, capability) for capability in aot.SHARED_MEMORY]))
+    return markdown_table(header, rows)
+
+
+def resources_row(name: str, binaries: Sequence[aot.Binary]) -> list[str]:
+    """Cells of one kernel."""
+    row = [name]
+    for binary in binaries:
+        row += [f"{binary.registers}", f"{binary.shared / 1024:.1f} KiB", f"{binary.stack} B"]
+    return row
+
+
+def _bytes(count: float) -> str:
+    return _scaled(count, "B")
+
+
+def _operations(count: float) -> str:
+    return _scaled(count, "FLOP") if count else "-"
+
+
+def _scaled(count: float, unit: str) -> str:
+    power = min(4, int(math.log10(count)) // 3)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}{unit}"
