@@ -82,10 +82,9 @@ def modules() -> list[str]:
     return [f"{package.__name__}.{name}" for name in names if name.startswith("triton_")]
 
 
-def kernels(module: str | None = None) -> list[KernelSpec]:
-    """Every kernel that the `modules`, or one of them, list in their ``KERNELS``; imports Triton."""
-    names = modules() if module is None else [module]
-    return [spec for name in names for spec in importlib.import_module(name).KERNELS]
+def kernels() -> list[KernelSpec]:
+    """Every kernel that the `modules` list in their ``KERNELS``; imports Triton."""
+    return [spec for name in modules() for spec in importlib.import_module(name).KERNELS]
 
 
 def compiled(spec: KernelSpec, capability: int) -> Binary:
