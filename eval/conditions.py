@@ -19,7 +19,7 @@ import vtc
 def conditions(command: str | None = None, **config: Any) -> dict[str, Any]:
     """Command, versions, state of the checkout and hardware, and under ``config`` whatever else is given."""
     return {
-        "command": command if command is not None else shlex.join(["python", "-m", "eval", *sys.argv[1:]]),
+        "command": command_line() if command is None else command,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -28,6 +28,11 @@ def conditions(command: str | None = None, **config: Any) -> dict[str, Any]:
         **hardware(),
         **({"config": config} if config else {}),
     }
+
+
+def command_line() -> str:
+    """What this process was started with."""
+    return shlex.join(["python", "-m", "eval", *sys.argv[1:]])
 
 
 def hardware() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 import vtc
 from eval import runner
 from eval.cells import Cell
+from eval.conditions import command_line
 from eval.journal import Journal
 from eval.sweep import Job
 
@@ -47,6 +48,7 @@ def answer(job: Job, *, workers: int = 2, retry: bool = False) -> None:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise cause if isinstance(cause, vtc.VtcError) else error from error
+        stated["command"] = command_line()  # the worker's own is Ray's
         cells = [Cell.from_dict(cell) for cell in stated["cells"]]
         with Journal(job.out / "rows.jsonl", job.identity(weights), stated, retry=retry) as journal:
             batches = runner.split(samples, job.batch_size)

@@ -75,6 +75,7 @@ def test_two_workers_give_the_rows_of_one_process(tmp_path: Path, monkeypatch: p
     assert headers[-1]["conditions"]["config"]["backend"] == "ray"
     assert headers[-1]["conditions"]["config"]["workers"] == 2
     assert headers[-1]["conditions"]["threads"] == 1
+    assert headers[-1]["conditions"]["command"] == headers[0]["conditions"]["command"], "the driver's, not a worker's"
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
