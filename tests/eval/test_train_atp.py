@@ -90,7 +90,7 @@ def test_losses_fall_and_every_module_learns(
     model, processor = reference
     pixels = processor.image_processor([Image.fromarray(s.image) for s in scenes], return_tensors="pt").pixel_values
     features = tower_features(model.model.vision_tower, pixels)[0]
-    data = Data([[features[:, None].numpy()]], scenes, [(0, index) for index in range(SCENES)])
+    data = Data([features[:, None].numpy()], scenes, [(0, index) for index in range(SCENES)])
     modules = modules_for(model)
     before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
     gated = train_atp.Gated(model, modules, AtpSelector(), soft=soft)
