@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,14 +44,19 @@ def test_kernels_fit_the_chips() -> None:
 
 
 def _check_page(found: dict[str, dict[str, int]]) -> None:
-    """What docs/kernels.md says of these kernels is what was found, unless another Triton compiled them."""
+    """What docs/kernels.md says of these kernels is what was found, unless another Triton compiled them.
+
+    Registers are only listed: the same compiler takes a few more or less of them from one installation to the next.
+    """
     page = " ".join((Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8").split())
     if _roofline.resources_notes() not in page:
         return
     for name in {kernel.rpartition(" for ")[0] for kernel in found}:
         binaries = [aot.Binary(**found[f"{name} for sm_{capability}"]) for capability in aot.SHARED_MEMORY]
-        row = f"| {' | '.join(_roofline.resources_row(name, binaries))} |"
-        assert row in page, f"docs/kernels.md needs the new tables of vtc bench kernels --roofline: {row}"
+        cells = [re.escape(cell) for cell in _roofline.resources_row(name, binaries)]
+        cells[1] = cells[4] = r"\d+"
+        row = r" \| ".join(cells)
+        assert re.search(row, page), f"docs/kernels.md needs the new tables of vtc bench kernels --roofline: {row}"
 
 
 def test_every_kernel_is_listed() -> None:
