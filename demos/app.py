@@ -297,7 +297,7 @@ def build(models: Models) -> Any:
 
 def video_examples() -> list[list[Any]]:
     """Sample clips with a question about each, and how many frames a second; none where none are installed."""
-    clips = getattr(vtc.reference, "clips", list)()
+    clips = vtc.reference.clips() if vtc.reference.available() else []
     if not clips:
         return []
     asked: dict[str, str] = {}
