@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels import near_ties
 from vtc import kernels
+from vtc.bench._memory import peak_bytes
 from vtc.kernels import greedy, pick, reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -166,3 +167,12 @@ def test_coverage_picks_what_its_authors_pick(case: int) -> None:
     order = cases[f"c{case}_order"][0].tolist()
     for function in (kernels.coverage_greedy, reference.coverage_greedy):
         assert function(x, len(order), weight, combine).tolist() == order
+
+
+def test_noise_is_searched_in_linear_memory() -> None:
+    # Nothing can be left out there, so that ever larger sets of rows have to be compared.
+    peaks = {}
+    for n in (8000, 32000):
+        x = torch.randn(n, 128, generator=torch.Generator().manual_seed(n))
+        peaks[n] = peak_bytes(lambda x=x: kernels.farthest_point(x, 4))
+    assert peaks[32000] < 4.5 * peaks[8000]

@@ -13,6 +13,8 @@ from .cosines import rows_of, stripes
 from .dispatch import op
 
 _TILE = 128  # rows on either side of a product, at first
+_SIDE = 1024  # and at most: of noise ever more rows have to be compared
+_FINALISTS = 4096  # rows that are compared with all others in one go
 _POOL = 512  # candidates that are kept up to date with every pick
 _CHAMPIONS = 16  # rows that are compared with everything, to learn how isolated a row can be
 _SLACK = 1e-6  # by how much two float32 products of the same rows may differ
@@ -122,17 +124,13 @@ def _most_isolated(x: Tensor, inverse: Tensor) -> int:
         alive = alive[near[alive] <= ceiling + _SLACK]
         if alive.numel() > 2 * size // 3:
             tile *= 2
-    partner = torch.zeros_like(alive)
-    near = torch.full((alive.numel(),), -torch.inf)
-    for start in range(0, n, 2 * _TILE):
-        rows = slice(start, start + 2 * _TILE)
-        products = ((x.index_select(0, alive).float() @ x[rows].float().T) * inverse[alive, None]) * inverse[rows]
-        _forget_self(products, alive, rows)
-        value, place = products.max(dim=1)
-        partner = torch.where(value > near, place + start, partner)
-        near = torch.maximum(near, value)
-        stays = near <= ceiling + _SLACK
-        alive, partner, near = alive[stays], partner[stays], near[stays]
+    finalists: list[tuple[Tensor, Tensor, Tensor]] = []
+    for some in alive.split(_FINALISTS):
+        some, partner, near = _nearest(x, inverse, some, ceiling)
+        if near.numel():
+            ceiling = min(ceiling, float(near.min()))
+        finalists.append((some, partner, near))
+    alive, partner, near = (torch.cat(parts) for parts in zip(*finalists, strict=True))
     # Two rows that are each other's nearest are equal but for rounding: the same sum for both settles it.
     close = near <= near.min() + _SLACK
     alive, partner = alive[close], partner[close]
@@ -140,15 +138,36 @@ def _most_isolated(x: Tensor, inverse: Tensor) -> int:
     return int(alive[(exact <= exact.min() + _TIE).nonzero()[0]])
 
 
+def _nearest(x: Tensor, inverse: Tensor, alive: Tensor, ceiling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of the rows `alive` to which nothing is more similar than `ceiling`, their nearest rows, how similar."""
+    partner = torch.zeros_like(alive)
+    near = torch.full((alive.numel(),), -torch.inf)
+    values = x.index_select(0, alive).float()
+    for start in range(0, x.shape[0], 2 * _TILE):
+        rows = slice(start, start + 2 * _TILE)
+        products = ((values @ x[rows].float().T) * inverse[alive, None]) * inverse[rows]
+        _forget_self(products, alive, rows)
+        value, place = products.max(dim=1)
+        partner = torch.where(value > near, place + start, partner)
+        near = torch.maximum(near, value)
+        stays = near <= ceiling + _SLACK
+        if not bool(stays.all()):
+            alive, partner, near, values = alive[stays], partner[stays], near[stays], values[stays]
+    return alive, partner, near
+
+
 def _compare(x: Tensor, inverse: Tensor, left: Tensor, right: Tensor, near: Tensor) -> None:
-    """Compare all rows `left` with all rows `right`, for either's `near`."""
+    """Compare all rows `left` with all rows `right`, for either's `near`, `_SIDE` of each at a time."""
     if not right.numel():
         return
-    products = x.index_select(0, left).float() @ x.index_select(0, right).float().T
-    products *= inverse[left, None]
-    products *= inverse[right]
-    near[left] = torch.maximum(near[left], products.amax(dim=1))
-    near[right] = torch.maximum(near[right], products.amax(dim=0))
+    for rows in left.split(_SIDE):
+        ours = x.index_select(0, rows).float()
+        for columns in right.split(_SIDE):
+            products = ours @ x.index_select(0, columns).float().T
+            products *= inverse[rows, None]
+            products *= inverse[columns]
+            near[rows] = torch.maximum(near[rows], products.amax(dim=1))
+            near[columns] = torch.maximum(near[columns], products.amax(dim=0))
 
 
 def _forget_self(products: Tensor, rows: Tensor, columns: slice) -> None:
