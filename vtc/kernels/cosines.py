@@ -17,7 +17,9 @@ def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.detach()
     x = x.float() if x.dtype == torch.float64 else x
-    return x, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp(min=1e-12).reciprocal()
+    # In stripes: a norm of half precision makes a float32 copy of all that it is given.
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in x.split(_STRIPE)]
+    return x, torch.cat(norms).clamp(min=1e-12).reciprocal()
 
 
 def squared_norms(inverse: Tensor, weight: Tensor) -> Tensor:
