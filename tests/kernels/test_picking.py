@@ -31,6 +31,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         (pick, "_TILE", 2),
         (pick, "_POOL", 3),
         (pick, "_CHAMPIONS", 2),
+        (pick, "_FIRST", 1),
+        (pick, "_SIDE", 3),
         (greedy, "_POOL", 3),
         (greedy, "_BATCH", 2),
         (greedy, "_BLOCK", 4),

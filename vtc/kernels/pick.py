@@ -16,7 +16,8 @@ _TILE = 128  # rows on either side of a product, at first
 _SIDE = 1024  # and at most: of noise ever more rows have to be compared
 _FINALISTS = 4096  # rows that are compared with all others in one go
 _POOL = 512  # candidates that are kept up to date with every pick
-_CHAMPIONS = 16  # rows that are compared with everything, to learn how isolated a row can be
+_CHAMPIONS = 192  # rows that are compared with all others, to learn how isolated a row can be
+_FIRST = 16  # those of them that begin, as nothing can put them out
 _SLACK = 1e-6  # by how much two float32 products of the same rows may differ
 _TIE = 2.0**-22  # cosines that differ by less are equal but for rounding
 
@@ -101,73 +102,99 @@ def _most_isolated(x: Tensor, inverse: Tensor) -> int:
     """Index of the row of `x` whose most similar other row is least similar; the first of equals.
 
     A row is out as soon as any other is more similar to it than some row, compared with all, has to its nearest. So
-    rows are compared among each other first, where one product serves both, and only those that are left with all.
+    rows are compared among each other first, where one product serves both; those that look most isolated then run
+    against all others, which says how isolated a row can be; and in the end those that are left.
     """
-    n = x.shape[0]
-    near = torch.full_like(inverse, -torch.inf)  # similarity to the nearest row compared with so far
-    alive = torch.arange(n, device=x.device)
-    ceiling = torch.inf
-    generator = torch.Generator().manual_seed(0)
-    tile = _TILE
-    while (size := alive.numel()) > 2 * tile:
-        # The first round compares neighbours, which are alike in pictures; later ones whom chance brings together.
-        order = alive if size == n else alive[torch.randperm(size, generator=generator)]
-        for block in order.split(2 * tile):
-            _compare(x, inverse, block[::2], block[1::2], near)
-        champions = alive[near[alive].argsort()[:_CHAMPIONS]]
-        closest = torch.full((champions.numel(),), -torch.inf)
-        for rows, products in stripes(x, inverse, champions):
-            _forget_self(products, champions, rows)
-            near[rows] = torch.maximum(near[rows], products.amax(dim=0))
-            closest = torch.maximum(closest, products.amax(dim=1))
-        ceiling = min(ceiling, float(closest.min()))
-        alive = alive[near[alive] <= ceiling + _SLACK]
-        if alive.numel() > 2 * size // 3:
+    race = _Race(x, inverse)
+    tile, rounds = _TILE, 0
+    while (size := race.alive.numel()) > max(_CHAMPIONS, 2 * tile):
+        race.compare(tile)
+        if rounds == 0:
+            race.run(_FIRST)
+        if rounds % 2 == 0:  # not every time: it reads all of `x`
+            race.run(_CHAMPIONS)
+        rounds += 1
+        if race.alive.numel() > 2 * size // 3:
             tile *= 2
-    finalists: list[tuple[Tensor, Tensor, Tensor]] = []
-    for some in alive.split(_FINALISTS):
-        some, partner, near = _nearest(x, inverse, some, ceiling)
-        if near.numel():
-            ceiling = min(ceiling, float(near.min()))
-        finalists.append((some, partner, near))
-    alive, partner, near = (torch.cat(parts) for parts in zip(*finalists, strict=True))
-    # Two rows that are each other's nearest are equal but for rounding: the same sum for both settles it.
-    close = near <= near.min() + _SLACK
-    alive, partner = alive[close], partner[close]
-    exact = (x[alive].double() * x[partner].double()).sum(dim=1) * (inverse[alive] * inverse[partner])
-    return int(alive[(exact <= exact.min() + _TIE).nonzero()[0]])
+    while race.alive.numel():
+        race.run(_FINALISTS)
+    return race.winner()
 
 
-def _nearest(x: Tensor, inverse: Tensor, alive: Tensor, ceiling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the rows `alive` to which nothing is more similar than `ceiling`, their nearest rows, how similar."""
-    partner = torch.zeros_like(alive)
-    near = torch.full((alive.numel(),), -torch.inf)
-    values = x.index_select(0, alive).float()
-    for start in range(0, x.shape[0], 2 * _TILE):
-        rows = slice(start, start + 2 * _TILE)
-        products = ((values @ x[rows].float().T) * inverse[alive, None]) * inverse[rows]
-        _forget_self(products, alive, rows)
-        value, place = products.max(dim=1)
-        partner = torch.where(value > near, place + start, partner)
-        near = torch.maximum(near, value)
-        stays = near <= ceiling + _SLACK
-        if not bool(stays.all()):
-            alive, partner, near, values = alive[stays], partner[stays], near[stays], values[stays]
-    return alive, partner, near
+class _Race:
+    """Rows of which the most isolated wins.
 
+    Attributes
+    ----------
+    alive : Tensor
+        Rows that may still win and have not been compared with all others.
+    """
 
-def _compare(x: Tensor, inverse: Tensor, left: Tensor, right: Tensor, near: Tensor) -> None:
-    """Compare all rows `left` with all rows `right`, for either's `near`, `_SIDE` of each at a time."""
-    if not right.numel():
-        return
-    for rows in left.split(_SIDE):
-        ours = x.index_select(0, rows).float()
-        for columns in right.split(_SIDE):
-            products = ours @ x.index_select(0, columns).float().T
-            products *= inverse[rows, None]
-            products *= inverse[columns]
-            near[rows] = torch.maximum(near[rows], products.amax(dim=1))
-            near[columns] = torch.maximum(near[columns], products.amax(dim=0))
+    def __init__(self, x: Tensor, inverse: Tensor) -> None:
+        self.x, self.inverse = x, inverse
+        self.alive = torch.arange(x.shape[0], device=x.device)
+        self._near = torch.full_like(inverse, -torch.inf)  # similarity to the nearest row compared with so far
+        self._ceiling = torch.inf  # how similar the best row so far is to its nearest
+        self._finished: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, their nearest, how similar that is
+        self._chance = torch.Generator().manual_seed(0)
+
+    def compare(self, tile: int) -> None:
+        """Compare every row that is alive with `tile` others."""
+        order, size = self.alive, self.alive.numel()
+        if size < self.x.shape[0]:  # the first round compares neighbours, which are alike in pictures
+            order = order[torch.randperm(size, generator=self._chance)]
+        for block in order.split(2 * tile):
+            for rows in block[::2].split(_SIDE):
+                ours = self.x.index_select(0, rows).float()
+                for columns in block[1::2].split(_SIDE) if block.numel() > 1 else ():
+                    products = ours @ self.x.index_select(0, columns).float().T
+                    products *= self.inverse[rows, None]
+                    products *= self.inverse[columns]
+                    self._near[rows] = torch.maximum(self._near[rows], products.amax(dim=1))
+                    self._near[columns] = torch.maximum(self._near[columns], products.amax(dim=0))
+        self._bury()
+
+    def run(self, count: int) -> None:
+        """Compare the `count` rows that look most isolated with all others, for as long as they can win."""
+        rows = self.alive[self._near[self.alive].argsort()[:count]]
+        entered = rows
+        partner = torch.zeros_like(rows)
+        nearest = torch.full_like(self.inverse[rows], -torch.inf)
+        values = self.x.index_select(0, rows).float()
+        for start in range(0, self.x.shape[0], 2 * _TILE):
+            if not rows.numel():
+                break
+            columns = slice(start, start + 2 * _TILE)
+            products = values @ self.x[columns].float().T
+            products *= self.inverse[rows, None]
+            products *= self.inverse[columns]
+            _forget_self(products, rows, columns)
+            self._near[columns] = torch.maximum(self._near[columns], products.amax(dim=0))
+            value, place = products.max(dim=1)
+            partner = torch.where(value > nearest, place + start, partner)
+            nearest = torch.maximum(nearest, value)
+            stays = nearest <= self._ceiling + _SLACK
+            if not bool(stays.all()):
+                rows, partner, nearest, values = rows[stays], partner[stays], nearest[stays], values[stays]
+        if rows.numel():
+            self._ceiling = min(self._ceiling, float(nearest.min()))
+            self._finished.append((rows, partner, nearest))
+        self._near[entered] = torch.inf
+        self._bury()
+
+    def _bury(self) -> None:
+        near = self._near[self.alive]
+        self.alive = self.alive[(near <= self._ceiling + _SLACK) & (near < torch.inf)]
+
+    def winner(self) -> int:
+        """The first of the rows whose nearest is least similar."""
+        rows, partner, nearest = (torch.cat(parts) for parts in zip(*self._finished, strict=True))
+        # Two rows that are each other's nearest are equal but for rounding: the same sum for both settles it.
+        close = nearest <= self._ceiling + _SLACK
+        rows, partner = rows[close], partner[close]
+        exact = (self.x[rows].double() * self.x[partner].double()).sum(dim=1)
+        exact *= self.inverse[rows] * self.inverse[partner]
+        return int(rows[exact <= exact.min() + _TIE].min())
 
 
 def _forget_self(products: Tensor, rows: Tensor, columns: slice) -> None:
