@@ -22,8 +22,9 @@ from tests.tiny_processors import VIDEO_FAMILIES, processor
 from vtc import api
 from vtc.adapters.cache import CACHE
 from vtc.pipeline import VideoQAPipeline
-from vtc.streaming import VideoBudget, VideoPrompt, watch
+from vtc.streaming import VideoBudget, watch
 from vtc.video import VideoFile
+from vtc.video_prompt import VideoPrompt
 
 FRAMES = 12
 QUESTION = "what happens in the clip ?"

@@ -151,7 +151,7 @@ def test_tiles_and_thumbnails_show_the_same_spot(family: str, shape: tuple[int, 
 def test_arrangements_of_tiles_are_those_of_the_processors() -> None:
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-    from vtc.visualize import _ceiled, _nearest
+    from vtc.views import _ceiled, _nearest
 
     generator = np.random.default_rng(0)
     worker = transformers.Idefics3ImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 32})

@@ -15,7 +15,7 @@ import torch
 import vtc
 from vtc import registry
 from vtc.errors import ConfigError, InputError
-from vtc.visualize import FITS
+from vtc.views import FITS
 
 _KEEP_RATIO = 0.25
 _VIDEO_REFERENCE = "qwen2_5_vl"
