@@ -77,15 +77,15 @@ def attention_rows(
     query, key = query.flatten(0, -4), key.flatten(0, -4)
     shape = (heads, length, room) if reduce == "none" else (length, room)
     rows = query.new_zeros(len(query), *shape, dtype=torch.float32)
-    for row, some, part, tile, sees in _tiles(query, key, scaling, sight):
+    for row, some, part, seen, tile, sees in _tiles(query, key, scaling, sight):
         if sees is not None:
             tile *= sees[..., None]
         if reduce == "none":
-            rows[row, some, part] = tile
+            rows[row, some, part, seen] = tile
         elif reduce == "max":
-            torch.maximum(rows[row, part], tile.amax(dim=0), out=rows[row, part])
+            torch.maximum(rows[row, part, seen], tile.amax(dim=0), out=rows[row, part, seen])
         else:
-            rows[row, part] += (tile.square_() if reduce == "rms" else tile).sum(dim=0)
+            rows[row, part, seen] += (tile.square_() if reduce == "rms" else tile).sum(dim=0)
     if reduce in ("mean", "rms"):
         rows /= heads
     return (rows.sqrt_() if reduce == "rms" else rows).view(*leading, *shape)
@@ -133,23 +133,23 @@ def attention_push(
     batch, heads, sets = query.shape[0], query.shape[1], weights.shape[2]
     pushed = query.new_zeros(batch, heads, sets, key.shape[2], dtype=torch.float32)
     weights = weights.expand(batch, heads, -1, -1)
-    for row, some, part, tile, sees in _tiles(query, key, scaling, sight):
+    for row, some, part, seen, tile, sees in _tiles(query, key, scaling, sight):
         weight = weights[row, some, :, part]
-        pushed[row, some] += (weight if sees is None else weight * sees[:, None]) @ tile
+        pushed[row, some, :, seen] += (weight if sees is None else weight * sees[:, None]) @ tile
     return pushed
 
 
-Tile = tuple[int, slice, slice, Tensor, Tensor | None]
+Tile = tuple[int, slice, slice, slice, Tensor, Tensor | None]
 
 
 def _tiles(query: Tensor, key: Tensor, scaling: float, sight: Sight | Tensor | None) -> Iterator[Tile]:
-    """Tiles of the attention of `query` (B, H, Q, d) to `key` (B, Hkv, M, d).
+    """Tiles of the attention of `query` (B, H, Q, d) to `key` (B, Hkv, M, d), as far as any of their queries sees.
 
     Yields
     ------
-    row, heads, queries
-        Where the tile is: an index, and two slices.
-    Tensor (h, r, M), float32
+    row, heads, queries, keys
+        Where the tile is: an index, and three slices.
+    Tensor (h, r, m), float32
         Softmax rows; the caller may overwrite them.
     Tensor (1 or h, r), float32, or None
         1 for a query that sees something, 0 for one that does not, whose row means nothing.
@@ -165,34 +165,48 @@ def _tiles(query: Tensor, key: Tensor, scaling: float, sight: Sight | Tensor | N
         keys = key[row].float().transpose(1, 2)
         for start in range(0, length, step):
             part = slice(start, min(start + step, length))
-            bias, sees = _bias(sight, row, part, room)
+            bias, sees, seen = _bias(sight, row, part, room)
+            if seen.start == seen.stop:
+                continue
             for first in range(0, key_heads, together):
                 last = min(first + together, key_heads)
                 some = slice(first * shared, last * shared)
                 rows = query[row, some, part].float() * scaling
-                logits = (rows.reshape(last - first, -1, width) @ keys[first:last]).view(*rows.shape[:2], room)
+                logits = rows.reshape(last - first, -1, width) @ keys[first:last, :, seen]
+                logits = logits.view(*rows.shape[:2], -1)
                 if bias is not None:
                     logits += bias if len(bias) == 1 else bias[some]
                 torch.softmax(logits, dim=-1, out=logits)
-                yield row, some, part, logits, sees if sees is None or len(sees) == 1 else sees[some]
+                yield row, some, part, seen, logits, sees if sees is None or len(sees) == 1 else sees[some]
 
 
-def _bias(sight: Sight | Tensor | None, row: int, part: slice, room: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """What to add to logits (1 or H, r, M) so that what is not seen gets nothing; and who sees something (1 or H, r).
+def _bias(sight: Sight | Tensor | None, row: int, part: slice, room: int) -> tuple[Tensor | None, Tensor | None, slice]:
+    """How the sight of the queries of `part` bears on their logits.
 
-    A query that sees nothing gets a harmless bias: there is no NaN to be cleaned up.
+    Returns
+    -------
+    Tensor (1 or H, r, m) or None
+        To be added, so that what is not seen gets nothing. A query that sees nothing gets a harmless bias: there is no
+        NaN to be cleaned up.
+    Tensor (1 or H, r), float32, or None
+        1 for queries that see something.
+    slice
+        The m keys between the first and the last that any of them sees.
     """
     if sight is None:
-        return None, None
+        return None, None, slice(0, room)
     if isinstance(sight, Sight):
         allowed = sight.row(row)(part, room)
     else:
         allowed = sight[row : row + 1] if sight.shape[0] > 1 else sight
         allowed = allowed if allowed.shape[2] == 1 else allowed[:, :, part]
     allowed = allowed.expand(1, -1, part.stop - part.start, room)[0]
+    columns = allowed.flatten(0, 1).any(dim=0).nonzero()
+    seen = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
+    allowed = allowed[..., seen]
     sees = allowed.any(dim=-1)
     bias = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(sees[..., None] & ~allowed, -torch.inf)
-    return bias, sees.float()
+    return bias, sees.float(), seen
 
 
 def check_rows(

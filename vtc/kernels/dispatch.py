@@ -91,9 +91,10 @@ def op(triton: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 _check(this, choice, list(_tensors(args, kwargs)))
                 return cast("R", this.twin()(*args, **kwargs))
             except NoKernelError as reason:
-                if choice == "auto":
-                    return function(*args, **kwargs)
-                raise KernelError(_refusal(this, reason)) from None
+                if choice != "auto":
+                    raise KernelError(_refusal(this, reason)) from None
+            # Outside, so that what goes wrong from here on is not told as a consequence of the missing kernel.
+            return function(*args, **kwargs)
 
         return operation
 
