@@ -65,12 +65,14 @@ def run(args: argparse.Namespace) -> int:
     if args.roofline:
         print(_roofline.report())
         return 0
+    if args.video:
+        args.dtype, args.repeats, args.warmup = "bfloat16", 1, 0
     stated = conditions(
         dtype=args.dtype, device=args.device, clock=args.clock, repeats=args.repeats, warmup=args.warmup
     )
     result: dict[str, Any]
     if args.video:
-        result = {"video": _video.run()}
+        result = {"video": _video.run(args.clock)}
     elif args.growth:
         result = {"growth": _growth.run(args)}
     else:
