@@ -114,4 +114,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), sys.argv[3]))))
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), sys.argv[3])))
