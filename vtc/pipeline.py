@@ -61,7 +61,7 @@ class VideoQAPipeline:
 
     Raises
     ------
-    ConfigError, UnsupportedMethodError, UnsupportedModelError
+    ConfigError, InputError, UnsupportedMethodError, UnsupportedModelError
         What was asked cannot be done; found before a file is opened.
     """
 
@@ -101,6 +101,7 @@ class VideoQAPipeline:
         self.fps, self.frames, self.scenes = fps, frames, scenes
         with self._engine() as engine:  # everything about the method that can be refused is refused here
             prompt = VideoPrompt(processor, engine, [0], 1.0, 1)
+            prompt.text("?")
             self.window = -(-window // prompt.join) * prompt.join
             needs = {need for stage in engine.before for need in stage.requires & TEXT_NEEDS}
             self.streams = not engine.inside and not needs

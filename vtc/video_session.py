@@ -89,18 +89,24 @@ class VideoAnswer:
     def __str__(self) -> str:
         lines = [self.text]
         before, after = (sum(window[at] for window in self.windows) for at in (1, 2))
+        mean = after if self.report is None else self.report.average_visual_tokens
         if before:
             lines.append(
-                f"{len(self.times)} frames, {after} of {before} visual tokens ({100 * after / before:.1f} %) "
-                f"in {len(self.windows)} window{'s' if len(self.windows) > 1 else ''}"
+                f"{_count(len(self.times), 'frame')}, {mean:.0f} of {before} visual tokens "
+                f"({100 * mean / before:.1f} %{'' if mean == after else ', mean over layers'}) "
+                f"in {_count(len(self.windows), 'window')}"
             )
         if self.captions:
-            lines.append(f"from {len(self.captions)} captions")
+            lines.append(f"from {_count(len(self.captions), 'caption')}")
         spent = ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in self.timings.items() if value)
-        lines.append(f"{spent}; {self.tokens} tokens")
+        lines.append(f"{spent}; {_count(self.tokens, 'token')}")
         if self.reused:
             lines.append(f"re-used: {', '.join(self.reused)}")
         return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 class VideoSession:
