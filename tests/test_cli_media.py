@@ -33,6 +33,7 @@ def test_inspect_draws_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("arguments", "message"),
     [
         (["missing.png"], "missing.png: no such file"),
+        (["."], ".: a folder, not a picture"),
         (["SAMPLE", "--method", "nothing"], "Unknown method"),
         (["SAMPLE", "-o", "kept.txt"], "kept.txt: the picture is written as .png"),
         (["SAMPLE", "-o", "nowhere/kept.png"], "the folder nowhere does not exist"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,8 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     empty = folder / "empty.mp4"
     empty.touch()
     nothing = clips.write(folder / "nothing.avi", [])
+    bare = folder / "bare.mp4"
+    bare.write_bytes(struct.pack(">I4s4sI", 16, b"ftyp", b"isom", 512) + struct.pack(">I4s", 8, b"moov"))
     return {
         "missing": (folder / "missing.mp4", "no such file"),
         "folder": (folder, "a folder, not a video"),
@@ -165,10 +168,11 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
         "cut": (cut, "cannot be read as a video: it is cut off"),
         "sound": (clips.write_sound(folder / "sound.m4a"), "no video stream, only audio"),
         "nothing": (nothing, "cannot be read as a video"),
+        "bare": (bare, "it has no streams"),
     }
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "cut", "sound", "nothing"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "cut", "sound", "nothing", "bare"])
 @pytest.mark.parametrize("decoder", [None, *INSTALLED])
 def test_broken_files_are_named_with_the_cause(tmp_path: Path, kind: str, decoder: str | None) -> None:
     path, cause = broken(tmp_path)[kind]

@@ -6,6 +6,7 @@ through the model's own processing; what is drawn bright must then lie on the no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests import tiny
 from vtc.registry import _SELECTORS
 from vtc.report import Report, SegmentReport
 from vtc.selection import Selection
-from vtc.visualize import animation, save_animation
+from vtc.visualize import _titled, animation, save_animation
 
 GREY, NOISY = 128, 10
 WIDTH, HEIGHT = 192, 128
@@ -276,6 +277,27 @@ def test_frames_make_a_sheet_and_a_strip(frames: int, per_token: int, tmp_path: 
         save_animation(strip, tmp_path / name)
         with Image.open(tmp_path / name) as read:
             assert read.n_frames >= 2
+
+
+def test_titles_fit_above_what_they_name() -> None:
+    long, short = (_titled(grey(60, 10), parts) for parts in (("frame 12", "3 of 64"), ("3 of 64",)))
+    assert np.array_equal(np.asarray(long), np.asarray(short))
+    smaller = np.asarray(_titled(grey(100, 10), ("frame 12", "the same 3 of 64")))
+    assert (smaller[:20] < 200).any()
+    assert (smaller[:20, -1] == 255).all()
+    assert _titled(grey(60, 10), ()).size == (60, 10)
+
+
+def test_layers_stand_once_above_a_sheet_and_joined_frames_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    module = sys.modules["vtc.visualize"]  # the package shows the function of that name
+    monkeypatch.setattr(module, "_titled", lambda panel, parts: written.append(", ".join(parts)) or panel)
+    keep = torch.tensor([4])
+    report = by_hand(((2, 2, 2),), ((None, Selection.full(8)), (1, Selection(8, keep))), modality="video")
+    vtc.visualize(report, [grey(20, 20)] * 4, size=20)
+    first = ["frame 0, 4 of 4", "frame 1, the same 4 of 4", "frame 2, 4 of 4", "frame 3, the same 4 of 4"]
+    then = ["frame 0, 0 of 4", "frame 1, the same 0 of 4", "frame 2, 1 of 4", "frame 3, the same 1 of 4"]
+    assert written == [*first, *then, "layer 0", "layers 1-3"]
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def _open_image(path: Path) -> Image:
             return image.convert("RGB")  # decodes it, so that a truncated file shows here
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: a folder, not a picture.") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not a picture that pillow can read.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # pillow's PNG reader raises SyntaxError

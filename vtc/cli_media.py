@@ -31,9 +31,17 @@ def add_commands(commands: Any) -> None:
 def _add_shared(parser: argparse.ArgumentParser, method: str) -> None:
     parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
     parser.add_argument("--method", default=method, help=f"see `vtc methods` ({method})")
-    parser.add_argument("--option", dest="options", action="append", default=[], metavar="NAME=VALUE", type=_option)
+    parser.add_argument(
+        "--option",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_option,
+        help="option of the method, as often as you like",
+    )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="for methods that draw (0)")
 
 
@@ -56,7 +64,7 @@ def _writable(path: Path, suffixes: tuple[str, ...]) -> None:
 
 def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="draw which parts of a picture a method keeps")
-    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="any file that pillow reads")
     parser.add_argument("--question", default="What is in the picture?", help="for methods that look at the text")
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--keep-ratio", type=float, help=f"fraction of visual tokens kept ({_KEEP_RATIO})")
@@ -98,8 +106,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _add_video(commands: Any) -> None:
     parser = commands.add_parser("video", help="answer questions about a video file, of any length, compressed")
-    parser.add_argument("video", type=Path, metavar="VIDEO")
-    parser.add_argument("questions", nargs="+", metavar="QUESTION")
+    parser.add_argument("video", type=Path, metavar="VIDEO", help="any file that a decoder reads")
+    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="several re-use what they can of the first")
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--keep-ratio", type=float, help=f"fraction of visual tokens kept ({_KEEP_RATIO})")
     keep.add_argument("--keep-tokens", type=int, help="visual tokens kept of the whole video")
@@ -107,9 +115,19 @@ def _add_video(commands: Any) -> None:
     keep.add_argument("--per-frame", type=int, help="visual tokens kept of every frame, each frame by itself")
     parser.add_argument("--fps", type=float, help="frames looked at per second (1)")
     parser.add_argument("--frames", type=int, help="frames looked at over the whole length, instead")
-    parser.add_argument("--scenes", type=float, metavar="CHANGE", help="first frame of every scene, instead (0.1)")
+    parser.add_argument(
+        "--scenes",
+        type=float,
+        metavar="CHANGE",
+        help="first frame of every scene, instead; a scene is a change of brightness above this, 0 to 1 (try 0.1)",
+    )
     parser.add_argument("--window", type=int, default=32, help="frames in memory at a time (32)")
-    parser.add_argument("--strategy", choices=("compress", "captions"), default="compress")
+    parser.add_argument(
+        "--strategy",
+        choices=("compress", "captions"),
+        default="compress",
+        help="captions: describe every window in a sentence and ask about the sentences, as a baseline (compress)",
+    )
     parser.add_argument("--decoder", help="decord, av or torchcodec; by default the first that can")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer (64)")
     parser.add_argument("--json", action="store_true", help="print everything that is known as JSON lines")
@@ -177,4 +195,4 @@ def _draw(args: argparse.Namespace, report: vtc.Report, processor: Any, times: S
     else:
         rate = len(times) / max(times[-1] - times[0], 1e-9) if len(times) > 1 else 1.0
         save_animation(animation(report, frames, processor=processor, size=size), args.output, fps=min(rate, 10.0))
-    print(f"{args.output}: {len(frames)} frames", file=sys.stderr)
+    print(f"{args.output}: {len(frames)} frame{'' if len(frames) == 1 else 's'}", file=sys.stderr)

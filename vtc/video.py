@@ -183,7 +183,8 @@ def _open(path: Path, only: str | None, lacking: str | None) -> tuple[_Decoder, 
         raise ConfigError(f"decoder must be one of {', '.join(DECODERS)}, got {only!r}.")
     names = [name for name in ([only] if only else DECODERS) if importlib.util.find_spec(name) is not None]
     if not names:
-        raise ConfigError(f'Reading videos needs {only or "a decoder"}: pip install "vtc[video]".')
+        package = only if only == "torchcodec" else '"vtc[video]"'  # which the extra does not bring
+        raise ConfigError(f"Reading videos needs {only or 'a decoder'}: pip install {package}.")
     reasons: dict[str, str] = {}
     unusable: dict[str, str] = {}
     for name in names:
@@ -256,7 +257,7 @@ class _Av:
         try:
             if not self._container.streams.video:
                 kinds = sorted({stream.type for stream in self._container.streams})
-                raise InputError(f"it has no video stream, only {', '.join(kinds) or 'nothing'}")
+                raise InputError(f"it has no video stream, only {', '.join(kinds)}" if kinds else "it has no streams")
             self._pts = self._read_pts()
         except BaseException:
             self._container.close()

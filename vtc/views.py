@@ -43,11 +43,14 @@ class View:
     patches
         (box, rows, columns, segment, first): a rectangle of tokens in raster order, and where it begins among the
         scorable tokens of the segment.
+    again
+        Whether the view before it shows the same tokens: of two frames that were joined into one step, the second.
     """
 
     title: str
     picture: int
     patches: tuple[tuple[Box, int, int, int, int], ...]
+    again: bool = False
 
 
 def views_of(
@@ -153,7 +156,8 @@ def _frames(
         )
     for frame, shape in enumerate(sizes):
         box = _fitted(kind, "video", shape, processor, fit)
-        yield View(f"frame {frame}", frame, ((box, h, w, 0, frame // per_token * h * w),))
+        patches = ((box, h, w, 0, frame // per_token * h * w),)
+        yield View(f"frame {frame}", frame, patches, again=frame % per_token > 0)
 
 
 def _fitted(kind: str, modality: str, shape: tuple[int, int], processor: Any, fit: str | None) -> Box:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,19 +81,29 @@ def visualize(
     """
     views, segments, images, states = _prepare(report, pictures, row, index, processor, fit, size)
     states = states[-1:] if last else states
+    several = len(views) > 1  # then the layers stand above each sheet, and not above each panel
     panels = [
-        [_panel(view, images, segments, state, size, _caption(view, segments, state, titles)) for view in views]
+        [
+            _panel(view, images, segments, state, size, _caption(view, segments, state, not several) if titles else ())
+            for view in views
+        ]
         for state in states
     ]
     if columns is None:
         # Few views stand in a row per state; frames make a sheet.
         columns = math.ceil(math.sqrt(len(views))) if len(views) > 6 else len(views)
-        if len(views) == 1:
+        if not several:
             columns = len(states)
     elif columns < 1:
         raise ConfigError(f"columns must be 1 or more, got {columns}.")
-    sheets = panels if len(views) > 1 else [[panel for state in panels for panel in state]]
-    return _stack([_sheet(sheet, columns) for sheet in sheets])
+    if not several:
+        return _sheet([panel for sheet in panels for panel in sheet], columns)
+    return _stack(
+        [
+            _titled(_sheet(sheet, columns), (state.layers,) if titles and state.layers else ())
+            for sheet, state in zip(panels, states, strict=True)
+        ]
+    )
 
 
 def animation(
@@ -110,7 +121,10 @@ def animation(
     views, segments, images, states = _prepare(report, frames, row, index, processor, fit, size)
     return [
         _sheet(
-            [_panel(view, images, segments, state, size, _caption(view, segments, state, titles)) for state in states],
+            [
+                _panel(view, images, segments, state, size, _caption(view, segments, state) if titles else ())
+                for state in states
+            ],
             len(states),
         )
         for view in views
@@ -194,14 +208,14 @@ def _on_cpu(selection: Selection) -> Selection:
 # -------------------------------------------------------------------------------------------------------- drawing
 
 
-def _caption(view: View, segments: Sequence[SegmentReport], state: _State, wanted: bool) -> str | None:
-    if not wanted:
-        return None
+def _caption(view: View, segments: Sequence[SegmentReport], state: _State, layers: bool = True) -> tuple[str, ...]:
+    """What is written above a panel, the most important last."""
     kept = total = 0
     for _, rows, across, segment, first in view.patches:
         kept += int(state.selections[segment].mask[first : first + rows * across].sum())
         total += rows * across
-    return ", ".join(part for part in (view.title, state.layers, f"{kept} of {total}") if part)
+    counted = f"{'the same ' if view.again else ''}{kept} of {total}"
+    return tuple(part for part in (view.title, state.layers if layers else "", counted) if part)
 
 
 def _panel(
@@ -210,7 +224,7 @@ def _panel(
     segments: Sequence[SegmentReport],
     state: _State,
     size: int,
-    caption: str | None,
+    caption: Sequence[str],
 ) -> Image:
     """One view of one picture in one state."""
     from PIL import Image as Pillow
@@ -228,8 +242,7 @@ def _panel(
         looks.append(_Looks.of(state.selections[segment], first, rows * across))
         offset += rows * across
     drawn = _drawn(pixels, cells, _Looks.joined(looks))
-    panel = Pillow.fromarray(drawn.round().clip(0, 255).astype(np.uint8))
-    return panel if caption is None else _titled(panel, caption)
+    return _titled(Pillow.fromarray(drawn.round().clip(0, 255).astype(np.uint8)), caption)
 
 
 def _cells(shape: tuple[int, int], box: Sequence[float], rows: int, across: int) -> np.ndarray[Any, Any]:
@@ -300,15 +313,27 @@ def _border(region: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return inner & (region if region.dtype == bool else region >= 0)
 
 
-def _titled(panel: Image, text: str) -> Image:
+def _titled(panel: Image, parts: Sequence[str]) -> Image:
+    """With a line above it, in letters small enough for its width; where none are, of the last part alone."""
     from PIL import Image as Pillow
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
 
+    if not parts:
+        return panel
+    lines = [(text, _font(size)) for text in (", ".join(parts), parts[-1]) for size in range(13, 8, -1)]
+    fitting = (line for line in lines if line[1].getlength(line[0]) < panel.width)
+    text, font = next(fitting, lines[-1])
     out = Pillow.new("RGB", (panel.width, panel.height + _TITLE), "white")
-    font = ImageFont.load_default(13)
     ImageDraw.Draw(out).text((1, 2), text, fill=(40, 40, 40), font=font)
     out.paste(panel, (0, _TITLE))
     return out
+
+
+@functools.cache
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
 
 
 def _sheet(panels: Sequence[Image], columns: int) -> Image:
