@@ -12,7 +12,6 @@ import argparse
 import functools
 import html
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,9 @@ EXAMPLES = (
 LENGTH = 32
 SHEET = 144
 """Frames of a video that are drawn; a sheet of more cannot be read on a page."""
+
+WIDE = 640
+"""Pixels across the page that a drawing has: one as wide is shown as it is, titles and all."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,25 @@ class Models:
         return model, self._processor(folder)
 
     def for_videos(self) -> list[str]:
-        """Names of the models that take videos. The small reference models are loaded to see, others are not."""
+        """Names of the models that are told of videos. The small reference models are loaded to see, others are not."""
         processors = {
             name: self._processor(self.folders[name]) if name in self.folders else self.load(name)[1]
             for name in self.names
         }
-        return [name for name, processor in processors.items() if getattr(processor, "video_processor", None)]
+        return [name for name, processor in processors.items() if _knows_videos(processor)]
 
     @staticmethod
     def _processor(folder: Path) -> Any:
         from transformers import AutoProcessor
 
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _knows_videos(processor: Any) -> bool:
+    """Whether the chat template has a place for a video: some processors take one, but their model does not."""
+    if not getattr(processor, "video_processor", None) or not getattr(processor, "chat_template", None):
+        return False
+    return processor.video_token in processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
 
 
 class _FirstToken(StoppingCriteria):
@@ -118,43 +127,55 @@ def compare(
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device, model.dtype)
-    _run(model, processor, inputs)  # what is slow the first time only
+    _run(model, processor, inputs, 1)  # what is slow the first time only
     full = _run(model, processor, inputs)
     with vtc.compressed(model, method, keep_ratio=keep_ratio):
+        _run(model, processor, inputs, 1)
         compressed = _run(model, processor, inputs)
         report = vtc.report(model)
     overlay = vtc.visualize(report, image, processor=processor, size=384)
+    if overlay.width > WIDE:  # panels side by side
+        overlay = vtc.visualize(report, image, processor=processor, size=384 * WIDE // overlay.width)
     return Comparison(full, compressed, report, overlay)
 
 
 def compare_video(
-    models: Models, name: str, video: str | None, question: str, method: str, keep_ratio: float, fps: float
+    models: Models,
+    name: str,
+    video: str | None,
+    question: str,
+    method: str,
+    keep_ratio: float,
+    fps: float,
+    progress: bool = False,
 ) -> tuple[vtc.VideoAnswer, vtc.VideoAnswer, Image.Image | None]:
-    """As `compare`, for a video file: the full answer, the compressed one, and a sheet of its first frames."""
+    """As `compare`, for a video file: the full answer, the compressed one, and a sheet unless frames are too many."""
     from vtc.video import VideoFile
 
     if not video or not question.strip():
         raise vtc.InputError("Give a video and a question.")
     model, processor = models.load(name)
-    settings = {"fps": fps, "max_new_tokens": LENGTH}
-    whole = vtc.VideoQAPipeline(model, processor, "uniform", keep_ratio=1.0, **settings)
-    part = vtc.VideoQAPipeline(model, processor, method, keep_ratio=keep_ratio, **settings)
-    whole(video, question)  # what is slow the first time only
-    full, answer = whole(video, question), part(video, question)
-    drawn = None
-    if answer.report is not None and len(answer.times) <= SHEET:
-        size = max(96, min(384, 768 // math.ceil(math.sqrt(len(answer.times)))))
+    answers = []
+    for chosen, ratio in (("uniform", 1.0), (method, keep_ratio)):
+        ask = functools.partial(vtc.VideoQAPipeline, model, processor, chosen, keep_ratio=ratio)
+        ask(frames=2, max_new_tokens=1)(video, question)  # what is slow the first time only
+        answers.append(ask(fps=fps, max_new_tokens=LENGTH, progress=progress)(video, question))
+    full, answer = answers
+    drawn, count = None, len(answer.times)
+    if answer.report is not None and count <= SHEET:
+        columns = min(count, 4 if count <= 8 else 6 if count <= 36 else 9 if count <= 81 else 12)
+        size = min(320, WIDE // columns - 6)
         with VideoFile(video) as file:
             frames = file.pictures(answer.times, size)
-        drawn = vtc.visualize(answer.report, frames, processor=processor, size=size)
+        drawn = vtc.visualize(answer.report, frames, processor=processor, size=size, columns=columns, titles=size >= 96)
     return full, answer, drawn
 
 
-def _run(model: Any, processor: Any, inputs: Any) -> Run:
+def _run(model: Any, processor: Any, inputs: Any, length: int = LENGTH) -> Run:
     began, first = time.perf_counter(), _FirstToken()
     with torch.inference_mode():
         output = model.generate(
-            **inputs, max_new_tokens=LENGTH, do_sample=False, stopping_criteria=StoppingCriteriaList([first])
+            **inputs, max_new_tokens=length, do_sample=False, stopping_criteria=StoppingCriteriaList([first])
         )
     ended = time.perf_counter()
     text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
@@ -171,14 +192,15 @@ def bars(rows: Sequence[tuple[str, float | None, float | None, str]]) -> str:
         if full is None or part is None:
             continue
         widest = max(full, part) or 1.0
-        out.append(f"<div style='margin:6px 0 2px'><b>{html.escape(what)}</b></div>")
+        out.append(f"<div style='margin:{6 if out else 0}px 0 2px'><b>{html.escape(what)}</b></div>")
         for label, value, colour in (("all tokens", full, "#8a94a6"), ("compressed", part, "#2f7d5b")):
             out.append(
                 "<div style='display:flex;align-items:center;gap:8px;font-size:13px'>"
                 f"<span style='width:86px'>{label}</span><span style='flex:1'>"
                 f"<span style='display:block;height:12px;border-radius:3px;background:{colour};"
                 f"width:{100 * value / widest:.1f}%'></span></span>"
-                f"<span class='figure' style='width:110px;text-align:right'>{value:,.4g} {unit}</span></div>"
+                "<span class='figure' style='width:104px;text-align:right;white-space:nowrap'>"
+                f"{value:,.4g} {unit}</span></div>"
             )
     return "\n".join(out)
 
@@ -214,33 +236,55 @@ def layers(report: vtc.Report) -> str:
 # --------------------------------------------------------------------------------------------------------------- page
 
 
+Shown = tuple[str, str, str, str, str, Image.Image | None]
+"""What was asked or why not, both answers, bars, layers, drawing."""
+
+
+def asked_for(name: str, method: str, keep_ratio: float, question: str) -> str:
+    """What the answers below are to, as HTML: settings may have been changed since."""
+    return f"<b>{html.escape(name)}, {method}, keep ratio {keep_ratio:g}:</b> {html.escape(question)}"
+
+
+def refused(error: vtc.VtcError, folder: Path | None = None) -> Shown:
+    """The reason in place of answers, which would be those of an earlier question; without the upload's `folder`."""
+    reason = str(error).replace(f"{folder}{os.sep}", "") if folder else str(error)
+    box = "border:1px solid #b91c1c;border-radius:4px;padding:8px;color:#b91c1c"
+    return f"<div style='{box}'>{html.escape(reason)}</div>", "", "", "", "", None
+
+
 def build(models: Models) -> Any:
     """The page, not yet served."""
     import gradio as gr
 
-    def about_image(
-        name: str, method: str, keep_ratio: float, image: Image.Image | None, question: str
-    ) -> tuple[str, str, Image.Image, str, str]:
+    def about_image(name: str, method: str, keep_ratio: float, image: Image.Image | None, question: str) -> Shown:
         try:
             made = compare(models, name, image, question, method, keep_ratio)
         except vtc.VtcError as error:
-            raise gr.Error(str(error)) from error
-        bars_of = summary(made.report, made.full.first_token, made.compressed.first_token)
-        return made.full.text, made.compressed.text, made.overlay, bars_of, layers(made.report)
+            return refused(error)
+        measured = summary(made.report, made.full.first_token, made.compressed.first_token)
+        said = asked_for(name, method, keep_ratio, question)
+        return said, made.full.text, made.compressed.text, measured, layers(made.report), made.overlay
 
     def about_video(
-        name: str, method: str, keep_ratio: float, video: str | None, question: str, fps: float
-    ) -> tuple[str, str, Image.Image | None, str, str]:
+        name: str,
+        method: str,
+        keep_ratio: float,
+        video: str | None,
+        question: str,
+        fps: float,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008 - how gradio is told
+    ) -> Shown:
         try:
-            full, answer, drawn = compare_video(models, name, video, question, method, keep_ratio, fps)
+            full, answer, drawn = compare_video(models, name, video, question, method, keep_ratio, fps, progress=True)
         except vtc.VtcError as error:
-            raise gr.Error(str(error)) from error
+            return refused(error, Path(video).parent if video else None)
+        said = asked_for(name, method, keep_ratio, question)
         if answer.report is None:  # only captions have none
-            return full.text, answer.text, drawn, "", ""
+            return said, full.text, answer.text, "", "", drawn
         if drawn is None:
-            gr.Info(f"{len(answer.times)} frames are too many to draw here; `vtc video -o kept.gif` draws them.")
-        told = summary(answer.report, full.time_to_first_token, answer.time_to_first_token)
-        return full.text, answer.text, drawn, told, layers(answer.report)
+            said += f"<br>{len(answer.times)} frames are too many to draw here; `vtc video -o kept.gif` draws them."
+        measured = summary(answer.report, full.time_to_first_token, answer.time_to_first_token)
+        return said, full.text, answer.text, measured, layers(answer.report), drawn
 
     def settings(names: Sequence[str], method: str) -> list[Any]:
         return [
@@ -268,10 +312,11 @@ def build(models: Models) -> Any:
                     if for_videos:
                         asked = settings(for_videos, "evs")
                         video = gr.Video(label="video", sources=["upload"], height=300)
-                        video_question = gr.Textbox(label="question", value="What happens in the clip?")
-                        fps = gr.Slider(0.25, 8.0, value=1.0, step=0.25, label="frames per second")
-                        ask_video = gr.Button("Ask", variant="primary", elem_id="ask-video")
                         examples = video_examples()
+                        _, usual, rate = examples[0] if examples else ("", "What happens in the clip?", 1.0)
+                        video_question = gr.Textbox(label="question", value=usual)
+                        fps = gr.Slider(0.25, 8.0, value=rate, step=0.25, label="frames per second")
+                        ask_video = gr.Button("Ask", variant="primary", elem_id="ask-video")
                         if examples:
                             gr.Examples(examples, [video, video_question, fps], cache_examples=False)
                     else:
@@ -280,18 +325,23 @@ def build(models: Models) -> Any:
                             "`--model NAME=/path/to/checkpoint` to offer one that does."
                         )
             with gr.Column(scale=5):
+                said = gr.HTML("Choose an example, or a file and a question, and ask.", elem_id="said")
                 with gr.Row():
                     full = gr.Textbox(label="answer with all tokens", elem_id="full")
                     part = gr.Textbox(label="answer with the kept tokens", elem_id="part")
-                buttons = ["download", "fullscreen"]
-                overlay = gr.Image(label="what was kept", height=420, elem_id="overlay", buttons=buttons)
                 with gr.Row():
                     measured = gr.HTML(elem_id="bars")
                     per_layer = gr.HTML(elem_id="layers")
-        outputs = [full, part, overlay, measured, per_layer]
-        ask.click(about_image, [*chosen, image, question], outputs)
+                gr.HTML("What was kept is bright; merged parts wear the colour that outlines the patch they are in.")
+                # As high as the drawing; a label would lie over its titles.
+                buttons = ["download", "fullscreen"]
+                overlay = gr.Image(show_label=False, elem_id="overlay", buttons=buttons)
+        outputs = [said, full, part, measured, per_layer, overlay]
+        waiting = [full, part, overlay]
+        ask.click(about_image, [*chosen, image, question], outputs, show_progress_on=waiting)
         if for_videos:
-            ask_video.click(about_video, [*asked, video, video_question, fps], outputs)
+            inputs = [*asked, video, video_question, fps]
+            ask_video.click(about_video, inputs, outputs, show_progress_on=waiting)
     return page
 
 

@@ -282,7 +282,7 @@ def test_frames_make_a_sheet_and_a_strip(frames: int, per_token: int, tmp_path: 
 def test_titles_fit_above_what_they_name() -> None:
     long, short = (_titled(grey(60, 10), parts) for parts in (("frame 12", "3 of 64"), ("3 of 64",)))
     assert np.array_equal(np.asarray(long), np.asarray(short))
-    smaller = np.asarray(_titled(grey(100, 10), ("frame 12", "the same 3 of 64")))
+    smaller = np.asarray(_titled(grey(100, 10), ("frame 12", "same 3 of 64, and more")))
     assert (smaller[:20] < 200).any()
     assert (smaller[:20, -1] == 255).all()
     assert _titled(grey(60, 10), ()).size == (60, 10)
@@ -295,8 +295,8 @@ def test_layers_stand_once_above_a_sheet_and_joined_frames_say_so(monkeypatch: p
     keep = torch.tensor([4])
     report = by_hand(((2, 2, 2),), ((None, Selection.full(8)), (1, Selection(8, keep))), modality="video")
     vtc.visualize(report, [grey(20, 20)] * 4, size=20)
-    first = ["frame 0, 4 of 4", "frame 1, the same 4 of 4", "frame 2, 4 of 4", "frame 3, the same 4 of 4"]
-    then = ["frame 0, 0 of 4", "frame 1, the same 0 of 4", "frame 2, 1 of 4", "frame 3, the same 1 of 4"]
+    first = ["frame 0, 4 of 4", "frame 1, same 4 of 4", "frame 2, 4 of 4", "frame 3, same 4 of 4"]
+    then = ["frame 0, 0 of 4", "frame 1, same 0 of 4", "frame 2, 1 of 4", "frame 3, same 1 of 4"]
     assert written == [*first, *then, "layer 0", "layers 1-3"]
 
 

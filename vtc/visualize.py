@@ -214,7 +214,7 @@ def _caption(view: View, segments: Sequence[SegmentReport], state: _State, layer
     for _, rows, across, segment, first in view.patches:
         kept += int(state.selections[segment].mask[first : first + rows * across].sum())
         total += rows * across
-    counted = f"{'the same ' if view.again else ''}{kept} of {total}"
+    counted = f"{'same ' if view.again else ''}{kept} of {total}"
     return tuple(part for part in (view.title, state.layers if layers else "", counted) if part)
 
 
