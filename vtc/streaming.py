@@ -101,7 +101,7 @@ class _Shelf:
     """Where pieces are put: side by side in a few blocks of memory.
 
     A piece is small and stays, the tensors of the window around it are large and go. Left where it was made, it would
-    keep the C library from giving that memory back or using it for the next, larger tensor: 3 MiB an hour pinned 300.
+    keep the C library from giving that memory back or using it for the next window: of an hour, 3 MiB pinned 300.
     """
 
     _BLOCK = 1 << 22

@@ -4,9 +4,9 @@
 
 Each row is a process of its own, so that its peak (the highest resident set that the kernel saw) is its own too. The
 second figure is with glibc's allocator told to hand large blocks back (`FIXED`): by itself it raises the size above
-which it does so as blocks are freed, and what is kept of each window then pins the heap that the window was in. The
-model is a LLaVA-OneVision with random weights and 196 tokens per frame: memory is what is measured, and only how it
-grows says something about real models. A file of one frame per second is written for every length.
+which it does so as blocks are freed, and keeps what was freed for later. The model is a LLaVA-OneVision with random
+weights and 196 tokens per frame: memory is what is measured, and only how it grows says something about real models. A
+file of one frame per second is written for every length.
 """
 
 from __future__ import annotations
