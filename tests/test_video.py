@@ -95,7 +95,7 @@ def test_one_frame(tmp_path: Path, decoder: str) -> None:
 
 @pytest.mark.parametrize("decoder", [None, *(name for name in INSTALLED if name != "decord")])
 def test_a_turned_video_is_shown_upright(tmp_path: Path, decoder: str | None) -> None:
-    path = clips.turned(clips.write(tmp_path / "turned.mp4", clips.frames(3)))  # decord wants a square
+    path = clips.turned(clips.write(tmp_path / "turned.mp4", clips.frames(3)))  # decord cannot turn this size
     with VideoFile(path, decoder) as video:
         frames = video.read([0, 1, 2])
         assert frames.shape == (3, 64, 48, 3)
@@ -180,6 +180,7 @@ def test_broken_files_are_named_with_the_cause(tmp_path: Path, kind: str, decode
     with pytest.raises(vtc.InputError) as error:
         VideoFile(path, decoder)
     assert str(path) in str(error.value)
+    assert ".cc:" not in str(error.value)
     if decoder in (None, "av"):
         assert cause in str(error.value)
     assert open_files() <= before

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,7 @@ def _open(path: Path, only: str | None, lacking: str | None) -> tuple[_Decoder, 
 
 def _line(error: BaseException) -> str:
     told = getattr(error, "strerror", None) or str(error)  # without the number and the name of the file
+    told = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", told.lstrip())  # where in decord's sources it happened, and when
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
@@ -223,7 +225,7 @@ def _line(error: BaseException) -> str:
 
 
 class _Decord:
-    """decord: frames by number. It knows neither AV1 nor turned pictures that are not square."""
+    """decord: frames by number. It knows no AV1, and not every size of turned pictures."""
 
     def __init__(self, path: Path) -> None:
         decord = importlib.import_module("decord")
