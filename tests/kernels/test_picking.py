@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.kernels import near_ties
 from vtc import kernels
 from vtc.bench._memory import peak_bytes
-from vtc.kernels import greedy, pick, reference
+from vtc.kernels import cosines, greedy, pick, reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 quick = settings(max_examples=40, deadline=None)
@@ -35,8 +35,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         (pick, "_SIDE", 3),
         (greedy, "_POOL", 3),
         (greedy, "_BATCH", 2),
-        (greedy, "_BLOCK", 4),
-        (greedy, "_WORKSPACE", 0),
+        (cosines, "_BLOCK", 4),
+        (cosines, "WORKSPACE", 0),
     ]:
         monkeypatch.setattr(module, name, size)
     monkeypatch.setattr("vtc.kernels.cosines._STRIPE", 5)

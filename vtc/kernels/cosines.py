@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+WORKSPACE = 64 * 2**20
+"""Bytes that the matrix of all products may take where it is worth having."""
+
 _STRIPE = 4096  # rows that are looked at in one go where all are
+_BLOCK = 512  # rows of the whole matrix that are computed in one go
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,3 +42,19 @@ def stripes(x: Tensor, scale: Tensor, others: Tensor) -> Iterator[tuple[slice, T
 def products(x: Tensor, scale: Tensor, others: Tensor) -> Tensor:
     """(M, N): all of `stripes` side by side."""
     return torch.cat([part for _, part in stripes(x, scale, others)], dim=1)
+
+
+def upper_blocks(x: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """All products, block by block, each (rows, N - first row): those with earlier rows are in the blocks before."""
+    for start in range(0, x.shape[0], _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        block = x[rows].float() @ x[start:].float().T
+        block *= scale[rows, None]
+        block *= scale[start:]
+        yield rows, block
+
+
+def write_block(table: Tensor, rows: slice, block: Tensor) -> None:
+    """Put one of `upper_blocks` into both halves of the whole matrix (N, N)."""
+    table[rows, rows.start :] = block
+    table[rows.start :, rows] = block.T

@@ -7,13 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .cosines import products, rows_of, squared_norms
+from . import cosines
+from .cosines import products, rows_of, squared_norms, upper_blocks, write_block
 from .dispatch import op
 
 _POOL = 512  # candidates that are kept up to date with every pick
 _BATCH = 32  # gains that are brought up to date in one go
-_BLOCK = 512  # rows of the similarity matrix that exist at a time
-_WORKSPACE = 64 * 2**20  # bytes up to which all of it may
 _RANK = 1e-5  # of the largest: what is left of a row's norm when it adds nothing but rounding
 
 
@@ -181,7 +180,7 @@ class _SimilarityRows:
     def __init__(self, x: Tensor, inverse: Tensor) -> None:
         self.x, self.inverse = x, inverse
         n = x.shape[0]
-        self.table = inverse.new_empty(n, n) if 4 * n * n <= _WORKSPACE else None
+        self.table = inverse.new_empty(n, n) if 4 * n * n <= cosines.WORKSPACE else None
         self.kept: dict[int, Tensor] = {}
 
     def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
@@ -189,17 +188,12 @@ class _SimilarityRows:
         if chosen is not None:
             return (self._rows(chosen) - covered).clamp_(min=0).sum(dim=1)
         total = torch.zeros_like(self.inverse)
-        for start in range(0, self.x.shape[0], _BLOCK):
-            stop = start + _BLOCK
-            block = self.x[start:stop].float() @ self.x[start:].float().T
-            block *= self.inverse[start:stop, None]
-            block *= self.inverse[start:]
+        for rows, block in upper_blocks(self.x, self.inverse):
             if self.table is not None:
-                self.table[start:stop, start:] = block
-                self.table[start:, start:stop] = block.T
+                write_block(self.table, rows, block)
             block.clamp_(min=0)
-            total[start:] += block.sum(dim=0)
-            total[start:stop] += block[:, _BLOCK:].sum(dim=1)
+            total[rows.start :] += block.sum(dim=0)
+            total[rows] += block[:, len(block) :].sum(dim=1)
         return total
 
     def row(self, index: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cosines import rows_of, stripes
+from . import cosines
+from .cosines import rows_of, stripes, upper_blocks, write_block
 from .dispatch import op
 
 _TILE = 128  # rows on either side of a product, at first
 _SIDE = 1024  # and at most: of noise ever more rows have to be compared
 _FINALISTS = 4096  # rows that are compared with all others in one go
+_MANY = 8  # where one row in so many is picked, the whole matrix is faster than to do without it
 _POOL = 512  # candidates that are kept up to date with every pick
 _CHAMPIONS = 192  # rows that are compared with all others, to learn how isolated a row can be
 _FIRST = 16  # those of them that begin, as nothing can put them out
@@ -30,7 +32,8 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     farthest from everything taken. Taken rows are out of the game, so the picks are distinct even among duplicates.
     Lower index wins ties. A zero row has cosine 0 to every other.
 
-    O(N) memory beside `x`. The similarity of a row to the nearest pick only grows. So the `_POOL` rows where it is
+    O(N) memory beside `x`, but for the whole matrix where that is small and so many are picked that most of it is
+    needed. The similarity of a row to the nearest pick only grows. So the `_POOL` rows where it is
     least are enough for as many picks as stay below what the others had when all were last compared; then all catch up
     on the picks they missed in one product. 64 picks of 2880 random rows take three of those.
 
@@ -43,6 +46,8 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     k = min(k, x.shape[0])
     if k == 0:
         return torch.empty(0, dtype=torch.long, device=x.device)
+    if k * _MANY > x.shape[0] and 4 * x.shape[0] ** 2 <= cosines.WORKSPACE:
+        return _from_matrix(x, inverse, k, first)
     taken = _most_isolated(x, inverse) if first is None else range(x.shape[0])[first]
     picks: list[int] = [taken]
     near = torch.full_like(inverse, -torch.inf)  # similarity to the nearest pick compared with; taken rows: infinite
@@ -96,6 +101,36 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
         total += (x @ x[taken]) * inverse * inverse[taken]
         total[taken] = torch.inf
     return torch.tensor(picks, dtype=torch.long, device=x.device)
+
+
+def _from_matrix(x: Tensor, inverse: Tensor, k: int, first: int | None) -> Tensor:
+    """The picks of `farthest_point` from all similarities."""
+    table = inverse.new_empty(x.shape[0], x.shape[0])
+    for rows, block in upper_blocks(x, inverse):
+        write_block(table, rows, block)
+    if first is None:
+        nearest, partner = table.fill_diagonal_(-torch.inf).max(dim=1)
+        taken = _first_of_equals(x, inverse, torch.arange(x.shape[0], device=x.device), partner, nearest)
+    else:
+        taken = range(x.shape[0])[first]
+    picks = [taken]
+    near = table[taken].clone()
+    while len(picks) < k:
+        near[taken] = torch.inf
+        taken = int(near.argmin())  # the first of equals
+        picks.append(taken)
+        torch.maximum(near, table[taken], out=near)
+    return torch.tensor(picks, device=x.device)
+
+
+def _first_of_equals(x: Tensor, inverse: Tensor, rows: Tensor, partner: Tensor, nearest: Tensor) -> int:
+    """The first of the `rows` whose nearest row, their `partner`, is least similar."""
+    # Two rows that are each other's nearest are equal but for rounding: the same sum for both settles it.
+    close = nearest <= nearest.min() + _SLACK
+    rows, partner = rows[close], partner[close]
+    exact = (x[rows].double() * x[partner].double()).sum(dim=1)
+    exact *= inverse[rows] * inverse[partner]
+    return int(rows[exact <= exact.min() + _TIE].min())
 
 
 def _most_isolated(x: Tensor, inverse: Tensor) -> int:
@@ -189,12 +224,7 @@ class _Race:
     def winner(self) -> int:
         """The first of the rows whose nearest is least similar."""
         rows, partner, nearest = (torch.cat(parts) for parts in zip(*self._finished, strict=True))
-        # Two rows that are each other's nearest are equal but for rounding: the same sum for both settles it.
-        close = nearest <= self._ceiling + _SLACK
-        rows, partner = rows[close], partner[close]
-        exact = (self.x[rows].double() * self.x[partner].double()).sum(dim=1)
-        exact *= self.inverse[rows] * self.inverse[partner]
-        return int(rows[exact <= exact.min() + _TIE].min())
+        return _first_of_equals(self.x, self.inverse, rows, partner, nearest)
 
 
 def _forget_self(products: Tensor, rows: Tensor, columns: slice) -> None:
