@@ -33,9 +33,9 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     Lower index wins ties. A zero row has cosine 0 to every other.
 
     O(N) memory beside `x`, but for the whole matrix where that is small and so many are picked that most of it is
-    needed. The similarity of a row to the nearest pick only grows. So the `_POOL` rows where it is
-    least are enough for as many picks as stay below what the others had when all were last compared; then all catch up
-    on the picks they missed in one product. 64 picks of 2880 random rows take three of those.
+    needed. The similarity of a row to the nearest pick only grows. So the `_POOL` rows where it is least are enough for
+    as many picks as stay below what the others had when all were last compared; then all catch up on the picks they
+    missed in one product. 64 picks of 2880 random rows take three of those.
 
     Returns
     -------
