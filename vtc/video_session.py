@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -109,7 +110,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-class VideoSession:
+class VideoSession(ABC):
     """A video that was read, to be asked about; made by `VideoQAPipeline.watch`.
 
     Attributes
@@ -121,10 +122,22 @@ class VideoSession:
         What reading took.
     """
 
-    def __init__(self, pipeline: VideoQAPipeline, info: VideoInfo, times: np.ndarray[Any, Any]) -> None:
+    def __init__(
+        self,
+        pipeline: VideoQAPipeline,
+        info: VideoInfo,
+        times: np.ndarray[Any, Any],
+        windows: Iterator[np.ndarray[Any, Any]],
+        bar: Any,
+    ) -> None:
         self.pipeline, self.info, self.times = pipeline, info, times
         self.seconds: dict[str, float] = {}
         self.asked = 0
+        self._read(windows, bar)
+
+    @abstractmethod
+    def _read(self, windows: Iterator[np.ndarray[Any, Any]], bar: Any) -> None:
+        """Take in the frames, and tell the progress `bar` (or None) how many."""
 
     def ask(self, question: str) -> VideoAnswer:
         """Answer one question.
@@ -140,8 +153,9 @@ class VideoSession:
         self.asked += 1
         return answer
 
+    @abstractmethod
     def _ask(self, question: str) -> VideoAnswer:
-        raise NotImplementedError
+        """Answer a question that says something."""
 
     def _prompt(self, engine: Engine, numbers: Sequence[int] | None = None) -> VideoPrompt:
         """The prompt for frames at these places of the sample, by default all."""
@@ -151,28 +165,41 @@ class VideoSession:
         frames = [int(number) for number in np.round(times * fps)]
         return VideoPrompt(self.pipeline.processor, engine, frames, fps, max(self.info.frames, frames[-1] + 1))
 
-    def _said(self, generated: torch.Tensor, prompt_length: int) -> tuple[str, int]:
+    def _answer(
+        self,
+        question: str,
+        generated: torch.Tensor,
+        prompt_length: int,
+        stopwatch: _Stopwatch,
+        *,
+        report: Report | None,
+        reusable: tuple[str, ...],
+        windows: Sequence[tuple[int, int, int]],
+        captions: Sequence[str] = (),
+    ) -> VideoAnswer:
+        """What was said; the first answer pays for reading, those after it re-use what is `reusable`."""
         new = generated[:, prompt_length:]
         text: str = self.pipeline.processor.batch_decode(new, skip_special_tokens=True)[0]
-        return text.strip(), new.shape[1]
-
-    def _spent(self, stopwatch: _Stopwatch) -> dict[str, float]:
         reading = self.seconds if not self.asked else dict.fromkeys(self.seconds, 0.0)
-        return {**reading, **stopwatch.seconds()}
+        reused = reusable if self.asked else ()
+        return VideoAnswer(
+            question=question,
+            text=text.strip(),
+            report=None if report is None else replace(report, reused=reused),
+            timings={**reading, **stopwatch.seconds()},
+            tokens=new.shape[1],
+            reused=reused,
+            windows=tuple(windows),
+            times=tuple(self.times.tolist()),
+            captions=tuple(captions),
+        )
 
 
 class _Streamed(VideoSession):
     """The compressed video lies in a cache that every question continues."""
 
-    def __init__(
-        self,
-        pipeline: VideoQAPipeline,
-        info: VideoInfo,
-        times: np.ndarray[Any, Any],
-        windows: Iterator[np.ndarray[Any, Any]],
-        bar: Any,
-    ) -> None:
-        super().__init__(pipeline, info, times)
+    def _read(self, windows: Iterator[np.ndarray[Any, Any]], bar: Any) -> None:
+        pipeline = self.pipeline
         with pipeline._engine() as engine:
             self.watched: Watched = watch(
                 engine,
@@ -205,38 +232,23 @@ class _Streamed(VideoSession):
                 do_sample=False,
                 stopping_criteria=StoppingCriteriaList([stopwatch]),
             )
-            text, tokens = self._said(output, ids.shape[1])
-            reused = ("features", "compressed KV prefix") if self.asked else ()
-            report = replace(watched.report(engine, ids), reused=reused)
-        return VideoAnswer(
-            question=question,
-            text=text,
-            report=report,
-            timings=self._spent(stopwatch),
-            tokens=tokens,
-            reused=reused,
-            windows=tuple(watched.windows),
-            times=tuple(self.times.tolist()),
+            report = watched.report(engine, ids)
+        reusable = ("features", "compressed KV prefix")
+        return self._answer(
+            question, output, ids.shape[1], stopwatch, report=report, reusable=reusable, windows=watched.windows
         )
 
 
 class _Whole(VideoSession):
     """All frames at once through the model's own processor, for methods that need the question or the decoder."""
 
-    def __init__(
-        self,
-        pipeline: VideoQAPipeline,
-        info: VideoInfo,
-        times: np.ndarray[Any, Any],
-        windows: Iterator[np.ndarray[Any, Any]],
-        bar: Any,
-    ) -> None:
-        super().__init__(pipeline, info, times)
-        if len(times) > pipeline.window:
+    def _read(self, windows: Iterator[np.ndarray[Any, Any]], bar: Any) -> None:
+        pipeline = self.pipeline
+        if len(self.times) > pipeline.window:
             raise UnsupportedMethodError(
-                f"{pipeline.config.method} must see the whole video and the question at once, but {len(times)} frames "
-                f"were sampled and a window holds {pipeline.window}: raise window=, sample fewer frames, or choose a "
-                "method that works before the decoder and without the text"
+                f"{pipeline.config.method} must see the whole video and the question at once, but "
+                f"{len(self.times)} frames were sampled and a window holds {pipeline.window}: raise window=, sample "
+                "fewer frames, or choose a method that works before the decoder and without the text"
             )
         began = time.perf_counter()
         (self.frames,) = windows
@@ -269,18 +281,11 @@ class _Whole(VideoSession):
                     do_sample=False,
                     stopping_criteria=StoppingCriteriaList([stopwatch]),
                 )
-            text, tokens = self._said(output, inputs["input_ids"].shape[1])
-            reused = ("features",) if self.asked else ()
-            report = replace(engine.report(), reused=reused)
-        return VideoAnswer(
-            question=question,
-            text=text,
-            report=report,
-            timings=self._spent(stopwatch),
-            tokens=tokens,
-            reused=reused,
-            windows=((len(self.frames), report.visual_tokens_before, report.visual_tokens_after),),
-            times=tuple(self.times.tolist()),
+            report = engine.report()
+        window = (len(self.frames), report.visual_tokens_before, report.visual_tokens_after)
+        length = inputs["input_ids"].shape[1]
+        return self._answer(
+            question, output, length, stopwatch, report=report, reusable=("features",), windows=(window,)
         )
 
 
@@ -292,22 +297,15 @@ class _Captioned(VideoSession):
     "A Simple LLM Framework for Long-Range Video Question-Answering" (LLoVi), arXiv 2312.17235.
     """
 
-    def __init__(
-        self,
-        pipeline: VideoQAPipeline,
-        info: VideoInfo,
-        times: np.ndarray[Any, Any],
-        windows: Iterator[np.ndarray[Any, Any]],
-        bar: Any,
-    ) -> None:
-        super().__init__(pipeline, info, times)
+    def _read(self, windows: Iterator[np.ndarray[Any, Any]], bar: Any) -> None:
+        pipeline = self.pipeline
         self.captions: list[str] = []
         self.windows: list[tuple[int, int, int]] = []
         first = 0
         for frames in windows:
-            clip_times = times[first : first + len(frames)]
+            clip_times = self.times[first : first + len(frames)]
             kind = "streamed" if pipeline.streams else "whole"
-            clip = SESSIONS[kind](pipeline, info, clip_times, iter([frames]), bar)
+            clip = SESSIONS[kind](pipeline, self.info, clip_times, iter([frames]), bar)
             answer = clip.ask(_CAPTION)
             span = f"{clip_times[0]:.1f} to {clip_times[-1]:.1f} s"
             self.captions.append(f"[{span}] {answer.text}")
@@ -333,17 +331,15 @@ class _Captioned(VideoSession):
                 do_sample=False,
                 stopping_criteria=StoppingCriteriaList([stopwatch]),
             )
-            text, tokens = self._said(output, inputs["input_ids"].shape[1])
-        return VideoAnswer(
-            question=question,
-            text=text,
+        return self._answer(
+            question,
+            output,
+            inputs["input_ids"].shape[1],
+            stopwatch,
             report=None,
-            timings=self._spent(stopwatch),
-            tokens=tokens,
-            reused=("captions",) if self.asked else (),
-            windows=tuple(self.windows),
-            times=tuple(self.times.tolist()),
-            captions=tuple(self.captions),
+            reusable=("captions",),
+            windows=self.windows,
+            captions=self.captions,
         )
 
 
