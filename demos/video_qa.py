@@ -19,8 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtc
 import vtc.reference
+from vtc.report.visualize import animation, save_animation
 from vtc.video import VideoFile
-from vtc.visualize import animation, save_animation
 
 QUESTIONS = ("What happens in the clip?", "What is in the middle?")
 

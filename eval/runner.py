@@ -18,7 +18,7 @@ from eval.cells import BLIND, BOUNDS, FULL, Cell
 from eval.journal import Journal, Row
 from eval.models import Loaded
 from eval.tasks.base import Media, Sample, Task
-from vtc.flops import DecoderShape
+from vtc.report.flops import DecoderShape
 
 Has = Callable[[str, str], bool]
 """Whether the measurement of a cell (name) on a sample (id) has been made."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.adapters.cache import CACHE, cache_in
+from vtc.engine.cache import CACHE, cache_in
 
 Inputs = dict[str, Any]
 

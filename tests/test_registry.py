@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import pytest
 
 from vtc import registry
-from vtc.context import VisualContext
+from vtc.core.context import VisualContext
+from vtc.core.selection import Selection
 from vtc.errors import ConfigError, UnsupportedMethodError
 from vtc.registry import get_selector, register_adapter, register_selector, selectors
-from vtc.selection import Selection
 from vtc.selectors import Selector
 
 

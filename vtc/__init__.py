@@ -1,27 +1,40 @@
-"""Compress the visual tokens of a transformers vision-language model in one call, and undo it in one call."""
+"""Compress the visual tokens of a transformers vision-language model in one call, and undo it in one call.
 
+Importing this package imports nothing else: torch and transformers are loaded when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import vtc.report  # noqa: F401  # Bound once, here: importing it later would shadow the function of that name.
 from vtc._version import __version__
-from vtc.advice import Advice, advise
-from vtc.api import compress, compressed, disabled, is_compressed, list_methods, report, restore, supported_models
-from vtc.calibration import calibrate
-from vtc.config import CompressionConfig
-from vtc.context import Need, Stage, VisualContext, VisualSegment
-from vtc.door import select
-from vtc.errors import (
-    ConfigError,
-    InputError,
-    KernelError,
-    StateError,
-    UnsupportedMethodError,
-    UnsupportedModelError,
-    VtcError,
-)
-from vtc.pipeline import VideoAnswer, VideoQAPipeline
-from vtc.registry import register_adapter, register_selector
-from vtc.report import Report, SegmentReport
-from vtc.selection import PackPlan, Selection
-from vtc.selectors.base import ScoreSelector, Selector
-from vtc.visualize import visualize
+
+if TYPE_CHECKING:
+    from vtc.api import compress, compressed, disabled, is_compressed, list_methods, report, restore, supported_models
+    from vtc.config import CompressionConfig
+    from vtc.core.context import Need, Stage, VisualContext, VisualSegment
+    from vtc.core.selection import PackPlan, Selection
+    from vtc.errors import (
+        ConfigError,
+        InputError,
+        KernelError,
+        StateError,
+        UnsupportedMethodError,
+        UnsupportedModelError,
+        VtcError,
+    )
+    from vtc.functional import select
+    from vtc.registry import register_adapter, register_selector
+    from vtc.report.report import Report, SegmentReport
+    from vtc.report.visualize import visualize
+    from vtc.selectors.base import ScoreSelector, Selector
+    from vtc.tuning.advise import Advice, advise
+    from vtc.tuning.calibrate import calibrate
+    from vtc.video.pipeline import VideoAnswer, VideoQAPipeline
+else:
+    del report
 
 __all__ = [
     "Advice",
@@ -61,3 +74,53 @@ __all__ = [
     "supported_models",
     "visualize",
 ]
+
+_HOME = {
+    "vtc.api": (
+        "compress",
+        "compressed",
+        "disabled",
+        "is_compressed",
+        "list_methods",
+        "report",
+        "restore",
+        "supported_models",
+    ),
+    "vtc.config": ("CompressionConfig",),
+    "vtc.core.context": ("Need", "Stage", "VisualContext", "VisualSegment"),
+    "vtc.core.selection": ("PackPlan", "Selection"),
+    "vtc.errors": (
+        "ConfigError",
+        "InputError",
+        "KernelError",
+        "StateError",
+        "UnsupportedMethodError",
+        "UnsupportedModelError",
+        "VtcError",
+    ),
+    "vtc.functional": ("select",),
+    "vtc.registry": ("register_adapter", "register_selector"),
+    "vtc.report.report": ("Report", "SegmentReport"),
+    "vtc.report.visualize": ("visualize",),
+    "vtc.selectors.base": ("ScoreSelector", "Selector"),
+    "vtc.tuning.advise": ("Advice", "advise"),
+    "vtc.tuning.calibrate": ("calibrate",),
+    "vtc.video.pipeline": ("VideoAnswer", "VideoQAPipeline"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_SUBMODULES = ("kernels", "reference", "video")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"vtc.{name}")
+    else:
+        raise AttributeError(f"module 'vtc' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

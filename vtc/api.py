@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vtc.adapters.engine import Engine
-from vtc.adapters.stages import PlannedStage
 from vtc.config import CompressionConfig
+from vtc.engine.engine import Engine
+from vtc.engine.plan import PlannedStage
 from vtc.errors import ConfigError, StateError, UnsupportedMethodError, UnsupportedModelError
 from vtc.registry import adapters, get_adapter, get_selector, selectors
-from vtc.report import Report
+from vtc.report.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 Method = str | CompressionConfig | Sequence[CompressionConfig]

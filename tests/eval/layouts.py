@@ -14,7 +14,7 @@ from PIL import Image
 from eval.tasks.mlvu import PARTS
 from eval.tasks.mme import COGNITION, PERCEPTION
 from eval.tasks.mvbench import FOLDERS
-from tests import clips
+from tests.video import clips
 
 TEN = ["cat"] * 7 + ["dog"] * 3
 

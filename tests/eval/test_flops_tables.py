@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from vtc.errors import ConfigError, UnsupportedModelError
-from vtc.flops import DecoderShape, llm_viewer_prefill_flops
+from vtc.report.flops import DecoderShape, llm_viewer_prefill_flops
 from vtc.selectors import AimSelector
 from vtc.selectors.aim import retained
 

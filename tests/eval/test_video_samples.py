@@ -25,8 +25,9 @@ from eval.tasks import Sample, Task, get_task
 from eval.tasks.base import Truth
 from eval.tasks.generated import _ends_first
 from eval.tasks.video import Clip
-from tests import clips, tiny
+from tests import tiny
 from tests.tiny_processors import VIDEO_FAMILIES, processor
+from tests.video import clips
 from vtc import reference
 
 

@@ -166,7 +166,7 @@ def test_our_errors_are_not_swallowed(told: list[str], monkeypatch: pytest.Monke
         tried.append(1)
         raise vtc.InputError("features are not finite")
 
-    monkeypatch.setattr("vtc.adapters.engine.Engine._select", broken)
+    monkeypatch.setattr("vtc.engine.engine.Engine._select", broken)
     with pytest.raises(vtc.InputError, match="not finite"):
         subject.generate_until(requests())
     assert len(tried) == 1  # and nothing is tried after it

@@ -123,7 +123,7 @@ def test_context_relevance_leaves_padding_out(t: float, per_query: bool) -> None
 
 
 def test_reading_never_makes_a_square() -> None:
-    from tests.integration.test_law_7_memory import N, SquareWatch
+    from tests.invariants.test_7_memory import N, SquareWatch
 
     query, key = heads(1, 4, N + 40, 8), heads(1, 1, N + 40, 8, seed=1)
     columns = torch.arange(N + 40)[None]

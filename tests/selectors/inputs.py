@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vtc.context import Grid, VisualContext, grid_origin
+from vtc.core.context import Grid, VisualContext, grid_origin
 from vtc.selectors import Selector
 
 WIDTH, HEADS, LAYERS, TEXT = 12, 2, 3, 5

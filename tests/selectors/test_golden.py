@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vtc.door import select
+from vtc.functional import select
 from vtc.kernels import farthest_point
 from vtc.registry import get_selector
 from vtc.selectors import VtcClsSelector

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.selectors.inputs import FLOATS, make_context
+from vtc.core.selection import Selection
 from vtc.registry import get_selector, selectors
-from vtc.selection import Selection
 from vtc.selectors import ScoreSelector, Selector
 
 METHODS = sorted(selectors())

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.selectors.inputs import make_context
-from vtc.context import Need
-from vtc.door import select
+from vtc.core.context import Need
 from vtc.errors import ConfigError, InputError
+from vtc.functional import select
 from vtc.kernels import farthest_point, topk_indices
 from vtc.registry import get_selector
 

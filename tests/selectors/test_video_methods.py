@@ -11,9 +11,9 @@ import torch
 
 from tests.selectors.inputs import make_context
 from vtc.bench._memory import peak_bytes
-from vtc.context import grid_origin
-from vtc.door import select
+from vtc.core.context import grid_origin
 from vtc.errors import ConfigError
+from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors.evs import change
 from vtc.selectors.vidcom2 import frame_budgets, lowest_per_frame, typicality

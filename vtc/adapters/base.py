@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vtc.context import Grid, Need
+from vtc.core.context import Grid, Need
 from vtc.errors import UnsupportedModelError
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vtc.adapters.base import Adapter, Layout, parts_of, rows_of
-from vtc.adapters.cache import cache_in
+from vtc.engine.cache import cache_in
 from vtc.registry import register_adapter
 
 

@@ -11,7 +11,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from vtc.adapters.base import Layout, parts_of, rows_of
 from vtc.adapters.llava import CropAdapter
-from vtc.context import Grid
+from vtc.core.context import Grid
 from vtc.errors import UnsupportedModelError
 from vtc.registry import register_adapter
 

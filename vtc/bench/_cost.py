@@ -17,12 +17,12 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlavaConfig
 
 import vtc
-from vtc.adapters.engine import Engine
-from vtc.adapters.tap import AttentionTap
-from vtc.adapters.tower import TowerReader
 from vtc.bench._memory import peak_bytes
 from vtc.bench._models import LLAVA_7B, BenchModel, prompt
 from vtc.bench._timing import Case, Figures, Stopwatch, Timing, interleave
+from vtc.engine.engine import Engine
+from vtc.engine.recorder import AttentionTap
+from vtc.engine.tower import TowerReader
 
 __all__ = ["LLAVA_7B_VIT_L", "METHODS", "prefill_cost", "tower_cost"]
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from vtc.errors import ConfigError
-from vtc.report import Report
+from vtc.report.report import Report
 
 LLAVA_TOKENS_PER_IMAGE = 576
 _CLIP_SIDE, _CLIP_PATCH = 336, 14

@@ -21,8 +21,8 @@ from vtc.bench._ops import OPS, Draw
 from vtc.bench._timing import markdown_table, seconds
 from vtc.bench._traffic import Traffic, record
 from vtc.errors import KernelError
-from vtc.flops import DecoderShape
 from vtc.kernels import aot, dispatch
+from vtc.report.flops import DecoderShape
 
 __all__ = ["CHIPS", "notes", "report", "resources_notes", "resources_table", "roofline_table", "work"]
 

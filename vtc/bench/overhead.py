@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import vtc
-from vtc.adapters.cache import CACHE
 from vtc.bench._models import LLAVA_150M, build, packed_length, plain_prompt, prompt
 from vtc.bench._timing import (
     Case,
@@ -27,6 +26,7 @@ from vtc.bench._timing import (
     markdown_table,
     write_json,
 )
+from vtc.engine.cache import CACHE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ from vtc.bench._timing import (
     markdown_table,
     write_json,
 )
-from vtc.flops import DecoderShape
+from vtc.report.flops import DecoderShape
 
 MODELS = {model.name: model for model in (LLAVA_7B, QWEN_3B)}
 

@@ -23,7 +23,7 @@ from typing import Any
 from vtc import api, registry
 from vtc.config import CompressionConfig
 from vtc.errors import ConfigError, VtcError
-from vtc.report import Report
+from vtc.report.report import Report
 
 __all__ = ["compression", "manifests"]
 

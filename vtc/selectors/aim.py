@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..budget import largest_remainder
-from ..context import Need, Stage, VisualContext
+from ..core.context import Need, Stage, VisualContext
+from ..core.ranges import Float, Int, Range
+from ..core.selection import Selection
 from ..errors import ConfigError
 from ..registry import register_selector
-from ..search import Float, Int, Range
-from ..selection import Selection
 from .base import Selector
 from .schedule import at_depth, check_layer, check_number
 

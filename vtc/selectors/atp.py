@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..context import Need, Stage, VisualContext
+from ..core.context import Need, Stage, VisualContext
+from ..core.ranges import Choice, Each, Float, Range
+from ..core.selection import Selection
 from ..errors import ConfigError
 from ..registry import register_selector
-from ..search import Choice, Each, Float, Range
-from ..selection import Selection
 from .base import Selector
 from .schedule import at_depth, check_fraction, check_layer, check_number
 

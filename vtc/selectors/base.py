@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..context import Need, Stage, VisualContext
+from ..core.context import Need, Stage, VisualContext
+from ..core.ranges import Range
+from ..core.selection import Selection
 from ..errors import InputError
-from ..search import Range
-from ..selection import Selection
 
 __all__ = ["ScoreSelector", "Selector"]
 

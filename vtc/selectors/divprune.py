@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import kernels
-from ..context import VisualContext
+from ..core.context import VisualContext
+from ..core.selection import Selection
 from ..registry import register_selector
-from ..selection import Selection
 from .base import Selector
 
 __all__ = ["DivPruneSelector"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..context import Need, VisualContext
+from ..core.context import Need, VisualContext
+from ..core.selection import Selection
 from ..registry import register_selector
-from ..selection import Selection
 from .base import Selector
 from .uniform import UniformSelector
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..context import Need, Stage, VisualContext
+from ..core.context import Need, Stage, VisualContext
 from ..errors import ConfigError
 from ..registry import register_selector
 from .base import ScoreSelector

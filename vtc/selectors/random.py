@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from ..context import VisualContext
+from ..core.context import VisualContext
+from ..core.selection import Selection
 from ..registry import register_selector
-from ..selection import Selection
 from .base import Selector
 
 __all__ = ["RandomSelector"]

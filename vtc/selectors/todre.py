@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..context import Need, Stage, VisualContext
+from ..core.context import Need, Stage, VisualContext
+from ..core.ranges import Choice, Float, Int, Range
+from ..core.selection import Selection
 from ..errors import ConfigError
 from ..registry import register_selector
-from ..search import Choice, Float, Int, Range
-from ..selection import Selection
 from .base import Selector
 from .schedule import check_fraction, check_layer
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..budget import largest_remainder
-from ..context import Grid, VisualContext
+from ..core.context import Grid, VisualContext
+from ..core.selection import Selection
 from ..registry import register_selector
-from ..selection import Selection
 from .base import Selector
 
 __all__ = ["UniformSelector"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..context import Need, Stage, VisualContext
+from ..core.context import Need, Stage, VisualContext
+from ..core.ranges import Float, Range
+from ..core.selection import Selection
 from ..errors import ConfigError
 from ..registry import register_selector
-from ..search import Float, Range
-from ..selection import Selection
 from .base import Selector
 from .schedule import average_kept, check_fraction, check_layer, check_number, stretches
 

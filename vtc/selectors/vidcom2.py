@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..context import Need, VisualContext
+from ..core.context import Need, VisualContext
+from ..core.selection import Selection
 from ..errors import ConfigError
 from ..registry import register_selector
-from ..selection import Selection
 from .base import Selector
 
 __all__ = ["VidCom2Selector"]

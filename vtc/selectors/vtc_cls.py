@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..context import Need, Stage, VisualContext
+from ..core.context import Need, Stage, VisualContext
+from ..core.ranges import Int, Range
 from ..errors import ConfigError
 from ..registry import register_selector
-from ..search import Int, Range
 from .base import ScoreSelector
 
 __all__ = ["VtcClsSelector"]

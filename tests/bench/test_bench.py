@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import vtc
+from vtc.bench import _models, overhead, prefill
+from vtc.bench._timing import Case, Timing, interleave, markdown_table
+from vtc.errors import ConfigError
+from vtc.report.flops import DecoderShape
+
+
+def small_llava(layers):
+    """The benchmark's LLaVA with a decoder that takes milliseconds."""
+    return _models._llava(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            vocab_size=32064,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def shape():
+    return _models.BenchModel("small", 2, small_llava, _models._llava_prompt, "vtc-cls")
+
+
+class TestTiming:
+    def test_every_round_has_an_order_of_its_own_and_warmup_is_not_counted(self):
+        order = []
+
+        def run(name):
+            order.append(name)
+            return {"work": float(len(order))}
+
+        cases = {name: Case(lambda name=name: run(name)) for name in "abc"}
+        timings = interleave(cases, repeats=8, warmup=1)
+        rounds = ["".join(order[start : start + 3]) for start in range(0, len(order), 3)]
+        assert len(rounds) == 9
+        assert all(sorted(one) == list("abc") for one in rounds)
+        assert len({one[0] for one in rounds}) > 1
+        assert len({one.index("b") - one.index("a") == 1 for one in rounds}) == 2, "b does not always follow a"
+        in_a = tuple(3.0 * number + one.index("a") + 1 for number, one in enumerate(rounds))
+        assert timings["a"]["work"].seconds == in_a[1:]
+        again = interleave(cases, repeats=8, warmup=1)
+        assert [s - 27 for s in again["a"]["work"].seconds] == list(timings["a"]["work"].seconds)
+
+    def test_context_is_around_every_run(self):
+        events = []
+
+        @contextmanager
+        def around():
+            events.append("in")
+            yield
+            events.append("out")
+
+        def run():
+            events.append("run")
+            return {"work": 1.0}
+
+        interleave({"a": Case(run, around)}, repeats=1, warmup=1)
+        assert events == ["in", "run", "out"] * 2
+
+    def test_median_and_quartiles(self):
+        timing = Timing((5.0, 1.0, 3.0, 2.0, 100.0))
+        assert timing.median == 3.0
+        assert timing.quartiles == (2.0, 5.0)
+        assert Timing((7.0,)).quartiles == (7.0, 7.0)
+
+    def test_markdown_table_lines_up(self):
+        lines = markdown_table(("name", "x"), [("a", "1.00"), ("longer", "2")]).splitlines()
+        assert lines == ["| name   |    x |", "| ------ | ---: |", "| a      | 1.00 |", "| longer |    2 |"]
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        ("model", "published"),
+        [(_models.LLAVA_7B, (4096, 32, 32, 32, 11008)), (_models.QWEN_3B, (2048, 36, 16, 2, 11008))],
+        ids=lambda value: getattr(value, "name", ""),
+    )
+    def test_decoders_have_the_published_sizes(self, model, published):
+        text = model.config(model.full_depth).get_text_config()
+        heads = (text.num_attention_heads, text.num_key_value_heads)
+        assert (text.hidden_size, text.num_hidden_layers, *heads, text.intermediate_size) == published
+
+    @pytest.mark.parametrize("visual_tokens", [576, 2880])
+    @pytest.mark.parametrize("model", [_models.LLAVA_7B, _models.QWEN_3B], ids=lambda model: model.name)
+    def test_prompts_hold_the_tokens_asked_for(self, model, visual_tokens):
+        config = model.config(1)
+        inputs = model.prompt(config, visual_tokens, 64, torch.Generator().manual_seed(0))
+        ids = inputs["input_ids"]
+        assert ids.shape == (1, visual_tokens + 64)
+        assert int((ids == config.image_token_id).sum()) == visual_tokens
+
+    @pytest.mark.parametrize("model", [_models.LLAVA_7B, _models.QWEN_3B], ids=lambda model: model.name)
+    def test_impossible_number_of_visual_tokens_is_named(self, model):
+        with pytest.raises(ConfigError, match="577"):
+            model.prompt(model.config(1), 577, 64, torch.Generator())
+
+    def test_tower_emits_what_the_prompt_announces(self, shape):
+        model = _models.build(shape, 2, torch.float32, "cpu")
+        inputs = _models.prompt(shape, model, 1152, 8)
+        assert prefill.prefill(model, inputs)["prefill"] > 0
+
+
+class TestPrefill:
+    def test_results_hold_the_packed_length_and_the_formula(self, shape):
+        model = _models.build(shape, 2, torch.float32, "cpu")
+        inputs = _models.prompt(shape, model, 576, 8)
+        results = prefill.measure(
+            model,
+            inputs,
+            shape,
+            visual_tokens=576,
+            keep_ratios=[0.5, 0.25],
+            method="vtc-cls",
+            repeats=2,
+            warmup=0,
+        )
+        assert [r["tokens_after"] for r in results] == [8 + 288, 8 + 144]
+        decoder = DecoderShape.from_config(model.config.get_text_config())
+        assert results[1]["flops_ratio"] == decoder.prefill_flops(584) / decoder.prefill_flops(152)
+        for r in results:
+            assert r["speed_up"] == pytest.approx(r["whole"]["median"] / r["compressed"]["median"])
+            plain, compressed, vision = (r[part]["median"] for part in ("plain", "compressed", "vision"))
+            assert r["realised_share"] == pytest.approx(plain / (compressed - vision))
+            assert r["realised_share_of_whole_call"] == pytest.approx(plain / compressed)
+            assert len(r["compressed"]["seconds"]) == 2
+            # Nested within one run, so true however busy the machine is.
+            assert all(0 < s < c for s, c in zip(r["selector"]["seconds"], r["compressed"]["seconds"], strict=True))
+            assert min(r["vision"]["seconds"]) > 0
+        assert not vtc.is_compressed(model)
+
+    def test_methods_inside_the_decoder_are_refused(self, shape):
+        model = _models.build(shape, 4, torch.float32, "cpu")
+        inputs = _models.prompt(shape, model, 576, 8)
+        with pytest.raises(ConfigError, match="fastv drops tokens inside the decoder"):
+            prefill.measure(
+                model,
+                inputs,
+                shape,
+                visual_tokens=576,
+                keep_ratios=[0.5],
+                method="fastv",
+                repeats=1,
+                warmup=0,
+            )
+        assert not vtc.is_compressed(model)
+
+
+class TestOverhead:
+    def test_compares_like_with_like(self, shape):
+        model = _models.build(shape, 2, torch.float32, "cpu")
+        inputs = _models.prompt(shape, model, 576, 8)
+        results = overhead.measure(model, inputs, method="vtc-cls", keep_ratio=0.25, steps=2, repeats=2, warmup=0)
+        assert [r["tokens"] for r in results] == [584, 584, 152, 152]
+        assert [r["figure"].split(",")[0] for r in results] == ["prefill", "decode step"] * 2
+        assert all(len(r["untouched"]["seconds"]) == 2 for r in results)
+
+
+class TestCommands:
+    def test_prefill_prints_a_table_and_writes_its_conditions(self, shape, monkeypatch, tmp_path, capsys):
+        from vtc.cli.app import main
+
+        monkeypatch.setattr(prefill, "MODELS", {"small": shape})
+        out = tmp_path / "prefill.json"
+        arguments = ["--visual-tokens", "576", "--keep-ratio", "0.5", "--repeats", "1", "--warmup", "0"]
+        assert main(["bench", "prefill", *arguments, "--dtype", "float32", "--json", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert "| small, 2 of 2 layers | vtc-cls |" in printed
+        assert "640 → 352" in printed
+        data = json.loads(out.read_text())
+        assert data["conditions"]["versions"]["torch"] == torch.__version__
+        assert data["conditions"]["repeats"] == 1
+        assert data["results"][0]["tokens_before"] == 640
+
+    def test_overhead_prints_a_table_and_writes_its_conditions(self, shape, monkeypatch, tmp_path, capsys):
+        from vtc.cli.app import main
+
+        monkeypatch.setattr(overhead, "LLAVA_150M", shape)
+        out = tmp_path / "overhead.json"
+        arguments = ["--layers", "2", "--steps", "2", "--repeats", "1", "--warmup", "0"]
+        assert main(["bench", "overhead", *arguments, "--json", str(out)]) == 0
+        assert "keep 25 %, against a plain prompt as long" in capsys.readouterr().out
+        assert json.loads(out.read_text())["conditions"]["steps"] == 2

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import vtc
+from vtc.cli import app as cli
+from vtc.cli.app import main
+
+TEMPLATE = (
+    "<s>{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+SIDE, PATCH = 32, 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with a LLaVA of 16 visual tokens, its tokenizer and its processor, as a hub checkpoint has them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<image>", "<unk>", "what", "is", "this", "?", "a", "cup"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+        ),
+        tokenizer=fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=9,
+            num_attention_heads=2,
+            image_size=SIDE,
+            patch_size=PATCH,
+        ),
+        text_config=transformers.LlamaConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            vocab_size=len(words),
+        ),
+        image_token_id=words.index("<image>"),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlavaForConditionalGeneration(config)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def failure(capsys, *argv):
+    """The one line that a failing command prints on stderr."""
+    assert main([*map(str, argv)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"vtc: error: .+\n", captured.err)
+    return captured.err
+
+
+class TestAsk:
+    def test_prints_both_answers_and_the_report(self, checkpoint, photo, capsys):
+        assert main(["ask", str(photo), "what is this?", "--model", str(checkpoint), "--max-new-tokens", "3"]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert out[0] == "what is this?  [photo.png]"
+        assert out[1].startswith("  all tokens: ")
+        assert out[2].startswith("  4 of 16: ")
+        assert out[4] == "vtc-cls(keep_ratio=0.25) on llava"
+
+    def test_options_reach_the_method(self, checkpoint, photo, capsys):
+        command = [
+            "ask",
+            photo,
+            "what",
+            "--model",
+            checkpoint,
+            "--method",
+            "fastv",
+            "-o",
+            "layer=1",
+            "--keep-tokens",
+            5,
+        ]
+        assert main([*map(str, command), "--max-new-tokens", "1"]) == 0
+        out = capsys.readouterr().out
+        assert "fastv(keep_tokens=5, layer=1) on llava" in out
+        assert re.search(r"visual tokens, layer 0 +16 +16", out)
+        assert re.search(r"visual tokens, layers 1-3 +16 +5", out)
+
+    def test_positions_are_passed_on(self, checkpoint, photo, monkeypatch, capsys):
+        seen = []
+        compressed = vtc.compressed
+        monkeypatch.setattr(vtc, "compressed", lambda model, config: seen.append(config) or compressed(model, config))
+        command = ["ask", photo, "what", "--model", checkpoint, "--positions", "compact", "--max-new-tokens", 1]
+        assert main([*map(str, command)]) == 0
+        assert [config.positions for config in seen] == ["compact"]
+
+    def test_dtype_is_the_one_asked_for(self, checkpoint, photo, capsys):
+        command = ["ask", photo, "what", "--model", checkpoint, "--dtype", "bfloat16", "--max-new-tokens", 1]
+        assert main([*map(str, command)]) == 0
+        assert "llama decoder in bfloat16" in capsys.readouterr().out
+
+    def test_missing_picture(self, tmp_path, capsys):
+        path = tmp_path / "gone.png"
+        assert f"{path}: no such file" in failure(capsys, "ask", path, "what?")
+
+    def test_file_that_is_no_picture(self, tmp_path, capsys):
+        path = tmp_path / "notes.png"
+        path.write_text("not pixels")
+        assert f"{path}: not a picture" in failure(capsys, "ask", path, "what?")
+
+    @pytest.mark.parametrize("kind", ["png", "jpeg"])
+    def test_truncated_picture(self, photo, tmp_path, capsys, kind):
+        whole, path = tmp_path / f"whole.{kind}", tmp_path / f"cut.{kind}"
+        Image.open(photo).save(whole)
+        path.write_bytes(whole.read_bytes()[:1000])
+        message = failure(capsys, "ask", path, "what?")
+        assert str(path) in message
+        assert "truncated" in message
+
+    def test_folder_that_does_not_exist(self, photo, tmp_path, capsys):
+        folder = tmp_path / "nowhere"
+        assert f"{folder}: no such folder" in failure(capsys, "ask", photo, "what?", "--model", folder)
+
+    def test_folder_without_a_checkpoint(self, photo, tmp_path, capsys):
+        assert f"{tmp_path}: cannot be loaded" in failure(capsys, "ask", photo, "what?", "--model", tmp_path)
+
+    def test_unknown_method_is_refused_before_anything_is_loaded(self, photo, capsys):
+        message = failure(capsys, "ask", photo, "what?", "--model", "nowhere", "--method", "divprun")
+        assert "divprune" in message
+
+    def test_unknown_option_of_the_method(self, photo, capsys):
+        assert "'depth'" in failure(capsys, "ask", photo, "what?", "--method", "fastv", "-o", "depth=3")
+
+    @pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan"])
+    def test_ratio_out_of_range(self, photo, capsys, value):
+        assert "keep_ratio" in failure(capsys, "ask", photo, "what?", f"--keep-ratio={value}")
+
+    def test_length_of_the_answer_out_of_range(self, photo, capsys):
+        assert "--max-new-tokens" in failure(capsys, "ask", photo, "what?", "--max-new-tokens", "0")
+
+    def test_ratio_and_count_together(self, photo, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main(["ask", str(photo), "what?", "--keep-ratio", "0.5", "--keep-tokens", "4"])
+        assert caught.value.code == 2
+        assert "not allowed with" in capsys.readouterr().err
+
+    def test_option_without_a_value(self, photo, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main(["ask", str(photo), "what?", "-o", "layer"])
+        assert caught.value.code == 2
+        assert "NAME=VALUE" in capsys.readouterr().err
+
+    def test_device_that_is_not_there(self, checkpoint, photo, capsys):
+        if torch.cuda.device_count() > 7:
+            pytest.skip("this machine has the device")
+        message = failure(capsys, "ask", photo, "what?", "--model", checkpoint, "--device", "cuda:7")
+        assert "--device cuda:7" in message
+
+
+class TestLists:
+    def test_methods_show_where_they_act_what_they_need_and_where_they_come_from(self, capsys):
+        assert main(["methods"]) == 0
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+        assert set(lines) == {"method", *vtc.registry.selectors()}
+        assert "entering decoder layer 2" in lines["fastv"]
+        assert "text_attention" in lines["fastv"]
+        assert "cls_attention" in lines["vtc-cls"]
+        assert "arXiv" in lines["divprune"]
+
+    @pytest.mark.parametrize(
+        ("layers", "text"),
+        [
+            ([None], "before the language model"),
+            ([3], "entering decoder layer 3"),
+            ([None, 2, 9], "before the language model and entering decoder layers 2, 9"),
+        ],
+    )
+    def test_places_of_several_stages_read_as_a_sentence(self, layers, text):
+        assert cli._where([vtc.Stage(layer=layer) for layer in layers]) == text
+
+    def test_models_are_those_with_an_adapter(self, capsys):
+        assert main(["models"]) == 0
+        names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+        assert names == sorted(vtc.registry.adapters())
+        assert {"llava", "qwen2_5_vl", "internvl"} <= set(names)
+
+    def test_reader_that_leaves_early_sees_no_traceback(self):
+        command = [sys.executable, "-c", "import sys; from vtc.cli import main; sys.exit(main(['methods']))"]
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
+        ) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 1
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main(["--version"])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out == f"vtc {vtc.__version__}\n"
+
+    def test_no_command(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main([])
+        assert caught.value.code == 2
+        assert "COMMAND" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""`vtc inspect` and `vtc video` as commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import vtc
+import vtc.reference
+from tests import tiny
+from tests.tiny_processors import processor
+from tests.video import clips
+from vtc.cli.app import _parser, main
+
+
+@pytest.mark.skipif(not vtc.reference.available(), reason="vtc-reference is not installed")
+def test_inspect_draws_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "kept.png"
+    sample = str(vtc.reference.samples()[6])
+    assert (
+        main(["inspect", sample, "--method", "fastv", "--keep-ratio", "0.25", "-o", str(output), "--size", "200"]) == 0
+    )
+    assert "fastv(keep_ratio=0.25) on llava" in capsys.readouterr().out
+    with Image.open(output) as drawn:
+        assert drawn.size == (2 * 200 + 6, 200 + 20)  # before and behind the layer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png"], "missing.png: no such file"),
+        (["."], ".: a folder, not a picture"),
+        (["SAMPLE", "--method", "nothing"], "Unknown method"),
+        (["SAMPLE", "-o", "kept.txt"], "kept.txt: the picture is written as .png"),
+        (["SAMPLE", "-o", "nowhere/kept.png"], "the folder nowhere does not exist"),
+    ],
+)
+def test_inspect_tells_mistakes_in_a_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("sample.png")
+    assert main(["inspect", *["sample.png" if argument == "SAMPLE" else argument for argument in arguments]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vtc: error:")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny.build("qwen2_5_vl_video").model, processor("qwen2_5_vl_video")
+    monkeypatch.setattr("vtc.cli.app._load", lambda *_: made)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return clips.write(tmp_path / "clip.mp4", clips.frames(8), fps=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "loaded"),
+    [([], "reference:qwen2_5_vl"), (["--model", "reference:llava"], "reference:llava"), (["--model", "x"], "x")],
+)
+def test_video_asks_the_reference_model_for_videos(
+    given: list[str], loaded: str, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, *_: str) -> Any:
+        raise vtc.InputError(name)
+
+    monkeypatch.setattr("vtc.cli.app._load", load)
+    args = _parser().parse_args(["video", str(clip), "what ?", *given])
+    with pytest.raises(vtc.InputError, match=f"^{loaded}$"):
+        args.run(args)
+
+
+@pytest.mark.usefixtures("model")
+def test_video_answers_and_draws(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "kept.gif"
+    asked = [str(clip), "what happens ?", "a b ?", "--fps", "4", "--keep-ratio", "0.5", "--max-new-tokens", "3"]
+    assert main(["video", *asked, "-o", str(output)]) == 0
+    told = capsys.readouterr().out
+    assert "what happens ?" in told
+    assert re.search(r"8 frames, \d+ of \d+ visual tokens \(50\.0 %\) in 1 window\n", told)
+    assert "re-used: features, compressed KV prefix" in told
+    with Image.open(output) as drawn:
+        assert drawn.n_frames > 1
+    assert main(["video", *asked, "--json", "--window", "4"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["question"] for line in lines] == ["what happens ?", "a b ?"]
+    assert [window[0] for window in lines[0]["windows"]] == [4, 4]
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.mp4", "?"], "missing.mp4: no such file"),
+        (["text.mp4", "?"], "text.mp4: cannot be read as a video"),
+        (["CLIP", "?", "--fps", "0"], "fps must be positive"),
+        (["CLIP", "?", "--fps", "1", "--frames", "3"], "Give fps, or frames"),
+        (["CLIP", "?", "--decoder", "vlc"], "decoder must be one of"),
+        (["CLIP", "?", "--method", "fastv", "--per-frame", "3"], "must see the whole video at once"),
+        (["CLIP", "?", "-o", "kept.mp4"], "the picture is written as"),
+    ],
+)
+def test_video_tells_mistakes_in_a_line(
+    arguments: list[str], message: str, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.mp4").write_text("no video")
+    assert main(["video", *[str(clip) if argument == "CLIP" else argument for argument in arguments]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vtc: error:")
+    assert message in error

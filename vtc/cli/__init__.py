@@ -1,0 +1,5 @@
+"""The `vtc` command."""
+
+from vtc.cli.app import main
+
+__all__ = ["main"]

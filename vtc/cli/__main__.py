@@ -1,0 +1,5 @@
+import sys
+
+from vtc.cli import main
+
+sys.exit(main())

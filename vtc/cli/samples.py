@@ -1,0 +1,106 @@
+"""Files of prompts, as `vtc calibrate` and `vtc advise` take them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtc.errors import ConfigError, InputError
+
+_FORM = '{"image": PATH, "question": TEXT} or {"video": PATH, "question": TEXT}'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The file, and what is taken of it."""
+    parser.add_argument(
+        "samples", type=Path, metavar="SAMPLES.jsonl", help=f"a line each: {_FORM}; paths from the file"
+    )
+    parser.add_argument("--limit", type=int, help="samples, from the start")
+    parser.add_argument("--frames", type=int, default=8, help="frames shown of a video, evenly spaced (8)")
+
+
+def read(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each sample's question and its picture or frames, decoded.
+
+    Raises
+    ------
+    InputError, ConfigError
+        The file, a line of it, or a picture or video cannot be read; a number is out of range.
+    """
+    from vtc.cli.app import _open_image
+    from vtc.video.files import VideoFile, sample_by_count
+
+    for name in ("limit", "frames"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    found = []
+    for kind, path, question in _lines(args.samples)[: args.limit]:
+        if kind == "image":
+            found.append({"question": question, "image": _open_image(path)})
+            continue
+        with VideoFile(path) as file:
+            picked = sample_by_count(file.times, file.info.duration, args.frames)
+            found.append({"question": question, "frames": file.read(picked), "picked": picked, "info": file.info})
+    return found
+
+
+def encode(samples: list[dict[str, Any]], processor: Any) -> list[Any]:
+    """What `vtc.calibrate` and `vtc.advise` take: pairs for pictures, ready-made inputs for videos.
+
+    Raises
+    ------
+    InputError
+        There is a video, and the processor takes none.
+    """
+    return [
+        (sample["image"], sample["question"]) if "image" in sample else _video_inputs(sample, processor)
+        for sample in samples
+    ]
+
+
+def _video_inputs(sample: dict[str, Any], processor: Any) -> Any:
+    from transformers.video_utils import VideoMetadata
+
+    if not all(getattr(processor, name, None) for name in ("video_processor", "video_token")):
+        raise InputError(f"{type(processor).__name__} takes no videos; see the column 'inputs' of `vtc models`.")
+    content = [{"type": "video"}, {"type": "text", "text": sample["question"]}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    fps, frames = sample["info"].fps or 1.0, sample["info"].frames
+    shown = VideoMetadata(
+        total_num_frames=frames, fps=fps, duration=frames / fps, frames_indices=[int(i) for i in sample["picked"]]
+    )
+    inputs = processor(
+        text=[text],
+        videos=[np.asarray(sample["frames"])],
+        do_sample_frames=False,
+        video_metadata=[shown],
+        return_tensors="pt",
+    )
+    inputs.pop("video_metadata", None)
+    return inputs
+
+
+def _lines(path: Path) -> list[tuple[str, Path, str]]:
+    """Kind, file (relative to `path`) and question."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}.") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+            (kind,) = {"image", "video"} & set(sample)
+            found.append((kind, path.parent / sample[kind], str(sample["question"])))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {number}: expected {_FORM}, got {line[:80]!r}.") from error
+    if not found:
+        raise InputError(f"{path}: no samples in it.")
+    return found

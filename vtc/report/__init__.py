@@ -1,0 +1,1 @@
+"""Reports: what was kept, what that saves, and pictures of it."""

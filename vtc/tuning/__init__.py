@@ -1,0 +1,1 @@
+"""Options and budgets fitted to a model and to the prompts of a user."""

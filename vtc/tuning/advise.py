@@ -1,0 +1,414 @@
+"""Which setting to use: methods and budgets tried on the user's own prompts, without labels.
+
+What is asked of a setting is that the model says with it what it says with all its tokens, and that it says so sooner.
+Both are measured, on the machine and the prompts that matter; no ground truth is needed, and none is claimed: agreement
+is not accuracy.
+
+**Break-even.** Compression costs something before it saves anything: scores, selection, packing, hooks. The time it
+saves is taken to be linear in the visual tokens dropped, D (averaged over decoder layers, as papers count)::
+
+    saving = s D - c_m
+
+with one s, seconds per token that the decoder does not see, for all methods, and an overhead c_m for each: least
+squares over every prompt and budget, so c_m is what is left where no token is dropped. A setting that keeps the share
+r of N visual tokens drops (1 - r) N and breaks even at N = c_m / (s (1 - r)). That is a straight line through bent
+things: a selector is quicker on a shorter prompt than on those measured, and a shorter prompt also saves less per
+token, because attention is quadratic. Far below the prompts measured the figure is an order of magnitude.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtc import api
+from vtc.bench._timing import Case, Figures, Stopwatch, Timing, conditions, describe, interleave
+from vtc.config import CompressionConfig
+from vtc.errors import ConfigError, InputError, UnsupportedMethodError
+from vtc.registry import get_adapter
+from vtc.tuning.samples import as_found, prompts
+
+__all__ = ["Advice", "AdvisedSetting", "advise"]
+
+_BASELINES = ("random", "uniform")
+_ALL = "all tokens"
+
+
+@dataclass(frozen=True)
+class AdvisedSetting:
+    """One method at one budget, as measured.
+
+    Attributes
+    ----------
+    config : CompressionConfig
+    agreement : float
+        Share of prompts with the uncompressed answer, token for token.
+    kl : float
+        Mean divergence of the first token's distribution from the uncompressed model's, in nats.
+    tokens : float
+        Visual tokens kept, mean over decoder layers and prompts.
+    kept : float
+        The same as a share.
+    ttft : float
+        Seconds to the first token, vision tower included: median over prompts and rounds.
+    speed_up : float
+        Median ratio of the uncompressed model's time to this one's in the same round.
+    overhead : float or None
+        c_m in seconds (see the module); None where fewer than two numbers of tokens were dropped.
+    """
+
+    config: CompressionConfig
+    agreement: float
+    kl: float
+    tokens: float
+    kept: float
+    ttft: float
+    speed_up: float
+    overhead: float | None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to use, and all that was measured.
+
+    Attributes
+    ----------
+    chosen : AdvisedSetting or None
+        The fastest setting that agrees often enough; None if none does, or if none of those is faster than no
+        compression.
+    settings : tuple of AdvisedSetting
+        All of them, the fastest first.
+    level : float
+        The agreement that was asked for.
+    prompts : int
+        How many prompts were measured.
+    visual : float
+        Visual tokens of a prompt, mean.
+    ttft : float
+        Seconds to the first token with all tokens, median.
+    saved_per_token : float or None
+        s in seconds (see the module); None where it could not be measured.
+    break_even : int or None
+        Visual tokens of a prompt below which the chosen setting does not pay on this machine; if none was chosen, of
+        the fastest one. 0: its overhead is too small to be measured. None: no time per token is saved at all, or s is
+        not known.
+    left_out : mapping of str to str
+        Methods that this model cannot run, and why.
+    conditions : str
+        Machine and versions.
+    """
+
+    chosen: AdvisedSetting | None
+    settings: tuple[AdvisedSetting, ...]
+    level: float
+    prompts: int
+    visual: float
+    ttft: float
+    saved_per_token: float | None
+    break_even: int | None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    conditions: str = ""
+
+    @property
+    def config(self) -> CompressionConfig | None:
+        """What `compress` takes: the chosen setting's, or None."""
+        return None if self.chosen is None else self.chosen.config
+
+    def __str__(self) -> str:
+        header = ("", "method", "keep", "tokens", "agreement", "KL", "TTFT", "speed-up", "overhead")
+        rows = [("", _ALL, "", f"{self.visual:.1f}", "1.000", "0.000", _ms(self.ttft), "1.00x", "")]
+        for each in self.settings:
+            rows.append(
+                (
+                    "*" if each is self.chosen else "+" if each.agreement >= self.level else "",
+                    each.config.method,
+                    f"{each.config.keep_ratio:g}",
+                    f"{each.tokens:.1f}",
+                    f"{each.agreement:.3f}",
+                    f"{each.kl:.3f}",
+                    _ms(each.ttft),
+                    f"{each.speed_up:.2f}x",
+                    "" if each.overhead is None else _ms(each.overhead),
+                )
+            )
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        table = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (header, *rows)
+        ]
+        return "\n".join([*table, "", *self._conclusions()])
+
+    def _conclusions(self) -> list[str]:
+        lines = [
+            f"{self.prompts} prompt{'s' * (self.prompts > 1)}; agreement moves in steps of {1 / self.prompts:.3f}; "
+            f"+ agrees on {100 * self.level:g} % or more"
+        ]
+        if self.chosen is not None:
+            config = self.chosen.config
+            lines.append(
+                f'* vtc.compress(model, "{config.method}", keep_ratio={config.keep_ratio:g}): '
+                f"{self.chosen.speed_up:.2f} times as fast to the first token"
+            )
+        elif any(each.agreement >= self.level for each in self.settings):
+            lines.append("keep all tokens: no setting that agrees often enough is faster on this machine")
+        else:
+            lines.append("keep all tokens: no setting agrees often enough")
+        about = self.chosen or self.settings[0]
+        if self.saved_per_token is None:
+            lines.append("break-even: not known, it takes at least two numbers of dropped tokens per method")
+        elif self.break_even is None:
+            lines.append("break-even: never, dropping tokens saved no time on this machine")
+        else:
+            lines.append(
+                f"break-even: {about.config.method} at {about.config.keep_ratio:g} pays above {self.break_even} visual "
+                f"tokens ({_ms(about.overhead or 0.0)} of overhead, {1e6 * self.saved_per_token:.1f} us saved per "
+                f"token dropped; these prompts have {self.visual:.0f})"
+            )
+        lines += [f"left out: {method}: {why}" for method, why in self.left_out.items()]
+        return [*lines, self.conditions] if self.conditions else lines
+
+
+def advise(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Any],
+    *,
+    agreement: float = 0.9,
+    methods: Sequence[str] | None = None,
+    keep_ratios: Sequence[float] = (0.5, 0.25, 0.11, 0.056),
+    max_new_tokens: int = 16,
+    rounds: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Advice:
+    """The cheapest setting with which the model still says what it says with all its tokens.
+
+    Every method at every ratio answers every prompt greedily; then times to the first token are taken, the uncompressed
+    model's among them, in rounds that go through all settings in an order of their own. The model is left as it was
+    found.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    processor : ProcessorMixin or None
+        The model's; None if `samples` are ready-made inputs.
+    samples : sequence
+        (image, question) pairs, the image a picture or a list of them; or mappings of one row, as a processor returns
+        them: that is how videos come. A dozen or more: agreement moves in steps of one prompt.
+    agreement : float
+        In (0, 1]: the share of prompts whose answer must stay the same, token for token.
+    methods : sequence of str, optional
+        All that the model can run unless given. "random" and "uniform" come along.
+    keep_ratios : sequence of float
+        In (0, 1).
+    max_new_tokens : int
+        Length of the answers that are compared.
+    rounds : int
+        Timed rounds per prompt.
+    seed : int
+        For methods that draw.
+    progress : bool
+        Whether to show a bar.
+
+    Raises
+    ------
+    ConfigError
+        An argument is out of range.
+    InputError
+        There are no samples, or one shows nothing.
+    UnsupportedMethodError
+        A method was asked for by name that this model cannot run.
+    """
+    _check(agreement, keep_ratios, max_new_tokens, rounds)
+    configs, left_out = _configs(model, methods, keep_ratios, seed)
+    encoded = prompts(processor, samples, model)
+    measured = _Measured(configs)
+    with as_found(model), _bar(len(encoded), progress) as bar:
+        for prompt in encoded:
+            measured.add(model, prompt, max_new_tokens, rounds)
+            bar.update(1)
+    return measured.advice(agreement, left_out)
+
+
+@dataclass
+class _Tried:
+    """One setting on one prompt."""
+
+    agrees: bool
+    kl: float
+    tokens: float
+    visual: int
+    whole: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def dropped(self) -> float:
+        return self.visual - self.tokens
+
+    @property
+    def saving(self) -> float:
+        return statistics.median(w - s for w, s in zip(self.whole, self.seconds, strict=True))
+
+
+class _Measured:
+    """Everything that was tried, by setting."""
+
+    def __init__(self, configs: Sequence[CompressionConfig]) -> None:
+        self.tried: dict[CompressionConfig, list[_Tried]] = {config: [] for config in configs}
+
+    def add(self, model: nn.Module, prompt: Mapping[str, Any], max_new_tokens: int, rounds: int) -> None:
+        """Answers first, so that they warm up what is timed afterwards."""
+        whole, whole_logp = _answer(model, prompt, max_new_tokens)
+        answers = {}
+        for config in self.tried:
+            with api.compressed(model, config):
+                text, logp = _answer(model, prompt, max_new_tokens)
+                report = api.report(model)
+            kl = float((whole_logp.exp() * (whole_logp - logp)).nan_to_num(0.0).sum())
+            if not report.visual_tokens_before:
+                raise InputError("a sample has no visual tokens, so there is nothing to compress in it")
+            answers[config] = text == whole, max(0.0, kl), report.average_visual_tokens, report.visual_tokens_before
+        run = partial(_first_token, model, prompt)
+        cases = {_ALL: Case(run)}
+        cases |= {
+            str(number): Case(run, partial(api.compressed, model, config)) for number, config in enumerate(answers)
+        }
+        times = interleave(cases, repeats=rounds, warmup=0)
+        for number, (config, answered) in enumerate(answers.items()):
+            self.tried[config].append(
+                _Tried(*answered, times[_ALL]["ttft"].seconds, times[str(number)]["ttft"].seconds)
+            )
+
+    def advice(self, level: float, left_out: Mapping[str, str]) -> Advice:
+        slope, overheads = self._saving()
+        settings = tuple(
+            sorted(
+                (self._setting(config, tried, overheads.get(config.method)) for config, tried in self.tried.items()),
+                key=lambda each: -each.speed_up,
+            )
+        )
+        good = [each for each in settings if each.agreement >= level and each.speed_up > 1]
+        chosen = good[0] if good else None
+        about = chosen or settings[0]
+        every = next(iter(self.tried.values()))
+        break_even = None
+        if slope is not None and slope > 0 and about.overhead is not None:
+            break_even = max(0, round(about.overhead / (slope * (1 - about.kept))))
+        return Advice(
+            chosen=chosen,
+            settings=settings,
+            level=level,
+            prompts=len(every),
+            visual=statistics.fmean(each.visual for each in every),
+            ttft=statistics.median(second for each in every for second in each.whole),
+            saved_per_token=slope,
+            break_even=break_even,
+            left_out=dict(left_out),
+            conditions=describe(conditions()),
+        )
+
+    def _setting(self, config: CompressionConfig, tried: Sequence[_Tried], overhead: float | None) -> AdvisedSetting:
+        seconds = Timing(tuple(second for each in tried for second in each.seconds))
+        ratios = [w / s for each in tried for w, s in zip(each.whole, each.seconds, strict=True)]
+        return AdvisedSetting(
+            config=config,
+            agreement=statistics.fmean(each.agrees for each in tried),
+            kl=statistics.fmean(each.kl for each in tried),
+            tokens=statistics.fmean(each.tokens for each in tried),
+            kept=statistics.fmean(each.tokens / each.visual for each in tried),
+            ttft=seconds.median,
+            speed_up=statistics.median(ratios),
+            overhead=overhead,
+        )
+
+    def _saving(self) -> tuple[float | None, dict[str, float]]:
+        """s, and c by method; nothing where no method dropped two different numbers of tokens."""
+        points: dict[str, list[tuple[float, float]]] = {}
+        for config, tried in self.tried.items():
+            points.setdefault(config.method, []).extend((each.dropped, each.saving) for each in tried)
+        means = {m: [statistics.fmean(axis) for axis in zip(*pairs, strict=True)] for m, pairs in points.items()}
+        centred = [(d - means[m][0], saved - means[m][1]) for m, pairs in points.items() for d, saved in pairs]
+        spread = sum(d * d for d, _ in centred)
+        if spread < 1e-9:
+            return None, {}
+        slope = sum(d * saved for d, saved in centred) / spread
+        return slope, {method: slope * dropped - saved for method, (dropped, saved) in means.items()}
+
+
+def _check(agreement: Any, keep_ratios: Sequence[float], max_new_tokens: int, rounds: int) -> None:
+    if not isinstance(agreement, (int, float)) or isinstance(agreement, bool) or not 0 < agreement <= 1:
+        raise ConfigError(f"agreement must lie above 0 and at most at 1, got {agreement!r}")
+    if not len(keep_ratios):
+        raise ConfigError("keep_ratios is empty; give at least one fraction, and two to learn the break-even")
+    for ratio in keep_ratios:
+        if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+            raise ConfigError(
+                f"keep_ratios must lie between 0 and 1, got {ratio!r}; keeping all is what is compared with"
+            )
+    for name, value in (("max_new_tokens", max_new_tokens), ("rounds", rounds)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer of 1 or more, got {value!r}")
+
+
+def _configs(
+    model: nn.Module, methods: Sequence[str] | None, keep_ratios: Sequence[float], seed: int
+) -> tuple[list[CompressionConfig], dict[str, str]]:
+    """What is tried, and which methods cannot be; those that were named must be possible."""
+    if isinstance(methods, str) or (methods is not None and not len(methods)):
+        raise ConfigError(f"methods must be names of methods, or None for all, got {methods!r}")
+    target = api._unwrap(model)
+    adapter = get_adapter(str(target.config.model_type))(target)
+    found, left_out = [], {}
+    names = dict.fromkeys([*_BASELINES, *(api.list_methods() if methods is None else methods)])
+    for name in names:
+        configs = [CompressionConfig(name, keep_ratio=float(ratio), seed=seed) for ratio in dict.fromkeys(keep_ratios)]
+        try:
+            for config in configs:
+                api._plan([config], adapter)
+            found += configs
+        except (UnsupportedMethodError, ConfigError) as error:
+            if methods is not None:
+                raise
+            left_out[name] = str(error)
+    return found, left_out
+
+
+@torch.inference_mode()
+def _answer(model: Any, prompt: Mapping[str, Any], max_new_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens, and the log-probabilities (V,) of the first."""
+    out = model.generate(
+        **prompt,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    new = out.sequences[0, prompt["input_ids"].shape[1] :]
+    return new.tolist(), out.logits[0][0].float().log_softmax(dim=-1)
+
+
+@torch.inference_mode()
+def _first_token(model: Any, prompt: Mapping[str, Any]) -> Figures:
+    watch = Stopwatch(model.device)
+    with watch.part("ttft"):
+        model(**prompt, use_cache=True, logits_to_keep=1)
+    return watch.figures
+
+
+def _bar(total: int, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="prompt", disable=not show, dynamic_ncols=True)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"

@@ -1,0 +1,329 @@
+"""Fit a method's options to a model and a budget, on the user's own inputs and without labels.
+
+The aim is VFlowOpt's (arXiv 2508.05211, section 3): the final hidden state of the last prompt token, from which the
+first word of the answer is read, should point where it points with all tokens. It serves any method that declares a
+search space.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from vtc import api
+from vtc.config import CompressionConfig
+from vtc.core.ranges import Range
+from vtc.engine.tower import TowerMemory
+from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
+from vtc.registry import get_adapter, get_selector
+from vtc.selectors.base import Selector
+from vtc.tuning.samples import as_found, prompts
+
+__all__ = ["calibrate"]
+
+_NO_CEILING = 2**31 - 1  # tokens per image: adaptive methods then keep what their thresholds say
+_SAMPLERS = ("tpe", "gp", "random")
+_SLACK = 1e-3  # by which a budget may be missed, relative to it
+_PENALTY = 10.0  # cosine taken off per share of tokens too many: no gain in cosine can pay for it
+
+
+def calibrate(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Any],
+    *,
+    keep_ratio: float,
+    method: str = "vflowopt",
+    trials: int = 50,
+    space: Mapping[str, Range] | None = None,
+    sampler: str = "tpe",
+    seed: int = 0,
+    patience: int | None = None,
+    storage: str | Path | None = None,
+    plot: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> CompressionConfig:
+    """The options of `method` that move the model's last prompt state least, as a configuration for `compress`.
+
+    The method's defaults come first, so the result is never worse than they are, on these samples. Nothing is chosen
+    that keeps more tokens, on average over layers and samples, than the defaults do; methods that decide themselves how
+    many stay are held to `keep_ratio`. Images are encoded once: what a method reads inside the vision tower is kept,
+    and the tower runs again only where a trial reads a layer that none has read before. The model is left as it was
+    found.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    processor : ProcessorMixin or None
+        The model's; None if `samples` are ready-made inputs.
+    samples : sequence
+        (image, question) pairs, the image a picture or a list of them; or mappings of one row, as a processor returns
+        them. A few dozen are enough: the paper takes 30.
+    keep_ratio : float
+        Budget in (0, 1).
+    method : str
+    trials : int
+        How many settings to try, those of an interrupted run included.
+    space : mapping of str to Range, optional
+        Options to search instead of the method's own (see `vtc.core.ranges`).
+    sampler : {"tpe", "gp", "random"}
+        Of optuna. "gp" needs scipy.
+    seed : int
+    patience : int, optional
+        Stop after so many trials without a better one.
+    storage : path, optional
+        File in which trials are kept; the same call goes on where an interrupted one stopped. Other calls are refused
+        if they would mix their trials with those in the file.
+    plot : path, optional
+        Picture of the search.
+    progress : bool
+        Whether to show a bar.
+    **options
+        Options of the method that stay as they are. `mean` and `std`, where a method has them, are the processor's if
+        they are not given.
+
+    Raises
+    ------
+    ConfigError
+        There is nothing to search, none of the settings tried is possible, an argument is wrong, or optuna is missing.
+    InputError
+        There are no samples, or one has no image.
+    UnsupportedMethodError
+        The model cannot be compressed by this method at all.
+    """
+    optuna = _optuna()
+    if not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio < 1:
+        raise ConfigError(f"keep_ratio must lie between 0 and 1, got {keep_ratio!r}; keeping all needs no calibration")
+    if trials < 1:
+        raise ConfigError(f"trials must be at least 1, got {trials}")
+    if sampler not in _SAMPLERS:
+        raise ConfigError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
+    target = api._unwrap(model)
+    adapter = get_adapter(str(target.config.model_type))(target)
+    selector = type(get_selector(method, **options))
+    options = {**_normalisation(selector, processor), **options}
+    ranges = dict(selector.search_space(len(adapter.text_model.layers), keep_ratio) if space is None else space)
+    ranges = {name: values for name, values in ranges.items() if name not in options}
+    if not ranges:
+        raise ConfigError(
+            f"{method} has no options to search; give `space`, or choose a method that has: vflowopt, for example"
+        )
+    unknown = sorted(set(ranges) - set(selector.options()))
+    if unknown:
+        raise ConfigError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(selector.options())}")
+
+    def config(found: Mapping[str, Any]) -> CompressionConfig:
+        budget = {"keep_tokens": _NO_CEILING} if selector.adaptive else {"keep_ratio": float(keep_ratio)}
+        return CompressionConfig(method, seed=seed, options={**options, **found}, **budget)
+
+    api._plan([config({})], adapter)  # what no setting can change is told before anything runs
+    encoded = prompts(processor, samples, model)
+    study = _study(optuna, storage, f"{method}, keep {keep_ratio:g}, seed {seed}", _mark(encoded, options, ranges))
+    # A sitting that goes on draws other numbers than the first did.
+    study.sampler = _sampler(optuna, sampler, seed + len(study.trials))
+    with as_found(model):
+        trial = _Trial(model, adapter, encoded)
+        base, kept = trial(config({}))
+        allowed = float(keep_ratio) if selector.adaptive else kept
+
+        def value(of: CompressionConfig) -> float:
+            cosine, share = trial(of)
+            return cosine - _PENALTY * max(0.0, share / allowed - 1 - _SLACK)
+
+        first = base - _PENALTY * max(0.0, kept / allowed - 1 - _SLACK)
+        best, chosen = first, config({})
+        with _bar(trials, progress) as bar:
+            waited, impossible = 0, None
+            for asked in _asked(study, trials, bar):
+                found = {name: values.suggest(asked, name) for name, values in ranges.items()}
+                try:
+                    score = value(config(found))
+                except (ConfigError, UnsupportedMethodError) as error:  # a combination that is not possible
+                    study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+                    impossible = error
+                    continue
+                study.tell(asked, score)
+                waited = 0 if score > best else waited + 1
+                if score > best:
+                    best, chosen = score, config(found)
+                bar.set_postfix(cosine=f"{best:.4f}", default=f"{first:.4f}")
+                if patience is not None and waited >= patience:
+                    break
+    if impossible is not None and all(done.value is None for done in study.trials):
+        raise ConfigError(f"none of {len(study.trials)} settings that were tried is possible: {impossible}")
+    for done in study.trials:  # those of earlier sittings too
+        if done.value is not None and done.value > best:
+            fixed = optuna.trial.FixedTrial(done.params)
+            best, chosen = done.value, config({name: values.suggest(fixed, name) for name, values in ranges.items()})
+    if plot is not None:
+        _plot(study, first, Path(plot))
+    return chosen
+
+
+class _Trial:
+    """Mean cosine to the uncompressed model, and share of visual tokens kept.
+
+    The first trial encodes the images; the uncompressed model then answers once, from what was encoded.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Any, prompts: Sequence[Mapping[str, Any]]) -> None:
+        self.model, self.adapter, self.prompts = model, adapter, prompts
+        self.memories = [TowerMemory() for _ in prompts]
+        self.whole: list[torch.Tensor] = []
+
+    def __call__(self, config: CompressionConfig) -> tuple[float, float]:
+        states, shares = [], []
+        with api.compressed(self.model, config):
+            tower = api._engine(self.model).tower
+            for prompt, memory in zip(self.prompts, self.memories, strict=True):
+                tower.memory = memory
+                states.append(_last_state(self.model, prompt))
+                report = api.report(self.model)
+                if not report.visual_tokens_before:
+                    raise InputError("a sample has no image; calibration compares what is kept of images")
+                shares.append(report.average_visual_tokens / report.visual_tokens_before)
+        if not self.whole:
+            for prompt, memory in zip(self.prompts, self.memories, strict=True):
+                with _encoded(self.adapter, memory):
+                    self.whole.append(_last_state(self.model, prompt))
+        cosines = [
+            float(functional.cosine_similarity(state, whole, dim=-1))
+            for state, whole in zip(states, self.whole, strict=True)
+        ]
+        return statistics.fmean(cosines), statistics.fmean(shares)
+
+
+@contextmanager
+def _encoded(adapter: Any, memory: TowerMemory) -> Iterator[None]:
+    """While entered, images and videos are not encoded but remembered."""
+    names = []
+    for modality, output in memory.outputs.items():
+        name = f"get_{modality}_features"
+        original = getattr(adapter.base, name)
+        adapter.base.__dict__[name] = functools.wraps(original)(lambda *_, output=output, **__: output)
+        names.append(name)
+    try:
+        yield
+    finally:
+        for name in names:
+            adapter.base.__dict__.pop(name, None)
+
+
+@torch.inference_mode()
+def _last_state(model: nn.Module, prompt: Mapping[str, Any]) -> torch.Tensor:
+    """(D,) float32: what the head reads the first word of the answer from."""
+    seen: list[torch.Tensor] = []
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, -1].float()))
+    try:
+        model(**prompt, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return seen[-1]
+
+
+def _normalisation(selector: type[Selector], processor: Any) -> dict[str, Any]:
+    """How the processor normalises pixels, for methods that undo it."""
+    images = getattr(processor, "image_processor", None)
+    found = {"mean": getattr(images, "image_mean", None), "std": getattr(images, "image_std", None)}
+    known = selector.options()
+    return {name: tuple(value) for name, value in found.items() if name in known and value is not None}
+
+
+# -------------------------------------------------------------------------------------------------------------- optuna
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError('Calibration needs optuna: pip install "vtc[calibrate]".') from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _sampler(optuna: Any, name: str, seed: int) -> Any:
+    kinds = {"tpe": "TPESampler", "gp": "GPSampler", "random": "RandomSampler"}
+    return getattr(optuna.samplers, kinds[name])(seed=seed)
+
+
+def _mark(prompts: Sequence[Mapping[str, Any]], options: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
+    """Tells one search from another: its samples, the options that stay, and what is searched."""
+    digest = hashlib.sha256(repr((sorted(options.items()), sorted(ranges.items()))).encode())
+    for prompt in prompts:
+        for name, value in sorted(prompt.items()):
+            raw = value.detach().cpu().contiguous().view(-1) if isinstance(value, torch.Tensor) else None
+            digest.update(name.encode())
+            digest.update(repr(value).encode() if raw is None else raw.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _study(optuna: Any, storage: str | Path | None, name: str, mark: str) -> Any:
+    """A new search, or the one in the file that this call began."""
+    study = optuna.create_study(
+        direction="maximize", storage=_storage(optuna, storage), study_name=name, load_if_exists=True
+    )
+    if study.trials and study.user_attrs.get("mark") != mark:
+        raise ConfigError(
+            f"{storage} holds trials of another search for {name}: its samples, options or ranges were different; "
+            "give another file"
+        )
+    study.set_user_attr("mark", mark)
+    return study
+
+
+def _storage(optuna: Any, path: str | Path | None) -> Any:
+    if path is None:
+        return None
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    if not Path(path).resolve().parent.is_dir():
+        raise InputError(f"{path}: the folder does not exist")
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _asked(study: Any, trials: int, bar: Any) -> Iterator[Any]:
+    done = sum(trial.state.is_finished() for trial in study.trials)
+    bar.update(min(done, trials))
+    for _ in range(done, trials):
+        yield study.ask()
+        bar.update(1)
+
+
+def _bar(trials: int, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=trials, unit="trial", disable=not show, dynamic_ncols=True)
+
+
+def _plot(study: Any, default: float, path: Path) -> None:
+    """Every trial, the best so far, and the method's defaults."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError('The plot needs matplotlib: pip install "vtc[calibrate]".') from error
+    points = [(trial.number, trial.value) for trial in study.trials if trial.value is not None]
+    if not points:
+        raise StateError("no trial was possible, so there is nothing to plot")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    numbers, values = zip(*points, strict=True)
+    best = [max(values[: i + 1]) for i in range(len(values))]
+    axes.plot(numbers, values, ".", color="0.6", label="trials")
+    axes.step(numbers, best, where="post", label="best so far")
+    axes.axhline(default, color="black", linewidth=0.8, linestyle="--", label="defaults")
+    axes.set(xlabel="trial", ylabel="cosine to the uncompressed model", title=study.study_name)
+    axes.set_ylim(max(min(values), default - 3 * (max(best) - default) - 0.02), max(best) + 0.005)
+    axes.legend()
+    figure.savefig(path, dpi=120)
