@@ -73,7 +73,7 @@ import vtc.reference
 assert "vtc.integrations" not in sys.modules
 import vtc.integrations.lmms_eval as plugin
 assert plugin.compression({}) == (None, {})
-for name in plugin._BASES:
+for name in ("VtcLlavaHf", "VtcLlavaHfChat", "VtcQwen2_5_VL", "VtcQwen2_5_VLChat", "VtcInternVLHfChat"):
     try:
         getattr(plugin, name)
     except ImportError:
@@ -82,6 +82,19 @@ for name in plugin._BASES:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_models_are_those_of_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = ModuleType("registry_v2")
+    registry.ModelManifest = lambda **given: tuple(given.values())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lmms_eval.models.registry_v2", registry)
+    here = plugin.__name__
+    assert set(plugin.manifests()) == {
+        ("vtc_llava_hf", f"{here}.VtcLlavaHf", f"{here}.VtcLlavaHfChat"),
+        ("vtc_llava_onevision", f"{here}.VtcLlavaHf", f"{here}.VtcLlavaHfChat"),
+        ("vtc_qwen2_5_vl", f"{here}.VtcQwen2_5_VL", f"{here}.VtcQwen2_5_VLChat"),
+        ("vtc_internvl_hf", None, f"{here}.VtcInternVLHfChat"),
+    }
 
 
 def test_the_entry_point_names_what_exists() -> None:

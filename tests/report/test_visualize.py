@@ -21,7 +21,7 @@ from PIL import Image
 import vtc
 from tests import tiny
 from vtc.core.selection import Selection
-from vtc.registry import _SELECTORS
+from vtc.registry import _SELECTORS, get_adapter
 from vtc.report.report import Report, SegmentReport
 from vtc.report.visualize import _titled, animation, save_animation
 
@@ -149,21 +149,20 @@ def test_tiles_and_thumbnails_show_the_same_spot(family: str, shape: tuple[int, 
     assert found == [True, True]
 
 
-def test_arrangements_of_tiles_are_those_of_the_processors() -> None:
+def test_tile_grids_are_those_of_the_processors() -> None:
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-    from vtc.report.views import _ceiled, _nearest
-
+    internvl, idefics3 = get_adapter("internvl"), get_adapter("idefics3")
     generator = np.random.default_rng(0)
     worker = transformers.Idefics3ImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 32})
     for _ in range(40):
         width, height = (int(edge) for edge in generator.integers(40, 400, 2))
         columns, rows = get_optimal_tiled_canvas((height, width), (32, 32), 1, 12)
-        assert _nearest(rows * columns, (width, height)) == (rows, columns)
+        assert internvl.tile_grid(rows * columns, (width, height)) == (rows, columns)
         made = worker(images=[Image.new("RGB", (width, height))], return_tensors="pt", return_row_col_info=True)
         if made["rows"][0][0]:
             rows, columns = made["rows"][0][0], made["cols"][0][0]
-            assert _ceiled(rows * columns, (width, height)) == (rows, columns)
+            assert idefics3.tile_grid(rows * columns, (width, height)) == (rows, columns)
 
 
 # -------------------------------------------------------------------------------------------- by hand

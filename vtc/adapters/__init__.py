@@ -1,4 +1,4 @@
-"""All knowledge of transformers: one file per group of families, and the engine that they share."""
+"""Facts about families of models, one file per family or group of families that share code."""
 
 from vtc.adapters import gemma, internvl, llava, llava_next, qwen_vl, video_llava
 

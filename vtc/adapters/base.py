@@ -1,11 +1,11 @@
-"""What an adapter tells the engine about one family of models."""
+"""The facts that an adapter states about one family of models."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from vtc.errors import UnsupportedModelError
 
 @dataclass
 class Layout:
-    """How the feature rows of one encoder call fall into images or videos.
+    """How the feature rows of one encoder call divide into images or videos.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Layout:
 
     @classmethod
     def tiles(cls, count: int, side: tuple[int, int], device: torch.device) -> Layout:
-        """`count` equal tiles, to be joined by runs of placeholders."""
+        """Describe `count` equal tiles that runs of placeholders join into segments."""
         rows = side[0] * side[1]
         return cls(None, [((1, *side),)], torch.zeros(count * rows, dtype=torch.bool, device=device), rows)
 
@@ -47,7 +47,7 @@ class Adapter(ABC):
     """All that `vtc` knows about a family: where its towers are and how patches become tokens.
 
     Subclasses are registered with `@register_adapter(model_type, ...)`. Everything else, the language model above all,
-    is the same for all families and lives in the engine.
+    is the same for all families and belongs to the engine.
 
     Parameters
     ----------
@@ -56,12 +56,20 @@ class Adapter(ABC):
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
+    #: The processor takes videos and the model encodes their frames as images.
+    video_as_images: ClassVar[bool] = False
     #: Positions are (t, h, w) triples, which have no compact form.
     multi_axis_positions: ClassVar[bool] = False
     #: Why decoder stages are refused, if they are.
     decoder_stages_refused: ClassVar[str | None] = None
     #: The outer model builds 4-D masks with bidirectional image blocks.
     builds_masks: ClassVar[bool] = False
+    #: What the views of an image show: the image itself; a thumbnail and one large unpadded grid; tiles in raster order
+    #: and a thumbnail; or the same with every tile in a segment of its own.
+    view_layout: ClassVar[Literal["single", "anyres", "tiles", "separate tiles"]] = "single"
+    #: How lmms-eval runs the family: a name for the model, and below `lmms_eval.models` the paths of the class without
+    #: and of the class with a chat template.
+    lmms_eval: ClassVar[tuple[str, str | None, str | None] | None] = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -73,10 +81,16 @@ class Adapter(ABC):
 
     @abstractmethod
     def tower(self, modality: str) -> nn.Module:
-        """The vision tower that encodes `modality`."""
+        """Return the vision tower that encodes `modality`."""
 
     def tower_attentions(self, modality: str) -> list[nn.Module]:
-        """The tower's attention modules, first layer first."""
+        """Return the tower's attention modules, first layer first.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The tower has none that can be recognised.
+        """
         found = [
             module
             for module in self.tower(modality).modules()
@@ -90,7 +104,7 @@ class Adapter(ABC):
         return found
 
     def prefix_tokens(self, modality: str) -> int:
-        """Leading tokens of the tower's sequence that are no patches ([CLS], registers)."""
+        """Count the leading tokens of the tower's sequence that are no patches ([CLS], registers)."""
         for module in self.tower(modality).modules():
             for name in ("class_embedding", "cls_token"):
                 if isinstance(getattr(module, name, None), torch.Tensor):
@@ -99,7 +113,7 @@ class Adapter(ABC):
         return 0
 
     def feature_layer(self, modality: str, call: Mapping[str, Any]) -> int:
-        """0-based tower layer whose output feeds the projector."""
+        """Return the 0-based tower layer whose output feeds the projector."""
         return len(self.tower_attentions(modality)) - 1
 
     def supplies(self) -> frozenset[Need]:
@@ -131,7 +145,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
-        """Cut the rows of `output.pooler_output` into images or videos.
+        """Divide the rows of `output.pooler_output` into images or videos.
 
         Parameters
         ----------
@@ -143,7 +157,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         """Carry values of patches to the tokens that the patches become.
 
         Parameters
@@ -151,7 +165,7 @@ class Adapter(ABC):
         modality, call
             As in `layout`.
         patches : Tensor (crops, M, C)
-            Values per patch in the tower's own order, without prefix tokens.
+            Values per patch in the order in which they leave the tower, without prefix tokens.
 
         Returns
         -------
@@ -159,10 +173,14 @@ class Adapter(ABC):
             Values per feature row, in the order of `layout`; averaged where patches are pooled, 0 on structural rows.
         """
 
+    def input_patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        """Do as `patches_to_tokens`, for values in the order in which patches enter the tower."""
+        return self.patches_to_tokens(modality, call, patches)
+
     def patch_pixels(
         self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor
     ) -> tuple[list[torch.Tensor], tuple[int, int] | None]:
-        """Where the pixels of every patch are in what the tower is given.
+        """Say where the pixels of every patch are in the tower's input.
 
         Parameters
         ----------
@@ -181,41 +199,63 @@ class Adapter(ABC):
         size = config.patch_size
         return list(pixels), tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
-    def arrange_inputs(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
-        """As `arrange`, for values in the order in which patches enter the tower."""
-        return self.arrange(modality, call, patches)
-
     def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
-        """Where `builds_masks`: which tokens see each other in both directions.
+        """Number the tokens that see each other in both directions, where the family `builds_masks`.
 
-        They share a number >= 0 in (B, L), which is -1 elsewhere; `call` holds the arguments of the base model's
-        forward.
+        `call` holds the arguments of the base model's forward. In the result, (B, L), the tokens of a block share a
+        number >= 0; all others have -1.
         """
         return None
 
-    # -- language model -------------------------------------------------------------------------------------------
+    # -- prompt and language model --------------------------------------------------------------------------------
 
     def token_id(self, modality: str) -> int | None:
-        """Placeholder id of `modality` in the prompt."""
+        """Return the placeholder id of `modality` in the prompt, None where the configuration has none."""
         return getattr(self.config, f"{modality}_token_id", None)
 
+    def placeholders(self, ids: torch.Tensor, modality: str) -> torch.Tensor:
+        """Mark the placeholders of `modality` among the ids (S, P) of a prompt, as (S, P) bool."""
+        token = self.token_id(modality)
+        return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids == token
+
     def decoder_attention(self, layer: int) -> nn.Module:
-        """Attention module of decoder layer `layer`."""
+        """Return the attention module of decoder layer `layer`."""
         return self.text_model.layers[layer].self_attn
+
+    # -- pictures -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(cls, modality: str) -> Literal["crop", "pad", "stretch"]:
+        """Say how the family's processor brings an image or a frame to the shape of the tower's input."""
+        return "stretch"
+
+    @classmethod
+    def tile_grid(cls, count: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (rows, columns) in which the processor cuts an image of (width, height) into `count` tiles.
+
+        By default those closest to the image's own shape.
+        """
+        width, height = size
+        return min(tile_grids(count), key=lambda grid: abs(grid[1] / grid[0] - width / height))
+
+
+def tile_grids(count: int) -> Iterator[tuple[int, int]]:
+    """Yield the (rows, columns) that make `count` tiles, few rows first."""
+    return ((rows, count // rows) for rows in range(1, count + 1) if count % rows == 0)
 
 
 def rows_of(output: Any) -> torch.Tensor:
-    """Feature rows (total, D) of an encoder's output, whatever container the family uses."""
+    """Return the feature rows (total, D) of an encoder's output, whatever container the family uses."""
     pooled = output.pooler_output
     return pooled.flatten(0, -2) if isinstance(pooled, torch.Tensor) else torch.cat(parts_of(output))
 
 
 def parts_of(output: Any) -> list[torch.Tensor]:
-    """The images, tiles or videos of an encoder's output, (n, D) each; the container depends on the release."""
+    """Return the images, tiles or videos of an encoder's output, (n, D) each; the container depends on the release."""
     return [part.flatten(0, -2) for part in output.pooler_output]
 
 
 def hidden_state_layer(index: int | list[int], depth: int) -> int:
-    """0-based layer that produced `hidden_states[index]` of a tower with `depth` layers."""
+    """Return the 0-based layer that produced `hidden_states[index]` of a tower with `depth` layers."""
     last = index[-1] if isinstance(index, (list, tuple)) else index
     return (last + depth if last < 0 else last - 1) if last != 0 else 0

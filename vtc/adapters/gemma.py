@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from vtc.adapters.base import Adapter, Layout, parts_of, rows_of
-from vtc.engine.cache import cache_in
 from vtc.registry import register_adapter
 
 
@@ -34,7 +33,7 @@ class _GemmaAdapter(Adapter):
 class Gemma3Adapter(_GemmaAdapter):
     """Gemma 3: average-pooled patches; the tokens of each image form a block."""
 
-    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         grid = patches.transpose(1, 2).unflatten(-1, (self.side(), self.side()))
         edge = round(self.config.mm_tokens_per_image**0.5)
         return nn.functional.avg_pool2d(grid, self.side() // edge).flatten(2).transpose(1, 2).flatten(0, 1)
@@ -52,11 +51,13 @@ class Gemma3Adapter(_GemmaAdapter):
 class PaliGemmaAdapter(_GemmaAdapter):
     """PaliGemma: the whole prefix, image and question, is one block."""
 
-    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         return patches.flatten(0, 1)
 
     def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
-        types, cache = call.get("token_type_ids"), cache_in(call)
+        types, cache = call.get("token_type_ids"), call.get("cache")
+        if cache is None:
+            cache = call.get("past_key_values")  # the older name
         # The model's own condition for a prefix.
         first = cache is None or not cache.is_initialized or call.get("pixel_values") is not None
         return torch.where(types == 0, 0, -1) if types is not None and first else None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from vtc.adapters.base import Layout, parts_of, rows_of
 from vtc.adapters.llava import CropAdapter
@@ -17,23 +16,27 @@ from vtc.registry import register_adapter
 
 
 class AnyResAdapter(CropAdapter):
-    """Images cut into a thumbnail and tiles, unpadded, with a newline after every row of the big grid.
+    """Images cut into a thumbnail and tiles, unpadded, with a newline after every row of the large grid.
 
-    Values of patches travel through the model's own packing code, so that whatever it does to features (arrange tiles,
+    Values of patches pass through the model's own packing code, so that whatever it does to features (join tiles,
     unpad, interpolate) is done to them.
     """
+
+    view_layout = "anyres"
 
     def pack(
         self, call: Mapping[str, Any], crops: Sequence[torch.Tensor], newline: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """The model's packing of features, for values (tiles, M, C) per image; `newline` (C,) or None for none."""
+        """Pack values (tiles, M, C) per image as the model packs features, with `newline` (C,) or without."""
         packed, _ = self.base.pack_image_features(
             list(crops), call["image_sizes"], vision_feature_select_strategy="default", image_newline=newline
         )
         return packed
 
     def tile_counts(self, call: Mapping[str, Any]) -> list[int]:
-        """Crops per image, thumbnail included."""
+        """Count the crops per image, thumbnail included."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
         return [
             image_size_to_num_patches(
                 image_size=size,
@@ -49,7 +52,7 @@ class AnyResAdapter(CropAdapter):
         counts = self.tile_counts(call)
         features = parts_of(output)
         blank = features[0].new_zeros(sum(counts), self.side() ** 2, 1, dtype=torch.float32)
-        # Newlines are where ones come out when patches are zeros.
+        # With patches of zeros and a newline of ones, the ones in the result are the newlines.
         marks = self.pack(call, blank.split(counts), blank.new_ones(1))
         structural = [mark[:, 0] > 0.5 for mark in marks]
         grids = [self._views(count, mark) for count, mark in zip(counts, structural, strict=True)]
@@ -62,18 +65,18 @@ class AnyResAdapter(CropAdapter):
         rows = int(newline.sum())
         return base, (1, rows, (len(newline) - self.side() ** 2) // rows - 1)
 
-    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         if modality == "video":
-            return self.arrange_video(call, patches)
+            return self.video_patches_to_tokens(call, patches)
         crops = patches.split(self.tile_counts(call))
         return torch.cat(self.pack(call, crops, patches.new_zeros(patches.shape[-1])))
 
     def video_layout(self, call: Mapping[str, Any], output: Any) -> Layout:
-        """As `layout`, for a video."""
+        """Do as `layout`, for videos."""
         raise UnsupportedModelError(f"{self.config.model_type} has no videos")
 
-    def arrange_video(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
-        """As `arrange`, for the frames of videos."""
+    def video_patches_to_tokens(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        """Do as `patches_to_tokens`, for the frames of videos."""
         raise UnsupportedModelError(f"{self.config.model_type} has no videos")
 
 
@@ -88,6 +91,10 @@ class LlavaNextVideoAdapter(AnyResAdapter):
 
     modalities = ("image", "video")
 
+    @classmethod
+    def fit(cls, modality: str) -> Literal["crop", "pad", "stretch"]:
+        return "crop" if modality == "video" else "stretch"
+
     def video_layout(self, call: Mapping[str, Any], output: Any) -> Layout:
         lengths = [len(video) for video in parts_of(output)]
         frames = call["pixel_values_videos"].shape[1]
@@ -95,7 +102,7 @@ class LlavaNextVideoAdapter(AnyResAdapter):
         structural = torch.zeros(sum(lengths), dtype=torch.bool, device=rows_of(output).device)
         return Layout(lengths, [((frames, side, side),)] * len(lengths), structural)
 
-    def arrange_video(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    def video_patches_to_tokens(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         grid = patches.transpose(1, 2).unflatten(-1, (self.side(), self.side()))
         pooled = nn.functional.avg_pool2d(grid, self.config.spatial_pool_stride)
         return pooled.flatten(2).transpose(1, 2).flatten(0, 1)
@@ -103,9 +110,16 @@ class LlavaNextVideoAdapter(AnyResAdapter):
 
 @register_adapter("llava_onevision")
 class LlavaOnevisionAdapter(AnyResAdapter):
-    """LLaVA-OneVision: big grids interpolated down to a limit; video frames halved, one newline at the end."""
+    """LLaVA-OneVision: large grids interpolated down to a limit; video frames halved, one newline at the end."""
 
     modalities = ("image", "video")
+    # lmms-eval's own llava_onevision needs the LLaVA package; its llava_hf reads checkpoints of transformers.
+    lmms_eval = ("llava_onevision", "simple.llava_hf.LlavaHf", "chat.llava_hf.LlavaHf")
+
+    @classmethod
+    def fit(cls, modality: str) -> Literal["crop", "pad", "stretch"]:
+        # Of several images in one prompt, which are not cut into tiles.
+        return "pad" if modality == "image" else "stretch"
 
     def pack(
         self, call: Mapping[str, Any], crops: Sequence[torch.Tensor], newline: torch.Tensor | None
@@ -121,7 +135,7 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         images = call.get("batch_num_images")
         if images is None:
             return counts
-        alone = [bool(n == 1) for n in images for _ in range(int(n))]  # images in company are not cut into tiles
+        alone = [bool(n == 1) for n in images for _ in range(int(n))]  # only a single image is cut into tiles
         return [count if single else 1 for count, single in zip(counts, alone, strict=True)]
 
     def video_layout(self, call: Mapping[str, Any], output: Any) -> Layout:
@@ -132,7 +146,7 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         structural[torch.tensor(lengths).cumsum(dim=0) - 1] = True
         return Layout(lengths, [((frames, side, side),)] * len(lengths), structural)
 
-    def arrange_video(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    def video_patches_to_tokens(self, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         videos, frames = call["pixel_values_videos"].shape[:2]
         pooled = self.base.apply_pooling(patches)
         pooled = pooled.reshape(videos, frames * pooled.shape[1], -1)

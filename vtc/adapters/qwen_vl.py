@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.vision_utils import get_vision_window_index
 
 from vtc.adapters.base import Adapter, Layout, rows_of
 from vtc.registry import register_adapter
@@ -33,25 +32,29 @@ class QwenVLAdapter(Adapter):
         structural = torch.zeros(sum(lengths), dtype=torch.bool, device=rows_of(output).device)
         return Layout(lengths, [(grid,) for grid in grids], structural)
 
-    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         return patches.flatten(0, 1).unflatten(0, (-1, self.base.visual.spatial_merge_size**2)).mean(dim=1)
 
-    def arrange_inputs(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
-        # Named by its class: a tower that reorders its patches does so behind its entrance.
-        return QwenVLAdapter.arrange(self, modality, call, patches)
+    def input_patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        # Not `self`: a subclass whose tower reorders patches does so after they have entered.
+        return QwenVLAdapter.patches_to_tokens(self, modality, call, patches)
 
     def patch_pixels(
         self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor
     ) -> tuple[list[torch.Tensor], tuple[int, int] | None]:
-        """Here `pixels` are rows (M, C * P), one image after the other."""
+        """Take `pixels` as rows (M, C * P), one image after the other."""
         return list(pixels.unflatten(1, (3, -1)).split(self._grids(modality, call).prod(dim=1).tolist())), None
 
 
 @register_adapter("qwen2_5_vl")
 class Qwen2_5VLAdapter(QwenVLAdapter):
-    """As Qwen2-VL, but the tower works in windows and in their order."""
+    """As Qwen2-VL, but the tower computes in windows and returns patches in the order of the windows."""
 
-    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    lmms_eval = ("qwen2_5_vl", "simple.qwen2_5_vl.Qwen2_5_VL", "chat.qwen2_5_vl.Qwen2_5_VL")
+
+    def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
         visual = self.base.visual
         order, _ = get_vision_window_index(
             self._grids(modality, call),
@@ -59,13 +62,13 @@ class Qwen2_5VLAdapter(QwenVLAdapter):
             window_size=visual.window_size,
             patch_size=visual.patch_size,
         )
-        units = super().arrange(modality, call, patches)
+        units = super().patches_to_tokens(modality, call, patches)
         return units[order.argsort().to(units.device)]
 
 
 @register_adapter("qwen3_5")
 class Qwen3_5Adapter(QwenVLAdapter):
-    """The hybrid: recurrent layers know no mask, so tokens may only be left out before the first layer."""
+    """The hybrid: recurrent layers take no mask, so tokens may only be left out before the first layer."""
 
     decoder_stages_refused = (
         "three of four decoder layers are recurrent: what they have read of a token cannot be taken back later"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,10 @@ class VideoLlavaAdapter(CropAdapter):
     """Video-LLaVA (arXiv 2311.10122)."""
 
     modalities = ("image", "video")
+
+    @classmethod
+    def fit(cls, modality: str) -> Literal["crop", "pad", "stretch"]:
+        return "crop"
 
     def tower(self, modality: str) -> nn.Module:
         return self.base.video_tower if modality == "video" else self.base.image_tower
@@ -36,5 +40,5 @@ class VideoLlavaAdapter(CropAdapter):
         grid = (frames, self.side(), self.side())
         return Layout([frames * tokens] * (crops // frames), [(grid,)] * (crops // frames), structural.flatten())
 
-    def arrange(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+    def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         return nn.functional.pad(patches, (0, 0, self._prefix(modality, call), 0)).flatten(0, 1)

@@ -194,8 +194,8 @@ class TowerReader:
             # Packed towers take their images one by one; together they are one crop.
             layers.append((torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])[:, prefix:].float())
         stacked = torch.stack(layers, dim=2)  # (crops, M, layers, C)
-        arranged = self.adapter.arrange(modality, call, stacked.flatten(2))
-        return arranged.unflatten(-1, stacked.shape[2:])
+        tokens = self.adapter.patches_to_tokens(modality, call, stacked.flatten(2))
+        return tokens.unflatten(-1, stacked.shape[2:])
 
     def _grab_pixels(self, modality: str, into: list[torch.Tensor]) -> RemovableHandle:
         """Note what the tower is given: it gets the pixels without padding and in its own shape."""
@@ -216,7 +216,7 @@ class TowerReader:
         )
         shares = [kernels.patch_entropy(crop, mean, std, size=size).softmax(dim=0) for crop in crops]
         patches = torch.cat(shares)[None] if pixels.dim() == 2 else torch.stack(shares)  # packed towers: one crop
-        return self.adapter.arrange_inputs(modality, call, patches[..., None])[:, 0]
+        return self.adapter.input_patches_to_tokens(modality, call, patches[..., None])[:, 0]
 
 
 def _context_relevance(*args: Any, **kwargs: Any) -> torch.Tensor:

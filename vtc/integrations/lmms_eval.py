@@ -1,13 +1,14 @@
-"""lmms-eval's own models with fewer visual tokens, found through its entry-point group ``lmms_eval.models``.
+"""Run lmms-eval's own models with fewer visual tokens; found through its entry-point group ``lmms_eval.models``.
 
     python -m lmms_eval --model vtc_llava_hf \
         --model_args pretrained=FOLDER,vtc_method=divprune,vtc_keep_ratio=0.25 --tasks pope --batch_size 1
 
 Model arguments that begin with ``vtc_`` go to `vtc.compress`, the others to lmms-eval's class. Without any of them the
-model keeps all its tokens, so that the baseline can be run under the same name.
+model keeps all its tokens, so that the baseline can be run under the same name. Which of lmms-eval's classes run a
+family is a fact of its adapter (`Adapter.lmms_eval`).
 
-Importing this module imports nothing of lmms-eval. Its classes exist once they are asked for, one family at a time:
-they need different packages, and a missing one must not hide the other families.
+Importing this module imports nothing of lmms-eval. A class is made when it is asked for: the classes need different
+packages, and a missing one must not hide the other families.
 """
 
 from __future__ import annotations
@@ -30,52 +31,48 @@ __all__ = ["compression", "manifests"]
 _PREFIX = "vtc_"
 _SHARED = ("method", "keep_ratio", "keep_tokens", "positions", "structural", "seed")
 
-# lmms-eval's ``llava_onevision`` needs the LLaVA package and a model class of its own; its ``llava_hf`` reads the
-# transformers checkpoints of LLaVA, LLaVA-NeXT and LLaVA-OneVision.
-_BASES = {
-    "VtcLlavaHfChat": "lmms_eval.models.chat.llava_hf.LlavaHf",
-    "VtcLlavaHf": "lmms_eval.models.simple.llava_hf.LlavaHf",
-    "VtcQwen2_5_VLChat": "lmms_eval.models.chat.qwen2_5_vl.Qwen2_5_VL",
-    "VtcQwen2_5_VL": "lmms_eval.models.simple.qwen2_5_vl.Qwen2_5_VL",
-    "VtcInternVLHfChat": "lmms_eval.models.chat.internvl_hf.InternVLHf",
-}
-
-_MODELS = {
-    "vtc_llava_hf": ("VtcLlavaHf", "VtcLlavaHfChat"),
-    "vtc_llava_onevision": ("VtcLlavaHf", "VtcLlavaHfChat"),
-    "vtc_qwen2_5_vl": ("VtcQwen2_5_VL", "VtcQwen2_5_VLChat"),
-    "vtc_internvl_hf": (None, "VtcInternVLHfChat"),
-}
-"""Name for ``--model`` to classes without and with a chat template."""
-
 
 def manifests() -> list[Any]:
-    """What lmms-eval's registry wants to know of every model; the payload of the entry point."""
+    """Describe every model to lmms-eval's registry; the payload of the entry point."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    def path(name: str | None) -> str | None:
-        return None if name is None else f"{__name__}.{name}"
+    def path(base: str | None) -> str | None:
+        return None if base is None else f"{__name__}.{_name(base)}"
 
     return [
-        ModelManifest(model_id=model, simple_class_path=path(simple), chat_class_path=path(chat))
-        for model, (simple, chat) in _MODELS.items()
+        ModelManifest(model_id=_PREFIX + model, simple_class_path=path(simple), chat_class_path=path(chat))
+        for model, simple, chat in _models()
     ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _BASES:
+    bases = {_name(base): base for _, *bases in _models() for base in bases if base is not None}
+    if name not in bases:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _class(name)
+    return _class(bases[name])
+
+
+def _models() -> list[tuple[str, str | None, str | None]]:
+    """List the name of every model, and the paths of lmms-eval's classes without and with a chat template."""
+    adapters = registry.adapters().values()
+    return list(dict.fromkeys(adapter.lmms_eval for adapter in adapters if adapter.lmms_eval is not None))
+
+
+def _name(base: str) -> str:
+    """Name the compressed class over the class at this path: ``chat.llava_hf.LlavaHf`` has ``VtcLlavaHfChat``."""
+    kind, _, name = base.split(".")
+    return f"Vtc{name}{'Chat' if kind == 'chat' else ''}"
 
 
 @functools.cache
-def _class(name: str) -> type:
-    module, _, base = _BASES[name].rpartition(".")
-    return type(name, (_Compressed, getattr(importlib.import_module(module), base)), {"__module__": __name__})
+def _class(base: str) -> type:
+    module, _, name = f"lmms_eval.models.{base}".rpartition(".")
+    theirs = getattr(importlib.import_module(module), name)
+    return type(_name(base), (_Compressed, theirs), {"__module__": __name__})
 
 
 def compression(arguments: Mapping[str, Any]) -> tuple[CompressionConfig | None, dict[str, Any]]:
-    """Model arguments parted into a configuration of `vtc` (None: all tokens) and those of lmms-eval.
+    """Divide model arguments into a configuration of `vtc` (None: all tokens) and those of lmms-eval.
 
     ``vtc_method``, ``vtc_keep_ratio``, ``vtc_keep_tokens``, ``vtc_positions``, ``vtc_structural`` and ``vtc_seed`` are
     the arguments of `vtc.compress`; any other ``vtc_NAME`` is an option of the method, its value read as JSON where it
@@ -100,7 +97,7 @@ def compression(arguments: Mapping[str, Any]) -> tuple[CompressionConfig | None,
 
 
 def _parsed(value: Any) -> Any:
-    """A list or mapping; lmms-eval leaves these as text and turns numbers and booleans into what they are."""
+    """Parse a list or mapping, which lmms-eval leaves as text; numbers and booleans it converts itself."""
     if not isinstance(value, str):
         return value
     try:
@@ -111,7 +108,7 @@ def _parsed(value: Any) -> Any:
 
 @dataclass
 class _Tally:
-    """What was kept of all prompts with images or videos, and what went wrong."""
+    """Count what was kept of all prompts with images or videos, and collect errors."""
 
     config: CompressionConfig
     prompts: int = 0
@@ -127,7 +124,7 @@ class _Tally:
         self.selecting.append(report.selector_ms / len(report.lengths_before))
 
     def figures(self) -> dict[str, float]:
-        """For lmms-eval's table of results; tokens and milliseconds of one prompt."""
+        """Return the figures for lmms-eval's table of results; tokens and milliseconds are per prompt."""
         before, kept = sum(self.before), sum(self.kept)
         return {
             "vtc_prompts": self.prompts,
@@ -138,20 +135,20 @@ class _Tally:
         }
 
     def __str__(self) -> str:
-        told = {name: value for name, value in self.config.to_dict().items() if value is not None and name != "version"}
-        what = ", ".join(f"{name}={value}" for name, value in told.items() if value != {})
+        items = self.config.to_dict().items()
+        what = ", ".join(f"{name}={value}" for name, value in items if value not in (None, {}) and name != "version")
         if not self.prompts:
             return f"vtc: {what}: no prompt with an image or a video was answered"
-        made = self.figures()
+        figures = self.figures()
         return (
-            f"vtc: {what}: kept {made['vtc_visual_tokens_kept']:.1f} of {made['vtc_visual_tokens_before']:.1f} visual "
-            f"tokens per prompt ({100 * made['vtc_kept_share']:.1f} %, mean over the decoder's layers) in "
-            f"{self.prompts} prompts, selecting took {made['vtc_selecting_ms']:.2f} ms (median)"
+            f"vtc: {what}: kept {figures['vtc_visual_tokens_kept']:.1f} of {figures['vtc_visual_tokens_before']:.1f} "
+            f"visual tokens per prompt ({100 * figures['vtc_kept_share']:.1f} %, mean over the decoder's layers) in "
+            f"{self.prompts} prompts, selecting took {figures['vtc_selecting_ms']:.2f} ms (median)"
         )
 
 
 class _Compressed:
-    """Laid over a class of lmms-eval: compresses its model, and tells what was kept."""
+    """Mixin over a class of lmms-eval: compresses its model and logs what was kept."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config, others = compression(kwargs)  # before the model is loaded, which may take minutes
@@ -160,14 +157,14 @@ class _Compressed:
         if self._tally is not None:
             model = self.model  # type: ignore[attr-defined]
             api.compress(model, self._tally.config)
-            _watch(model, self._tally)
+            _count(model, self._tally)
 
     def generate_until(self, requests: Sequence[Any]) -> Any:
         answers = super().generate_until(requests)  # type: ignore[misc]
-        self._tell()
+        self._log()
         return answers
 
-    def _tell(self) -> None:
+    def _log(self) -> None:
         from lmms_eval.models.model_utils.gen_metrics import log_metrics
         from loguru import logger
 
@@ -176,7 +173,7 @@ class _Compressed:
             logger.info("vtc: no vtc_method among the model arguments, so all visual tokens were kept")
             return
         logger.info(str(tally))
-        if tally.prompts:  # nothing was timed here: these figures are for the results file
+        if tally.prompts:  # the zeros are required arguments: only our figures are meant for the results file
             log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=tally.figures())
         # Several of lmms-eval's classes log an error of generate() and go on with an empty answer.
         for failure in tally.failures:
@@ -189,15 +186,15 @@ class _Compressed:
             )
 
 
-def _watch(model: Any, tally: _Tally) -> None:
-    """Look at the report after every call of `model.generate` with an image or a video.
+def _count(model: Any, tally: _Tally) -> None:
+    """Add the report of every call of `model.generate` with an image or a video to `tally`.
 
-    After an error of ours no further prompt is tried: it would be swallowed, and the score of the rest mean nothing.
+    After an error of vtc no further prompt is tried: lmms-eval would swallow it, and the scores would mean nothing.
     """
     generate = model.generate
 
     @functools.wraps(generate)
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         if tally.failures and isinstance(tally.failures[-1], VtcError):
             raise tally.failures[-1]
         try:
@@ -209,4 +206,4 @@ def _watch(model: Any, tally: _Tally) -> None:
             tally.add(api.report(model))
         return output
 
-    model.generate = watched
+    model.generate = counted

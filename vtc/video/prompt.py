@@ -46,18 +46,18 @@ class VideoPrompt:
         adapter = self.engine.adapter
         video_token, worker = (getattr(self.processor, name, None) for name in ("video_token", "video_processor"))
         self.as_images = "video" not in adapter.modalities
-        known = not self.as_images or adapter.config.model_type == "internvl"
+        known = not self.as_images or adapter.video_as_images
         if not known or worker is None or not video_token:
             raise UnsupportedModelError(
                 f"{adapter.config.model_type} with {type(self.processor).__name__} takes no videos; see the column "
                 "'inputs' of `vtc models`"
             )
         self.worker: Any = worker
-        self.token: str = self.processor.image_token if self.as_images else video_token
         token_id = adapter.token_id("image" if self.as_images else "video")
         if token_id is None:
             raise UnsupportedModelError(f"{adapter.config.model_type} does not say which token stands for a video")
         self.token_id: int = token_id
+        self.token: str = self.processor.tokenizer.convert_ids_to_tokens(token_id)
         self.join = int(getattr(worker, "temporal_patch_size", 1) or 1)
 
     def metadata(self, frames: Sequence[int]) -> VideoMetadata:

@@ -1,7 +1,7 @@
 """Values of patches arrive at the tokens that the patches become: windows, merges, pixel shuffle, tiles, pooling.
 
 The tower's attention is silenced, which makes every feature a function of its own patches alone. Changing one pixel
-then changes just the tokens that its patch went into, and those are where `arrange` must put the patch's value.
+then changes just the tokens that its patch went into, and that is where `patches_to_tokens` must put its value.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def test_a_patch_arrives_where_its_pixels_do(family: tiny.Family) -> None:
         prefix = adapter.prefix_tokens(modality)
         touched = (before != now).any(dim=-1)
         touched = (touched[None] if touched.ndim == 1 else touched)[:, prefix:]
-        arranged = adapter.arrange(modality, {name: pixels, **call}, touched[..., None].float())
-        assert arranged.shape == (len(plain), 1)
+        values = adapter.patches_to_tokens(modality, {name: pixels, **call}, touched[..., None].float())
+        assert values.shape == (len(plain), 1)
         expected = (plain != after).any(dim=-1)
-        assert torch.equal(arranged[:, 0] > 0, expected)
+        assert torch.equal(values[:, 0] > 0, expected)
         arrived += int(expected.any())
