@@ -6,15 +6,24 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    GemmaConfig,
+    Glm4vConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PhiConfig,
     Qwen2Config,
     Qwen2VLConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
     Qwen3VLConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from vtc.config import CompressionConfig
@@ -24,6 +33,41 @@ from vtc.report.flops import DecoderShape
 from vtc.report.report import Report, SegmentReport
 
 VICUNA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+
+
+COUNTED = (
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    GemmaConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    SmolLM3Config,
+    PhiConfig,
+    Starcoder2Config,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    Glm4vConfig,
+)
+
+
+def tiny_text(config_class):
+    """A model's configuration with a decoder of two layers."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    }
+    if config_class is Glm4vConfig:
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+        tower = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 8, "out_hidden_size": 32}
+        return Glm4vConfig(text_config={**sizes, "rope_parameters": rope}, vision_config=tower)
+    return config_class(**sizes, **({"head_dim": 16} if config_class is Gemma3TextConfig else {}))
 
 
 def layer_macs(config, n, layer=0):
@@ -125,48 +169,44 @@ class TestFlops:
         shape = DecoderShape.from_config(config)
         assert [layer.mlp_macs for layer in shape.layers] == [dense, sparse, dense, dense]
 
-    @pytest.mark.parametrize(
-        "config",
-        [
-            LlamaConfig(
-                hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=64
-            ),
-            Qwen2Config(
-                hidden_size=32,
-                intermediate_size=48,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                num_hidden_layers=2,
-                vocab_size=64,
-            ),
-            Gemma3TextConfig(
-                hidden_size=32,
-                intermediate_size=48,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=16,
-                num_hidden_layers=2,
-                vocab_size=64,
-            ),
-            PhiConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=64),
-        ],
-        ids=lambda config: config.model_type,
-    )
-    def test_formula_equals_the_flops_torch_counts_in_the_real_model(self, config):
+    @pytest.mark.parametrize("config_class", COUNTED, ids=lambda config_class: config_class.model_type)
+    def test_formula_equals_the_flops_torch_counts_in_the_real_model(self, config_class):
         from torch.utils.flop_counter import FlopCounterMode
 
-        config._attn_implementation = "eager"  # one dense matrix product for scores, one for values
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        config = tiny_text(config_class)
+        if config_class is Glm4vConfig:
+            model = transformers.Glm4vForConditionalGeneration(config)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        # One dense matrix product for scores and one for values; experts one by one.
+        model.eval().set_attn_implementation("eager")
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
-            model(input_ids=torch.zeros(1, 7, dtype=torch.long), logits_to_keep=1, use_cache=False)
+            model(input_ids=torch.arange(7)[None], logits_to_keep=1, use_cache=False)
         # The rotary table is a product of a (head_dim/2, 1) by a (1, n) matrix: no part of the formula.
-        rotary = _rotary_flops(model, n=7)
-        assert counter.get_total_flops() - rotary == DecoderShape.from_config(config).prefill_flops(7)
+        rotary = _rotary_flops(model.get_decoder(), n=7)
+        shape = DecoderShape.from_config(config.get_text_config())
+        assert counter.get_total_flops() - rotary == shape.prefill_flops(7)
 
     def test_unknown_architecture_is_named(self):
-        with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*known for:.*llama"):
+        with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*covers decoders"):
             DecoderShape.from_config(transformers.GPT2Config())
+
+    @pytest.mark.parametrize("config_class", [Phi3Config, DeepseekV3Config, Gemma3nTextConfig])
+    def test_layers_of_other_matrices_are_refused(self, config_class):
+        # Queries, keys and values of one matrix; of low rank; further matrices beside attention and MLP.
+        with pytest.raises(UnsupportedModelError, match=config_class.model_type):
+            DecoderShape.from_config(config_class())
+
+    def test_reading_the_shape_leaves_no_trace(self):
+        config = LlamaConfig(num_hidden_layers=1, dtype="bfloat16", quantization_config={"bits": 4})
+        before, state = config.to_dict(), torch.get_rng_state()
+        DecoderShape.from_config(config)
+        assert config.to_dict() == before
+        assert config._attn_implementation_internal is None
+        assert torch.equal(torch.get_rng_state(), state)
 
     def test_layers_that_are_not_attention_are_named(self):
         config = Qwen2Config(num_hidden_layers=2)
@@ -175,14 +215,16 @@ class TestFlops:
             DecoderShape.from_config(config)
 
 
-def _rotary_flops(model, n):
+def _rotary_flops(decoder, n):
     from torch.utils.flop_counter import FlopCounterMode
 
     total = 0
-    for module in model.modules():
+    for module in decoder.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
-            positions, x = torch.arange(n)[None], torch.zeros(1, n, model.config.hidden_size)
-            kinds = [None] if type(module).__name__ != "Gemma3RotaryEmbedding" else list(set(model.config.layer_types))
+            positions, x = torch.arange(n)[None], torch.zeros(1, n, decoder.config.hidden_size)
+            if hasattr(module, "mrope_section"):  # time, height and width
+                positions = positions.expand(3, 1, n)
+            kinds = [None] if type(module).__name__ != "Gemma3RotaryEmbedding" else set(decoder.config.layer_types)
             counter = FlopCounterMode(display=False)
             with torch.no_grad(), counter:
                 for kind in kinds:

@@ -11,44 +11,27 @@ Conventions
 * Vision tower and projector are not counted. Compression leaves them as they are.
 
 For multi-head attention and a plain two-matrix MLP one layer costs ``4nd^2 + 2n^2d + 2ndm`` MACs, with a gated MLP
-``4nd^2 + 2n^2d + 3ndm`` (FastV, arXiv 2403.06764, section 4.2 writes the former).
-
-Papers that count otherwise have a function of their own: `llm_viewer_prefill_flops`.
+``4nd^2 + 2n^2d + 3ndm`` (FastV, arXiv 2403.06764, section 4.2 writes the former). Which matrices a layer has is read
+from the decoder that transformers builds from the configuration, without memory for its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vtc.errors import ConfigError, UnsupportedModelError
+import torch
+from torch import nn
+
+from vtc.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FLOPS_PER_MAC = 2
-
-# Text configurations whose MLP is down(act(gate(x)) * up(x)): three matrices.
-_GATED_MLP = frozenset(
-    {
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen2_5_vl_text",
-        "qwen2_vl_text",
-        "qwen3",
-        "qwen3_vl_text",
-        "smollm3",
-    }
-)
-# Text configurations whose MLP is down(act(up(x))): two matrices.
-_PLAIN_MLP = frozenset({"phi", "starcoder2"})
-# Mixtures of experts with a gated expert and no shared expert.
-_MIXTURE = frozenset({"mixtral", "qwen3_moe", "qwen3_vl_moe_text"})
 
 
 @dataclass(frozen=True)
@@ -81,8 +64,8 @@ class LayerShape:
         return n * (self.attention_macs + self.mlp_macs) + 2 * n * reach * self.query_width
 
     def cached_values(self, n: int) -> int:
-        """Numbers (keys and values together) that this layer's cache holds after `n` tokens of one row."""
-        # A sliding layer's dynamic cache keeps the window without the token to come.
+        """Count the numbers (keys and values together) in this layer's cache after `n` tokens of one row."""
+        # A sliding layer's dynamic cache keeps the window without the next token.
         held = n if self.window is None else min(n, self.window - 1)
         return 2 * held * self.kv_width
 
@@ -113,26 +96,19 @@ class DecoderShape:
         Raises
         ------
         UnsupportedModelError
-            The configuration belongs to an architecture whose arithmetic this module does not know, or has layers
-            (linear attention, convolution) whose cost is not that of attention.
+            transformers builds no decoder from the configuration, or one with layers (linear attention, convolution)
+            or matrices that the formula does not cover.
         """
-        mlp_macs = _mlp_macs_per_layer(text_config)
-        d = text_config.hidden_size
-        heads = text_config.num_attention_heads
-        kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
-        head_dim = getattr(text_config, "head_dim", None) or d // heads
-        query_width, kv_width = heads * head_dim, kv_heads * head_dim
-        layers = tuple(
-            LayerShape(
-                attention_macs=2 * d * query_width + 2 * d * kv_width,
-                mlp_macs=mlp,
-                query_width=query_width,
-                kv_width=kv_width,
-                window=window,
-            )
-            for mlp, window in zip(mlp_macs, _windows(text_config), strict=True)
+        windows = _windows(text_config)
+        settings = text_config.to_dict()
+        for name in ("dtype", "quantization_config"):  # transformers builds in a dtype by changing torch's default
+            settings.pop(name, None)
+        config_class: Any = type(text_config)
+        matrices = _matrices(config_class, json.dumps(settings, sort_keys=True, default=str))
+        return cls(
+            layers=tuple(LayerShape(*sizes, window) for sizes, window in zip(matrices, windows, strict=True)),
+            head_macs=text_config.hidden_size * text_config.vocab_size,
         )
-        return cls(layers=layers, head_macs=d * text_config.vocab_size)
 
     def layer_flops(self, layer: int, n: int) -> int:
         """FLOPs of decoder layer `layer` on a prefill of `n` tokens of one row."""
@@ -147,74 +123,77 @@ class DecoderShape:
         return sum(self.layer_flops(i, n) for i in range(len(self.layers))) + self.head_flops()
 
 
-def llm_viewer_prefill_flops(text_config: PreTrainedConfig, tokens_per_layer: Sequence[int]) -> int:
-    """FLOPs of a prefill in the convention of LLM-Viewer, for comparison with papers that used it (AIM, 2412.03248).
+@functools.lru_cache(maxsize=32)
+def _matrices(config_class: Any, settings: str) -> tuple[tuple[int, int, int, int], ...]:
+    """Return what `_layer_matrices` finds in every layer of the decoder with these settings."""
+    from transformers import AutoModel
 
-    Unlike `DecoderShape` it also counts what is linear in the tokens: five operations per entry of the softmax, seven
-    per value of each norm, one per value of each addition and two of the activation; it counts one, not two, per weight
-    of the head. Reproduces the tool exactly for Qwen2 and LLaMA, where its description of Qwen2 leaves out one of the
-    two residual additions.
+    config = config_class.from_dict(json.loads(settings))
+    try:
+        with torch.device("meta"):
+            decoder: Any = AutoModel.from_config(config, attn_implementation="eager")
+    except ValueError as error:  # not an architecture of transformers
+        raise _unsupported(config) from error
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise _unsupported(config)
+    return tuple(_layer_matrices(config, layer) for layer in decoder.layers)
 
-    Parameters
-    ----------
-    text_config : transformers.PreTrainedConfig
-        Of a decoder with a gated MLP.
-    tokens_per_layer : sequence of int
-        Tokens of one row that every layer sees.
+
+def _layer_matrices(config: Any, layer: nn.Module) -> tuple[int, int, int, int]:
+    """Return MACs per token of a layer's attention projections and of its MLP, and its query and key-value width.
 
     Raises
     ------
     UnsupportedModelError
-        The decoder is of an unknown kind, or has no gated MLP.
-    ConfigError
-        There are not as many numbers as layers.
+        The layer is more or other than four projections and one MLP, or mixture of experts.
     """
-    config: Any = text_config
-    if config.model_type not in _GATED_MLP:
-        raise UnsupportedModelError(
-            f"LLM-Viewer's convention is known for decoders with a gated MLP ({', '.join(sorted(_GATED_MLP))}), got "
-            f"{config.model_type!r}."
-        )
-    shape = DecoderShape.from_config(text_config)
-    if len(tokens_per_layer) != len(shape.layers):
-        raise ConfigError(f"Got {len(tokens_per_layer)} token counts for {len(shape.layers)} layers.")
     d, heads = config.hidden_size, config.num_attention_heads
-    additions = 1 if config.model_type.startswith("qwen2") else 2
-    linear = (14 + additions + 2) * d
-    layers = (
-        FLOPS_PER_MAC * layer.macs(n) + 5 * heads * n * n + linear * n
-        for layer, n in zip(shape.layers, tokens_per_layer, strict=True)
-    )
-    return sum(layers) + shape.head_macs
-
-
-def _mlp_macs_per_layer(config: Any) -> list[int]:
-    """MACs per token of every layer's MLP."""
-    depth, d = config.num_hidden_layers, config.hidden_size
-    if config.model_type in _GATED_MLP:
-        return [3 * d * config.intermediate_size] * depth
-    if config.model_type in _PLAIN_MLP:
-        return [2 * d * config.intermediate_size] * depth
-    if config.model_type == "mixtral":
-        active = d * config.num_local_experts + config.num_experts_per_tok * 3 * d * config.intermediate_size
-        return [active] * depth
-    if config.model_type in _MIXTURE:
-        active = d * config.num_experts + config.num_experts_per_tok * 3 * d * config.moe_intermediate_size
-        dense = 3 * d * config.intermediate_size
-        return [active if _is_sparse(config, i) else dense for i in range(depth)]
-    known = ", ".join(sorted(_GATED_MLP | _PLAIN_MLP | _MIXTURE))
-    raise UnsupportedModelError(
-        f"The FLOPs of a text model of type {config.model_type!r} were asked for; the formula is known for: {known}."
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or d // heads
+    query, kv = heads * head_dim, kv_heads * head_dim
+    parts = {name: dict(_weights(module)) for name, module in layer.named_children()}
+    parts = {name: weights for name, weights in parts.items() if weights}
+    attention = parts.pop("self_attn", {})
+    shapes = {name: tuple(weight.shape) for name, weight in attention.items()}
+    projections = {"q_proj.weight": (query, d), "k_proj.weight": (kv, d), "v_proj.weight": (kv, d)}
+    if len(shapes) != 4 or not projections.items() <= shapes.items() or (d, query) not in shapes.values():
+        raise _unsupported(config)
+    if len(parts) != 1 or any(isinstance(module, nn.ModuleList) for module in layer.modules()):
+        raise _unsupported(config)
+    (mlp,) = parts.values()
+    return (
+        sum(weight.numel() for weight in attention.values()),
+        sum(_macs_per_token(config, weight) for weight in mlp.values()),
+        query,
+        kv,
     )
 
 
-def _is_sparse(config: Any, layer: int) -> bool:
-    """Whether layer `layer` of a Qwen3 mixture is one of experts (the others have a dense MLP)."""
-    return layer not in (config.mlp_only_layers or ()) and (layer + 1) % config.decoder_sparse_step == 0
+def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the matrices of a module, and its stacks of matrices, which are those of experts."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.dim() > 1)
+
+
+def _macs_per_token(config: Any, weight: torch.Tensor) -> int:
+    """Count a matrix whole, and of a stack of experts' matrices those that a token is sent to."""
+    if weight.dim() == 2:
+        return weight.numel()
+    if weight.dim() != 3 or not getattr(config, "num_experts_per_tok", None):
+        raise _unsupported(config)
+    active: int = config.num_experts_per_tok
+    return active * weight[0].numel()
+
+
+def _unsupported(config: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The FLOPs of a text model of type {config.model_type!r} were asked for; the formula covers decoders of "
+        "transformers whose layers have a query, a key, a value and an output projection and one MLP or mixture of "
+        "experts."
+    )
 
 
 def _windows(config: Any) -> list[int | None]:
-    """Sliding window of every layer, None where attention is full."""
+    """Return the sliding window of every layer, None where attention is full."""
     depth = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
