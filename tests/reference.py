@@ -34,10 +34,15 @@ def text_model(model: Any) -> Any:
     return model.get_base_model().get_decoder() if hasattr(model, "get_base_model") else model.get_decoder()
 
 
+def placeholder_id(model: Any, modality: str) -> int:
+    """Token id that stands for an image (or a video) in prompts that have no other visuals."""
+    # GLM-4.1V has one for both; its `video_token_id` is never in a prompt.
+    return getattr(model.config, f"{'image' if model.config.model_type == 'glm4v' else modality}_token_id")
+
+
 def placeholder_columns(model: Any, input_ids: Tensor, row: int, modality: str) -> Tensor:
     """Columns of a row that hold image (or video) tokens, in order."""
-    token_id = getattr(model.config, f"{modality}_token_id")
-    return (input_ids[row] == token_id).nonzero().flatten()
+    return (input_ids[row] == placeholder_id(model, modality)).nonzero().flatten()
 
 
 def merged_embeddings(model: Any, inputs: Inputs) -> Tensor:

@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor
 
 VOCAB, PAD, BOS, VISION_START, VISION_END, VIDEO, IMAGE = 300, 0, 1, 296, 297, 298, 299
+VIDEO_START, VIDEO_END = 292, 293
 """Token ids shared by all tiny models; ordinary text is drawn from 3..289."""
 
 HIDDEN = 64
@@ -164,13 +165,18 @@ class ProbedVisuals(Visuals):
 
 @dataclass(frozen=True)
 class GridVisuals(Visuals):
-    """Qwen-VL: a packed patch list and one `(t, h, w)` grid per visual; `split`: two text tokens before each frame."""
+    """Qwen-VL: a packed patch list and one `(t, h, w)` grid per visual.
+
+    `split`: two text tokens before each frame; `ends`: tokens around the visual.
+    """
 
     grids: tuple[tuple[int, int, int], ...]
+    video: bool = False
     token_id: int = IMAGE
     merge: int = 2
     patch_dim: int = 3 * 2 * 4 * 4
     split: bool = False
+    ends: tuple[int, ...] = ()
 
     def layout(self, model: Any, size: int, alone: bool, text: Callable[[int], list[int]]) -> list[int]:
         frames, height, width = self.grids[size % len(self.grids)]
@@ -178,12 +184,12 @@ class GridVisuals(Visuals):
         ids: list[int] = []
         for _ in range(frames):
             ids += (text(2) if self.split else []) + per_frame
-        return ids
+        return [*self.ends[:1], *ids, *self.ends[1:]]
 
     def tensors(self, size: int, generator: torch.Generator) -> Inputs:
         grid = torch.tensor([self.grids[size % len(self.grids)]])
         patches = torch.randn(int(grid.prod()), self.patch_dim, generator=generator)
-        if self.token_id == VIDEO:
+        if self.video:
             return {"pixel_values_videos": patches, "video_grid_thw": grid}
         return {"pixel_values": patches, "image_grid_thw": grid}
 
@@ -370,6 +376,17 @@ def _qwen3_5() -> Any:
     )
 
 
+def _glm4v() -> Any:
+    return transformers.Glm4vConfig(
+        text_config=_text(rope_parameters=_qwen_rope()),
+        vision_config=_qwen_tower(depth=3, hidden_size=32, intermediate_size=48, out_hidden_size=HIDDEN, image_size=32),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        video_start_token_id=VIDEO_START,
+        video_end_token_id=VIDEO_END,
+    )
+
+
 def _internvl(image_size: int = 32) -> Any:
     return transformers.InternVLConfig(
         vision_config=_tower(4, image_size=[image_size] * 2, patch_size=[4, 4], initializer_range=INIT),
@@ -425,10 +442,15 @@ def _mm_token_types(ids: Tensor) -> Inputs:
     return {"mm_token_type_ids": ((ids == IMAGE) + 2 * (ids == VIDEO)).int()}
 
 
-_TILES_VIDEO = ProbedVisuals(shapes=((5, 3, 32, 32), (3, 3, 32, 32)), token_id=VIDEO)
+def _glm_token_types(ids: Tensor) -> Inputs:
+    inside = (ids == VIDEO_START).cumsum(dim=1) > (ids == VIDEO_END).cumsum(dim=1)
+    return {"mm_token_type_ids": ((ids == IMAGE) * (1 + inside.int())).int()}
+
+
 _QWEN_IMAGES = GridVisuals(((1, 8, 8), (1, 4, 8), (1, 8, 6)))
 _QWEN_LARGE = GridVisuals(((1, 36, 36),))
-_QWEN_VIDEOS = GridVisuals(((2, 4, 8), (3, 4, 4), (2, 4, 4)), token_id=VIDEO)
+_QWEN_VIDEOS = GridVisuals(((2, 4, 8), (3, 4, 4), (2, 4, 4)), video=True, token_id=VIDEO)
+_GLM_VIDEOS = dataclasses.replace(_QWEN_VIDEOS, token_id=IMAGE, split=True, ends=(VIDEO_START, VIDEO_END))
 
 
 def _anyres(**changes: Any) -> ProbedVisuals:
@@ -472,6 +494,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_5_vl": Architecture("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, _QWEN_BOTH, _mm_token_types),
     "qwen3_vl": Architecture("Qwen3VLForConditionalGeneration", _qwen3_vl, _QWEN_SPLIT, _mm_token_types),
     "qwen3_5": Architecture("Qwen3_5ForConditionalGeneration", _qwen3_5, _QWEN_SPLIT, _mm_token_types),
+    # Two architectures, as transformers refuses images and videos in one batch: they have one placeholder.
+    "glm4v": Architecture("Glm4vForConditionalGeneration", _glm4v, {"image": _QWEN_IMAGES}, _glm_token_types),
+    "glm4v_video": Architecture("Glm4vForConditionalGeneration", _glm4v, {"video": _GLM_VIDEOS}, _glm_token_types),
     "internvl": Architecture("InternVLForConditionalGeneration", _internvl, {"image": FixedVisuals(16)}),
     "llava_large": Architecture(
         "LlavaForConditionalGeneration",
@@ -578,6 +603,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen2_5_vl_video", "qwen2_5_vl", "video"),
     Family("qwen3_vl", "qwen3_vl"),
     Family("qwen3_vl_video", "qwen3_vl", "video"),
+    Family("glm4v", "glm4v"),
+    Family("glm4v_video", "glm4v_video", "video"),
     Family("internvl", "internvl", cls=True),
     Family("internvl_tiles", "internvl_tiles", cls=True),
     Family("idefics3", "idefics3"),

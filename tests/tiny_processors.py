@@ -32,6 +32,7 @@ VIDEO_FAMILIES = (
     "qwen2_5_vl_video",
     "qwen3_vl_video",
     "qwen3_5",
+    "glm4v_video",
     "internvl",
 )
 """Names of `tests.tiny.FAMILIES` whose models take videos."""
@@ -43,6 +44,8 @@ def tokenizer(image: str = "<image>", video: str = "<video>", **roles: str) -> A
     words[:4] = "<pad>", "<s>", "</s>", "<unk>"
     words[10 : 10 + len(WORDS)] = WORDS
     named = {290: "<img>", 291: "</img>", tiny.VISION_START: "<|vision_start|>", tiny.VISION_END: "<|vision_end|>"}
+    named |= {tiny.VIDEO_START: "<|begin_of_video|>", tiny.VIDEO_END: "<|end_of_video|>"}
+    named |= {294: "<|begin_of_image|>", 295: "<|end_of_image|>"}
     named |= {tiny.VIDEO: video, tiny.IMAGE: image}
     for index, word in named.items():
         words[index] = word
@@ -67,6 +70,8 @@ def processor(family: str) -> Any:
     kind = tiny.family(family).architecture
     if kind.startswith("qwen"):
         return _qwen(kind)
+    if kind == "glm4v_video":
+        return _glm4v()
     if kind == "internvl":
         return _internvl()
     words = tokenizer()
@@ -115,6 +120,19 @@ def _qwen(kind: str) -> Any:
         video_processor=videos(**QWEN, size=size),
         tokenizer=tokenizer(image, video),
         chat_template=template(*wrapped),
+    )
+
+
+def _glm4v() -> Any:
+    image, video = "<|image|>", "<|video|>"
+    size = {"shortest_edge": 64, "longest_edge": 32 * 32 * 64}
+    return transformers.Glm4vProcessor(
+        image_processor=transformers.Glm4vImageProcessor(**QWEN, size=size),
+        video_processor=transformers.Glm4vVideoProcessor(**QWEN, size=size),
+        tokenizer=tokenizer(image, video),
+        chat_template=template(
+            f"<|begin_of_image|>{image}<|end_of_image|>", f"<|begin_of_video|>{video}<|end_of_video|>"
+        ),
     )
 
 

@@ -80,6 +80,9 @@ def processors() -> dict[str, Any]:
         "qwen2_5_vl": transformers.Qwen2VLImageProcessor(
             patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 48 * 48}
         ),
+        "glm4v": transformers.Glm4vImageProcessor(
+            patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 2 * 48 * 48}
+        ),
         "internvl_tiles": transformers.GotOcr2ImageProcessor(**square, crop_to_patches=True, max_patches=6),
         "idefics3": transformers.Idefics3ImageProcessor(**tiles),
         "gemma3": transformers.Gemma3ImageProcessor(**square),
@@ -110,7 +113,7 @@ SPOTS = [(80, 48), (70, 20), (125, 100)]
 
 
 @pytest.mark.parametrize("spot", SPOTS, ids=str)
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "glm4v", "gemma3"])
 def test_one_view_is_drawn_where_its_pixels_are(family: str, spot: tuple[int, int]) -> None:
     image = picture(*spot)
     report = reported(family, image, keep_tokens=1)

@@ -117,8 +117,7 @@ class Prompt:
         self.visual: torch.Tensor = torch.zeros_like(ids, dtype=torch.bool)
         self.valid = torch.zeros_like(self.visual)  # filled as the columns come
         for modality, call in encoded.items():
-            token = adapter.token_id(modality)
-            where = torch.zeros_like(self.visual) if token is None else ids == token
+            where = adapter.placeholders(ids, modality)
             self.visual |= where
             self.segments += _cut(where, call)
         order: dict[int, int] = {}
