@@ -21,7 +21,7 @@ PACKAGE = ROOT / "vtc"
 FORBIDDEN = {
     "selectors": {"transformers", "vtc.adapters", "vtc.api", "vtc.report"},
     "kernels": {"transformers", "vtc.adapters", "vtc.api", "vtc.report", "vtc.selectors"},
-    "adapters": {"vtc.api", "vtc.cli", "vtc.bench"},
+    "adapters": {"vtc.api", "vtc.bench", "vtc.cli", "vtc.engine", "vtc.report", "vtc.tuning", "vtc.video"},
     "core/context.py": {"transformers", "vtc.adapters", "vtc.selectors"},
     "core/selection.py": {"transformers", "vtc.adapters", "vtc.selectors"},
     "config.py": {"torch", "transformers", "vtc.adapters", "vtc.selectors"},
@@ -30,7 +30,8 @@ FORBIDDEN = {
     "functional.py": {"transformers", "vtc.adapters"},
     "registry.py": {"transformers"},
     "report/report.py": {"transformers", "vtc.adapters"},
-    "report/flops.py": {"vtc.adapters"},
+    "report/flops.py": {"vtc.adapters", "vtc.engine"},
+    "report/views.py": {"transformers", "vtc.adapters", "vtc.engine"},
 }
 
 
@@ -74,6 +75,13 @@ def test_arrows_point_one_way(part):
             if any(name == forbidden or name.startswith(f"{forbidden}.") for forbidden in FORBIDDEN[part])
         }
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("path", files_of("adapters"), ids=lambda path: path.stem)
+def test_families_are_listed_without_transformers(path):
+    statements = ast.parse(path.read_text(encoding="utf-8")).body
+    imports = [ast.unparse(node) for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [line for line in imports if "transformers" in line]
 
 
 def test_imports_are_read_whatever_their_form():

@@ -213,7 +213,7 @@ def test_each_range_of_layers_has_a_panel() -> None:
     assert titled.height == 64 + 20
 
 
-def test_merged_tokens_wear_the_colour_of_their_anchor() -> None:
+def test_merged_tokens_have_the_colour_of_their_anchor() -> None:
     assign = torch.tensor([0, 0, 1, -1])
     report = by_hand(((1, 2, 2),), ((None, Selection(4, torch.tensor([0, 2]), assign)),))
     pixels = np.asarray(vtc.visualize(report, grey(40, 40), size=40, titles=False)).astype(int)

@@ -1,1 +1,1 @@
-"""Reports: what was kept, what that saves, and pictures of it."""
+"""Reports of compressed calls: tokens kept, arithmetic saved, pictures."""

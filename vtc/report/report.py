@@ -1,4 +1,4 @@
-"""What one compressed call kept, and what that saves."""
+"""The report of one compressed call: tokens kept, arithmetic and cache saved."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class SegmentReport:
     tokens_before : int
         Tokens the language model would have seen, structural ones (newlines, separators) included.
     tokens_after : int
-        Tokens left behind the last stage, structural ones included.
+        Tokens that remain after the last stage, structural ones included.
     structural : int
         Structural tokens among `tokens_before`.
     grids : tuple of (int, int, int)
         (t, h, w) of every view, in token order.
     selections : tuple of (int or None, Selection)
-        Stage by stage the decoder layer (None: before the language model) and what was selected there. Each
-        selection speaks about the scorable tokens that entered its stage.
+        Stage by stage, the decoder layer (None: before the language model) and the selection made there. Each
+        selection indexes the scorable tokens that entered its stage.
     kept : torch.Tensor
-        (tokens_after,) long, ascending: the indices within the segment of the tokens left behind the last stage.
+        (tokens_after,) long, ascending: the indices within the segment of the tokens that remain after the last stage.
     """
 
     row: int
@@ -58,7 +58,7 @@ class SegmentReport:
     kept: torch.Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """The segment as plain JSON types."""
+        """Return the segment as plain JSON types."""
         return {
             "row": self.row,
             "index": self.index,
@@ -74,10 +74,10 @@ class SegmentReport:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Tokens, arithmetic and cache of the last compressed prefill, beside what they would have been without.
+    """Tokens, arithmetic and cache of the last compressed prefill, compared with the same prefill uncompressed.
 
     Built by :meth:`build`. Counts are of real tokens: padding is left out. FLOPs follow the conventions of
-    :mod:`vtc.report.flops` (one MAC is two FLOPs, the head once per row, vision tower and projector apart).
+    :mod:`vtc.report.flops` (one MAC is two FLOPs, the head once per row, without vision tower and projector).
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Report:
     versions : tuple of (str, str)
         Names and versions of vtc, torch and transformers.
     reused : tuple of str
-        What an earlier question about the same video had made already, so that this one did not pay for it.
+        Results of an earlier question about the same video that this one used again.
     """
 
     configs: tuple[CompressionConfig, ...]
@@ -177,7 +177,7 @@ class Report:
         try:
             shape, note = DecoderShape.from_config(text_config), None
         except UnsupportedModelError as error:
-            # What was kept is known all the same, so the report stands and says what it cannot say.
+            # The counts of tokens are valid without a formula; `flops_note` says why the rest is missing.
             shape, note = None, str(error)
 
         uncompressed = [lengths_before] * depth
@@ -201,12 +201,12 @@ class Report:
 
     @property
     def visual_tokens_before(self) -> int:
-        """Visual tokens of all segments as the prompt had them."""
+        """Visual tokens of all segments before compression."""
         return sum(segment.tokens_before for segment in self.segments)
 
     @property
     def visual_tokens_after(self) -> int:
-        """Visual tokens of all segments left behind the last stage."""
+        """Visual tokens of all segments after the last stage."""
         return sum(segment.tokens_after for segment in self.segments)
 
     @cached_property
@@ -241,7 +241,7 @@ class Report:
         return _total(self.kv_bytes_after)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types, derived figures included."""
+        """Return the report as plain JSON types, derived figures included."""
         return {
             "configs": [config.to_dict() for config in self.configs],
             "model_type": self.model_type,
@@ -334,7 +334,7 @@ def _described(config: CompressionConfig) -> str:
 
 
 def _layer_groups(values: Sequence[int]) -> list[tuple[str, int]]:
-    """Runs of equal values as ("layers 2-31", value)."""
+    """Group runs of equal values as ("layers 2-31", value)."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     ends = [*starts[1:], len(values)]
     return [
@@ -351,7 +351,7 @@ def _counted(label: str, before: int, after: int) -> tuple[str, str, str, str]:
 
 
 def _scaled(label: str, before: int, after: int, base: int, units: Sequence[str]) -> tuple[str, str, str, str]:
-    """One table row, both figures in the largest unit that keeps the first at one or more."""
+    """Make a table row, both figures in the largest unit in which the first is at least one."""
     power = 0
     while power + 1 < len(units) and before >= base ** (power + 1):
         power += 1
@@ -365,7 +365,7 @@ def _scaled(label: str, before: int, after: int, base: int, units: Sequence[str]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as text: first column to the left, figures to the right."""
+    """Format rows as text: first column aligned to the left, figures to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""Pictures of what was kept: panels, contact sheets and moving pictures."""
+"""Pictures of what was kept: panels, contact sheets and animations."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def visualize(
     index : int, optional
         Only this image or video of the row; `pictures` are then its own.
     processor : optional
-        The model's processor, asked whether it crops, pads or stretches. Without one: what the family's does.
+        The model's processor, which says whether it crops, pads or stretches. Without one, the family's default holds.
     fit : {"crop", "pad", "stretch"}, optional
-        Says so in its place. Families that tile pictures do as they do.
+        Overrides both. Without effect where a family cuts the picture into tiles.
     size : int
         Longer edge of a panel in pixels.
     columns : int, optional
-        Panels side by side; by default what is closest to a square for the frames of a video.
+        Panels side by side; by default about the square root of their number for the frames of a video.
     titles : bool
         Write above each panel what it shows.
     last : bool
@@ -117,7 +117,7 @@ def animation(
     size: int = 320,
     titles: bool = True,
 ) -> list[Image]:
-    """The frames of a video one after the other, ranges of decoder layers side by side; arguments as in `visualize`."""
+    """Draw the frames of a video one by one, ranges of decoder layers side by side; arguments as in `visualize`."""
     views, segments, images, states = _prepare(report, frames, row, index, processor, fit, size)
     return [
         _sheet(
@@ -170,7 +170,7 @@ def _prepare(
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What a range of decoder layers sees: per segment a selection of its scorable tokens."""
+    """The tokens that a range of decoder layers sees: per segment, a selection of its scorable tokens."""
 
     layers: str
     selections: tuple[Selection, ...]
@@ -189,7 +189,7 @@ def _states(segments: Sequence[SegmentReport], depth: int) -> list[_State]:
 
 
 def _at(segment: SegmentReport, layer: int) -> Selection:
-    """The stages up to `layer` as one selection."""
+    """Compose the stages up to `layer` into one selection."""
     whole = Selection.full(sum(math.prod(grid) for grid in segment.grids))
     for at, selection in segment.selections:
         if (at or 0) <= layer:
@@ -198,18 +198,15 @@ def _at(segment: SegmentReport, layer: int) -> Selection:
 
 
 def _on_cpu(selection: Selection) -> Selection:
-    parts = (selection.keep, selection.assign, selection.weight)
-    keep, assign, weight = (None if part is None else part.detach().cpu() for part in parts)
-    if keep is None:
-        raise InputError("a selection without indices cannot be drawn")
-    return Selection(selection.n, keep, assign, weight)
+    merged = (None if part is None else part.detach().cpu() for part in (selection.assign, selection.weight))
+    return Selection(selection.n, selection.keep.cpu(), *merged)
 
 
 # -------------------------------------------------------------------------------------------------------- drawing
 
 
 def _caption(view: View, segments: Sequence[SegmentReport], state: _State, layers: bool = True) -> tuple[str, ...]:
-    """What is written above a panel, the most important last."""
+    """Return the parts of the line above a panel, the most important last."""
     kept = total = 0
     for _, rows, across, segment, first in view.patches:
         kept += int(state.selections[segment].mask[first : first + rows * across].sum())
@@ -226,7 +223,7 @@ def _panel(
     size: int,
     caption: Sequence[str],
 ) -> Image:
-    """One view of one picture in one state."""
+    """Draw one view of one picture in one state."""
     from PIL import Image as Pillow
 
     picture = images[view.picture]
@@ -234,19 +231,19 @@ def _panel(
     width, height = (max(1, round(edge * scale)) for edge in picture.size)
     pixels = np.asarray(picture.resize((width, height), Pillow.Resampling.LANCZOS), dtype=np.float32)
     cells = np.full((height, width), -1)
-    looks: list[_Looks] = []
+    styles: list[_Style] = []
     offset = 0
     for box, rows, across, segment, first in view.patches:
         inside = _cells((height, width), tuple(edge * scale for edge in box), rows, across)
         cells = np.where(inside >= 0, inside + offset, cells)
-        looks.append(_Looks.of(state.selections[segment], first, rows * across))
+        styles.append(_Style.of(state.selections[segment], first, rows * across))
         offset += rows * across
-    drawn = _drawn(pixels, cells, _Looks.joined(looks))
+    drawn = _drawn(pixels, cells, _Style.joined(styles))
     return _titled(Pillow.fromarray(drawn.round().clip(0, 255).astype(np.uint8)), caption)
 
 
 def _cells(shape: tuple[int, int], box: Sequence[float], rows: int, across: int) -> np.ndarray[Any, Any]:
-    """(H, W): which cell of a grid in `box` each pixel lies in, -1 outside."""
+    """Return (H, W): the cell of a grid in `box` that each pixel lies in, -1 outside."""
     left, top, right, bottom = box
     y = np.floor((np.arange(shape[0]) + 0.5 - top) / (bottom - top) * rows).astype(int)
     x = np.floor((np.arange(shape[1]) + 0.5 - left) / (right - left) * across).astype(int)
@@ -255,46 +252,46 @@ def _cells(shape: tuple[int, int], box: Sequence[float], rows: int, across: int)
 
 
 @dataclass(frozen=True, eq=False)
-class _Looks:
-    """How n tokens are painted: `bright` those that stay, `tint` (n, 3) of merged and merging ones, where `tinted`."""
+class _Style:
+    """Colours of n tokens: `bright` the kept ones, `tint` (n, 3) of merged tokens and their anchors, where `tinted`."""
 
     bright: np.ndarray[Any, Any]
     tinted: np.ndarray[Any, Any]
     tint: np.ndarray[Any, Any]
 
     @classmethod
-    def of(cls, selection: Selection, first: int, count: int) -> _Looks:
+    def of(cls, selection: Selection, first: int, count: int) -> _Style:
         tokens = slice(first, first + count)
         bright = selection.mask[tokens].numpy()
         if selection.assign is None or not selection.k:
             return cls(bright, np.zeros(count, dtype=bool), np.zeros((count, 3), dtype=np.float32))
         slots = selection.assign[tokens].numpy()
-        crowded = selection.sizes.numpy() > 1
-        tinted = (slots >= 0) & crowded[slots.clip(min=0)]
+        merged = selection.sizes.numpy() > 1
+        tinted = (slots >= 0) & merged[slots.clip(min=0)]
         return cls(bright, tinted, _hues(slots.clip(min=0)))
 
     @classmethod
-    def joined(cls, parts: Sequence[_Looks]) -> _Looks:
+    def joined(cls, parts: Sequence[_Style]) -> _Style:
         names = ("bright", "tinted", "tint")
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def _hues(slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """(n, 3) colours, neighbours in number far apart in hue."""
+    """Return (n, 3) colours that differ clearly in hue between successive slots."""
     unique, back = np.unique(slots, return_inverse=True)
     colours = [colorsys.hsv_to_rgb((0.08 + 0.618034 * int(slot)) % 1, 0.85, 1.0) for slot in unique]
     return (255 * np.array(colours, dtype=np.float32))[back]
 
 
-def _drawn(pixels: np.ndarray[Any, Any], cells: np.ndarray[Any, Any], looks: _Looks) -> np.ndarray[Any, Any]:
+def _drawn(pixels: np.ndarray[Any, Any], cells: np.ndarray[Any, Any], style: _Style) -> np.ndarray[Any, Any]:
     grey = pixels.mean(axis=2, keepdims=True)
     dim = 0.28 * (0.4 * pixels + 0.6 * grey)
     seen, at = cells >= 0, cells.clip(min=0)
-    bright, tinted = looks.bright[at] & seen, looks.tinted[at] & seen
-    tint = looks.tint[at]
+    bright, tinted = style.bright[at] & seen, style.tinted[at] & seen
+    tint = style.tint[at]
     out = np.where(bright[..., None], pixels, dim)
     out = np.where((tinted & ~bright)[..., None], 0.6 * dim + 0.4 * tint, out)
-    # A line around what is kept; where tokens were merged into it, around every cell and in their colour.
+    # A line around each region of kept tokens; around every anchor, in the colour of the tokens merged into it.
     border = _border(bright)
     out = np.where(border[..., None], 0.5 * out + 0.5 * 255, out)
     anchors = bright & tinted & _border(np.where(bright, cells, -1))
@@ -304,7 +301,7 @@ def _drawn(pixels: np.ndarray[Any, Any], cells: np.ndarray[Any, Any], looks: _Lo
 
 
 def _border(region: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """(H, W) bool: pixels of a region (not False, not -1) that touch a pixel of another value."""
+    """Mark, as (H, W) bool, the pixels of a region (not False, not -1) that touch a pixel of another value."""
     inner = np.zeros(region.shape, dtype=bool)
     inner[:-1] |= region[:-1] != region[1:]
     inner[1:] |= region[1:] != region[:-1]
@@ -314,7 +311,7 @@ def _border(region: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _titled(panel: Image, parts: Sequence[str]) -> Image:
-    """With a line above it, in letters small enough for its width; where none are, of the last part alone."""
+    """Add a line above, in letters small enough for the panel's width; where none are, of the last part alone."""
     from PIL import Image as Pillow
     from PIL import ImageDraw
 
@@ -337,12 +334,12 @@ def _font(size: int) -> Any:
 
 
 def _sheet(panels: Sequence[Image], columns: int) -> Image:
-    """Panels in rows of `columns`, each row as high as its highest."""
+    """Lay panels out in rows of `columns`, each row as high as its highest panel."""
     rows = [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
-    return _stack([_beside(row) for row in rows])
+    return _stack([_side_by_side(row) for row in rows])
 
 
-def _beside(panels: Sequence[Image]) -> Image:
+def _side_by_side(panels: Sequence[Image]) -> Image:
     from PIL import Image as Pillow
 
     width = sum(panel.width for panel in panels) + _MARGIN * (len(panels) - 1)
