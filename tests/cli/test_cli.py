@@ -12,8 +12,8 @@ import transformers
 from PIL import Image
 
 import vtc
-from vtc.cli import app as cli
-from vtc.cli.app import main
+from vtc.cli import COMMANDS, inspect, main, methods
+from vtc.report.views import FITS
 
 TEMPLATE = (
     "<s>{% for message in messages %}{% for part in message['content'] %}"
@@ -211,7 +211,7 @@ class TestLists:
         ],
     )
     def test_places_of_several_stages_read_as_a_sentence(self, layers, text):
-        assert cli._where([vtc.Stage(layer=layer) for layer in layers]) == text
+        assert methods.where([vtc.Stage(layer=layer) for layer in layers]) == text
 
     def test_models_are_those_with_an_adapter(self, capsys):
         assert main(["models"]) == 0
@@ -219,15 +219,31 @@ class TestLists:
         assert names == sorted(vtc.registry.adapters())
         assert {"llava", "qwen2_5_vl", "internvl"} <= set(names)
 
-    def test_reader_that_leaves_early_sees_no_traceback(self):
-        command = [sys.executable, "-c", "import sys; from vtc.cli import main; sys.exit(main(['methods']))"]
+    def test_methods_loads_no_transformers_and_a_reader_that_leaves_early_sees_no_traceback(self):
+        code = "import sys, vtc.cli as cli; sys.exit(cli.main(['methods']) + 10 * ('transformers' in sys.modules))"
         buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
         ) as process:
             process.stdout.close()
             assert process.stderr.read() == ""
-        assert process.returncode == 1
+        assert process.returncode == 1, "11 where transformers was imported"
+
+    def test_help_loads_no_library(self):
+        code = """
+import sys
+from vtc.cli import main
+
+for command in sys.argv[1:]:
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as exit:
+        loaded = [name for name in ("torch", "transformers", "numpy", "PIL") if name in sys.modules]
+        print(command, exit.code, loaded, file=sys.stderr)
+"""
+        commands = ["", *(name for name in COMMANDS if name != "bench")]
+        result = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+        assert result.stderr.splitlines() == [f"{command} 0 []" for command in commands]
 
     def test_version(self, capsys):
         with pytest.raises(SystemExit) as caught:
@@ -240,3 +256,13 @@ class TestLists:
             main([])
         assert caught.value.code == 2
         assert "COMMAND" in capsys.readouterr().err
+
+    def test_help_names_every_command(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        listed = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
+        assert listed == list(COMMANDS)
+
+
+def test_fits_are_those_of_the_views():
+    assert inspect.FITS == FITS

@@ -15,7 +15,7 @@ import vtc.reference
 from tests import tiny
 from tests.tiny_processors import processor
 from tests.video import clips
-from vtc.cli.app import _parser, main
+from vtc.cli import main
 
 
 @pytest.mark.skipif(not vtc.reference.available(), reason="vtc-reference is not installed")
@@ -55,7 +55,7 @@ def test_inspect_tells_mistakes_in_a_line(
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny.build("qwen2_5_vl_video").model, processor("qwen2_5_vl_video")
-    monkeypatch.setattr("vtc.cli.app._load", lambda *_: made)
+    monkeypatch.setattr("vtc.cli.arguments.load_model", lambda *_: made)
 
 
 @pytest.fixture
@@ -68,15 +68,14 @@ def clip(tmp_path: Path) -> Path:
     [([], "reference:qwen2_5_vl"), (["--model", "reference:llava"], "reference:llava"), (["--model", "x"], "x")],
 )
 def test_video_asks_the_reference_model_for_videos(
-    given: list[str], loaded: str, clip: Path, monkeypatch: pytest.MonkeyPatch
+    given: list[str], loaded: str, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(name: str, *_: str) -> Any:
         raise vtc.InputError(name)
 
-    monkeypatch.setattr("vtc.cli.app._load", load)
-    args = _parser().parse_args(["video", str(clip), "what ?", *given])
-    with pytest.raises(vtc.InputError, match=f"^{loaded}$"):
-        args.run(args)
+    monkeypatch.setattr("vtc.cli.arguments.load_model", load)
+    assert main(["video", str(clip), "what ?", *given]) == 2
+    assert capsys.readouterr().err == f"vtc: error: {loaded}\n"
 
 
 @pytest.mark.usefixtures("model")

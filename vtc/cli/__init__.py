@@ -1,5 +1,73 @@
-"""The `vtc` command."""
+"""The `vtc` command.
 
-from vtc.cli.app import main
+A command is a module of this package with two functions: `add_arguments(parser)`, and `run(args)`, which returns the
+exit status. Only the module of the command that is called is imported, and none imports torch, transformers, numpy or
+PIL before `run`: help is printed, and mistakes in the arguments are reported, without loading them.
+"""
 
-__all__ = ["main"]
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import vtc
+from vtc.errors import VtcError
+
+__all__ = ["COMMANDS", "build_parser", "main"]
+
+COMMANDS = {
+    "ask": "answer a question about a picture, without and with compression",
+    "inspect": "draw which parts of a picture a method keeps",
+    "video": "answer questions about a video file, of any length, with compression",
+    "calibrate": "fit a method's options to your own pictures and questions",
+    "advise": "find the cheapest setting that keeps the answers to your own prompts",
+    "methods": "list the compression methods",
+    "models": "list the supported model types",
+    "bench": "measure speed on this machine, with random weights",
+}
+"""Name, which is also that of the module, and what the command does."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments after the command's name; `sys.argv` without them.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 2 for a mistake in the arguments or the input, reported on stderr in one line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except VtcError as error:
+        print(f"vtc: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader (head, a pager) has gone. Python flushes once more on its way out; that must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser of all commands, complete for those whose names occur in `argv`; the others have a help line only."""
+    parser = argparse.ArgumentParser(prog="vtc", description="Visual-token compression for transformers models.")
+    parser.add_argument("--version", action="version", version=f"vtc {vtc.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name in argv:
+            module = importlib.import_module(f"vtc.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser

@@ -1,4 +1,4 @@
-"""Files of prompts, as `vtc calibrate` and `vtc advise` take them."""
+"""Files of prompts for `vtc calibrate` and `vtc advise`."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from vtc.cli import arguments
 from vtc.errors import ConfigError, InputError
 
 _FORM = '{"image": PATH, "question": TEXT} or {"video": PATH, "question": TEXT}'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The file, and what is taken of it."""
+    """Add the file, and how much is read of it."""
     parser.add_argument(
-        "samples", type=Path, metavar="SAMPLES.jsonl", help=f"a line each: {_FORM}; paths from the file"
+        "samples",
+        type=Path,
+        metavar="SAMPLES.jsonl",
+        help=f"one sample per line: {_FORM}; paths are relative to the file",
     )
-    parser.add_argument("--limit", type=int, help="samples, from the start")
-    parser.add_argument("--frames", type=int, default=8, help="frames shown of a video, evenly spaced (8)")
+    parser.add_argument("--limit", type=int, help="use so many samples, from the start (all)")
+    parser.add_argument("--frames", type=int, default=8, help="frames sampled of a video, evenly spaced (8)")
 
 
 def read(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each sample's question and its picture or frames, decoded.
+    """Read each sample: its question, and its picture or frames, decoded.
 
     Raises
     ------
     InputError, ConfigError
         The file, a line of it, or a picture or video cannot be read; a number is out of range.
     """
-    from vtc.cli.app import _open_image
-    from vtc.video.files import VideoFile, sample_by_count
+    from vtc.video import VideoFile, sample_by_count
 
     for name in ("limit", "frames"):
         value = getattr(args, name)
@@ -41,7 +42,7 @@ def read(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for kind, path, question in _lines(args.samples)[: args.limit]:
         if kind == "image":
-            found.append({"question": question, "image": _open_image(path)})
+            found.append({"question": question, "image": arguments.open_image(path)})
             continue
         with VideoFile(path) as file:
             picked = sample_by_count(file.times, file.info.duration, args.frames)
@@ -50,12 +51,12 @@ def read(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def encode(samples: list[dict[str, Any]], processor: Any) -> list[Any]:
-    """What `vtc.calibrate` and `vtc.advise` take: pairs for pictures, ready-made inputs for videos.
+    """Prepare samples for `vtc.calibrate` and `vtc.advise`: pairs of pictures and questions, encoded inputs of videos.
 
     Raises
     ------
     InputError
-        There is a video, and the processor takes none.
+        A sample is a video, and the processor takes none.
     """
     return [
         (sample["image"], sample["question"]) if "image" in sample else _video_inputs(sample, processor)
@@ -76,7 +77,7 @@ def _video_inputs(sample: dict[str, Any], processor: Any) -> Any:
     )
     inputs = processor(
         text=[text],
-        videos=[np.asarray(sample["frames"])],
+        videos=[sample["frames"]],
         do_sample_frames=False,
         video_metadata=[shown],
         return_tensors="pt",
@@ -86,7 +87,7 @@ def _video_inputs(sample: dict[str, Any], processor: Any) -> Any:
 
 
 def _lines(path: Path) -> list[tuple[str, Path, str]]:
-    """Kind, file (relative to `path`) and question."""
+    """Kind, file and question of each line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

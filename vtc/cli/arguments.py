@@ -1,0 +1,223 @@
+"""Arguments that several commands share, and the configuration, model, inputs and pictures that they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vtc
+from vtc import registry
+from vtc.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEFAULT_KEEP_RATIO = 0.25
+
+# ------------------------------------------------------------------------------------------------------------- parsing
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --dtype and --device, which `load_model` takes."""
+    parser.add_argument(
+        "--model",
+        default="reference",
+        help="reference (the small model of vtc-reference), reference:NAME (another of its models), or the folder of a"
+        " checkpoint (reference)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the weights; auto: as stored (auto)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="torch device, such as cuda:1; auto: cuda if available, else cpu (auto)",
+    )
+
+
+def add_method(
+    parser: argparse.ArgumentParser,
+    default: str,
+    *flags: str,
+    option_help: str = "option of the method; repeat for more",
+) -> None:
+    """Add --method, and its options under `flags`."""
+    parser.add_argument("--method", default=default, help=f"compression method, see `vtc methods` ({default})")
+    parser.add_argument(
+        *flags, dest="options", type=option, action="append", default=[], metavar="NAME=VALUE", help=option_help
+    )
+
+
+def add_budget(parser: argparse.ArgumentParser, *, of: str) -> argparse._MutuallyExclusiveGroup:
+    """Add --keep-ratio and --keep-tokens, which counts the tokens `of` something, and return their group."""
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--keep-ratio", type=float, help=f"fraction of visual tokens kept ({DEFAULT_KEEP_RATIO})")
+    keep.add_argument("--keep-tokens", type=int, help=f"visual tokens kept of {of}, instead of a fraction")
+    return keep
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add --seed."""
+    parser.add_argument("--seed", type=int, default=0, help="for what is drawn at random (0)")
+
+
+def option(text: str) -> tuple[str, Any]:
+    """`name=value` with the value as JSON where it is JSON, else as it stands.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        There is no name or no equals sign.
+    """
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+# -------------------------------------------------------------- checks before a model is loaded, which may take minutes
+
+
+def configuration(args: argparse.Namespace, **settings: Any) -> vtc.CompressionConfig:
+    """The configuration that the method, its options and the budget describe, with further `settings`.
+
+    Raises
+    ------
+    VtcError
+        There is no such method, or a value is not allowed.
+    """
+    config = vtc.CompressionConfig(
+        method=args.method,
+        keep_ratio=DEFAULT_KEEP_RATIO if args.keep_ratio is None and args.keep_tokens is None else args.keep_ratio,
+        keep_tokens=args.keep_tokens,
+        options=dict(args.options),
+        **settings,
+    )
+    registry.get_selector(config.method, **config.options)
+    return config
+
+
+def check_output(path: Path, suffixes: tuple[str, ...] | None = None) -> None:
+    """Refuse a file that cannot be written later.
+
+    Raises
+    ------
+    ConfigError
+        It is a picture, and its suffix is none of `suffixes`.
+    InputError
+        Its folder does not exist.
+    """
+    if suffixes is not None and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{path}: the picture is written as {', '.join(suffixes)}.")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist.")
+
+
+def open_image(path: Path) -> Image:
+    """A picture in RGB, decoded in full.
+
+    Raises
+    ------
+    ConfigError
+        Pillow is not installed.
+    InputError
+        The file is missing, broken, or no picture.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ConfigError('Reading pictures needs pillow: pip install "vtc[vision]".') from error
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")  # decodes it, so that a truncated file is refused here
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: a folder, not a picture.") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: not a picture that pillow can read.") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # pillow's PNG reader raises SyntaxError
+        raise InputError(f"{path}: {error}.") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """Load a model in evaluation mode, and its processor, from this machine's disk alone.
+
+    Parameters
+    ----------
+    name, dtype, device : str
+        Values of --model, --dtype and --device.
+
+    Raises
+    ------
+    ConfigError
+        The device does not exist, or there is no reference model of that name.
+    InputError
+        The folder is missing or holds no image-text-to-text model.
+    StateError
+        vtc-reference is not installed.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    source, _, reference_name = name.partition(":")
+    if source == "reference":
+        from vtc import reference
+
+        model, processor = reference.load(reference_name or "llava")
+    else:
+        model, processor = _load_folder(Path(name))
+    if dtype != "auto":
+        model = model.to(getattr(torch, dtype))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device).eval(), processor
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise ConfigError(f"--device {device}: {_first_line(error)}") from error
+
+
+def _load_folder(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder. --model takes the folder of a checkpoint, or the word reference.")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{folder}: cannot be loaded as an image-text-to-text model: {_first_line(error)}") from error
+    return model, processor
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def prepare(model: Any, processor: Any, image: Image, question: str) -> Any:
+    """Inputs of the model, on its device and in its dtype, for a question about a picture.
+
+    Raises
+    ------
+    InputError
+        The processor has no chat template.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise InputError(
+            f"{type(processor).__name__} has no chat template, so the question cannot be put to the model."
+        )
+    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    return processor(images=[image], text=[prompt], return_tensors="pt").to(model.device, model.dtype)

@@ -1,0 +1,56 @@
+"""`vtc ask`: answer a question about a picture, without and with compression."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import vtc
+from vtc.cli import arguments
+from vtc.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="any file that pillow reads")
+    parser.add_argument("question", metavar="QUESTION")
+    arguments.add_model(parser)
+    arguments.add_method(parser, "vtc-cls", "-o", "--option")
+    arguments.add_budget(parser, of="each image")
+    parser.add_argument(
+        "--positions",
+        choices=("original", "compact"),
+        default="original",
+        help="position ids of kept tokens: those of the full prompt, or consecutive (original)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="length of the answer (32)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print both answers and the report."""
+    config = arguments.configuration(args, positions=args.positions)
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    image = arguments.open_image(args.image)
+
+    model, processor = arguments.load_model(args.model, args.dtype, args.device)
+    inputs = arguments.prepare(model, processor, image, args.question)
+    print(f"{args.question}  [{args.image.name}]")
+    print(f"  all tokens: {_answer(model, processor, inputs, args.max_new_tokens)}")
+    with vtc.compressed(model, config):
+        answer = _answer(model, processor, inputs, args.max_new_tokens)
+        report = vtc.report(model)
+    print(f"  {report.visual_tokens_after} of {report.visual_tokens_before}: {answer}\n")
+    print(report)
+    return 0
+
+
+def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
+    """Greedy continuation of the prompt as text."""
+    import torch
+
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new, skip_special_tokens=True)[0].strip()
