@@ -1,4 +1,4 @@
-"""`vtc inspect` and `vtc video` as commands."""
+"""`vtc inspect` and `vtc video` as commands, and what they share with `vtc ask`."""
 
 from __future__ import annotations
 
@@ -117,3 +117,29 @@ def test_video_tells_mistakes_in_a_line(
     error = capsys.readouterr().err
     assert error.startswith("vtc: error:")
     assert message in error
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("command", "target"),
+    [
+        (["ask", "SAMPLE", "what ?"], "CompressionConfig"),
+        (["inspect", "SAMPLE"], "CompressionConfig"),
+        (["video", "CLIP", "what ?"], "VideoQAPipeline"),
+    ],
+)
+def test_site_is_passed_on_where_it_is_given(
+    command: list[str], target: str, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = []
+
+    def refuse(*_: Any, **arguments: Any) -> None:
+        received.append(arguments)
+        raise vtc.InputError("enough")
+
+    monkeypatch.setattr(vtc, target, refuse)
+    command = [str(clip) if argument == "CLIP" else argument for argument in command]
+    assert [main(command), main([*command, "--at", "decoder:2"])] == [2, 2]
+    without, given = received
+    assert "at" not in without
+    assert given == {**without, "at": "decoder:2"}

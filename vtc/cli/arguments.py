@@ -61,6 +61,16 @@ def add_budget(parser: argparse.ArgumentParser, *, of: str) -> argparse._Mutuall
     return keep
 
 
+def add_site(parser: argparse.ArgumentParser) -> None:
+    """Add --at, which `site` reads."""
+    parser.add_argument(
+        "--at",
+        metavar="SITE",
+        help="where visual tokens leave: pixels, vision:K, decoder, decoder:K, cache or cache:decoding, where K is a"
+        " layer (by default where the method says)",
+    )
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """Add --seed."""
     parser.add_argument("--seed", type=int, default=0, help="for what is drawn at random (0)")
@@ -87,7 +97,7 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def configuration(args: argparse.Namespace, **settings: Any) -> vtc.CompressionConfig:
-    """The configuration that the method, its options and the budget describe, with further `settings`.
+    """The configuration that the method, its options, the budget and the site describe, with further `settings`.
 
     Raises
     ------
@@ -99,10 +109,16 @@ def configuration(args: argparse.Namespace, **settings: Any) -> vtc.CompressionC
         keep_ratio=DEFAULT_KEEP_RATIO if args.keep_ratio is None and args.keep_tokens is None else args.keep_ratio,
         keep_tokens=args.keep_tokens,
         options=dict(args.options),
+        **site(args),
         **settings,
     )
     registry.get_selector(config.method, **config.options)
     return config
+
+
+def site(args: argparse.Namespace) -> dict[str, Any]:
+    """`at` as a keyword argument where --at was given."""
+    return {} if args.at is None else {"at": args.at}
 
 
 def check_output(path: Path, suffixes: tuple[str, ...] | None = None) -> None:

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
     arguments.add_method(parser, "vtc-cls", "-o", "--option")
     arguments.add_budget(parser, of="each image")
+    arguments.add_site(parser)
     parser.add_argument(
         "--positions",
         choices=("original", "compact"),

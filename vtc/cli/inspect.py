@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
     arguments.add_method(parser, "vtc-cls", "--option")
     arguments.add_budget(parser, of="each image")
+    arguments.add_site(parser)
     arguments.add_seed(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("kept.png"), help="where the picture goes (kept.png)")
     parser.add_argument("--size", type=int, default=448, help="longer edge of a panel in pixels (448)")

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keep = arguments.add_budget(parser, of="the whole video")
     keep.add_argument("--per-window", type=int, help="visual tokens kept of every window")
     keep.add_argument("--per-frame", type=int, help="visual tokens kept of every frame, each frame by itself")
+    arguments.add_site(parser)
     arguments.add_seed(parser)
     parser.add_argument("--fps", type=float, help="frames sampled per second (1)")
     parser.add_argument("--frames", type=int, help="frames sampled over the whole length, instead")
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         processor,
         args.method,
         **budgets,
+        **arguments.site(args),
         fps=args.fps,
         frames=args.frames,
         scenes=args.scenes,
