@@ -1,4 +1,4 @@
-"""Models by name, and what a user of one would write to ask it something."""
+"""Loads models by name, encodes samples for them and generates answers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transformers.video_utils import VideoMetadata
 import vtc
 import vtc.reference
 from eval.tasks.base import Media, Sample
-from eval.tasks.video import Footage
+from eval.tasks.video import Frames
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model in evaluation mode, its processor, and which weights these are."""
+    """A model in evaluation mode, its processor, its name and a fingerprint of its weights."""
 
     model: Any
     processor: Any
@@ -31,12 +31,14 @@ class Loaded:
 
 
 def load(name: str, *, dtype: str = "float32", device: str = "cpu", attention: str | None = None) -> Loaded:
-    """`reference`, `reference:NAME`, or the folder of a checkpoint; nothing is downloaded.
+    """Load `reference`, `reference:NAME`, or the folder of a checkpoint; nothing is downloaded.
 
     Raises
     ------
     InputError
-        There is no such folder, or nothing in it that can be loaded.
+        There is no such folder, or it contains no model of this kind.
+    ConfigError
+        The device or the attention implementation is not available.
     """
     source, _, which = name.partition(":")
     precision = getattr(torch, dtype)
@@ -57,20 +59,20 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu", attention: s
             raise vtc.ConfigError(f"--attention {attention}: {error}") from error
     processor.tokenizer.padding_side = "left"
     try:
-        model = model.to(_own(device)).eval()
+        model = model.to(_local_device(device)).eval()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise vtc.ConfigError(f"--device {device}: {error}") from error
     return Loaded(model, processor, name, fingerprint(model))
 
 
-def _own(device: str) -> str:
-    """Of several processes on one machine each takes its own GPU, as their launcher numbered them."""
+def _local_device(device: str) -> str:
+    """Return the GPU of this process where a launcher started several on one machine."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if device == "cuda" and rank is not None else device
 
 
 def fingerprint(model: Any) -> str:
-    """Twelve digits that tell one set of weights from another: a hash over sums of every parameter."""
+    """Return twelve hexadecimal digits that identify the weights: a hash over the sum of every parameter."""
     digest = hashlib.sha256()
     for key, weight in model.state_dict().items():
         digest.update(f"{key} {tuple(weight.shape)} {weight.double().sum().item():.9e}".encode())
@@ -78,12 +80,12 @@ def fingerprint(model: Any) -> str:
 
 
 def check_modality(loaded: Loaded, modality: str) -> None:
-    """Whether the model can be asked about an "image" or a "video".
+    """Check that the model takes an "image" or a "video".
 
     Raises
     ------
     UnsupportedModelError
-        A video was asked for, and the processor takes none.
+        The modality is "video" and the processor takes no videos.
     """
     takes = all(getattr(loaded.processor, name, None) for name in ("video_processor", "video_token"))
     if modality == "video" and not takes:
@@ -93,19 +95,19 @@ def check_modality(loaded: Loaded, modality: str) -> None:
 
 
 def inputs(loaded: Loaded, batch: Sequence[Sample], media: Sequence[Media]) -> Any:
-    """Chat template and processor over a batch: images and video of each sample before its question.
+    """Apply chat template and processor to a batch: images and video of each sample, then its question.
 
-    Videos of one batch have equally many frames, because several families stack them.
+    Videos of one batch must have equally many frames, because several families stack them.
     """
     processor = loaded.processor
     texts = []
     for sample, shown in zip(batch, media, strict=True):
         content = [{"type": "image"} for _ in shown.images]
         content += [{"type": "video"}] if shown.video is not None else []
-        content += [{"type": "text", "text": sample.asked(shown)}]
+        content += [{"type": "text", "text": sample.question}]
         texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
     pictures = [shown.images for shown in media]
-    videos = [_full_step(shown.video, processor) for shown in media if shown.video is not None]
+    videos = [_padded_step(shown.video, processor) for shown in media if shown.video is not None]
     given: dict[str, Any] = {"images": pictures} if any(pictures) else {}
     if videos:
         given["videos"] = [video.frames for video in videos]
@@ -124,21 +126,21 @@ def inputs(loaded: Loaded, batch: Sequence[Sample], media: Sequence[Media]) -> A
     return encoded.to(loaded.model.device, dtype=loaded.model.dtype)
 
 
-def _full_step(video: Footage, processor: Any) -> Footage:
-    """A video that is shorter than one step of a family that joins frames, filled up: some processors refuse it."""
-    join = int(getattr(processor.video_processor, "temporal_patch_size", 1) or 1)
-    lacking = max(0, join - len(video.frames))
+def _padded_step(video: Frames, processor: Any) -> Frames:
+    """Repeat the last frame of a video shorter than one temporal patch, which some processors refuse."""
+    patch = int(getattr(processor.video_processor, "temporal_patch_size", 1) or 1)
+    lacking = max(0, patch - len(video.frames))
     frames = np.concatenate([video.frames, *[video.frames[-1:]] * lacking])
     return replace(video, frames=frames, indices=(*video.indices, *video.indices[-1:] * lacking))
 
 
 def blinded(encoded: Any) -> Any:
-    """The same inputs with all pixels 0, the mean of what processors normalise: an even grey.
+    """Return the inputs with all pixels set to 0, the mean after normalisation: a uniform grey.
 
     Raises
     ------
     UnsupportedModelError
-        The processor calls its pixels by another name than any known one.
+        The inputs contain no pixels under a known name.
     """
     names = [name for name in ("pixel_values", "pixel_values_videos") if name in encoded]
     if not names:
@@ -148,7 +150,7 @@ def blinded(encoded: Any) -> Any:
 
 @torch.inference_mode()
 def answer(loaded: Loaded, encoded: Any, max_new_tokens: int) -> tuple[list[str], torch.Tensor]:
-    """Greedy answers, and the log-probabilities (B, V) of their first token."""
+    """Generate greedily; return the B answers and the log-probabilities (B, V) of their first token."""
     out = loaded.model.generate(
         **encoded,
         do_sample=False,

@@ -1,1 +1,1 @@
-"""How benchmarks turn an answer into a number."""
+"""Scoring rules: from an answer to a number."""

@@ -1,29 +1,48 @@
-"""Scores of single answers, each after its benchmark's own rules."""
+"""Scores of single answers: yes or no, multiple choice, numbers, exact and approximate text."""
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Sequence
 
 
-def yes_no(prediction: str) -> str:
-    """POPE's reading: "no" if the first sentence has a "no" or a "not", else "yes"."""
+def yes_or_no(prediction: str) -> str:
+    """Parse an answer as POPE does: "no" if its first sentence contains "no" or "not", otherwise "yes"."""
     words = prediction.split(".")[0].replace(",", "").split()
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def yes_no_or_other(prediction: str) -> str:
-    """MME's reading: the answer itself, or a yes or no among its first four letters."""
-    said = prediction.strip().lower()
-    if said in ("yes", "no"):
-        return said
-    return "yes" if "yes" in said[:4] else "no" if "no" in said[:4] else "other"
+def binary_figures(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Compute accuracy, the precision, recall and F1 of "yes", and the share of predictions that are "yes"."""
+    pairs = list(zip(predictions, labels, strict=True))
+    right = sum(p == t for p, t in pairs)
+    true = sum(p == t == "yes" for p, t in pairs)
+    said, wanted = sum(p == "yes" for p, _ in pairs), sum(t == "yes" for _, t in pairs)
+    precision, recall = true / said if said else 0.0, true / wanted if wanted else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if true else 0.0
+    share = said / len(pairs)
+    return {"accuracy": right / len(pairs), "precision": precision, "recall": recall, "f1": f1, "yes_ratio": share}
+
+
+def chosen_option(prediction: str, letters: Sequence[str]) -> str | None:
+    """Parse a multiple-choice answer: "B", "B.", "(B)", "B. because", "The answer is B."; None if it names no option.
+
+    Some official scripts draw an option at random where an answer names none; here such an answer is wrong.
+    """
+    text = prediction.strip()
+    if text in set(letters):
+        return text
+    start = re.match(r"\(?([A-Z])(?:[).:,]|\s*$)", text)
+    if start and start[1] in letters:
+        return start[1]
+    named = re.findall(r"[Tt]he answer is \(?([A-Z])\b", text)
+    return named[0] if len(set(named)) == 1 and named[0] in letters else None
 
 
 def relaxed(prediction: str, target: str, tolerance: float = 0.05) -> float:
-    """ChartQA: numbers within 5 % of the target, other answers the same but for case.
+    """Score as ChartQA does: numbers may deviate by 5 % from the target, other answers only in case.
 
-    A target of 0 has no 5 %, and is compared as a word: "0" is right and "0.0" is not.
+    A relative tolerance is not defined for a target of 0, which is compared as text: "0" is right and "0.0" is not.
     """
     said, wanted = _number(prediction), _number(target)
     if said is not None and wanted:
@@ -38,45 +57,16 @@ def _number(text: str) -> float | None:
         return None
 
 
-def contained(prediction: str, answers: Sequence[str], *, formula: bool = False) -> float:
-    """OCRBench: 1 if an answer occurs in what was said, case apart; formulas are compared without spaces, with case."""
-    said = _folded(prediction, formula)
-    return float(any(_folded(answer, formula) in said for answer in answers))
-
-
-def _folded(text: str, formula: bool) -> str:
-    text = text.strip().replace("\n", " ")
-    return text.replace(" ", "") if formula else "".join(map(_narrow, text.lower()))
-
-
-def _narrow(letter: str) -> str:
-    """Full-width Latin letters, digits, marks and spaces as the usual ones."""
-    return unicodedata.normalize("NFKC", letter) if "\uff01" <= letter <= "\uff5e" or letter == "\u3000" else letter
-
-
-def all_of_some(prediction: str, target: str) -> float:
-    """Share of the parts joined by <AND> that occur in the answer, of the best alternative joined by <OR>; case apart.
-
-    MM-Vet writes its answers so, and has a language model grade them; this is what can be said without one.
-    """
-    said = " ".join(prediction.lower().split())
-    best = 0.0
-    for alternative in target.split("<OR>"):
-        parts = [" ".join(part.lower().split()) for part in alternative.split("<AND>")]
-        best = max(best, sum(part in said for part in parts) / len(parts))
-    return best
-
-
 def exact(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the answer is one of these, case and a full stop at the end apart."""
+    """Score 1 if the prediction equals one of the answers; case and a final full stop are ignored."""
     said = prediction.strip().rstrip(".").lower()
     return float(any(said == answer.strip().rstrip(".").lower() for answer in answers))
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """Best normalised Levenshtein similarity to an answer, 0 where it is below the threshold (DocVQA, InfoVQA).
+    """Score the best normalised Levenshtein similarity to an answer, 0 below the threshold (DocVQA, InfographicVQA).
 
-    Distances ignore case and runs of spaces; the lengths that they are divided by do not.
+    As in the official script, distances ignore case and runs of spaces, but the lengths that normalise them do not.
     """
     said = " ".join(prediction.strip().lower().split())
     least = 1.0
@@ -88,22 +78,10 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Fewest insertions, deletions and replacements that make `a` into `b`."""
+    """Count the fewest insertions, deletions and replacements that turn `a` into `b`."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
     return row[-1]
-
-
-def binary(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of "yes", and how often it was said."""
-    pairs = list(zip(predictions, labels, strict=True))
-    right = sum(p == t for p, t in pairs)
-    true = sum(p == t == "yes" for p, t in pairs)
-    said, wanted = sum(p == "yes" for p, _ in pairs), sum(t == "yes" for _, t in pairs)
-    precision, recall = true / said if said else 0.0, true / wanted if wanted else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if true else 0.0
-    share = said / len(pairs)
-    return {"accuracy": right / len(pairs), "precision": precision, "recall": recall, "f1": f1, "yes_ratio": share}

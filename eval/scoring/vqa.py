@@ -1,4 +1,4 @@
-"""Free answers against those of ten people: VQAv2's own script, and the reading that TextVQA and VizWiz add to it."""
+"""Consensus with ten annotators: the rule of VQAv2's official script, and the variant of TextVQA and VizWiz."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _DIGITS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS.split(" "))}
 _NUMBERS["none"] = "0"
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_MOST_STOPS = 32  # the official script passes a flag where `re.sub` takes a count
-# Spelt right; people leave an apostrophe out.
+_MAX_FULL_STOPS = 32  # the official script passes a flag (re.UNICODE, 32) where `re.sub` takes a count
+# In the correct spelling; annotators leave an apostrophe out.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -24,8 +24,8 @@ y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 
 
 def _misspelt() -> dict[str, str]:
-    """Every way of leaving one apostrophe out, to the right spelling."""
-    found = {"somebody'd": "somebodyd"}  # the wrong way round in the official table
+    """Map each spelling with one apostrophe left out to the correct one."""
+    found = {"somebody'd": "somebodyd"}  # reversed in the official table
     for right in _CONTRACTIONS.split():
         for match in re.finditer("'", right):
             found[right[: match.start()] + right[match.end() :]] = right
@@ -36,35 +36,35 @@ MISSPELT = _misspelt()
 
 
 def normalise(text: str) -> str:
-    """An answer as VQAv2's evaluation compares it: lower case, no articles, digits, no punctuation but inside numbers.
+    """Normalise an answer as VQAv2 does: lower case, no articles, digits for number words, no punctuation.
 
-    A punctuation mark next to a space goes without a trace, so do all if a number has a thousands separator; others
-    become a space. Full stops go unless a digit follows.
+    A punctuation mark beside a space is deleted, as are all marks if a number has a thousands separator; other marks
+    become a space. A full stop is deleted unless a digit follows.
     """
     separated = re.search(r"\d,\d", text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
         vanishes = f"{mark} " in text or f" {mark}" in text or separated
         cleaned = cleaned.replace(mark, "" if vanishes else " ")
-    cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=_MOST_STOPS)
+    cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=_MAX_FULL_STOPS)
     words = [_NUMBERS.get(word, word) for word in cleaned.lower().split()]
     return " ".join(MISSPELT.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQAv2: min(1, matches / 3), averaged over leaving each person out.
+    """Score as VQAv2 does: min(1, matches / 3), averaged over the subsets that leave one annotator out.
 
-    Where all people wrote the same, letter for letter, nothing is normalised: "Yes" is then not "yes".
+    If all annotators gave the same string, nothing is normalised, so "Yes" does not match "yes".
     """
     said, known = _one_line(prediction), [_one_line(answer) for answer in answers]
     if len(set(known)) > 1:
         said, known = normalise(said), [normalise(answer) for answer in known]
-    return _leaving_out(said, known)
+    return _consensus(said, known)
 
 
 def accuracy_of_words(prediction: str, answers: Sequence[str]) -> float:
-    """TextVQA and VizWiz, as their challenge servers count: always normalised, commas and question marks gone first."""
-    return _leaving_out(_words(prediction), [_words(answer) for answer in answers])
+    """Score as the servers of TextVQA and VizWiz do: always normalised, after deleting commas and question marks."""
+    return _consensus(_words(prediction), [_words(answer) for answer in answers])
 
 
 def _words(text: str) -> str:
@@ -76,6 +76,6 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _leaving_out(said: str, known: Sequence[str]) -> float:
+def _consensus(said: str, known: Sequence[str]) -> float:
     matches = sum(answer == said for answer in known)
     return sum(min(1.0, (matches - (answer == said)) / 3) for answer in known) / len(known)

@@ -1,32 +1,29 @@
-"""What a task is: samples from files on disk, a prompt for each, and the official way to score an answer."""
+"""The interface of a task: samples from files on disk, a prompt for each, and the scoring of an answer."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 import vtc
-from eval.tasks.video import Footage
+from eval.tasks.video import Frames
 
 Picture = Path | Callable[[], Any]
-"""A file, or something that makes the picture when called: bytes in a table, a generated scene."""
-
-
-SUBTITLES = "{subtitles}"
-"""Where a question wants what is said during the frames that are shown."""
+"""An image file, or a function that returns the image: one stored in a table, or one that is drawn."""
 
 
 class Media(NamedTuple):
-    """What a sample shows, decoded."""
+    """The decoded images and video of a sample."""
 
     images: list[Image.Image]
-    video: Footage | None = None
+    video: Frames | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,44 +33,39 @@ class Sample:
     Attributes
     ----------
     id : str
-        Unique within the task, the same in every run.
+        Unique within the task, the same in every evaluation.
     question : str
-        What the model is told, the task's official suffix included.
+        The whole prompt text, the benchmark's instruction included.
     images : tuple of Path or callable
-        Opened when they are needed.
+        Opened lazily.
     video : callable or None
-        Makes the frames that are shown when they are needed: an `eval.tasks.video.Clip`, a generated clip.
+        Returns the frames to show, decoded lazily: an `eval.tasks.video.VideoSource` or a generated clip.
     target : object
-        What `Task.score` compares with.
+        The reference answer or answers that `Task.score` compares with.
     group : str or None
-        Image or video that several questions share: they are not independent.
+        Image or video that several questions share; their scores are not independent.
     options : tuple of str or None
         The possible answers, where the task gives them.
     meta : dict
-        What else the scorer or a reader wants; ``kind`` sorts tables.
+        Further facts; ``kind`` is the category by which tables split scores.
     """
 
     id: str
     question: str
     images: tuple[Picture, ...] = ()
-    video: Callable[[], Footage] | None = None
+    video: Callable[[], Frames] | None = None
     target: Any = None
     group: str | None = None
     options: tuple[str, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    def asked(self, shown: Media) -> str:
-        """The question as it is put to a model, subtitles of the frames that are shown filled in."""
-        spoken = shown.video.subtitles if shown.video is not None else ()
-        return self.question.replace(SUBTITLES, "\n".join(spoken) or "No subtitles available")
-
     def open(self) -> Media:
-        """Pictures and video, decoded.
+        """Decode images and video.
 
         Raises
         ------
         InputError
-            One of them is missing or broken; names it and the cause.
+            One of them is missing or broken; the message names it and the cause.
         """
         video = None
         if self.video is not None:
@@ -84,12 +76,12 @@ class Sample:
         return Media(self.open_images(), video)
 
     def open_images(self) -> list[Image.Image]:
-        """The pictures in RGB, decoded.
+        """Decode the images as RGB.
 
         Raises
         ------
         InputError
-            A picture is missing or broken; names it and the cause.
+            An image is missing or broken; the message names it and the cause.
         """
         return [self._open(number, picture) for number, picture in enumerate(self.images)]
 
@@ -109,16 +101,16 @@ class Sample:
 
 
 class Truth(NamedTuple):
-    """What is where: see `eval.bounds.TruthSelector`, whose options these are.
+    """Where the objects of a generated sample are; the fields are options of `eval.bounds.TruthSelector`.
 
     Attributes
     ----------
     things : tuple of tuple of int
-        The cells of everything that questions may name, best first.
+        The grid cells of every object that questions may name, best first.
     grid : (int, int, int)
-        Steps in time, rows and columns that these cells are numbered in.
+        Steps in time, rows and columns of the grid that these cells index.
     seed : tuple of int
-        Another for each picture, so that what is drawn beside them differs.
+        Seed of the random tokens that fill the budget, different for each image.
     """
 
     things: tuple[tuple[int, ...], ...]
@@ -127,83 +119,92 @@ class Truth(NamedTuple):
 
 
 class Task(ABC):
-    """A benchmark.
+    """A set of questions with a scoring rule.
 
-    Class attributes
-    ----------------
-    name, modality, licence, source, layout
-        Id; "image" or "video"; under which licence and from where its files come; which files `samples` expects.
-    max_new_tokens
-        Room for an answer.
-    main_score
+    Attributes
+    ----------
+    name, modality, licence, source, layout : str
+        Identifier; "image" or "video"; licence and origin of the files; the files that `samples` expects.
+    max_new_tokens : int
+        Maximum length of an answer.
+    main_score : str
         The key of `score` that tables show.
-    knows_truth
-        Whether `truth` works: only generated tasks know which tokens matter.
+    knows_truth : bool
+        Whether `truth` is available, which is so for generated tasks only.
     """
 
-    name: ClassVar[str]
-    modality: ClassVar[str] = "image"
-    licence: ClassVar[str]
-    source: ClassVar[str]
-    layout: ClassVar[str]
-    max_new_tokens: ClassVar[int] = 16
-    main_score: ClassVar[str] = "score"
-    knows_truth: ClassVar[bool] = False
+    name: str
+    modality: str = "image"
+    licence: str
+    source: str
+    layout: str
+    max_new_tokens: int = 16
+    main_score: str = "score"
+    knows_truth: bool = False
 
     @abstractmethod
     def samples(self, folder: Path | None) -> Sequence[Sample]:
-        """All samples, in the same order every time.
+        """Return all samples, in the same order every time.
 
         Raises
         ------
         InputError
-            Files or columns are missing; the message states the expected layout.
+            Files or fields are missing; the message states the expected layout.
         """
 
     @abstractmethod
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        """Scores of one answer, by name; `main_score` among them."""
+        """Return the scores of one answer by name, `main_score` among them."""
 
     def summarise(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Official figures over rows with ``sample``, ``group``, ``prediction`` and ``scores``; means by default."""
+        """Aggregate rows with ``sample``, ``group``, ``kind`` and ``scores``; by default the mean of each score."""
         names = dict.fromkeys(name for record in records for name in record["scores"])
         return {name: float(np.mean([record["scores"][name] for record in records])) for name in names}
 
     def truth(self, sample: Sample) -> Truth:
-        """What the sample shows where, for an oracle and its opposite.
+        """Return where the objects of a sample are, for the oracle and the anti-oracle.
 
         Raises
         ------
         ConfigError
-            The task does not know.
+            The task has no such annotation.
         """
         raise vtc.ConfigError(f"{self.name} does not know which tokens matter, so it has no oracle")
 
 
-_TASKS: dict[str, type[Task]] = {}
+T = TypeVar("T", bound=Task | type[Task])
+
+_TASKS: dict[str, Task | type[Task]] = {}
 
 
-def register_task(cls: type[Task]) -> type[Task]:
-    """Class decorator: make a task available under its `name`."""
-    if cls.name in _TASKS:
-        raise vtc.ConfigError(f"two tasks are called {cls.name!r}")
-    _TASKS[cls.name] = cls
-    return cls
-
-
-def get_task(name: str, **options: Any) -> Task:
-    """The task `name`.
+def register_task(task: T) -> T:
+    """Make a task available under its `name`; takes an instance, or as a decorator a class.
 
     Raises
     ------
     ConfigError
-        There is none of that name.
+        The name is taken.
+    """
+    if task.name in _TASKS:
+        raise vtc.ConfigError(f"two tasks are called {task.name!r}")
+    _TASKS[task.name] = task
+    return task
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """Return the task `name` with these options.
+
+    Raises
+    ------
+    ConfigError
+        No task has that name.
     """
     if name not in _TASKS:
         raise vtc.ConfigError(f"no task is called {name!r}; there are: {', '.join(names())}")
-    return _TASKS[name](**options)
+    task = _TASKS[name]
+    return task(**options) if isinstance(task, type) else dataclasses.replace(task, **options)
 
 
 def names() -> list[str]:
-    """Names of all tasks, sorted."""
+    """Return the names of all tasks, sorted."""
     return sorted(_TASKS)

@@ -1,7 +1,8 @@
-"""Questions of one's own in a folder: a table with a line per question, pictures or videos beside it."""
+"""The user's own questions in a folder: a table with one line per question, images or videos beside it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,29 +11,30 @@ from typing import Any, ClassVar
 import vtc
 from eval.scoring.answers import exact
 from eval.tasks.base import Picture, Sample, Task, register_task
-from eval.tasks.reading import encoded, need
-from eval.tasks.records import PictureCell, Record, as_list, records
-from eval.tasks.video import Clip
+from eval.tasks.records import Record, StoredPicture, find, open_base64, read
+from eval.tasks.video import VideoSource
 
 _STEMS = ("questions", "test", "val", "data")
 _ENDINGS = ("jsonl", "json", "tsv", "csv", "parquet")
+_MAX_PATH = 1024
+"""Longer strings are base64 pictures, shorter ones paths; so the error about a missing file can name it."""
 
 
 @register_task
 @dataclass(frozen=True)
 class FilesTask(Task):
-    """An answer is right if it is one of the wanted ones, case and a full stop at the end apart.
+    """Scores 1 for an answer that equals one of the given ones; case and a final full stop are ignored.
 
     Attributes
     ----------
     frames : int
-        How many of a video are shown.
+        Number of frames to show of each video.
     """
 
     name: ClassVar[str] = "files"
     modality: ClassVar[str] = "image, video"
     licence: ClassVar[str] = "yours"
-    source: ClassVar[str] = "you, or python -m eval.tasks.scenes FOLDER, or python -m eval.tasks.clips FOLDER"
+    source: ClassVar[str] = "you, or python -m eval.tasks.scenes --out FOLDER, or python -m eval.tasks.clips FOLDER"
     layout: ClassVar[str] = (
         "questions.jsonl (or .json, .tsv, .csv, .parquet, or an arrow folder) with question, answer or answers, and "
         "image (a path in the folder, a list of paths, base64, or a picture in the table) or video (a path); "
@@ -44,49 +46,42 @@ class FilesTask(Task):
     frames: int = 16
 
     def samples(self, folder: Path | None) -> Sequence[Sample]:
-        tables = [f"{stem}.{ending}" for stem in _STEMS for ending in _ENDINGS]
-        path, rows = records(self, folder, *tables, ".")
-        root = path if path.is_dir() else path.parent
-        found = [self._sample(row, root, path, number) for number, row in enumerate(rows, 1)]
+        tables = find(self, folder, *(f"{stem}.{ending}" for stem in _STEMS for ending in _ENDINGS), ".")
+        found = [self._sample(record, folder) for path in tables for record in read(path)]
         twice = len(found) - len({sample.id for sample in found})
         if twice:
-            raise vtc.InputError(f"{path}: {twice} question_id(s) occur more than once")
+            raise vtc.InputError(f"{tables[0]}: {twice} question_id(s) occur more than once")
         return found
 
-    def _sample(self, row: Record, root: Path, path: Path, number: int) -> Sample:
-        images, video = _shown(row, root, path, number), row.get("video")
+    def _sample(self, record: Record, folder: Path) -> Sample:
+        images, video = _pictures(record, folder), record.get("video")
         if not images and not video:
-            raise vtc.InputError(f"{path}, record {number}: neither an image nor a video")
-        answers = row["answers"] if row.get("answers") is not None else [need(row, "answer", path, number)]
-        options = row.get("options")
-        first = row.get("video") or row.get("image")
+            raise record.error("neither an image nor a video")
+        answers = record.as_list("answers") if record.get("answers") is not None else [record["answer"]]
+        media = video or record.get("image")
         return Sample(
-            id=str(row.get("question_id", number)),
-            question=str(need(row, "question", path, number)),
+            id=str(record.get("question_id", record.number)),
+            question=str(record["question"]),
             images=images,
-            video=Clip(root / video, self.frames) if video else None,
-            target=[str(answer) for answer in as_list(answers, path, number)],
-            group=first if isinstance(first, str) and len(first) < _PATH else None,
-            options=tuple(map(str, as_list(options, path, number))) if options else None,
-            meta={"kind": row["kind"]} if row.get("kind") else {},
+            video=VideoSource(folder / video, self.frames) if video else None,
+            target=[str(answer) for answer in answers],
+            group=media if isinstance(media, str) and len(media) < _MAX_PATH else None,
+            options=tuple(map(str, record.as_list("options"))) if record.get("options") else None,
+            meta={"kind": record["kind"]} if record.get("kind") else {},
         )
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
         return {"exact": exact(prediction, sample.target)}
 
 
-_PATH = 1024
-"""Longer text is no path but base64; short text that is no file is taken for a path, whose absence is then told."""
-
-
-def _shown(row: Record, root: Path, path: Path, number: int) -> tuple[Picture, ...]:
-    cells: Any = row.get("image") if row.get("image") is not None else row.get("images")
+def _pictures(record: Record, folder: Path) -> tuple[Picture, ...]:
+    values: Any = record.get("image") if record.get("image") is not None else record.get("images")
     found: list[Picture] = []
-    for cell in cells if isinstance(cells, list) else [cells]:
-        if isinstance(cell, PictureCell):
-            found.append(cell)
-        elif isinstance(cell, str) and cell:
-            found.append(root / cell if len(cell) < _PATH else encoded(cell))
-        elif cell is not None:
-            raise vtc.InputError(f"{path}, record {number}: a picture cannot be {type(cell).__name__}")
+    for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, StoredPicture):
+            found.append(value)
+        elif isinstance(value, str) and value:
+            found.append(folder / value if len(value) < _MAX_PATH else functools.partial(open_base64, value))
+        elif value is not None:
+            raise record.error(f"a picture cannot be {type(value).__name__}")
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The offline tasks: held-out scenes and clips of the reference models' world, drawn as they are needed."""
+"""The offline tasks: held-out scenes and clips of the reference models' domain, drawn on demand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from eval.tasks.base import Sample, Task, Truth, register_task
-from eval.tasks.video import Footage
+from eval.tasks.video import Frames
 
 
 class Generated(Task):
-    """The answer must be right word for word, and the task knows which tokens show what is asked about."""
+    """Scores 1 for the exact answer; the task knows which tokens show what a question is about."""
 
     licence = "Apache-2.0; photographs and digits see eval/reference/README.md"
     layout = "no files"
@@ -28,16 +28,16 @@ class Generated(Task):
 @register_task
 @dataclass(frozen=True)
 class ScenesTask(Generated):
-    """Objects, digits and signs on photographs.
+    """Asks about objects, digits and signs on photographs.
 
     Attributes
     ----------
     scenes : int
-        How many pictures.
+        Number of pictures.
     per_scene : int
-        Questions about each, at most.
+        Maximum number of questions about each.
     seed : int
-        Another seed draws other pictures of the held-out split.
+        Each seed draws other pictures of the held-out split.
     """
 
     name: ClassVar[str] = "scenes"
@@ -69,7 +69,7 @@ class ScenesTask(Generated):
         return found
 
     def truth(self, sample: Sample) -> Truth:
-        """Within a thing, the patch that it fills most comes first."""
+        """List the patches of each object, the one that it fills most first."""
         from eval.tasks.scenes.vocabulary import GRID
 
         index = int(sample.meta["index"])
@@ -80,16 +80,16 @@ class ScenesTask(Generated):
 @register_task
 @dataclass(frozen=True)
 class ClipsTask(Generated):
-    """Shapes that move, appear and disappear, each clip shown with all its 8 to 16 frames.
+    """Asks about shapes that move, appear and disappear; all 8 to 16 frames of a clip are shown.
 
     Attributes
     ----------
     clips : int
-        How many videos.
+        Number of videos.
     per_clip : int
-        Questions about each, at most.
+        Maximum number of questions about each.
     seed : int
-        Another seed draws other clips of the held-out split.
+        Each seed draws other clips of the held-out split.
     """
 
     name: ClassVar[str] = "clips"
@@ -105,13 +105,13 @@ class ClipsTask(Generated):
 
         found = []
         for index in range(self.clips):
-            footage = functools.partial(_footage, self.seed, index)
+            frames = functools.partial(_frames, self.seed, index)
             for number, question in enumerate(ask(_clip(self.seed, index), self.per_clip)):
                 found.append(
                     Sample(
                         id=f"clip-{index}-{number}",
                         question=question.text,
-                        video=footage,
+                        video=frames,
                         target=question.answer,
                         group=f"clip-{index}",
                         options=question.options,
@@ -121,7 +121,7 @@ class ClipsTask(Generated):
         return found
 
     def truth(self, sample: Sample) -> Truth:
-        """Within an object, its first and last moments come before those between: they tell where it went and when."""
+        """List the cells of each object, its first and last time step first: they show where it went and when."""
         from eval.tasks.clips.clip import SIDE, cells
 
         index = int(sample.meta["index"])
@@ -131,7 +131,7 @@ class ClipsTask(Generated):
 
 
 def _ends_first(tokens: Sequence[int], per_step: int) -> tuple[int, ...]:
-    """One token of the first step, of the last, of the second, of the second-last ...; then a second one of each."""
+    """Order tokens: one of the first step, of the last, the second, the second-last ...; then a second of each."""
     steps: dict[int, list[int]] = {}
     for token in tokens:
         steps.setdefault(token // per_step, []).append(token)
@@ -159,8 +159,8 @@ def _clip(seed: int, index: int) -> Any:
     return make_clip("test", seed, index)
 
 
-def _footage(seed: int, index: int) -> Footage:
+def _frames(seed: int, index: int) -> Frames:
     from eval.tasks.clips.clip import FPS
 
     clip = _clip(seed, index)
-    return Footage(clip.frames, tuple(range(clip.length)), float(FPS), clip.length)
+    return Frames(clip.frames, tuple(range(clip.length)), float(FPS), clip.length)

@@ -27,7 +27,7 @@ from eval.tasks.clips.clip import FPS, make_clip
 from eval.tasks.clips.questions import TIMES, part_of
 from eval.tasks.clips.questions import ask as ask_clip
 from eval.tasks.scenes.scene import make_scene
-from eval.tasks.video import Clip as Footage
+from eval.tasks.video import VideoSource
 
 TOKENS = AutoTokenizer.from_pretrained(TOKENIZER)
 
@@ -280,9 +280,10 @@ def test_the_shipped_model_answers_questions_about_its_sample_clips() -> None:
     model, processor = _shipped("qwen2_5_vl")
     paths = vtc.reference.clips()
     assert len(paths) == 3
-    lines = [json.loads(line) for line in (paths[0].parent / "questions.jsonl").read_text().splitlines()]
+    folder = paths[0].parent
+    lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
     samples = [
-        Sample(str(number), line["question"], video=Footage(paths[0].parent / line["video"], 16), target=line["answer"])
+        Sample(str(number), line["question"], video=VideoSource(folder / line["video"], 16), target=line["answer"])
         for number, line in enumerate(lines)
     ]
     loaded = Loaded(model, processor, "qwen2_5_vl", "shipped")

@@ -24,7 +24,7 @@ from eval.models import Loaded
 from eval.tasks import Sample, Task, get_task
 from eval.tasks.base import Truth
 from eval.tasks.generated import _ends_first
-from eval.tasks.video import Clip
+from eval.tasks.video import VideoSource
 from tests import tiny
 from tests.tiny_processors import VIDEO_FAMILIES, processor
 from tests.video import clips
@@ -47,33 +47,25 @@ def load(family: str) -> Loaded:
 
 
 def test_frames_are_spread_evenly(file: Path) -> None:
-    shown = Clip(file, 4)()
+    shown = VideoSource(file, 4)()
     assert shown.indices == (2, 6, 10, 14)
     assert [clips.number(frame) for frame in shown.frames] == [2, 6, 10, 14]
     assert (shown.fps, shown.total) == (pytest.approx(4.0), 16)
-    assert Clip(file, 99)().indices == tuple(range(16)), "there are no more"
-
-
-def test_only_the_named_piece_is_shown(file: Path) -> None:
-    assert Clip(file, 2, start=1.0, end=1.75)().indices == (5, 7)
-    assert set(Clip(file, 16, start=2.0)().indices) == set(range(8, 16))
-    with pytest.raises(vtc.InputError, match=r"no frames from 9 to 10 s; it ends at 3\.75 s"):
-        Clip(file, 2, start=9, end=10)()
+    assert VideoSource(file, 99)().indices == tuple(range(16)), "there are no more"
 
 
 def test_a_folder_of_pictures_is_a_video(tmp_path: Path) -> None:
     for index, frame in enumerate(clips.frames(9)):
         Image.fromarray(frame).save(tmp_path / f"{index:05d}.png")
     (tmp_path / "notes.txt").write_text("not a frame")
-    shown = Clip(tmp_path, 3)()
+    shown = VideoSource(tmp_path, 3)()
     assert [clips.number(frame) for frame in shown.frames] == list(shown.indices) == [1, 4, 7]
     assert (shown.fps, shown.total) == (3.0, 9)
-    assert Clip(tmp_path, 3, start=1.0, end=1.9)().indices == (3, 4, 5)
     (tmp_path / "00004.png").write_bytes(b"no picture")
     with pytest.raises(vtc.InputError, match=r"00004\.png.*not a picture"):
-        Clip(tmp_path, 3)()
+        VideoSource(tmp_path, 3)()
     with pytest.raises(vtc.InputError, match="no pictures"):
-        Clip(tmp_path.parent / tmp_path.name / "..", 3)()
+        VideoSource(tmp_path.parent / tmp_path.name / "..", 3)()
 
 
 # -------------------------------------------------------------------------------------------------------------- runner
@@ -92,7 +84,7 @@ class Files(Task):
     def samples(self, folder: Path | None) -> Sequence[Sample]:
         assert folder is not None
         return [
-            Sample(path.stem, "what happens in the clip ?", video=Clip(path, self.frames))
+            Sample(path.stem, "what happens in the clip ?", video=VideoSource(path, self.frames))
             for path in sorted(folder.iterdir())
         ]
 
@@ -133,12 +125,12 @@ def test_every_family_is_asked_about_videos(family: str, tmp_path: Path) -> None
 
 def test_frames_and_their_times_reach_the_processor(file: Path) -> None:
     loaded = load("qwen2_5_vl_video")
-    sample = Sample("1", "what happens in the clip ?", video=Clip(file, 3))
+    sample = Sample("1", "what happens in the clip ?", video=VideoSource(file, 3))
     encoded = models.inputs(loaded, [sample], [sample.open()])
     assert encoded["video_grid_thw"][0, 0] == 2, "three frames are two steps, the last one half full"
     # Three frames of 4 s are 4/3 s apart, and there are two to a step.
     assert float(encoded["second_per_grid_ts"][0]) == pytest.approx(8 / 3)
-    single = Sample("1", "what happens in the clip ?", video=Clip(file, 1))
+    single = Sample("1", "what happens in the clip ?", video=VideoSource(file, 1))
     assert models.inputs(loaded, [single], [single.open()])["video_grid_thw"][0, 0] == 1
 
 
@@ -150,7 +142,7 @@ def test_a_model_without_videos_is_refused(file: Path) -> None:
 
 
 def test_a_broken_video_names_sample_and_file(tmp_path: Path) -> None:
-    sample = Sample("7", "?", video=Clip(tmp_path / "gone.mp4", 2))
+    sample = Sample("7", "?", video=VideoSource(tmp_path / "gone.mp4", 2))
     with pytest.raises(vtc.InputError, match=r"sample 7: .*gone\.mp4: no such file"):
         sample.open()
 
