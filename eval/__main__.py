@@ -4,10 +4,10 @@
     python -m eval run --task pope --data data/pope --model checkpoints/llava-1.5-7b-hf --methods divprune --keep 0.25
     python -m eval compare "results/scenes-reference:divprune 0.25" "results/scenes-reference:vtc-cls 0.25"
 
-`run` answers and writes rows; interrupted, it goes on where it stopped. Started by `accelerate launch` or `torchrun`,
-each process takes its share and writes a file of its own; `--backend ray` shares the samples among the workers of a
-cluster. `sweep` runs what is missing, takes times, and writes table.md, table.csv and pictures; `table` does only the
-last.
+`run` answers the samples and writes a row for each answer; after an interruption it continues where it stopped. Started
+by `accelerate launch` or `torchrun`, each process takes its share and writes its own file; `--backend ray` distributes
+the samples over the workers of a cluster. `sweep` answers what is missing, measures times, and writes table.md,
+table.csv and plots; `table` does only the last of these.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEEP = (0.5, 0.25, 0.11, 0.056)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 2 for a mistake in the arguments or the input, told in one line."""
+    """Run one command; return 2 after a one-line message about a mistake in the arguments or the input."""
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
@@ -45,12 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("tasks", help="list the tasks").set_defaults(run=_tasks)
-    run = commands.add_parser("run", help="answer every sample in every cell, row by row")
+    run = commands.add_parser("run", help="answer every sample with every method at every budget")
     _add_measuring(run)
     run.set_defaults(run=_run)
-    sub = commands.add_parser("sweep", help="run, take times, then tables and pictures")
+    sub = commands.add_parser("sweep", help="answer, measure times, then write tables and plots")
     _add_measuring(sub)
-    sub.add_argument("--timed", type=int, default=6, metavar="N", help="samples to take times on (6; 0: none)")
+    sub.add_argument("--timed", type=int, default=6, metavar="N", help="samples to measure times on (6; 0: none)")
     sub.add_argument("--rounds", type=int, default=3, help="timed rounds per sample (3)")
     sub.add_argument(
         "--decode-tokens",
@@ -59,17 +59,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"timed answers' length ({timing.DECODE_TOKENS})",
     )
     sub.set_defaults(run=_sweep)
-    table = commands.add_parser("table", help="tables and pictures of rows that are there")
+    table = commands.add_parser("table", help="write tables and plots of the rows in a folder")
     table.add_argument("folder", type=Path)
     table.set_defaults(run=_table)
     compare = commands.add_parser("compare", help="paired differences with significance")
-    compare.add_argument(
-        "a", metavar="A", help='a folder of results, or FOLDER:CELL, such as "results/x:divprune 0.25"'
-    )
+    compare.add_argument("a", metavar="A", help='a folder of results, or FOLDER:RUN, such as "results/x:divprune 0.25"')
     compare.add_argument("b", metavar="B")
-    compare.add_argument("--folder", type=Path, help="A and B are names of this folder's cells")
+    compare.add_argument("--folder", type=Path, help="A and B are names of runs in this folder")
     compare.set_defaults(run=_compare)
-    page = commands.add_parser("readme", help="write README's table anew from the committed results")
+    page = commands.add_parser("readme", help="write README's table from the committed results")
     page.set_defaults(run=_readme)
     return parser
 
@@ -77,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", nargs="+", default=["scenes"], help="see `python -m eval tasks` (scenes)")
     parser.add_argument(
-        "--data", nargs="+", default=[], metavar="[TASK=]FOLDER", help="the task's files; drawn tasks need none"
+        "--data", nargs="+", default=[], metavar="[TASK=]FOLDER", help="the task's files; generated tasks need none"
     )
     parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
-    parser.add_argument("--methods", nargs="+", default=["all"], help="names, or all that the model can run (all)")
+    parser.add_argument("--methods", nargs="+", default=["all"], help="names, or all that the model supports (all)")
     parser.add_argument("--keep", type=float, nargs="+", default=list(_KEEP), help="fractions, or counts above 1")
     parser.add_argument("--positions", nargs="+", choices=("original", "compact"), default=["original"])
     parser.add_argument(
@@ -90,14 +88,14 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD.NAME=VALUE",
         help="option of a method, the value as JSON; repeat for more",
     )
-    parser.add_argument("--limit", type=int, help=f"samples, from the start (all; {sweep.DRAWN} of a drawn task)")
-    parser.add_argument("--frames", type=int, help="frames shown of each video; every task has a usual number")
+    parser.add_argument("--limit", type=int, help=f"number of samples (all; generated tasks: {sweep.GENERATED_LIMIT})")
+    parser.add_argument("--frames", type=int, help="frames to show of each video; every task has a default")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--retry", action="store_true", help="try samples again that ended in an error")
+    parser.add_argument("--retry", action="store_true", help="repeat samples that ended in an error")
     parser.add_argument(
         "--backend", choices=("local", "ray"), default="local", help="ray: workers of a cluster (local)"
     )
@@ -108,7 +106,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
-    """One for each task; everything that can be wrong without a model is found here."""
+    """Return a job for each task; finds every mistake that can be found without a model."""
     folders = _data(args.data, args.task)
     model = Path(args.model).name.replace(":", "-")
     several = len(args.task) > 1
@@ -165,7 +163,7 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _answer(args: argparse.Namespace, jobs: Sequence[Job]) -> Loaded | None:
-    """The model comes back, if it was this process that asked it."""
+    """Answer all jobs; return the model if it was loaded in this process."""
     if args.backend == "ray":
         from eval import ray_backend
 
@@ -186,8 +184,8 @@ def _run(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     if runner.shard()[1] > 1:
         raise vtc.ConfigError(
-            "sweep takes times and writes tables, which is for one process: use `accelerate launch -m eval run` with "
-            "these arguments, and then `python -m eval sweep` for the rest"
+            "sweep measures times and writes tables, which is for one process: use `accelerate launch -m eval run` "
+            "with these arguments, and then `python -m eval sweep` for the rest"
         )
     for name, value, least in (
         ("timed", args.timed, 0),
@@ -220,7 +218,7 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    print(comparison.told(comparison.compare(args.a, args.b, args.folder)))
+    print(comparison.to_markdown(comparison.compare(args.a, args.b, args.folder)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Selections that know what a generated task shows where: the frame that methods are seen in."""
+"""Selections that use the ground truth of a generated task: upper and lower bounds for methods."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TruthSelector(vtc.Selector):
-    """Keeps what shows the things that questions may name, or what does not; only for one sample at a time.
+    """Keeps the tokens of the objects that questions may name, or the other tokens; for one sample at a time.
 
-    The truth is told in cells of the task's own grid, and looked up in the model's: models cut pictures into more or
-    fewer tokens.
+    Objects are given as cells of the task's grid and mapped to the model's grid, which may be finer or coarser.
 
     Attributes
     ----------
     things : tuple of tuple of int
-        The cells of every thing, best first.
+        The cells of every object, best first.
     grid : (int, int, int)
-        The grid that these cells are numbered in.
+        The grid that these cells index.
     first : bool
-        Whether things go first, a cell of each in turn, or last.
+        Keep the objects first, one cell of each in turn; otherwise last.
     seed : tuple of int
-        For what is drawn beside them.
+        Seed of the random tokens that fill the budget.
     """
 
     name: ClassVar[str] = "truth"
-    paper: ClassVar[str] = "none: a task's own knowledge"
+    paper: ClassVar[str] = "none: the ground truth of a task"
 
     things: tuple[tuple[int, ...], ...] = ()
     grid: Grid = (1, 1, 1)
@@ -45,12 +44,12 @@ class TruthSelector(vtc.Selector):
     seed: tuple[int, ...] = (0,)
 
     def select(self, ctx: vtc.VisualContext) -> vtc.Selection:
-        """As many as the budget.
+        """Keep as many tokens as the budget.
 
         Raises
         ------
         InputError
-            The model looks at the picture in several views, of which the truth knows only the whole.
+            The model encodes the picture in several views; the truth is known for the whole picture only.
         """
         from eval.tasks.scenes import oracle
 
@@ -69,7 +68,7 @@ class TruthSelector(vtc.Selector):
 
 
 def regridded(cells: Sequence[int], source: Grid, target: Grid) -> list[int]:
-    """The cells of another grid over the same picture that these lie in, or that lie in these; each once, in order."""
+    """Map cells to the cells of another grid that contain them or lie in them; each once, in order."""
     found: dict[int, None] = {}
     for cell in cells:
         places = np.unravel_index(cell, source)
@@ -87,5 +86,5 @@ def _along(place: int, source: int, target: int) -> list[int]:
 
 @functools.cache
 def register() -> None:
-    """Make it known to `vtc`: not before somebody measures, so that importing this changes no list of methods."""
+    """Register the selector on first use, so that importing this module does not change the list of methods."""
     vtc.register_selector(TruthSelector)

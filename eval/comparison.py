@@ -1,4 +1,4 @@
-"""Is one setting better than another? Paired differences over the samples that both answered."""
+"""Paired differences between two runs over the samples that both answered."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import vtc
-from eval import journal, statistics, tables, tasks
-from eval.journal import Row
-from eval.runner import in_groups
+from eval import results_log, statistics, tables, tasks
+from eval.results_log import Row
+from eval.runner import rows_by_run
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,16 @@ class Difference:
     Attributes
     ----------
     a, b : str
-        What was compared.
+        Names of the two sides.
     difference : float
     low, high : float
-        95 %, groups of samples (an image, a video) drawn as wholes.
+        95 % confidence interval; whole groups of samples (an image, a video) are resampled.
     p : float
         Two-sided, by sign flips of whole groups.
     mcnemar : float or None
-        Exact p of McNemar's test, which takes samples as independent; None where scores are not right or wrong.
+        Exact p of McNemar's test, which treats samples as independent; None where scores are not binary.
     n, groups : int
+        Numbers of samples and groups.
     """
 
     a: str
@@ -44,62 +45,62 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Side:
-    """A folder's answers: the task, and by cell the rows by sample."""
+    """The answers in a folder: the task, and the rows by run and sample."""
 
     name: str
     task: str
-    cells: dict[str, dict[str, Row]]
+    runs: dict[str, dict[str, Row]]
 
 
 def compare(a: str, b: str, folder: Path | None = None) -> list[Difference]:
-    """Paired differences of two cells, or of every cell that two folders share.
+    """Compare two runs, or every run that two folders share.
 
     Parameters
     ----------
     a, b : str
-        With `folder` names of its cells; without, folders of results, or FOLDER:CELL.
+        With `folder` names of its runs; without, folders of results, or FOLDER:RUN.
     folder : Path, optional
 
     Raises
     ------
     InputError
-        Something is not there, or there is nothing to pair: other tasks, no sample or no cell in common.
+        Something does not exist, or nothing can be paired: other tasks, no sample or no run in common.
     """
     if folder is not None:
         a, b = f"{folder}:{a}", f"{folder}:{b}"
-    (side_a, cell_a), (side_b, cell_b) = _side(a), _side(b)
+    (side_a, run_a), (side_b, run_b) = _side(a), _side(b)
     if side_a.task != side_b.task:
         raise vtc.InputError(f"{a} is about {side_a.task}, {b} about {side_b.task}: nothing to pair")
-    if (cell_a is None) != (cell_b is None):
-        raise vtc.InputError("compare two folders, or FOLDER:CELL with FOLDER:CELL, not one with the other")
-    if cell_a is not None and cell_b is not None:
-        pairs = [(cell_a, cell_b)]
+    if (run_a is None) != (run_b is None):
+        raise vtc.InputError("compare two folders, or FOLDER:RUN with FOLDER:RUN, not one with the other")
+    if run_a is not None and run_b is not None:
+        pairs = [(run_a, run_b)]
     else:
-        pairs = [(cell, cell) for cell in side_a.cells if cell in side_b.cells]
+        pairs = [(run, run) for run in side_a.runs if run in side_b.runs]
         if not pairs:
-            raise vtc.InputError(f"{a} and {b} have no cell in common")
+            raise vtc.InputError(f"{a} and {b} have no run in common")
     main = tasks.get_task(side_a.task).main_score
     same_folder = side_a.name == side_b.name
     found = []
     for left, right in pairs:
         names = (left, right) if same_folder else (f"{side_a.name}: {left}", f"{side_b.name}: {right}")
-        found.append(_difference(names, side_a.cells[left], side_b.cells[right], main))
+        found.append(_difference(names, side_a.runs[left], side_b.runs[right], main))
     return found
 
 
 def _side(text: str) -> tuple[_Side, str | None]:
-    folder, cell = (text, None) if Path(text).exists() else _split(text)
-    headers, rows = journal.read(Path(folder))
-    good = in_groups(row for row in rows if "error" not in row)
-    side = _Side(folder, headers[-1]["run"]["task"], {name: {r["sample"]: r for r in rs} for name, rs in good.items()})
-    if cell is not None and cell not in side.cells:
-        raise vtc.InputError(f"{folder} has no cell {cell!r} with answers; it has: {', '.join(side.cells)}")
-    return side, cell
+    folder, run = (text, None) if Path(text).exists() else _split(text)
+    headers, rows = results_log.read(Path(folder))
+    good = rows_by_run(row for row in rows if "error" not in row)
+    by_sample = {name: {row["sample"]: row for row in each} for name, each in good.items()}
+    if run is not None and run not in by_sample:
+        raise vtc.InputError(f"{folder} has no run {run!r} with answers; it has: {', '.join(by_sample)}")
+    return _Side(folder, headers[-1]["identity"]["task"], by_sample), run
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    folder, colon, cell = text.rpartition(":")
-    return (folder, cell) if colon else (text, None)
+    folder, colon, run = text.rpartition(":")
+    return (folder, run) if colon else (text, None)
 
 
 def _difference(names: tuple[str, str], a: Mapping[str, Row], b: Mapping[str, Row], main: str) -> Difference:
@@ -115,8 +116,8 @@ def _difference(names: tuple[str, str], a: Mapping[str, Row], b: Mapping[str, Ro
     )
 
 
-def told(differences: Sequence[Difference]) -> str:
-    """A table; where there are several lines, also p after Holm, which allows for having looked so often."""
+def to_markdown(differences: Sequence[Difference]) -> str:
+    """Return a table; with several lines also p after Holm's correction for multiple comparisons."""
     several = len(differences) > 1
     adjusted = statistics.holm([each.p for each in differences])
     header = ["A", "B", "B - A", "95 %", "p, sign flips", *(["p, Holm"] * several), "p, McNemar", "samples", "groups"]
@@ -126,4 +127,4 @@ def told(differences: Sequence[Difference]) -> str:
         line += [f"{each.p:.4f}", *([f"{holm:.4f}"] * several)]
         line += ["" if each.mcnemar is None else f"{each.mcnemar:.4f}", str(each.n), str(each.groups)]
         lines.append(line)
-    return tables.pipes(header, lines)
+    return tables.to_markdown_table(header, lines)

@@ -1,4 +1,4 @@
-"""Under which conditions something was measured: without them a number means nothing."""
+"""The conditions of a measurement: command, versions, state of the checkout, hardware."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import vtc
 
 
 def conditions(command: str | None = None, **config: Any) -> dict[str, Any]:
-    """Command, versions, state of the checkout and hardware, and under ``config`` whatever else is given."""
+    """Return command, versions, state of the checkout and hardware, and the arguments as ``config``."""
     return {
         "command": command_line() if command is None else command,
         "python": platform.python_version(),
@@ -31,12 +31,12 @@ def conditions(command: str | None = None, **config: Any) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What this process was started with."""
+    """Return the command that started this process."""
     return shlex.join(["python", "-m", "eval", *sys.argv[1:]])
 
 
 def hardware() -> dict[str, Any]:
-    """What the times of one machine depend on."""
+    """Return the facts about the machine that times depend on."""
     return {
         "machine": platform.machine(),
         "cpu": _cpu(),
@@ -48,7 +48,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _git_state() -> str | None:
-    """Commit, with a plus where files differ from it; None outside a checkout."""
+    """Return the commit, with a plus if files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     try:
         run = [

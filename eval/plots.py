@@ -1,4 +1,4 @@
-"""Tables to pictures."""
+"""Plots the tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.cells import BASELINES, BLIND, BOUNDS, FULL
+from eval.runs import BASELINES, BLIND, BOUNDS, FULL
 
 _AXES = (
     ("kept", "visual tokens kept, mean over layers", "score-by-tokens.png"),
@@ -18,7 +18,7 @@ _AXES = (
 
 
 def pareto(cost: Sequence[float], gain: Sequence[float]) -> list[int]:
-    """Indices of the points that no other point beats (cheaper and at least as good, or as cheap and better)."""
+    """Return the indices of the points that no other point dominates."""
     order = sorted(range(len(cost)), key=lambda i: (cost[i], -gain[i]))
     front, best = [], -np.inf
     for i in order:
@@ -29,20 +29,20 @@ def pareto(cost: Sequence[float], gain: Sequence[float]) -> list[int]:
 
 
 def against_cost(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
-    """Score against kept tokens, and, where times were taken, against time with the Pareto front marked.
+    """Plot score against kept tokens and, if there are times, against time with the Pareto front marked.
 
     Parameters
     ----------
     frame : DataFrame
-        As of `tables.summary`.
+        The result of `tables.summary`.
     folder : Path
     title : str
     """
     plt = _pyplot()
     written = []
-    full = frame[frame["cell"] == FULL.name].iloc[0]
+    full = frame[frame["run"] == FULL.name].iloc[0]
     for column, label, name in _AXES:
-        known = frame[frame[column].notna() & ~frame["cell"].isin((FULL.name, BLIND.name))]
+        known = frame[frame[column].notna() & ~frame["run"].isin((FULL.name, BLIND.name))]
         if known.empty:
             continue
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -61,10 +61,10 @@ def against_cost(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
                 label=f"{method}, compact" if compact else method,
             )
         axes.axhline(full["score"], color="black", linewidth=0.8, label=FULL.name)
-        for floor in frame[frame["cell"] == BLIND.name]["score"]:
+        for floor in frame[frame["run"] == BLIND.name]["score"]:
             axes.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label=BLIND.name)
         if column == "ttft":
-            points = frame[frame["ttft"].notna()]  # the uncompressed model competes too
+            points = frame[frame["ttft"].notna()]  # the uncompressed model is one of the points
             best = points.iloc[pareto(points["ttft"].tolist(), points["score"].tolist())]
             axes.plot(best["ttft"], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, alpha=0.6)
             axes.scatter(best["ttft"], best["score"], s=110, facecolors="none", edgecolors="black", label="front")
@@ -78,14 +78,14 @@ def against_cost(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
 
 
 def bars(scores: pd.DataFrame, frame: pd.DataFrame, path: Path, title: str) -> Path:
-    """Score by kind of question or by task, of every method at one budget (the middle one: all are unreadable).
+    """Plot scores by kind of question or by task, for every method at the middle budget; all would be unreadable.
 
     Parameters
     ----------
     scores : DataFrame
-        Cells by kinds or tasks, as of `tables.by_kind`.
+        Runs by kinds or tasks, as `tables.by_kind` returns.
     frame : DataFrame
-        As of `tables.summary`; says which cell has which budget.
+        The result of `tables.summary`; has the budget of each run.
     path : Path
     title : str
     """
@@ -93,7 +93,7 @@ def bars(scores: pd.DataFrame, frame: pd.DataFrame, path: Path, title: str) -> P
     budgets = sorted(frame["keep"].dropna().unique())
     middle = budgets[(len(budgets) - 1) // 2] if budgets else None
     plain = (frame["keep"] == middle) & (frame["positions"] == "original")
-    chosen = [cell for cell in frame[(frame["cell"] == FULL.name) | plain]["cell"] if cell in scores.index]
+    chosen = [run for run in frame[(frame["run"] == FULL.name) | plain]["run"] if run in scores.index]
     figure, axes = plt.subplots(figsize=(12, 4.5), layout="constrained")
     scores.loc[chosen].T.plot.bar(ax=axes, width=0.85, colormap="tab20", rot=20)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

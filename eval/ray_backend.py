@@ -1,8 +1,8 @@
-"""The samples shared among workers of a Ray cluster: the same rows as from one process, written by the driver.
+"""Distributes the samples over workers of a Ray cluster; the driver writes the same rows as one process.
 
-Each worker loads the model once and answers batches; the driver hands out those that are missing and appends rows as
-they come in, so an interrupted run goes on like any other. Workers read the checkout, the model and the task's files
-under the paths that the driver uses: on several machines these lie on a shared file system. `RAY_ADDRESS` names a
+Each worker loads the model once and answers batches. The driver hands out the missing ones and appends rows as they
+arrive, so an interrupted evaluation continues like any other. Workers read the checkout, the model and the task's files
+under the paths that the driver uses, so several machines need a shared file system. `RAY_ADDRESS` names a
 cluster; without it one is started on this machine.
 """
 
@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 import vtc
 from eval import runner
-from eval.cells import Cell
 from eval.conditions import command_line
-from eval.journal import Journal
+from eval.results_log import ResultsLog
+from eval.runs import Run
 from eval.sweep import Job
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ _LOCAL = {"num_cpus": os.cpu_count(), "include_dashboard": False, "object_store_
 
 
 def answer(job: Job, *, workers: int = 2, retry: bool = False) -> None:
-    """Append the rows that are missing, asking `workers` copies of the model.
+    """Append the rows that are missing, answered by `workers` copies of the model.
 
     Every worker gets an equal share of the cluster's cores, and a GPU if the job runs on GPUs.
 
@@ -48,30 +48,28 @@ def answer(job: Job, *, workers: int = 2, retry: bool = False) -> None:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise cause if isinstance(cause, vtc.VtcError) else error from error
-        stated["command"] = command_line()  # the worker's own is Ray's
-        cells = [Cell.from_dict(cell) for cell in stated["cells"]]
-        with Journal(job.out / "rows.jsonl", job.identity(weights), stated, retry=retry) as journal:
+        stated["command"] = command_line()  # instead of that of Ray's worker process
+        runs = [Run.from_dict(run) for run in stated["runs"]]
+        with ResultsLog(job.out / "rows.jsonl", job.identity(weights), stated, retry=retry) as log:
             batches = runner.split(samples, job.batch_size)
-            missing = [runner.missing(batch, cells, journal.has) for batch in batches]
-            total = len(samples) * len(cells)
+            missing = [runner.missing(batch, runs, log.has) for batch in batches]
+            total = len(samples) * len(runs)
             tasks = [
-                {"batch": number, "done": json.dumps(_done(batches[number], cells, journal))}
+                {"batch": number, "done": json.dumps(_done(batches[number], runs, log))}
                 for number, count in enumerate(missing)
                 if count
             ]
             with tqdm(total=total, initial=total - sum(missing), unit="answer", dynamic_ncols=True) as bar:
-                for row in _rows(ray, job, cells, tasks, workers, share) if tasks else ():
-                    journal.add(row)
+                for row in _rows(ray, job, runs, tasks, workers, share) if tasks else ():
+                    log.add(row)
                     bar.update(1)
 
 
-def _rows(
-    ray: Any, job: Job, cells: list[Cell], tasks: list[dict[str, Any]], workers: int, share: dict[str, Any]
-) -> Any:
+def _rows(ray: Any, job: Job, runs: list[Run], tasks: list[dict[str, Any]], workers: int, share: dict[str, Any]) -> Any:
     data = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     answered = data.map_batches(
         _Worker,
-        fn_constructor_args=(job, [cell.to_dict() for cell in cells]),
+        fn_constructor_args=(job, [run.to_dict() for run in runs]),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
         **share,
@@ -80,30 +78,30 @@ def _rows(
 
 
 class _Worker:
-    """A model in a process of its own."""
+    """A process with a model."""
 
-    def __init__(self, job: Job, cells: list[dict[str, Any]]) -> None:
+    def __init__(self, job: Job, runs: list[dict[str, Any]]) -> None:
         task, samples, _ = job.prepare()
         self.batches = runner.split(samples, job.batch_size)
-        self.answerer = runner.Answerer(job.load(), task, [Cell.from_dict(cell) for cell in cells], job.seed)
+        self.answerer = runner.Answerer(job.load(), task, [Run.from_dict(run) for run in runs], job.seed)
 
     def __call__(self, asked: dict[str, Any]) -> dict[str, Any]:
         rows = []
         for number, text in zip(asked["batch"], asked["done"], strict=True):
             done = {tuple(each) for each in json.loads(text)}
-            rows += self.answerer.rows(self.batches[number], lambda cell, sample, done=done: (cell, sample) in done)
+            rows += self.answerer.rows(self.batches[number], lambda run, sample, done=done: (run, sample) in done)
         return {"row": [json.dumps(row) for row in rows]}
 
 
-def _done(batch: runner.Numbered, cells: list[Cell], journal: Journal) -> list[tuple[str, str]]:
-    return [(cell.name, s.id) for _, s in batch for cell in cells if journal.has(cell.name, s.id)]
+def _done(batch: runner.Numbered, runs: list[Run], log: ResultsLog) -> list[tuple[str, str]]:
+    return [(run.name, s.id) for _, s in batch for run in runs if log.has(run.name, s.id)]
 
 
 def _describe(job: Job, workers: int) -> tuple[str, dict[str, Any]]:
-    """Run by a worker: whose weights and hardware these are, and which cells the model can run."""
+    """Return the fingerprint of the weights, and hardware and supported runs as the worker sees them."""
     loaded = job.load()
-    _, _, cells, left_out = job.fitted(loaded)
-    return loaded.weights, job.conditions(cells, left_out, backend="ray", workers=workers)
+    _, _, runs, left_out = job.supported(loaded)
+    return loaded.weights, job.conditions(runs, left_out, backend="ray", workers=workers)
 
 
 def _share(ray: Any, workers: int, device: str) -> dict[str, Any]:
@@ -119,20 +117,20 @@ def _share(ray: Any, workers: int, device: str) -> dict[str, Any]:
 
 
 class _Session:
-    """A connection to Ray for as long as it is entered; one that the caller has made is used and left."""
+    """A connection to Ray as a context manager; one that the caller has opened is used and left open."""
 
     def __init__(self, ray: Any) -> None:
-        self.ray, self.mine = ray, not ray.is_initialized()
+        self.ray, self.owned = ray, not ray.is_initialized()
 
     def __enter__(self) -> None:
-        if not self.mine:
+        if not self.owned:
             return
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         local = {} if "RAY_ADDRESS" in os.environ else _LOCAL
         self.ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False, **local)
 
     def __exit__(self, *_: object) -> None:
-        if self.mine:
+        if self.owned:
             self.ray.shutdown()
 
 

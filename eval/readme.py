@@ -1,4 +1,4 @@
-"""README's table, made from the committed results so that the two cannot differ."""
+"""Writes README's table from the committed results, so that the two cannot differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pandas as pd
 
 import vtc
 from eval import tables
-from eval.cells import BASELINES, BLIND, BOUNDS, FULL
+from eval.runs import BASELINES, BLIND, BOUNDS, FULL
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "README.md"
@@ -18,7 +18,7 @@ SHARES = (0.25, 0.11)
 
 
 def block(results: Path = RESULTS) -> str:
-    """What stands between the marks: score and tokens of every method at two budgets, the best at the smaller first.
+    """Return the text between the marks: score and tokens of every method at two budgets, sorted by the smaller one.
 
     Raises
     ------
@@ -26,10 +26,10 @@ def block(results: Path = RESULTS) -> str:
         The results lack one of the budgets.
     """
     frame = pd.read_csv(results / "table.csv")
-    full = frame[frame["cell"] == FULL.name].iloc[0]
+    full = frame[frame["run"] == FULL.name].iloc[0]
     usual = frame[(frame["positions"] == "original") & ~frame["method"].isin((*BOUNDS, BLIND.name))]
     at = {share: usual[usual["keep"] == share].set_index("method") for share in SHARES}
-    methods = list(dict.fromkeys(usual[usual["cell"] != FULL.name]["method"]))
+    methods = list(dict.fromkeys(usual[usual["run"] != FULL.name]["method"]))
     for share, found in at.items():
         if lacking := [method for method in methods if method not in found.index]:
             raise vtc.InputError(f"{results}: nothing about {', '.join(lacking)} at {share:g}")
@@ -39,7 +39,7 @@ def block(results: Path = RESULTS) -> str:
     for method in methods:
         name = f"`{method}`, a baseline" if method in BASELINES else f"`{method}`"
         lines.append([name, *(text for share in SHARES for text in _figures(at[share].loc[method]))])
-    table = tables.pipes(header, lines)
+    table = tables.to_markdown_table(header, lines)
     where = (results / "table.md").relative_to(ROOT) if results.is_relative_to(ROOT) else results / "table.md"
     width = (usual["high"] - usual["low"]).max() / 2
     note = (
@@ -55,7 +55,7 @@ def _figures(line: pd.Series) -> list[str]:
 
 
 def write(page: Path = PAGE) -> None:
-    """Put `block` between the marks of the page.
+    """Write `block` between the marks of the page.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def write(page: Path = PAGE) -> None:
 
 
 def current(page: Path = PAGE) -> str:
-    """What stands there now, marks included."""
+    """Return the present text between the marks, marks included."""
     return _parts(page.read_text(encoding="utf-8"))[1]
 
 

@@ -1,4 +1,4 @@
-"""Every sample through every cell, written down row by row."""
+"""Answers every sample in every run and appends a row for each."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from tqdm.auto import tqdm
 import vtc
 from eval import models
 from eval.bounds import TruthSelector, register
-from eval.cells import BLIND, BOUNDS, FULL, Cell
-from eval.journal import Journal, Row
 from eval.models import Loaded
+from eval.results_log import ResultsLog, Row
+from eval.runs import BLIND, BOUNDS, FULL, Run
 from eval.tasks.base import Media, Sample, Task
 from vtc.report.flops import DecoderShape
 
 Has = Callable[[str, str], bool]
-"""Whether the measurement of a cell (name) on a sample (id) has been made."""
+"""Returns whether the measurement of a run (name) on a sample (id) has been made."""
 
 Numbered = Sequence[tuple[int, Sample]]
 """Samples with their places among all samples of the task."""
-
 
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 
 
 def shard() -> tuple[int, int]:
-    """Number of this process and of all, as `accelerate launch`, `torchrun` or `mpirun` tells it."""
+    """Return the rank of this process and the number of processes that `accelerate`, `torchrun` or `mpirun` started."""
     for rank, world in _LAUNCHERS:
         if world in os.environ:
             return int(os.environ.get(rank, "0")), int(os.environ[world])
@@ -39,28 +38,28 @@ def shard() -> tuple[int, int]:
 
 
 def split(samples: Sequence[Sample], batch_size: int) -> list[Numbered]:
-    """The batches: the same ones however many processes share them, because rounding depends on who is batched."""
+    """Return the batches, the same for any number of processes: rounding depends on which samples are batched."""
     numbered = list(enumerate(samples))
     return [numbered[first : first + batch_size] for first in range(0, len(numbered), batch_size)]
 
 
-def missing(batch: Numbered, cells: Sequence[Cell], has: Has) -> int:
-    """How many measurements of a batch have not been made."""
-    return sum(not has(cell.name, sample.id) for _, sample in batch for cell in cells)
+def missing(batch: Numbered, runs: Sequence[Run], has: Has) -> int:
+    """Count the measurements of a batch that have not been made."""
+    return sum(not has(run.name, sample.id) for _, sample in batch for run in runs)
 
 
-def run(
+def answer_samples(
     loaded: Loaded,
     task: Task,
     samples: Sequence[Sample],
-    cells: Sequence[Cell],
-    journal: Journal,
+    runs: Sequence[Run],
+    log: ResultsLog,
     *,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
-    """Answer all samples in all cells; what the journal holds already is passed over.
+    """Answer all samples in all runs, except those that the log has already.
 
     Of several processes each takes every n-th batch.
 
@@ -69,32 +68,32 @@ def run(
     loaded : Loaded
     task : Task
     samples : sequence of Sample
-    cells : sequence of Cell
-        All tokens first: agreement is measured against them.
-    journal : Journal
+    runs : sequence of Run
+        The uncompressed model first: agreement is measured against it.
+    log : ResultsLog
     batch_size : int
-        Cells that know the truth go one by one whatever it is.
+        The runs in `BOUNDS` take one sample at a time regardless.
     seed : int
-        For methods that draw.
+        For methods that draw random numbers.
     progress : bool
-        Whether to show a bar.
+        Whether to show a progress bar.
     """
     rank, world = shard()
     batches = split(samples, batch_size)[rank::world]
-    total = sum(len(batch) for batch in batches) * len(cells)
-    answerer = Answerer(loaded, task, cells, seed)
-    done = total - sum(missing(batch, cells, journal.has) for batch in batches)
-    # What earlier sittings did counts as there from the start, not as fast: the time that is left stays true.
+    total = sum(len(batch) for batch in batches) * len(runs)
+    answerer = Answerer(loaded, task, runs, seed)
+    done = total - sum(missing(batch, runs, log.has) for batch in batches)
+    # Rows of earlier sessions are the initial count, so that they do not distort the estimate of the remaining time.
     with tqdm(total=total, initial=done, unit="answer", disable=not progress, dynamic_ncols=True) as bar:
         for batch in batches:
-            for row in answerer.rows(batch, journal.has):
-                journal.add(row)
+            for row in answerer.rows(batch, log.has):
+                log.add(row)
                 bar.update(1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Answer:
-    """What one row of a batch said, and what it was made of.
+    """The answer to one sample of a batch, and the tokens it was computed from.
 
     Attributes
     ----------
@@ -102,11 +101,11 @@ class _Answer:
     logp : torch.Tensor
         (V,) log-probabilities of the first token.
     layers : list of int
-        Tokens, text and visual, in every decoder layer.
+        Number of tokens, text and visual, in every decoder layer.
     whole : int
-        Tokens of the prompt.
+        Number of tokens of the prompt.
     visual : int or None
-        Visual tokens of the prompt; None where nobody counted: with all tokens.
+        Number of visual tokens of the prompt; None for the uncompressed model, where nothing counts them.
     """
 
     text: str
@@ -117,92 +116,92 @@ class _Answer:
 
     @property
     def kept(self) -> float:
-        """Share of the visual tokens, averaged over the decoder layers as the papers do."""
+        """Share of the visual tokens, averaged over decoder layers as in the papers."""
         if not self.visual:
             return 1.0
         return (statistics.fmean(self.layers) - (self.whole - self.visual)) / self.visual
 
 
 _Opened = tuple[int, Sample, Media]
-"""Place, sample, and what it shows."""
+"""Place, sample and its decoded media."""
 
 
 class Answerer:
-    """Puts batches to a model, compressed and not, and makes rows of the answers.
+    """Answers batches with the compressed and the uncompressed model and returns rows.
 
-    A sample that cannot be read, or on which the model fails, becomes a row with its error: in every cell where all
-    tokens fail, else in the cell that failed. If nothing has ever worked in a cell, its set-up is at fault rather than
-    the samples, and the error is raised.
+    A sample that cannot be read, or on which the model fails, becomes a row with its error: in every run if the
+    uncompressed model fails, otherwise in the run that failed. If no sample of a run has ever succeeded, the cause is
+    the configuration rather than the sample, and the error is raised.
 
     Parameters
     ----------
     loaded : Loaded
     task : Task
-    cells : sequence of Cell
-        All tokens first.
+    runs : sequence of Run
+        The uncompressed model first.
     seed : int
     """
 
-    def __init__(self, loaded: Loaded, task: Task, cells: Sequence[Cell], seed: int = 0) -> None:
-        if not cells or cells[0] != FULL:
-            raise ValueError("the first cell must be the one with all tokens: the others are compared with it")
-        self.loaded, self.task, self.cells, self.seed = loaded, task, list(cells), seed
+    def __init__(self, loaded: Loaded, task: Task, runs: Sequence[Run], seed: int = 0) -> None:
+        if not runs or runs[0] != FULL:
+            raise ValueError("the first run must be the one with all tokens: the others are compared with it")
+        self.loaded, self.task, self.runs, self.seed = loaded, task, list(runs), seed
         text_config = loaded.model.config.get_text_config()
         self._depth: int = text_config.num_hidden_layers
-        self._worked: set[str] = set()
+        self._succeeded: set[str] = set()
         try:
             self._shape: DecoderShape | None = DecoderShape.from_config(text_config)
-        except vtc.UnsupportedModelError:  # rows then say nothing of FLOPs
+        except vtc.UnsupportedModelError:  # rows then have no FLOPs
             self._shape = None
 
     def rows(self, batch: Numbered, has: Has) -> Iterator[Row]:
-        """Rows of the measurements that have not been made: samples that cannot be read, then cell by cell.
+        """Yield the rows of the measurements that have not been made: first unreadable samples, then run by run.
 
-        Cells are asked with the whole batch even if only one of its samples is missing, so that an interrupted run
-        gives the same rows.
+        A run answers the whole batch even if only one sample is missing, so that an interrupted evaluation gives the
+        same rows as an uninterrupted one.
         """
-        wanted = [cell for cell in self.cells if missing(batch, [cell], has)]
+        wanted = [run for run in self.runs if missing(batch, [run], has)]
         if wanted:
-            yield from (row for row in self._rows(batch, wanted) if not has(row["cell"], row["sample"]))
+            yield from (row for row in self._rows(batch, wanted) if not has(row["run"], row["sample"]))
 
-    def _rows(self, batch: Numbered, wanted: Sequence[Cell]) -> Iterator[Row]:
+    def _rows(self, batch: Numbered, wanted: Sequence[Run]) -> Iterator[Row]:
         opened: list[_Opened] = []
         for order, sample in batch:
             try:
                 opened.append((order, sample, sample.open()))
             except vtc.InputError as error:
-                yield from (_broken(order, sample, cell, str(error)) for cell in self.cells)
+                yield from (_broken(order, sample, run, str(error)) for run in self.runs)
         whole: dict[int, _Answer] = {}
         for (order, sample, _), answer in self._answers(FULL, opened):
             if isinstance(answer, _Answer):
                 whole[order] = answer
             else:
-                yield from (_broken(order, sample, cell, f"all tokens: {_cause(answer)}") for cell in self.cells)
+                yield from (_broken(order, sample, run, f"all tokens: {_cause(answer)}") for run in self.runs)
         opened = [each for each in opened if each[0] in whole]
-        for cell in wanted:
-            answers = self._answers(cell, opened) if cell != FULL else ((each, whole[each[0]]) for each in opened)
+        for run in wanted:
+            answers = self._answers(run, opened) if run != FULL else ((each, whole[each[0]]) for each in opened)
             for (order, sample, _), answer in answers:
                 if isinstance(answer, _Answer):
-                    yield self._row(order, sample, cell, answer, whole[order])
+                    yield self._row(order, sample, run, answer, whole[order])
                 else:
-                    yield _broken(order, sample, cell, _cause(answer))
+                    yield _broken(order, sample, run, _cause(answer))
 
-    def _row(self, order: int, sample: Sample, cell: Cell, answer: _Answer, whole: _Answer) -> Row:
+    def _row(self, order: int, sample: Sample, run: Run, answer: _Answer, whole: _Answer) -> Row:
         kl = (whole.logp.exp() * (whole.logp - answer.logp)).nan_to_num(0.0).sum()
         return {
-            **_place(order, sample, cell),
+            **_key(order, sample, run),
             "prediction": answer.text,
             "scores": self.task.score(sample, answer.text),
             "agrees": answer.text == whole.text,
             "kl": max(0.0, float(kl)),
             "visual": answer.visual,
-            "kept": 0.0 if cell == BLIND else answer.kept,
+            "kept": 0.0 if run == BLIND else answer.kept,
             "flops": self._flops(answer.layers),
             "flops_share": self._share(answer),
         }
 
     def _flops(self, layers: Sequence[int]) -> int | None:
-        """Of the prefill of one row with so many tokens in the layers; None where the formula is not known."""
+        """Return the FLOPs of one row's prefill with so many tokens per layer; None without a known formula."""
         if self._shape is None:
             return None
         return sum(self._shape.layer_flops(i, n) for i, n in enumerate(layers)) + self._shape.head_flops()
@@ -211,38 +210,38 @@ class Answerer:
         before, after = self._flops([answer.whole] * self._depth), self._flops(answer.layers)
         return None if before is None or after is None else after / before
 
-    def _answers(self, cell: Cell, opened: Sequence[_Opened]) -> Iterator[tuple[_Opened, _Answer | Exception]]:
-        """For each sample the answer, or what prevented it: a batch that fails is asked again one by one."""
-        alone = cell.method in BOUNDS
-        for _, together in groupby(opened, key=lambda each: each[0] if alone else _frames(each)):
+    def _answers(self, run: Run, opened: Sequence[_Opened]) -> Iterator[tuple[_Opened, _Answer | Exception]]:
+        """Yield each sample with its answer or error; a batch that fails is repeated one by one."""
+        alone = run.method in BOUNDS
+        for _, together in groupby(opened, key=lambda each: each[0] if alone else _frame_count(each)):
             part = list(together)
-            found = self._attempt(cell, part)
+            found = self._attempt(run, part)
             if isinstance(found[0], Exception) and len(part) > 1:
-                found = [self._attempt(cell, [each])[0] for each in part]
+                found = [self._attempt(run, [each])[0] for each in part]
             failed = [each for each in found if isinstance(each, Exception)]
             if len(failed) < len(found):
-                self._worked.add(cell.name)
-            elif cell.name not in self._worked and cell.method not in BOUNDS:
+                self._succeeded.add(run.name)
+            elif run.name not in self._succeeded and run.method not in BOUNDS:
                 raise failed[0]
             yield from zip(part, found, strict=True)
 
-    def _attempt(self, cell: Cell, part: Sequence[_Opened]) -> list[_Answer] | list[Exception]:
+    def _attempt(self, run: Run, part: Sequence[_Opened]) -> list[_Answer] | list[Exception]:
         try:
-            return self._ask(cell, part)
-        except Exception as error:  # whatever it is: it goes into the row of its sample, or is raised by the caller
+            return self._generate(run, part)
+        except Exception as error:  # any error goes into the row of its sample, or is raised by the caller
             return [error] * len(part)
 
-    def _ask(self, cell: Cell, part: Sequence[_Opened]) -> list[_Answer]:
+    def _generate(self, run: Run, part: Sequence[_Opened]) -> list[_Answer]:
         samples = [sample for _, sample, _ in part]
         encoded = models.inputs(self.loaded, samples, [media for _, _, media in part])
         lengths = [int(n) for n in encoded["attention_mask"].sum(dim=1)]
-        if cell in (FULL, BLIND):
-            shown = encoded if cell == FULL else models.blinded(encoded)
+        if run in (FULL, BLIND):
+            shown = encoded if run == FULL else models.blinded(encoded)
             texts, logp = models.answer(self.loaded, shown, self.task.max_new_tokens)
             return [
                 _Answer(text, logp[row], [lengths[row]] * self._depth, lengths[row]) for row, text in enumerate(texts)
             ]
-        with vtc.compressed(self.loaded.model, self._config(cell, samples[0])):
+        with vtc.compressed(self.loaded.model, self._config(run, samples[0])):
             texts, logp = models.answer(self.loaded, encoded, self.task.max_new_tokens)
             report = vtc.report(self.loaded.model)
         visual = [0] * len(part)
@@ -253,29 +252,29 @@ class Answerer:
             for row, text in enumerate(texts)
         ]
 
-    def _config(self, cell: Cell, sample: Sample) -> vtc.CompressionConfig:
-        if cell.method not in BOUNDS:
-            return cell.config(self.seed)
+    def _config(self, run: Run, sample: Sample) -> vtc.CompressionConfig:
+        if run.method not in BOUNDS:
+            return run.config(self.seed)
         register()
         return vtc.CompressionConfig(
             TruthSelector.name,
-            keep_ratio=cell.keep_ratio,
-            keep_tokens=cell.keep_tokens,
-            positions=cell.positions,
-            options={**self.task.truth(sample)._asdict(), "first": cell.method == "oracle"},
+            keep_ratio=run.keep_ratio,
+            keep_tokens=run.keep_tokens,
+            positions=run.positions,
+            options={**self.task.truth(sample)._asdict(), "first": run.method == "oracle"},
         )
 
 
-def _frames(opened: _Opened) -> int | None:
-    """Frames of the sample's video: several families stack the videos of a batch."""
+def _frame_count(opened: _Opened) -> int | None:
+    """Return the number of frames: several families stack the videos of a batch."""
     video = opened[2].video
     return None if video is None else len(video.frames)
 
 
-def _place(order: int, sample: Sample, cell: Cell) -> Row:
+def _key(order: int, sample: Sample, run: Run) -> Row:
     kind = sample.meta.get("kind")
     return {
-        "cell": cell.name,
+        "run": run.name,
         "sample": sample.id,
         "order": order,
         "group": sample.group if sample.group is not None else sample.id,
@@ -283,17 +282,17 @@ def _place(order: int, sample: Sample, cell: Cell) -> Row:
     }
 
 
-def _broken(order: int, sample: Sample, cell: Cell, cause: str) -> Row:
-    return {**_place(order, sample, cell), "error": cause}
+def _broken(order: int, sample: Sample, run: Run, cause: str) -> Row:
+    return {**_key(order, sample, run), "error": cause}
 
 
 def _cause(error: Exception) -> str:
     return str(error) if isinstance(error, vtc.VtcError) else f"{type(error).__name__}: {error}"
 
 
-def in_groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by cell, cells in the order in which they appear."""
+def rows_by_run(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Group rows by run, runs in order of appearance."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["cell"], []).append(row)
+        found.setdefault(row["run"], []).append(row)
     return found

@@ -1,4 +1,4 @@
-"""Intervals and tests for scores that come in clusters: several questions about one image are not independent."""
+"""Confidence intervals and tests for clustered scores: several questions about one image are not independent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DRAWS = 4000
 
 
 def cluster_sums(values: ArrayLike, groups: Sequence[Hashable]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sums and sizes of the clusters, in order of appearance."""
+    """Return sums and sizes of the clusters, in order of appearance."""
     data = np.asarray(values, np.float64)
     if data.ndim != 1 or len(data) != len(groups) or not len(data):
         raise ValueError(f"need one group per value and at least one, got {data.shape} values, {len(groups)} groups")
@@ -24,10 +24,7 @@ def cluster_sums(values: ArrayLike, groups: Sequence[Hashable]) -> tuple[NDArray
 def interval(
     values: ArrayLike, groups: Sequence[Hashable], *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, whole clusters drawn with replacement.
-
-    A single cluster says nothing about others: NaN.
-    """
+    """Return the percentile bootstrap interval of the mean, resampling whole clusters; NaN for a single cluster."""
     sums, sizes = cluster_sums(values, groups)
     if len(sums) == 1:
         return float("nan"), float("nan")
@@ -41,10 +38,9 @@ def interval(
 def paired(
     a: ArrayLike, b: ArrayLike, groups: Sequence[Hashable], *, seed: int = 0
 ) -> tuple[float, tuple[float, float], float]:
-    """Mean of `b` - `a`, its interval, and the two-sided p of no difference.
+    """Return the mean of `b` - `a`, its interval, and the two-sided p of no difference.
 
-    The test flips the sign of whole clusters' differences; with at most 12 clusters it goes through all flips, so the p
-    is exact.
+    The test flips the signs of whole clusters; with at most 12 clusters it enumerates all flips, so p is exact.
     """
     difference = np.asarray(b, np.float64) - np.asarray(a, np.float64)
     sums, sizes = cluster_sums(difference, groups)
@@ -60,14 +56,14 @@ def paired(
 
 
 def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
-    """Exact two-sided p of McNemar's test on right/wrong answers; 1 where no answer changed."""
+    """Return the exact two-sided p of McNemar's test on binary scores; 1 where no answer changed."""
     right_a, right_b = np.asarray(a, bool), np.asarray(b, bool)
     lost, won = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """P-values after Holm's step-down correction: significant at a level means so in spite of the number of tests."""
+    """Return p-values adjusted by Holm's step-down correction for multiple comparisons."""
     adjusted, running = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         running = max(running, min(1.0, (len(p) - rank) * p[i]))

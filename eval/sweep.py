@@ -1,4 +1,4 @@
-"""From arguments to a folder of rows, tables and pictures."""
+"""Runs a job from its arguments to a folder of rows, tables and plots."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import pandas as pd
 
 import vtc
-from eval import journal, models, plots, runner, tables, tasks, timing
-from eval.cells import Cell, fitting, sweep_cells
+from eval import models, plots, results_log, runner, tables, tasks, timing
 from eval.conditions import conditions, hardware
 from eval.models import Loaded
+from eval.results_log import ResultsLog, Row
+from eval.runs import Run, supported_runs, sweep_runs
 from eval.tasks.base import Sample, Task
 
-DRAWN = 200
-"""Samples of a task that is drawn, where nobody says how many: it has no end of its own."""
-
+GENERATED_LIMIT = 200
+"""Default number of samples of a generated task, which could go on without end."""
 
 _IDENTITY = ("task", "frames", "model", "dtype", "attention", "seed")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One task and how it is put to a model: all that a process needs to take part, as plain values.
+    """One task on one model: the arguments that a process needs to take part, as plain values.
 
     Attributes
     ----------
@@ -60,27 +60,27 @@ class Job:
     seed: int
     out: Path
 
-    def prepare(self) -> tuple[Task, Sequence[Sample], list[Cell]]:
-        """Everything that can be wrong without a model.
+    def prepare(self) -> tuple[Task, Sequence[Sample], list[Run]]:
+        """Return task, samples and runs; finds every mistake that can be found without a model.
 
         Raises
         ------
         ConfigError, InputError
-            It is wrong.
+            An argument or a file is wrong.
         """
         if self.limit is not None and self.limit < 1:
             raise vtc.ConfigError(f"--limit must be at least 1, got {self.limit}")
         if self.batch_size < 1:
             raise vtc.ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
         task = tasks.get_task(self.task, **self._task_options())
-        cells = sweep_cells(
+        runs = sweep_runs(
             self.methods, self.keep, positions=self.positions, bounds=task.knows_truth, options=self.options
         )
-        limit = DRAWN if self.limit is None and task.knows_truth else self.limit
+        limit = GENERATED_LIMIT if self.limit is None and task.knows_truth else self.limit
         samples = task.samples(self.data)[:limit]
         if not samples:
             raise vtc.InputError(f"{self.task}: no samples in {self.data}")
-        return task, samples, cells
+        return task, samples, runs
 
     def _task_options(self) -> dict[str, Any]:
         if self.frames is None:
@@ -92,99 +92,100 @@ class Job:
         return {"frames": self.frames}
 
     def load(self) -> Loaded:
-        """The model."""
+        """Load the model."""
         return models.load(self.model, dtype=self.dtype, device=self.device, attention=self.attention)
 
-    def fitted(self, loaded: Loaded) -> tuple[Task, Sequence[Sample], list[Cell], dict[str, str]]:
-        """As `prepare`, the cells those that this model can run, and why the others cannot.
+    def supported(self, loaded: Loaded) -> tuple[Task, Sequence[Sample], list[Run], dict[str, str]]:
+        """Return what `prepare` does with the runs that this model supports, and the reasons against the others.
 
         Raises
         ------
         UnsupportedModelError, UnsupportedMethodError, ConfigError
-            The model takes no videos, or cannot run a method that was asked for by name.
+            The model takes no videos, or does not support a method that was requested by name.
         """
-        task, samples, cells = self.prepare()
+        task, samples, runs = self.prepare()
         models.check_modality(loaded, "video" if any(sample.video for sample in samples) else "image")
-        return task, samples, *fitting(cells, loaded.model, self.methods)
+        return task, samples, *supported_runs(runs, loaded.model, self.methods)
 
     def identity(self, weights: str) -> dict[str, Any]:
-        """What rows must share to stand in one table."""
+        """Return what rows must share to be put into one table."""
         return {**{name: getattr(self, name) for name in _IDENTITY}, "weights": weights}
 
-    def conditions(self, cells: Sequence[Cell], left_out: dict[str, str], **more: Any) -> dict[str, Any]:
-        """Of one sitting."""
+    def conditions(self, runs: Sequence[Run], left_out: dict[str, str], **more: Any) -> dict[str, Any]:
+        """Return the conditions of one session."""
         config = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(self).items()
             if name not in (*_IDENTITY, "out")
         }
         stated = conditions(**config, **more)
-        return {**stated, "cells": [cell.to_dict() for cell in cells], "left_out": left_out}
+        return {**stated, "runs": [run.to_dict() for run in runs], "left_out": left_out}
 
 
 def answer(job: Job, loaded: Loaded, *, retry: bool = False) -> None:
     """Append the rows that are missing; of several processes each takes its share."""
-    task, samples, cells, left_out = job.fitted(loaded)
+    task, samples, runs, left_out = job.supported(loaded)
     rank, world = runner.shard()
     name = "rows.jsonl" if world == 1 else f"rows.{rank}-of-{world}.jsonl"
-    stated = job.conditions(cells, left_out, processes=world)
-    with journal.Journal(job.out / name, job.identity(loaded.weights), stated, retry=retry) as rows:
-        runner.run(loaded, task, samples, cells, rows, batch_size=job.batch_size, seed=job.seed, progress=rank == 0)
+    stated = job.conditions(runs, left_out, processes=world)
+    with ResultsLog(job.out / name, job.identity(loaded.weights), stated, retry=retry) as log:
+        runner.answer_samples(
+            loaded, task, samples, runs, log, batch_size=job.batch_size, seed=job.seed, progress=rank == 0
+        )
 
 
 def take_times(job: Job, loaded: Loaded, *, count: int, rounds: int, decode_tokens: int) -> None:
-    """Append the times that are missing; another machine's are refused."""
-    _, samples, cells, left_out = job.fitted(loaded)
+    """Append the times that are missing.
+
+    Raises
+    ------
+    InputError
+        The folder has times of another machine.
+    """
+    _, samples, runs, left_out = job.supported(loaded)
     measured = {"timed": count, "rounds": rounds, "decode_tokens": decode_tokens}
-    run = {**job.identity(loaded.weights), "decode_tokens": decode_tokens, **hardware()}
-    with journal.Journal(job.out / "times.jsonl", run, job.conditions(cells, left_out, **measured)) as times:
+    identity = {**job.identity(loaded.weights), "decode_tokens": decode_tokens, **hardware()}
+    with ResultsLog(job.out / "times.jsonl", identity, job.conditions(runs, left_out, **measured)) as log:
         timing.measure(
-            loaded,
-            samples,
-            cells,
-            times,
-            count=count,
-            rounds=rounds,
-            seed=job.seed,
-            decode_tokens=decode_tokens,
+            loaded, samples, runs, log, count=count, rounds=rounds, seed=job.seed, decode_tokens=decode_tokens
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """What a folder of rows comes to.
+    """The tables of a folder of rows.
 
     Attributes
     ----------
     title : str
     frame : DataFrame
-        As of `tables.summary`.
+        The result of `tables.summary`.
     kinds : DataFrame
-        As of `tables.by_kind`.
+        The result of `tables.by_kind`.
     left_out : dict of str to str
-        Cells without a line, and why.
-    told : dict
-        The conditions, flat.
+        Runs without a line, and the reasons.
+    conditions : dict
+        Identity and conditions, flat.
     """
 
     title: str
     frame: pd.DataFrame
     kinds: pd.DataFrame
     left_out: dict[str, str]
-    told: dict[str, Any]
+    conditions: dict[str, Any]
 
     def markdown(self) -> str:
-        """Table, scores by kind, what is missing, and under which conditions."""
+        """Return the table, scores by kind, runs left out, and conditions."""
         parts = [f"# {self.title}", tables.markdown(self.frame)]
         if not self.kinds.empty:
             parts += ["## By kind of question", tables.pivot_markdown(self.kinds)]
         if self.left_out:
             parts += ["## Left out", "\n".join(f"- {name}: {reason}" for name, reason in self.left_out.items())]
-        parts += ["## Conditions", "\n".join(f"- {key}: {value}" for key, value in self.told.items())]
+        parts += ["## Conditions", "\n".join(f"- {key}: {value}" for key, value in self.conditions.items())]
         return "\n\n".join(parts) + "\n"
 
     def write(self, folder: Path) -> None:
-        """table.md, table.csv and pictures."""
+        """Write table.md, table.csv and plots."""
         self.frame.to_csv(folder / "table.csv", index=False, float_format="%.6g")
         (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
         plots.against_cost(self.frame, folder, self.title)
@@ -193,50 +194,50 @@ class Results:
 
 
 def results(folder: Path) -> Results:
-    """Read what `answer` and `take_times` left in a folder, in however many sittings.
+    """Read what `answer` and `take_times` wrote into a folder, in any number of sessions.
 
     Raises
     ------
     InputError
-        There are no rows, or rows of different runs.
+        There are no rows, or rows of different evaluations.
     """
-    headers, rows = journal.read(folder)
-    run = headers[-1]["run"]
-    cells = _cells(headers)
-    task = tasks.get_task(run["task"])
+    headers, rows = results_log.read(folder)
+    identity = headers[-1]["identity"]
+    runs = _runs(headers)
+    task = tasks.get_task(identity["task"])
     times, about_times = None, {}
     if (folder / "times.jsonl").exists():
-        timed, measured = journal.read(folder, "times")
+        timed, measured = results_log.read(folder, "times")
         times = timing.summary(measured)
         about_times = {"times": _about_times(timed[-1], measured)}
-    frame = tables.summary(rows, cells, task, times, seed=run["seed"])
+    frame = tables.summary(rows, runs, task, times, seed=identity["seed"])
     left_out = {name: why for header in headers for name, why in header["conditions"]["left_out"].items()}
-    told = {**run, **_shared(headers), "samples": int(frame["n"].max()), **about_times}
+    stated = {**identity, **_merged(headers), "samples": int(frame["n"].max()), **about_times}
     return Results(
-        f"{run['task']}, {run['model']}",
+        f"{identity['task']}, {identity['model']}",
         frame,
         tables.by_kind(rows, task.main_score),
-        {**left_out, **tables.unanswered(rows, cells)},
-        {key: value for key, value in told.items() if value is not None},
+        {**left_out, **tables.unanswered(rows, runs)},
+        {key: value for key, value in stated.items() if value is not None},
     )
 
 
-def _cells(headers: Sequence[journal.Row]) -> list[Cell]:
-    """Those of all sittings: a method's together, larger budgets first."""
-    found = {cell["name"]: Cell.from_dict(cell) for header in headers for cell in header["conditions"]["cells"]}
-    methods = list(dict.fromkeys(cell.method for cell in found.values()))
+def _runs(headers: Sequence[Row]) -> list[Run]:
+    """Return the runs of all sessions, grouped by method, larger budgets first."""
+    found = {run["name"]: Run.from_dict(run) for header in headers for run in header["conditions"]["runs"]}
+    methods = list(dict.fromkeys(run.method for run in found.values()))
 
-    def place(cell: Cell) -> tuple[Any, ...]:
-        return methods.index(cell.method), cell.positions != "original", -(cell.keep_ratio or cell.keep_tokens or 0)
+    def place(run: Run) -> tuple[Any, ...]:
+        return methods.index(run.method), run.positions != "original", -(run.keep_ratio or run.keep_tokens or 0)
 
     return sorted(found.values(), key=place)
 
 
-def _shared(headers: Sequence[journal.Row]) -> dict[str, str]:
-    """The conditions of all sittings; where they differ, every value. What was asked for is told by the commands."""
+def _merged(headers: Sequence[Row]) -> dict[str, str]:
+    """Merge the conditions of all sessions; where they differ, list every value. The commands contain the arguments."""
     found: dict[str, dict[str, None]] = {}
     for stated in (header["conditions"] for header in headers):
-        plain = {key: value for key, value in stated.items() if key not in ("config", "cells", "left_out")}
+        plain = {key: value for key, value in stated.items() if key not in ("config", "runs", "left_out")}
         config = {name: stated["config"][name] for name in ("data", "device", "batch_size")}
         for key, value in {**plain, **config}.items():
             if value is not None:
@@ -244,26 +245,27 @@ def _shared(headers: Sequence[journal.Row]) -> dict[str, str]:
     return {key: "; ".join(values) for key, values in found.items()}
 
 
-def _about_times(header: journal.Row, rows: Sequence[journal.Row]) -> str:
-    run, config = header["run"], header["conditions"]["config"]
+def _about_times(header: Row, rows: Sequence[Row]) -> str:
+    machine, config = header["identity"], header["conditions"]["config"]
     samples = len({row["order"] for row in rows})
-    where = run["gpu"] or f"{run['cpu']}, {run['threads']} of {run['cores']} threads"
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} threads"
     return (
-        f"medians over {samples} samples x {config['rounds']} rounds that went through all cells in turns after one "
-        f"that did not count; batch 1, vision tower included, {run['decode_tokens']} tokens each; speed-up: median of "
+        f"medians over {samples} samples x {config['rounds']} rounds, each through all runs in random order, after one "
+        f"untimed round; batch 1, vision tower included, {machine['decode_tokens']} tokens each; speed-up: median of "
         f"ratios within a round; {where}"
     )
 
 
 def overview(parts: Sequence[Results], folder: Path) -> str:
-    """Several tasks side by side: scores of every cell in table.md and table.csv, and bars by task."""
-    scores = pd.DataFrame({part.told["task"]: part.frame.set_index("cell")["score"] for part in parts})
-    scores = scores.reindex(dict.fromkeys(cell for part in parts for cell in part.frame["cell"]))
-    frame = pd.concat([part.frame for part in parts]).drop_duplicates("cell")
+    """Write the scores of several tasks side by side as table.md and table.csv, and bars by task; return the text."""
+    scores = pd.DataFrame({part.conditions["task"]: part.frame.set_index("run")["score"] for part in parts})
+    scores = scores.reindex(dict.fromkeys(run for part in parts for run in part.frame["run"]))
+    frame = pd.concat([part.frame for part in parts]).drop_duplicates("run")
     folder.mkdir(parents=True, exist_ok=True)
     scores.to_csv(folder / "table.csv", float_format="%.6g")
     links = "\n".join(f"- [{task}]({task}/table.md), with intervals, times and conditions" for task in scores.columns)
-    text = f"# {parts[0].told['model']}: scores by task\n\n{tables.pivot_markdown(scores)}\n\n{links}\n"
+    model = parts[0].conditions["model"]
+    text = f"# {model}: scores by task\n\n{tables.pivot_markdown(scores)}\n\n{links}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    plots.bars(scores, frame, folder / "score-by-task.png", parts[0].told["model"])
+    plots.bars(scores, frame, folder / "score-by-task.png", model)
     return text

@@ -1,4 +1,4 @@
-"""Rows to tables."""
+"""Turns rows into tables."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pandas as pd
 
 import vtc
 from eval import statistics
-from eval.cells import FULL, Cell
-from eval.journal import Row
-from eval.runner import in_groups
+from eval.results_log import Row
+from eval.runner import rows_by_run
+from eval.runs import FULL, Run
 from eval.tasks.base import Task
 from eval.timing import FIGURES
 
@@ -21,40 +21,40 @@ Timings = Mapping[str, Mapping[str, float]]
 
 
 def summary(
-    rows: Sequence[Row], cells: Sequence[Cell], task: Task, times: Timings | None = None, *, seed: int = 0
+    rows: Sequence[Row], runs: Sequence[Run], task: Task, times: Timings | None = None, *, seed: int = 0
 ) -> pd.DataFrame:
-    """One line per cell in which any sample could be answered; `unanswered` tells of the others.
+    """Return one line per run that answered any sample; `unanswered` lists the others.
 
-    Columns: ``score`` with ``low`` and ``high`` (95 %, clusters drawn as wholes), ``agreement`` and ``kl`` with the
-    model that sees all tokens, ``kept`` (share of visual tokens, mean over layers and samples), ``tokens`` (the same as
-    a number), ``gflops`` and ``flops`` (the decoder's prefill, and its share of all tokens'), what was measured of time
-    and memory (`timing.FIGURES`), ``n``, ``broken`` samples, and the task's own aggregate numbers as ``task.*``.
+    Columns: ``score`` with ``low`` and ``high`` (95 %, clusters resampled as wholes), ``agreement`` and ``kl`` with the
+    uncompressed model, ``kept`` (share of visual tokens, mean over layers and samples), ``tokens`` (the same as a
+    number), ``gflops`` and ``flops`` (the decoder's prefill, and its share of the uncompressed one), time and memory
+    (`timing.FIGURES`), ``n``, ``broken`` samples, and the task's own summary as ``task.*``.
 
     Raises
     ------
     InputError
-        No sample could be answered with all tokens.
+        The uncompressed model answered no sample.
     """
-    by_cell = in_groups(rows)
+    by_run = rows_by_run(rows)
     visual = {row["sample"]: row["visual"] for row in rows if row.get("visual") is not None}
     lines = []
-    for cell in cells:
-        every = by_cell.get(cell.name, [])
+    for run in runs:
+        every = by_run.get(run.name, [])
         good = [row for row in every if "error" not in row]
         if not good:
-            if cell == FULL:
-                raise vtc.InputError(f"{cell.name}: {_why_not(every)}")
+            if run == FULL:
+                raise vtc.InputError(f"{run.name}: {_why_not(every)}")
             continue
         values, groups = [row["scores"][task.main_score] for row in good], [row["group"] for row in good]
         low, high = statistics.interval(values, groups, seed=seed)
         counted = [row["kept"] * visual[row["sample"]] for row in good if row["sample"] in visual]
         lines.append(
             {
-                "cell": cell.name,
-                "method": cell.method or "all tokens",
-                "keep": cell.keep_ratio if cell.keep_ratio is not None else cell.keep_tokens,
-                "positions": cell.positions,
-                "options": " ".join(f"{name}={value}" for name, value in sorted(cell.options.items())),
+                "run": run.name,
+                "method": run.method or "all tokens",
+                "keep": run.keep_ratio if run.keep_ratio is not None else run.keep_tokens,
+                "positions": run.positions,
+                "options": " ".join(f"{name}={value}" for name, value in sorted(run.options.items())),
                 "kept": plain.fmean(row["kept"] for row in good),
                 "tokens": plain.fmean(counted) if counted else None,
                 "score": float(np.mean(values)),
@@ -64,7 +64,7 @@ def summary(
                 "kl": plain.fmean(row["kl"] for row in good),
                 "gflops": _mean(row["flops"] / 1e9 for row in good if row["flops"] is not None),
                 "flops": _mean(row["flops_share"] for row in good if row["flops_share"] is not None),
-                **{name: (times or {}).get(cell.name, {}).get(name) for name in FIGURES},
+                **{name: (times or {}).get(run.name, {}).get(name) for name in FIGURES},
                 "n": len(good),
                 "broken": len(every) - len(good),
                 **{f"task.{name}": value for name, value in task.summarise(good).items()},
@@ -73,13 +73,13 @@ def summary(
     return pd.DataFrame(lines)
 
 
-def unanswered(rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, str]:
-    """Cells that have no line in `summary`, with the reason."""
-    by_cell = in_groups(rows)
+def unanswered(rows: Sequence[Row], runs: Sequence[Run]) -> dict[str, str]:
+    """Return the reasons of the runs that have no line in `summary`."""
+    by_run = rows_by_run(rows)
     return {
-        cell.name: _why_not(by_cell.get(cell.name, []))
-        for cell in cells
-        if not any("error" not in row for row in by_cell.get(cell.name, []))
+        run.name: _why_not(by_run.get(run.name, []))
+        for run in runs
+        if not any("error" not in row for row in by_run.get(run.name, []))
     }
 
 
@@ -94,13 +94,13 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def by_kind(rows: Sequence[Row], main: str) -> pd.DataFrame:
-    """Mean score per cell (rows) and kind of question (columns); empty if the task has no kinds."""
+    """Return the mean score by run (rows) and kind of question (columns); empty if the task has no kinds."""
     known = [row for row in rows if "error" not in row and "kind" in row]
     if not known:
         return pd.DataFrame()
-    frame = pd.DataFrame({"cell": r["cell"], "kind": r["kind"], "score": r["scores"][main]} for r in known)
-    order = list(in_groups(known))
-    return frame.pivot_table(index="cell", columns="kind", values="score", sort=False).reindex(order)
+    frame = pd.DataFrame({"run": r["run"], "kind": r["kind"], "score": r["scores"][main]} for r in known)
+    order = list(rows_by_run(known))
+    return frame.pivot_table(index="run", columns="kind", values="score", sort=False).reindex(order)
 
 
 def _percent(value: float) -> str:
@@ -128,11 +128,11 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("n", "n", str),
     ("broken", "broken", str),
 )
-_ONLY_IF_TOLD = {"options", *FIGURES, "flops", "tokens"}  # columns of nothing but blanks say nothing
+_ONLY_IF_KNOWN = {"options", *FIGURES, "flops", "tokens"}  # left out if all values are blank
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """The table for people: times, options and broken samples only where there are any to tell."""
+    """Return the Markdown table; times, options and broken samples only if there are any."""
     lines = frame.assign(
         interval=[
             "" if pd.isna(low) else f"{low:.3f} to {high:.3f}"
@@ -145,10 +145,10 @@ def markdown(frame: pd.DataFrame) -> str:
             return bool(lines[name].any())
         if name == "n":
             return lines[name].nunique() > 1
-        return name not in _ONLY_IF_TOLD or bool((lines[name].notna() & (lines[name] != "")).any())
+        return name not in _ONLY_IF_KNOWN or bool((lines[name].notna() & (lines[name] != "")).any())
 
     columns = [column for column in _COLUMNS if shown(column[0])]
-    return pipes(
+    return to_markdown_table(
         [title for _, title, _ in columns],
         [
             ["" if pd.isna(line[name]) else write(line[name]) for name, _, write in columns]
@@ -157,15 +157,15 @@ def markdown(frame: pd.DataFrame) -> str:
     )
 
 
-def pipes(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
+def to_markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, the first column left-aligned, the others right-aligned."""
     rule = "|---|" + "---:|" * (len(header) - 1)
     return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def pivot_markdown(frame: pd.DataFrame) -> str:
-    """Scores by cell (index) and something else (columns), as of `by_kind`."""
-    return pipes(
+    """Return scores by run (index) and kind or task (columns) as a Markdown table."""
+    return to_markdown_table(
         ["", *map(str, frame.columns)],
         ([str(name), *("" if pd.isna(value) else f"{value:.3f}" for value in line)] for name, line in frame.iterrows()),
     )

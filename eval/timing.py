@@ -1,4 +1,4 @@
-"""How long a setting takes and how much memory it needs, beside the uncompressed model in the same minutes."""
+"""Measures time and memory of every run, interleaved with the uncompressed model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import vtc
 from eval import models
-from eval.cells import BLIND, BOUNDS, FULL, Cell
-from eval.journal import Journal, Row
 from eval.models import Loaded
+from eval.results_log import ResultsLog, Row
+from eval.runs import BLIND, BOUNDS, FULL, Run
 from eval.tasks.base import Media, Sample
 
 DECODE_TOKENS = 16
 
 FIGURES = ("speed_up", "ttft", "decode_rate", "selector_ms", "host_mib", "device_mib")
-"""What one measurement holds: the ratio of all tokens' time to the first token in the same round to its own; that time
-in seconds, vision tower included; tokens a second after it; milliseconds spent choosing; peaks of memory."""
+"""The figures of one measurement: time to first token of the uncompressed model in the same round divided by that of
+this run; time to first token in seconds, vision tower included; tokens per second after it; milliseconds spent in the
+selector; peaks of host and device memory."""
 
 
 def measure(
     loaded: Loaded,
     samples: Iterable[Sample],
-    cells: Sequence[Cell],
-    journal: Journal,
+    runs: Sequence[Run],
+    log: ResultsLog,
     *,
     count: int = 6,
     rounds: int = 3,
@@ -40,38 +41,38 @@ def measure(
     decode_tokens: int = DECODE_TOKENS,
     progress: bool = True,
 ) -> None:
-    """Time every cell on one sample at a time; what the journal holds already is passed over.
+    """Time every run on one sample at a time, except what the log has already.
 
-    Every round goes through all cells of a sample in an order of its own, after one round that does not count, so that
-    a slow minute of the machine hits each alike. A round that was interrupted is made again as a whole.
+    Every round times all runs on a sample in a random order, after one untimed round, so that a slow period of the
+    machine affects all runs alike. An interrupted round is repeated as a whole.
 
     Parameters
     ----------
     loaded : Loaded
     samples : iterable of Sample
-        The first `count` that can be read are timed.
-    cells : sequence of Cell
-        Those that nobody could use are left out: the ones that know the truth, and the blind one.
-    journal : Journal
+        The first `count` readable ones are timed.
+    runs : sequence of Run
+        The bounds and the blind model are left out: nobody deploys them.
+    log : ResultsLog
     count, rounds, seed, decode_tokens : int
     progress : bool
     """
-    cells = [cell for cell in cells if cell.method not in BOUNDS and cell != BLIND]
+    runs = [run for run in runs if run.method not in BOUNDS and run != BLIND]
     readable = islice(_readable(samples), count)
     with tqdm(total=count * rounds, unit="round", disable=not progress, dynamic_ncols=True) as bar:
         for order, (sample, media) in enumerate(readable):
-            wanted = [n for n in range(rounds) if not all(journal.has(c.name, f"{sample.id}#{n}") for c in cells)]
+            wanted = [n for n in range(rounds) if not all(log.has(run.name, f"{sample.id}#{n}") for run in runs)]
             bar.update(rounds - len(wanted))
             encoded = models.inputs(loaded, [sample], [media]) if wanted else None
-            for number in (-1, *wanted) if wanted else ():
+            for number in (-1, *wanted) if wanted else ():  # round -1 is the untimed one
                 taken = {
-                    cell.name: one(loaded.model, encoded, cell.config(seed=seed), decode_tokens)
-                    for cell in random.Random(number).sample(cells, len(cells))
+                    run.name: one(loaded.model, encoded, run.config(seed=seed), decode_tokens)
+                    for run in random.Random(number).sample(runs, len(runs))
                 }
-                for cell in cells if number >= 0 else ():
-                    paired = {"speed_up": taken[FULL.name]["ttft"] / taken[cell.name]["ttft"]}
-                    place = {"cell": cell.name, "sample": f"{sample.id}#{number}", "order": order}
-                    journal.add({**place, **taken[cell.name], **paired})
+                for run in runs if number >= 0 else ():
+                    paired = {"speed_up": taken[FULL.name]["ttft"] / taken[run.name]["ttft"]}
+                    key = {"run": run.name, "sample": f"{sample.id}#{number}", "order": order}
+                    log.add({**key, **taken[run.name], **paired})
                 bar.update(int(number >= 0))
 
 
@@ -79,21 +80,21 @@ def _readable(samples: Iterable[Sample]) -> Iterator[tuple[Sample, Media]]:
     for sample in samples:
         try:
             yield sample, sample.open()
-        except vtc.InputError:  # its row says so already
+        except vtc.InputError:  # the error is in the row of its answer
             continue
 
 
 def summary(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Medians of every figure by cell."""
+    """Return the median of every figure by run."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        figures = found.setdefault(row["cell"], {name: [] for name in FIGURES})
+        figures = found.setdefault(row["run"], {name: [] for name in FIGURES})
         for name in FIGURES:
             if row[name] is not None:
                 figures[name].append(row[name])
     return {
-        cell: {name: statistics.median(values) for name, values in figures.items() if values}
-        for cell, figures in found.items()
+        run: {name: statistics.median(values) for name, values in figures.items() if values}
+        for run, figures in found.items()
     }
 
 
@@ -101,7 +102,7 @@ def summary(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 def one(
     model: Any, encoded: Mapping[str, Any], config: vtc.CompressionConfig | None, decode_tokens: int
 ) -> dict[str, float | None]:
-    """One answer of a fixed length, timed; the model is left uncompressed.
+    """Time one answer of a fixed length; the model is left uncompressed.
 
     Parameters
     ----------
@@ -109,7 +110,7 @@ def one(
     encoded : mapping
         Inputs of one row.
     config : CompressionConfig or None
-        None times all tokens.
+        None times the uncompressed model.
     decode_tokens : int
         Length of the answer, at least 2.
     """
@@ -120,50 +121,50 @@ def one(
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(model.device)
         host_known = _reset_host_peak()
-        watch = _Marks(model.device)
+        times = _TokenTimes(model.device)
         model.generate(
             **encoded,
             do_sample=False,
             min_new_tokens=decode_tokens,
             max_new_tokens=decode_tokens,
-            stopping_criteria=StoppingCriteriaList([watch]),
+            stopping_criteria=StoppingCriteriaList([times]),
         )
         host = _host_peak_mib() if host_known else None
         device = torch.cuda.max_memory_allocated(model.device) / 2**20 if on_cuda else None
         selector_ms = vtc.report(model).selector_ms if config is not None else 0.0
     finally:
         vtc.restore(model)
-    decoding = watch.marks[-1] - watch.marks[0]
+    decoding = times.tokens[-1] - times.tokens[0]
     return {
-        "ttft": watch.marks[0] - watch.began,
-        "decode_rate": (len(watch.marks) - 1) / decoding if decoding > 0 else None,
+        "ttft": times.tokens[0] - times.start,
+        "decode_rate": (len(times.tokens) - 1) / decoding if decoding > 0 else None,
         "selector_ms": selector_ms,
         "host_mib": host,
         "device_mib": device,
     }
 
 
-class _Marks(StoppingCriteria):
-    """Never stops anything; notes when each token was there."""
+class _TokenTimes(StoppingCriteria):
+    """Records the time of every token and never stops generation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._wait()
-        self.began = time.perf_counter()
-        self.marks: list[float] = []
+        self._synchronize()
+        self.start = time.perf_counter()
+        self.tokens: list[float] = []
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        self._wait()
-        self.marks.append(time.perf_counter())
+        self._synchronize()
+        self.tokens.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def _reset_host_peak() -> bool:
-    """Start the high-water mark of the resident set anew; False where the system cannot (it is then not told)."""
+    """Reset the peak of the resident set; return False where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -17,7 +17,7 @@ pytest.importorskip("skimage", reason="scenes are drawn on photographs out of sc
 pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 
 import vtc
-from eval import journal, ray_backend, sweep
+from eval import ray_backend, results_log, sweep
 from eval.sweep import Job
 from vtc import reference
 
@@ -62,13 +62,13 @@ def test_two_workers_give_the_rows_of_one_process(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(ray_backend._LOCAL, "num_cpus", 2)
     whole, shared = job(tmp_path / "whole"), job(tmp_path / "ray")
     sweep.answer(whole, whole.load())
-    rows = journal.read(whole.out)[1]
+    rows = results_log.read(whole.out)[1]
     # An interrupted run: the first batch is there but for its last row, and only what is missing is asked.
     shared.out.mkdir()
     lines = (whole.out / "rows.jsonl").read_text().splitlines(keepends=True)
     (shared.out / "rows.jsonl").write_text("".join(lines[:12]))
     ray_backend.answer(shared, workers=2)
-    headers, found = journal.read(shared.out)
+    headers, found = results_log.read(shared.out)
     assert found == rows
     assert (shared.out / "rows.jsonl").read_text().splitlines(keepends=True)[:12] == lines[:12]
     assert sum('"prediction"' in line for line in (shared.out / "rows.jsonl").read_text().splitlines()) == len(rows)

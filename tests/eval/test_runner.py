@@ -1,4 +1,4 @@
-"""The runner: every sample in every cell once, whatever happens to the process or to a picture."""
+"""The runner: every sample in every run once, whatever happens to the process or to a picture."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ pytest.importorskip("skimage", reason="scenes are drawn on photographs out of sc
 pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 
 import vtc
-from eval import journal, models, runner, tables
+from eval import models, results_log, runner, tables
 from eval.__main__ import main
-from eval.cells import FULL, Cell
-from eval.journal import Journal
+from eval.results_log import ResultsLog
+from eval.runs import FULL, Run
 from eval.tasks import Sample, Task, get_task
 from vtc import reference
 
 pytestmark = pytest.mark.skipif(not reference.available(), reason="vtc-reference is not installed")
 
 ROOT = Path(__file__).parents[2]
-RUN = {"task": "scenes", "seed": 0}
+IDENTITY = {"task": "scenes", "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -43,43 +43,43 @@ def samples() -> Sequence[Sample]:
 
 
 def measure(
-    loaded: models.Loaded, samples: Sequence[Sample], cells: list[Cell], path: Path, **more: Any
+    loaded: models.Loaded, samples: Sequence[Sample], runs: list[Run], path: Path, **more: Any
 ) -> list[dict[str, Any]]:
-    with Journal(path, RUN, {}) as rows:
-        runner.run(loaded, get_task("scenes"), samples, cells, rows, progress=False, **more)
-    return journal.read(path.parent)[1]
+    with ResultsLog(path, IDENTITY, {}) as rows:
+        runner.answer_samples(loaded, get_task("scenes"), samples, runs, rows, progress=False, **more)
+    return results_log.read(path.parent)[1]
 
 
-CELLS = [FULL, Cell("random", 0.25), Cell("fastv", 0.5), Cell("oracle", 0.1)]
+RUNS = [FULL, Run("random", 0.25), Run("fastv", 0.5), Run("oracle", 0.1)]
 
 
 def test_rows_say_what_was_kept_and_how_far_answers_moved(
     loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path
 ) -> None:
-    rows = measure(loaded, samples, CELLS, tmp_path / "rows.jsonl", batch_size=4)
-    assert [(row["cell"], row["sample"]) for row in rows] == [
-        (cell.name, sample.id) for sample in samples for cell in CELLS
+    rows = measure(loaded, samples, RUNS, tmp_path / "rows.jsonl", batch_size=4)
+    assert [(row["run"], row["sample"]) for row in rows] == [
+        (run.name, sample.id) for sample in samples for run in RUNS
     ]
-    cells = runner.in_groups(rows)
-    assert all(row["agrees"] and row["kl"] == 0.0 and row["kept"] == 1.0 for row in cells["all tokens"])
-    assert all(row["kept"] == 0.25 for row in cells["random 0.25"])
+    runs = runner.rows_by_run(rows)
+    assert all(row["agrees"] and row["kl"] == 0.0 and row["kept"] == 1.0 for row in runs["all tokens"])
+    assert all(row["kept"] == 0.25 for row in runs["random 0.25"])
     # Half of the tokens in four of the six layers.
-    assert all(row["kept"] == pytest.approx((2 + 4 * 0.5) / 6) for row in cells["fastv 0.5"])
-    assert all(row["kept"] == 26 / 256 for row in cells["oracle 0.1"])
-    assert all(row["kl"] > 0 for row in cells["random 0.25"])
-    assert all(0.2 < row["flops_share"] < 0.3 for row in cells["random 0.25"])
-    whole = {row["sample"]: row["flops"] for row in cells["all tokens"]}
+    assert all(row["kept"] == pytest.approx((2 + 4 * 0.5) / 6) for row in runs["fastv 0.5"])
+    assert all(row["kept"] == 26 / 256 for row in runs["oracle 0.1"])
+    assert all(row["kl"] > 0 for row in runs["random 0.25"])
+    assert all(0.2 < row["flops_share"] < 0.3 for row in runs["random 0.25"])
+    whole = {row["sample"]: row["flops"] for row in runs["all tokens"]}
     assert all(row["flops"] == pytest.approx(row["flops_share"] * whole[row["sample"]]) for row in rows)
-    assert all(row["visual"] == 256 for row in rows if row["cell"] != "all tokens")
+    assert all(row["visual"] == 256 for row in rows if row["run"] != "all tokens")
     assert not vtc.is_compressed(loaded.model)
 
 
 def test_batches_do_not_change_answers(loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path) -> None:
-    cells = [FULL, Cell("random", 0.25), Cell("divprune", 0.25)]
+    runs = [FULL, Run("random", 0.25), Run("divprune", 0.25)]
 
     def essence(batch_size: int) -> list[tuple[Any, ...]]:
-        rows = measure(loaded, samples, cells, tmp_path / str(batch_size) / "rows.jsonl", batch_size=batch_size)
-        names = ("cell", "sample", "prediction", "scores", "visual", "kept", "flops", "flops_share")
+        rows = measure(loaded, samples, runs, tmp_path / str(batch_size) / "rows.jsonl", batch_size=batch_size)
+        names = ("run", "sample", "prediction", "scores", "visual", "kept", "flops", "flops_share")
         return [(*(row[name] for name in names), round(row["kl"], 4)) for row in rows]
 
     assert essence(3) == essence(1)
@@ -88,30 +88,30 @@ def test_batches_do_not_change_answers(loaded: models.Loaded, samples: Sequence[
 def test_shards_give_the_same_rows(
     loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = measure(loaded, samples, CELLS, tmp_path / "whole" / "rows.jsonl", batch_size=2)
+    whole = measure(loaded, samples, RUNS, tmp_path / "whole" / "rows.jsonl", batch_size=2)
     folder = tmp_path / "shards"
     sizes = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        measure(loaded, samples, CELLS, folder / f"rows.{rank}-of-2.jsonl", batch_size=2)
+        measure(loaded, samples, RUNS, folder / f"rows.{rank}-of-2.jsonl", batch_size=2)
         sizes.append(len((folder / f"rows.{rank}-of-2.jsonl").read_text().splitlines()) - 1)
-    assert sizes == [16, 8], "three batches of two samples in four cells"
-    assert journal.read(folder)[1] == whole
+    assert sizes == [16, 8], "three batches of two samples in four runs"
+    assert results_log.read(folder)[1] == whole
     # Whoever comes later, in whatever number, finds the work done.
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    assert measure(loaded, samples, CELLS, folder / "rows.jsonl", batch_size=2) == whole
+    assert measure(loaded, samples, RUNS, folder / "rows.jsonl", batch_size=2) == whole
     assert len((folder / "rows.jsonl").read_text().splitlines()) == 1
 
 
-def test_other_cells_in_a_later_sitting_stand_beside_the_first(
+def test_other_runs_in_a_later_sitting_stand_beside_the_first(
     loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    measure(loaded, samples[:2], [FULL, Cell("random", 0.25), Cell("uniform", 0.25)], path)
-    rows = measure(loaded, samples, [FULL, Cell("uniform", 0.25), Cell("divprune", 0.25)], path)
-    sizes = {name: len(each) for name, each in runner.in_groups(rows).items()}
+    measure(loaded, samples[:2], [FULL, Run("random", 0.25), Run("uniform", 0.25)], path)
+    rows = measure(loaded, samples, [FULL, Run("uniform", 0.25), Run("divprune", 0.25)], path)
+    sizes = {name: len(each) for name, each in runner.rows_by_run(rows).items()}
     assert sizes == {"all tokens": 6, "uniform 0.25": 6, "random 0.25": 2, "divprune 0.25": 6}
 
 
@@ -126,7 +126,7 @@ def test_a_killed_run_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path) -> 
         stderr=subprocess.DEVNULL,
     ) as process:
         deadline = time.time() + 500  # ten seconds, unless the machine is very busy
-        # Ten rows are the middle of the first batch: six cells of two samples each.
+        # Ten rows are the middle of the first batch: six runs of two samples each.
         while (not rows.exists() or rows.read_text().count("\n") < 11) and process.poll() is None:
             if time.time() > deadline:
                 break
@@ -138,35 +138,55 @@ def test_a_killed_run_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path) -> 
     before = rows.read_text().splitlines()
     assert 11 <= len(before) < 1 + 36
     with rows.open("a") as file:
-        file.write('{"cell": "uniform 0.25", "sam')  # what a kill in the middle of a line leaves
+        file.write('{"run": "uniform 0.25", "sam')  # what a kill in the middle of a line leaves
     assert main([*command, str(killed)]) == 0
     assert rows.read_text().splitlines()[: len(before)] == before, "what was measured is not measured again"
     assert rows.read_text().count('"prediction"') == 36, "nothing twice"
     assert main([*command, str(tmp_path / "whole")]) == 0
-    assert journal.read(killed)[1] == journal.read(tmp_path / "whole")[1]
+    assert results_log.read(killed)[1] == results_log.read(tmp_path / "whole")[1]
 
 
 def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    Journal(path, {"task": "scenes", "seed": 0}, {}).close()
-    with pytest.raises(vtc.InputError, match=r"another run \(different: seed"):
-        Journal(path, {"task": "scenes", "seed": 1}, {})
-    with pytest.raises(vtc.InputError, match=r"rows.jsonl holds rows of another run \(different: task"):
-        Journal(tmp_path / "rows.1-of-2.jsonl", {"task": "pope", "seed": 0}, {})
-    Journal(tmp_path / "other" / "rows.jsonl", {"task": "pope", "seed": 0}, {}).close()
+    ResultsLog(path, {"task": "scenes", "seed": 0}, {}).close()
+    with pytest.raises(vtc.InputError, match=r"another evaluation \(different: seed"):
+        ResultsLog(path, {"task": "scenes", "seed": 1}, {})
+    with pytest.raises(vtc.InputError, match=r"rows.jsonl holds rows of another evaluation \(different: task"):
+        ResultsLog(tmp_path / "rows.1-of-2.jsonl", {"task": "pope", "seed": 0}, {})
+    ResultsLog(tmp_path / "other" / "rows.jsonl", {"task": "pope", "seed": 0}, {}).close()
     (tmp_path / "other" / "rows.jsonl").rename(tmp_path / "rows.2.jsonl")
-    with pytest.raises(vtc.InputError, match="different runs"):
-        journal.read(tmp_path)
+    with pytest.raises(vtc.InputError, match="different evaluations"):
+        results_log.read(tmp_path)
     with pytest.raises(vtc.InputError, match="no rows"):
-        journal.read(tmp_path / "nowhere")
+        results_log.read(tmp_path / "nowhere")
+
+
+def test_logs_with_the_former_names_of_fields_are_read_and_continued(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {"run": IDENTITY, "conditions": {"cells": [{"name": "b"}, {"name": "a"}], "command": "x"}},
+        {"cell": "a", "sample": "1", "order": 0, "kl": 0.5},
+        {"cell": "b", "sample": "1", "order": 0, "error": "broken"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with ResultsLog(path, IDENTITY, {"runs": []}, retry=True) as log:
+        assert log.has("a", "1")
+        assert not log.has("b", "1")
+        log.add({"run": "b", "sample": "1", "order": 0, "kl": 0.25})
+    headers, rows = results_log.read(tmp_path)
+    assert [header["identity"] for header in headers] == [IDENTITY] * 2
+    assert headers[0]["conditions"] == {"command": "x", "runs": [{"name": "b"}, {"name": "a"}]}
+    assert [(row["run"], row["kl"]) for row in rows] == [("b", 0.25), ("a", 0.5)]
+    with pytest.raises(vtc.InputError, match=r"different: seed"):
+        ResultsLog(path, IDENTITY | {"seed": 1}, {})
 
 
 def test_a_line_changed_by_hand_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    Journal(path, RUN, {}).close()
+    ResultsLog(path, IDENTITY, {}).close()
     path.write_text(path.read_text() + "{oops}\n")
     with pytest.raises(vtc.InputError, match="line 2"):
-        journal.read(path)
+        results_log.read(path)
 
 
 @dataclass(frozen=True)
@@ -190,11 +210,11 @@ def test_broken_pictures_are_rows_and_are_counted(loaded: models.Loaded, tmp_pat
     good = reference.samples()[6].read_bytes()
     for name, content in (("a", b""), ("b", good), ("c", good[: len(good) // 2]), ("d", good)):
         (pictures / f"{name}.png").write_bytes(content)
-    cells = [FULL, Cell("divprune", 0.25)]
+    runs = [FULL, Run("divprune", 0.25)]
     task = Files()
-    with Journal(tmp_path / "rows.jsonl", RUN, {}) as rows:
-        runner.run(loaded, task, task.samples(pictures), cells, rows, batch_size=4, progress=False)
-    frame = tables.summary(rows.rows, cells, task)
+    with ResultsLog(tmp_path / "rows.jsonl", IDENTITY, {}) as rows:
+        runner.answer_samples(loaded, task, task.samples(pictures), runs, rows, batch_size=4, progress=False)
+    frame = tables.summary(rows.rows, runs, task)
     assert frame["broken"].tolist() == [2, 2]
     assert frame["n"].tolist() == [2, 2]
     assert frame["score"].tolist() == [1.0, 1.0]
@@ -204,8 +224,8 @@ def test_broken_pictures_are_rows_and_are_counted(loaded: models.Loaded, tmp_pat
     assert "c.png" in errors["c"]
     nothing = [row for row in rows.rows if "error" in row]
     with pytest.raises(vtc.InputError, match="none of 2 samples could be answered; the first: sample a"):
-        tables.summary(nothing, cells, task)
-    assert set(tables.unanswered([row for row in rows.rows if row["cell"] == FULL.name], cells)) == {"divprune 0.25"}
+        tables.summary(nothing, runs, task)
+    assert set(tables.unanswered([row for row in rows.rows if row["run"] == FULL.name], runs)) == {"divprune 0.25"}
 
 
 def test_what_broke_is_tried_again_if_asked(loaded: models.Loaded, tmp_path: Path) -> None:
@@ -215,9 +235,9 @@ def test_what_broke_is_tried_again_if_asked(loaded: models.Loaded, tmp_path: Pat
     task, path = Files(), tmp_path / "rows.jsonl"
     for content, retry, errors in ((b"", False, 1), (None, False, 1), (None, True, 0)):
         (pictures / "a.png").write_bytes(reference.samples()[6].read_bytes() if content is None else content)
-        with Journal(path, RUN, {}, retry=retry) as rows:
-            runner.run(loaded, task, task.samples(pictures), [FULL], rows, progress=False)
-        found = journal.read(path)[1]
+        with ResultsLog(path, IDENTITY, {}, retry=retry) as rows:
+            runner.answer_samples(loaded, task, task.samples(pictures), [FULL], rows, progress=False)
+        found = results_log.read(path)[1]
         assert len(found) == 1
         assert sum("error" in row for row in found) == errors
 
@@ -233,19 +253,19 @@ def test_a_model_that_fails_on_a_sample_is_told_in_its_row(
         return genuine(loaded, batch, media)
 
     monkeypatch.setattr(models, "inputs", inputs)
-    cells = [FULL, Cell("uniform", 0.25)]
+    runs = [FULL, Run("uniform", 0.25)]
     everywhere = True
-    rows = measure(loaded, samples, cells, tmp_path / "all" / "rows.jsonl", batch_size=3)
-    broken = {(row["cell"], row["sample"]): row["error"] for row in rows if "error" in row}
-    assert set(broken) == {(cell.name, bad.id) for cell in cells}
+    rows = measure(loaded, samples, runs, tmp_path / "all" / "rows.jsonl", batch_size=3)
+    broken = {(row["run"], row["sample"]): row["error"] for row in rows if "error" in row}
+    assert set(broken) == {(run.name, bad.id) for run in runs}
     assert set(broken.values()) == {"all tokens: RuntimeError: out of memory, say"}
     assert len(rows) == 12
     # Nothing works from the start: that is no sample's fault.
     with pytest.raises(RuntimeError, match="say"):
-        measure(loaded, [bad], cells, tmp_path / "none" / "rows.jsonl")
+        measure(loaded, [bad], runs, tmp_path / "none" / "rows.jsonl")
 
 
-def test_only_the_cell_that_fails_is_broken(
+def test_only_the_run_that_fails_is_broken(
     loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genuine = models.answer
@@ -259,16 +279,16 @@ def test_only_the_cell_that_fails_is_broken(
         return genuine(loaded, encoded, length)
 
     monkeypatch.setattr(models, "answer", answer)
-    rows = measure(loaded, samples[:3], [FULL, Cell("uniform", 0.25)], tmp_path / "rows.jsonl")
+    rows = measure(loaded, samples[:3], [FULL, Run("uniform", 0.25)], tmp_path / "rows.jsonl")
     assert asked == [3, 1, 1, 1]
-    assert [(row["cell"], row["sample"], row["error"]) for row in rows if "error" in row] == [
+    assert [(row["run"], row["sample"], row["error"]) for row in rows if "error" in row] == [
         ("uniform 0.25", samples[1].id, "IndexError: a bug of this method")
     ]
 
 
 def test_a_row_is_one_line(tmp_path: Path) -> None:
-    with Journal(tmp_path / "rows.jsonl", RUN, {}) as rows:
-        rows.add({"cell": "a", "sample": "1", "order": 0, "cell_order": 0, "prediction": "two\nlines \u2028"})
+    with ResultsLog(tmp_path / "rows.jsonl", IDENTITY, {}) as rows:
+        rows.add({"run": "a", "sample": "1", "order": 0, "prediction": "two\nlines \u2028"})
         assert rows.has("a", "1")
     lines = (tmp_path / "rows.jsonl").read_bytes().split(b"\n")
     assert len(lines) == 3

@@ -19,10 +19,10 @@ import pandas
 
 import vtc
 from eval import __main__ as command
-from eval import comparison, journal, models, plots, readme, sweep, timing
+from eval import comparison, models, plots, readme, results_log, sweep, timing
 from eval.__main__ import main
-from eval.cells import BLIND, FULL, Cell, fitting, sweep_cells
-from eval.journal import Journal
+from eval.results_log import ResultsLog
+from eval.runs import BLIND, FULL, Run, supported_runs, sweep_runs
 from eval.tasks import Sample, Task, base, get_task, register_task
 from vtc import reference
 
@@ -40,7 +40,7 @@ def test_the_command_of_the_readme_makes_tables_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "DRAWN", 4)  # of 200
+    monkeypatch.setattr(sweep, "GENERATED_LIMIT", 4)  # of 200
     arguments = ["sweep", "--model", "reference", "--methods", "divprune", "fastv", "--keep", "0.1"]
     arguments += ["--positions", "original", "compact", "--timed", "1", "--rounds", "2", "--decode-tokens", "3"]
     assert main(arguments) == 0
@@ -49,7 +49,7 @@ def test_the_command_of_the_readme_makes_tables_and_pictures(
     told = capsys.readouterr().out
     text = (folder / "table.md").read_text()
     assert text in told
-    frame = pandas.read_csv(folder / "table.csv").set_index("cell")
+    frame = pandas.read_csv(folder / "table.csv").set_index("run")
     original = [f"{name} 0.1" for name in ("random", "uniform", "divprune", "fastv", "oracle", "anti-oracle")]
     compact = [f"{name} compact" for name in original if not name.startswith("fastv")]
     assert set(frame.index) == {"all tokens", "blind", *original, *compact}
@@ -78,21 +78,21 @@ def test_the_command_of_the_readme_makes_tables_and_pictures(
 
 
 @needs_model
-def test_cells_that_a_model_cannot_run_are_left_out_unless_asked_for(loaded: models.Loaded) -> None:
-    cells = sweep_cells(["all"], [0.5], positions=["original", "compact"])
-    good, left_out = fitting(cells, loaded.model, ["all"])
+def test_runs_that_a_model_cannot_run_are_left_out_unless_asked_for(loaded: models.Loaded) -> None:
+    runs = sweep_runs(["all"], [0.5], positions=["original", "compact"])
+    good, left_out = supported_runs(runs, loaded.model, ["all"])
     assert set(left_out) == {"fastv 0.5 compact", "atp 0.5 compact"}
-    assert {cell.name for cell in good} | set(left_out) == {cell.name for cell in cells}
+    assert {run.name for run in good} | set(left_out) == {run.name for run in runs}
     assert not vtc.is_compressed(loaded.model)
-    compact = [FULL, Cell("uniform", 0.5, positions="compact"), Cell("fastv", 0.5, positions="compact")]
-    assert fitting(compact, loaded.model, ["all"])[0] == compact[:2]
+    compact = [FULL, Run("uniform", 0.5, positions="compact"), Run("fastv", 0.5, positions="compact")]
+    assert supported_runs(compact, loaded.model, ["all"])[0] == compact[:2]
     with pytest.raises(vtc.ConfigError, match="renumbers"):
-        fitting(compact, loaded.model, ["fastv"])
+        supported_runs(compact, loaded.model, ["fastv"])
 
 
-def test_cells_bring_the_baselines_along() -> None:
-    cells = sweep_cells(["fastv"], [0.5, 32], options={"fastv": {"layer": 3}})
-    assert [cell.name for cell in cells] == [
+def test_runs_bring_the_baselines_along() -> None:
+    runs = sweep_runs(["fastv"], [0.5, 32], options={"fastv": {"layer": 3}})
+    assert [run.name for run in runs] == [
         "all tokens",
         "blind",
         "random 0.5",
@@ -102,7 +102,7 @@ def test_cells_bring_the_baselines_along() -> None:
         "fastv 0.5 layer=3",
         "fastv 32 tokens layer=3",
     ]
-    assert [Cell.from_dict(json.loads(json.dumps(cell.to_dict()))) for cell in cells] == cells
+    assert [Run.from_dict(json.loads(json.dumps(run.to_dict()))) for run in runs] == runs
 
 
 @pytest.mark.parametrize(
@@ -168,28 +168,28 @@ def _task(monkeypatch: pytest.MonkeyPatch) -> None:
     register_task(Written)
 
 
-def write(folder: Path, scores: Mapping[Cell, Sequence[float]], task: str = "written", **run: Any) -> Path:
-    """A folder of results: cells with the scores of samples 0, 1, ..., two of each group."""
+def write(folder: Path, scores: Mapping[Run, Sequence[float]], task: str = "written", **identity: Any) -> Path:
+    """A folder of results: runs with the scores of samples 0, 1, ..., two of each group."""
     stated = {
-        "cells": [cell.to_dict() for cell in scores],
+        "runs": [run.to_dict() for run in scores],
         "left_out": {},
         "command": "made up",
         "config": {"data": None, "device": "cpu", "batch_size": 1},
     }
-    with Journal(folder / "rows.jsonl", {"task": task, "model": "m", "seed": 0, **run}, stated) as rows:
-        for cell, values in scores.items():
+    with ResultsLog(folder / "rows.jsonl", {"task": task, "model": "m", "seed": 0, **identity}, stated) as rows:
+        for run, values in scores.items():
             for number, value in enumerate(values):
-                row = {"cell": cell.name, "sample": str(number), "order": number, "group": str(number // 2)}
+                row = {"run": run.name, "sample": str(number), "order": number, "group": str(number // 2)}
                 row |= {"scores": {"score": value}, "agrees": True, "kl": 0.0, "kept": 0.5, "visual": 10}
                 rows.add(row | {"flops": None, "flops_share": None})
     return folder
 
 
-RANDOM, UNIFORM = Cell("random", 0.5), Cell("uniform", 0.5)
+RANDOM, UNIFORM = Run("random", 0.5), Run("uniform", 0.5)
 RIGHT, HALF = [1.0] * 20, [1.0, 0.0] * 10
 
 
-def test_cells_of_a_folder_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_a_folder_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "x", {FULL: RIGHT, RANDOM: HALF, UNIFORM: RIGHT})
     (found,) = comparison.compare("random 0.5", "uniform 0.5", folder)
     assert (found.difference, found.n, found.groups) == (0.5, 20, 10)
@@ -203,9 +203,9 @@ def test_cells_of_a_folder_are_compared_in_pairs(tmp_path: Path, capsys: pytest.
     )
 
 
-def test_folders_are_compared_cell_by_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_are_compared_run_by_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a", {FULL: RIGHT, RANDOM: HALF, UNIFORM: [0.25] * 20})
-    b = write(tmp_path / "b", {FULL: RIGHT, RANDOM: RIGHT[:10], Cell("fastv", 0.5): RIGHT}, seed=1)
+    b = write(tmp_path / "b", {FULL: RIGHT, RANDOM: RIGHT[:10], Run("fastv", 0.5): RIGHT}, seed=1)
     same, better = comparison.compare(str(a), str(b))
     assert (same.difference, same.p, same.n) == (0.0, 1.0, 20)
     assert (better.difference, better.n, better.groups) == (0.5, 10, 5), "only samples that both have"
@@ -219,7 +219,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path, capsys: pytest.CaptureF
     a = write(tmp_path / "a", {FULL: RIGHT, RANDOM: HALF})
     other = write(tmp_path / "other", {FULL: RIGHT}, task="scenes")
     for left, right, message in (
-        (f"{a}:nonsense", f"{a}:random 0.5", "has no cell 'nonsense' with answers; it has: all tokens, random 0.5"),
+        (f"{a}:nonsense", f"{a}:random 0.5", "has no run 'nonsense' with answers; it has: all tokens, random 0.5"),
         (str(a), f"{a}:random 0.5", "not one with the other"),
         (str(a), str(other), "nothing to pair"),
         (str(a), str(tmp_path / "nowhere"), "no rows"),
@@ -229,11 +229,11 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_method_stands_together_whatever_sitting_measured_it(tmp_path: Path) -> None:
-    small, compact = Cell("random", 0.25), Cell("random", 0.5, positions="compact")
+    small, compact = Run("random", 0.25), Run("random", 0.5, positions="compact")
     write(tmp_path, {FULL: RIGHT, small: HALF, UNIFORM: HALF})
     write(tmp_path, {compact: HALF, RANDOM: RIGHT[:10]})
     found = sweep.results(tmp_path)
-    assert found.frame["cell"].tolist() == [c.name for c in (FULL, RANDOM, small, compact, UNIFORM)]
+    assert found.frame["run"].tolist() == [c.name for c in (FULL, RANDOM, small, compact, UNIFORM)]
     assert found.frame["n"].tolist() == [20, 10, 20, 20, 20]
     assert "| n |" in found.markdown(), "unequal numbers of samples are shown"
     assert "| compact |" in found.markdown()
@@ -254,28 +254,28 @@ def test_several_tasks_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_times_of_another_machine_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "times.jsonl"
-    Journal(path, {"task": "scenes", "cpu": "this"}, {}).close()
+    ResultsLog(path, {"task": "scenes", "cpu": "this"}, {}).close()
     with pytest.raises(vtc.InputError, match="different: cpu"):
-        Journal(path, {"task": "scenes", "cpu": "that"}, {})
-    assert journal.read(tmp_path, "times")[1] == []
+        ResultsLog(path, {"task": "scenes", "cpu": "that"}, {})
+    assert results_log.read(tmp_path, "times")[1] == []
 
 
 @needs_model
 def test_an_interrupted_round_of_times_is_made_again(loaded: models.Loaded, tmp_path: Path) -> None:
     samples = get_task("scenes", scenes=2, per_scene=1).samples(None)
-    cells, path = [FULL, BLIND, Cell("uniform", 0.1)], tmp_path / "times.jsonl"
+    runs, path = [FULL, BLIND, Run("uniform", 0.1)], tmp_path / "times.jsonl"
 
     def times() -> list[dict[str, Any]]:
-        with Journal(path, {}, {}) as rows:
-            timing.measure(loaded, samples, cells, rows, count=1, rounds=2, decode_tokens=2, progress=False)
-        return journal.read(tmp_path, "times")[1]
+        with ResultsLog(path, {}, {}) as rows:
+            timing.measure(loaded, samples, runs, rows, count=1, rounds=2, decode_tokens=2, progress=False)
+        return results_log.read(tmp_path, "times")[1]
 
     first = times()
-    assert [(row["cell"], row["sample"]) for row in first] == [
-        (cell, f"{samples[0].id}#{number}") for number in range(2) for cell in ("all tokens", "uniform 0.1")
+    assert [(row["run"], row["sample"]) for row in first] == [
+        (run, f"{samples[0].id}#{number}") for number in range(2) for run in ("all tokens", "uniform 0.1")
     ]
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:-1]) + "\n")  # the last cell of the last round is lost
+    path.write_text("\n".join(lines[:-1]) + "\n")  # the last run of the last round is lost
     again = times()
     assert again[:2] == first[:2]
     assert again[2] != first[2], "its partner of the same round is measured anew"

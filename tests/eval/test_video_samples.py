@@ -16,11 +16,11 @@ pytest.importorskip("pandas")
 pytest.importorskip("av", reason="clips are written with PyAV")
 
 import vtc
-from eval import journal, models, runner, tables
+from eval import models, results_log, runner, tables
 from eval.bounds import TruthSelector, regridded
-from eval.cells import BLIND, FULL, Cell
-from eval.journal import Journal
 from eval.models import Loaded
+from eval.results_log import ResultsLog
+from eval.runs import BLIND, FULL, Run
 from eval.tasks import Sample, Task, get_task
 from eval.tasks.base import Truth
 from eval.tasks.generated import _ends_first
@@ -101,24 +101,24 @@ def test_every_family_is_asked_about_videos(family: str, tmp_path: Path) -> None
     for name, count in (("a", 16), ("b", 16), ("c", 2), ("e", 16)):
         clips.write(videos / f"{name}.mp4", clips.frames(count, 64, 64), fps=4)
     (videos / "d.mp4").write_bytes(b"nothing")
-    cells = [FULL, BLIND, Cell("uniform", 0.5)]
+    runs = [FULL, BLIND, Run("uniform", 0.5)]
     task = Files()
-    with Journal(tmp_path / "rows.jsonl", {}, {}) as rows:
-        runner.run(loaded, task, task.samples(videos), cells, rows, batch_size=5, progress=False)
-    rows = journal.read(tmp_path)[1]
-    frame = tables.summary(rows, cells, task)
+    with ResultsLog(tmp_path / "rows.jsonl", {}, {}) as rows:
+        runner.answer_samples(loaded, task, task.samples(videos), runs, rows, batch_size=5, progress=False)
+    rows = results_log.read(tmp_path)[1]
+    frame = tables.summary(rows, runs, task)
     assert frame["n"].tolist() == [4, 4, 4]
     assert frame["broken"].tolist() == [1, 1, 1]
     assert all("d.mp4: cannot be read as a video" in row["error"] for row in rows if "error" in row)
     assert frame["kept"].tolist()[:2] == [1.0, 0.0]
     assert frame["kept"][2] == pytest.approx(0.5, abs=0.05)
-    good = {(row["cell"], row["sample"]): row for row in rows if "error" not in row}
+    good = {(row["run"], row["sample"]): row for row in rows if "error" not in row}
     # The batch does not matter, and the frames do.
-    with Journal(tmp_path / "alone.jsonl", {}, {}) as alone:
-        runner.run(loaded, task, task.samples(videos), cells, alone, batch_size=1, progress=False)
+    with ResultsLog(tmp_path / "alone.jsonl", {}, {}) as alone:
+        runner.answer_samples(loaded, task, task.samples(videos), runs, alone, batch_size=1, progress=False)
     for row in alone.rows:
         if "error" not in row:
-            batched = good[row["cell"], row["sample"]]
+            batched = good[row["run"], row["sample"]]
             assert row["kl"] == pytest.approx(batched["kl"], abs=1e-3)
     assert all(good["blind", name]["kl"] > 0 for name in "abce")
 

@@ -1,4 +1,4 @@
-"""What is measured: one setting of one method, and which settings a sweep is made of."""
+"""Runs: one method at one budget, and the set of runs that a sweep consists of."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from eval.bounds import TruthSelector
 from vtc import CompressionConfig
 
 BASELINES = ("random", "uniform")
-"""Stand in every comparison, asked for or not."""
+"""Part of every comparison, requested or not."""
 
 BOUNDS = ("oracle", "anti-oracle")
-"""Selections that know the truth of a generated task: not methods, but the frame that methods are seen in."""
-
+"""Selections that use the ground truth of a generated task: the upper and lower bound of a method, not methods."""
 
 _BLIND = "blind"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """One line of the table.
 
     Attributes
     ----------
     method : str or None
-        A method of `vtc`, one of `BOUNDS`, "blind", or None for the model with all its tokens.
+        A method of `vtc`, one of `BOUNDS`, "blind", or None for the uncompressed model.
     keep_ratio : float or None
     keep_tokens : int or None
-        One of the two, neither with all tokens or blind.
+        The budget, one of the two; None and None for the uncompressed and the blind model.
     positions : str
     options : dict
-        Of the method.
+        Options of the method.
     """
 
     method: str | None = None
@@ -45,7 +44,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique among cells; what rows are filed under."""
+        """The name in rows and tables, unique among runs."""
         if self.method is None:
             return "all tokens"
         if self.method == _BLIND:
@@ -55,7 +54,7 @@ class Cell:
         return f"{self.method} {keep}{'' if self.positions == 'original' else ' ' + self.positions}{extra}"
 
     def config(self, seed: int = 0) -> CompressionConfig | None:
-        """The configuration that `vtc.compress` takes; None for all tokens, and for the blind model that has them too.
+        """Return the configuration for `vtc.compress`; None where nothing is compressed.
 
         Raises
         ------
@@ -74,47 +73,48 @@ class Cell:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and fields as plain JSON types; `from_dict` reads them."""
+        """Return name and fields as plain JSON types; `from_dict` reads them."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Cell:
-        """The cell that `to_dict` wrote down."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Run:
+        """Return the run that `to_dict` described."""
         return cls(**{key: value for key, value in data.items() if key != "name"})
 
 
-FULL = Cell()
+FULL = Run()
+"""The uncompressed model."""
 
-BLIND = Cell(_BLIND)
-"""Every picture and frame is an even grey: what the question alone gives away, the floor of every score."""
+BLIND = Run(_BLIND)
+"""The uncompressed model on uniform grey images: the score that the question alone gives, a lower bound."""
 
 
-def sweep_cells(
+def sweep_runs(
     methods: Sequence[str],
     keep: Iterable[float],
     *,
     positions: Sequence[str] = ("original",),
     bounds: bool = False,
     options: dict[str, dict[str, Any]] | None = None,
-) -> list[Cell]:
-    """All tokens, none to see, then every method at every budget; baselines come along, asked for or not.
+) -> list[Run]:
+    """Return the uncompressed and the blind model, then every method and baseline at every budget.
 
     Parameters
     ----------
     methods : sequence of str
         Names, or "all".
     keep : iterable of float
-        At most 1: fractions. Above: numbers of tokens.
+        Fractions up to 1, numbers of tokens above.
     positions : sequence of str
     bounds : bool
-        Whether the task can frame the methods by `BOUNDS`.
+        Include `BOUNDS`, for tasks that know the truth.
     options : dict of str to dict, optional
         Options by method.
 
     Raises
     ------
     ConfigError
-        A method or a budget does not exist.
+        A method does not exist, or a budget or an option is out of range.
     """
     known = [name for name in vtc.list_methods() if name != TruthSelector.name]
     names = known if list(methods) == ["all"] else list(methods)
@@ -122,38 +122,37 @@ def sweep_cells(
     if unknown:
         raise vtc.ConfigError(f"unknown method(s) {', '.join(unknown)}; there are: {', '.join(known)}")
     names = list(dict.fromkeys([*BASELINES, *names, *(BOUNDS if bounds else ())]))
-    cells = [FULL, BLIND]
+    runs = [FULL, BLIND]
     for name in names:
         for budget in keep:
             share = {"keep_ratio": float(budget)} if budget <= 1 else {"keep_tokens": int(budget)}
             for where in positions:
-                cells.append(Cell(name, positions=where, options=(options or {}).get(name, {}), **share))
-    for cell in cells:
-        cell.config()  # says now what is wrong with a number
-    return cells
+                runs.append(Run(name, positions=where, options=(options or {}).get(name, {}), **share))
+    for run in runs:
+        run.config()  # raises now, before a model is loaded
+    return runs
 
 
-def fitting(cells: Sequence[Cell], model: Any, asked: Sequence[str]) -> tuple[list[Cell], dict[str, str]]:
-    """Cells that the model can run, and why not the others, by name.
+def supported_runs(runs: Sequence[Run], model: Any, requested: Sequence[str]) -> tuple[list[Run], dict[str, str]]:
+    """Return the runs that the model supports, and for the others, by name, the reason.
 
     Raises
     ------
     UnsupportedMethodError, ConfigError
-        A method that was asked for by name cannot run on this model at all.
+        The model supports no run of a method that was requested by name.
     """
-    good, bad = [], {}
-    for cell in cells:
-        config = None if cell.method in BOUNDS else cell.config()
+    supported, errors = [], {}
+    for run in runs:
+        config = None if run.method in BOUNDS else run.config()
         try:
             if config is not None:
                 with vtc.compressed(model, config):
                     pass
-            good.append(cell)
+            supported.append(run)
         except (vtc.UnsupportedMethodError, vtc.ConfigError) as error:
-            bad[cell.name] = error
-    for name in asked:
-        runs = any(cell.method == name for cell in good)
-        refused = [bad[cell.name] for cell in cells if cell.method == name and cell.name in bad]
-        if refused and not runs:
+            errors[run.name] = error
+    for name in requested:
+        refused = [errors[run.name] for run in runs if run.method == name and run.name in errors]
+        if refused and not any(run.method == name for run in supported):
             raise refused[0]
-    return good, {name: str(error) for name, error in bad.items()}
+    return supported, {name: str(error) for name, error in errors.items()}
