@@ -2,18 +2,18 @@
 
     python -m eval.train_atp --cache cache/ --out atp.pt
 
-Tower features are cached by `python -m eval.reference.train.cache`. The model stays frozen (the paper's cheaper
-variant); what learns are the modules behind the decoder layers, which read two thresholds per image and layer off the
-scores. The loss is that of the answer, plus the depth loss and the target loss.
+Tower features come from `python -m eval.reference.train.cache`. The model is frozen (the paper's cheaper variant); only
+the modules after the decoder layers are trained, which compute two thresholds per image and layer from the scores. The
+loss is the sum of the answer loss, the depth loss and the target loss.
 
-In the forward pass a token is gone or not, as it will be in use, and in the backward pass the choice has the slope of
-the paper's soft mask (a straight-through estimator): at the paper's temperature of 10 soft masks of tokens near the
-threshold are about a half, so that the numbers they add up to, which the target loss reads, are not those that the
-compressed model keeps. ``--soft`` lets the soft masks themselves gate, as in the paper. Gone means that queries of
-later layers get nothing from the token, attention being renormalised as in DynamicViT. Everything is one forward pass
-over all tokens, so that images of which different numbers are left need no packing.
+Masks are binary in the forward pass, as they are in use, and have the slope of the paper's soft mask in the backward
+pass (a straight-through estimator). At the paper's temperature of 10 the soft masks of tokens near the threshold are
+about one half, so their sum, which the target loss compares, is not the number of tokens that the compressed model
+keeps. ``--soft`` uses the soft masks in the forward pass as well, as in the paper. Later layers do not attend to a
+dropped token; attention is renormalised as in DynamicViT. One forward pass covers all tokens, so images that keep
+different numbers of tokens need no packing.
 
-Source: arXiv 2412.00447, section 3; losses and their weights as its second-hand sources give them.
+Source: arXiv 2412.00447, section 3; losses and their weights as secondary sources state them.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ _TEXT = 40  # tokens per question and answer
 def gated_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention (B, H, L, d) whose probabilities are multiplied by `gate` (B, L), if there is one, and add up to 1.
+    """Compute attention (B, H, L, d) with probabilities multiplied by `gate` (B, L), if given, and renormalised.
 
-    A query always keeps itself. The probabilities, averaged over heads, are appended to `record`.
+    A query always attends to itself. The probabilities, averaged over heads, are appended to `record`.
     """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -71,25 +71,25 @@ def gated_attention(
 
 
 class Gated:
-    """A frozen LLaVA whose decoder is run layer by layer, with a choice of tokens in between.
+    """A frozen LLaVA whose decoder runs layer by layer, with a differentiable selection of tokens in between.
 
     Parameters
     ----------
     model : LlavaForConditionalGeneration
-        Reads `GRID` x `GRID` tokens of one image behind the first token of the prompt. Its attention implementation is
+        Has `GRID` x `GRID` tokens of one image after the first token of the prompt. Its attention implementation is
         changed.
     modules : sequence of AtpModule
-        One for each place.
+        One for each stage.
     options : AtpSelector
-        Whose places, grid and scale of scores hold; its thresholds are not read.
+        Defines layers, stride and scale of scores; its thresholds are not used.
     temperature : float
-        Of the soft masks.
+        Temperature of the soft masks.
     soft : bool
-        Whether soft masks gate, or hard ones with their slope.
+        Use soft masks in the forward pass; otherwise binary ones with their slope.
     """
 
     first = 1
-    """Where the image begins."""
+    """Position of the first visual token."""
 
     def __init__(
         self,
@@ -115,23 +115,23 @@ class Gated:
         Parameters
         ----------
         features : Tensor (B, N, Dv)
-            Of the tower.
+            Tower features.
         text : PackedText
             One question per row.
 
         Returns
         -------
         logits : Tensor (M, vocabulary)
-            Where `text.labels` are.
+            At the positions of `text.labels`.
         masks : list of Tensor (B, N)
-            What is left behind each place, with the slope of the soft mask.
+            Mask of the kept tokens after each stage, with the slope of the soft mask.
         """
         embed = self.model.get_input_embeddings()
         bos = embed(torch.full((len(features), 1), self.decoder.config.bos_token_id))
         hidden = torch.cat([bos, self.model.model.multi_modal_projector(features), embed(text.ids)], dim=1)
         length, begin = hidden.shape[1], self.first + len(self.origin)
         labelled = text.labels != IGNORE
-        # The last token of the question predicts the first of the answer; the answer's own do not count.
+        # The last token of the question predicts the first of the answer; later answer tokens are not queries.
         asking = functional.pad((text.segments > 0) & (labelled.cumsum(dim=1) <= 1), (begin, 0)).to(hidden.dtype)
         causal = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
         rotary = self.decoder.rotary_emb(hidden, torch.arange(length)[None])
@@ -150,7 +150,7 @@ class Gated:
 
     @torch.autocast("cpu", enabled=False)
     def _choose(self, place: int, s_self: Tensor, s_cross: Tensor, left: Tensor) -> Tensor:
-        """(B, N) of 0 and 1, with the soft mask's slope: what `AtpSelector.select` keeps of what is `left`."""
+        """Return the mask (B, N) of what `AtpSelector.select` keeps of `left`, with the slope of the soft mask."""
         theta_r, theta_s = self.modules[place](s_self, s_cross, self.origin)
         redundancy = redundancy_score(s_self, s_cross, self.options.scale, count=left.sum(dim=-1, keepdim=True))
         stride = self.options.stride
@@ -166,17 +166,17 @@ class Gated:
 
 
 def places(model: Any, options: AtpSelector) -> tuple[int, ...]:
-    """Decoder layers behind which tokens are dropped."""
+    """Return the decoder layers after which tokens are dropped."""
     return options.resolve(len(model.model.language_model.layers), None).layers or ()
 
 
 def _average(attention: Tensor, weights: Tensor) -> Tensor:
-    """(B, N): rows of `attention` (B, Q, N), averaged with `weights` (B, Q)."""
+    """Average the rows of `attention` (B, Q, N) with `weights` (B, Q); returns (B, N)."""
     return (attention * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
 
 
 def questions(packer: Packer, data: Data, indices: np.ndarray, seed: int) -> PackedText:
-    """One question about each of these scenes; another seed asks others."""
+    """Return one question about each of these scenes; each seed asks others."""
     text = packer.pack([ask(data.scenes[int(index)], 1, kinds=PRACTICE, seed=seed) for index in indices])
     longest = int((text.segments > 0).sum(dim=1).max())
     cut = {name: getattr(text, name)[:, :longest] for name in ("ids", "labels", "positions", "segments")}
@@ -184,7 +184,7 @@ def questions(packer: Packer, data: Data, indices: np.ndarray, seed: int) -> Pac
 
 
 def train(gated: Gated, packer: Packer, data: Data, arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Train the modules of `gated`; returns what every step saw."""
+    """Train the modules of `gated`; returns losses and kept tokens of every step."""
     parameters = [parameter for module in gated.modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps, eta_min=arguments.rate / 20)
@@ -224,16 +224,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="folder of cached training scenes")
-    parser.add_argument("--out", type=Path, required=True, help="where the modules go")
+    parser.add_argument("--out", type=Path, required=True, help="file for the modules")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=16, help="of the modules' hidden layer")
-    parser.add_argument("--target", type=float, default=0.25, help="share of tokens kept, averaged over the places")
+    parser.add_argument("--target", type=float, default=0.25, help="share of tokens kept, averaged over the stages")
     parser.add_argument("--target-weight", type=float, default=0.2)
-    parser.add_argument("--depth-weight", type=float, default=0.01, help="the paper's sources have 0.01 and 0.05")
-    parser.add_argument("--temperature", type=float, default=10.0, help="the paper's sources have 10 and 100")
-    parser.add_argument("--soft", action="store_true", help="gate by the soft masks themselves")
+    parser.add_argument("--depth-weight", type=float, default=0.01, help="sources differ: 0.01 and 0.05")
+    parser.add_argument("--temperature", type=float, default=10.0, help="sources differ: 10 and 100")
+    parser.add_argument("--soft", action="store_true", help="use soft masks in the forward pass")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     torch.manual_seed(arguments.seed)

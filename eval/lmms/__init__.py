@@ -1,1 +1,1 @@
-"""The offline task as files that lmms-eval reads."""
+"""Writes the offline task as files for lmms-eval."""

@@ -1,4 +1,4 @@
-"""Functions of the task; lmms-eval reads this file beside `task.yaml`, so it imports nothing of the project."""
+"""Functions of the task; lmms-eval loads this file from beside `task.yaml`, so it imports nothing of the project."""
 
 from pathlib import Path
 
@@ -16,5 +16,5 @@ def doc_to_text(doc, lmms_eval_specific_kwargs=None):
 
 
 def process_results(doc, results):
-    """Right word for word, as `python -m eval` has it."""
+    """Score 1 for the exact answer, as `python -m eval` does."""
     return {"exact": float(results[0].strip() == doc["answer"])}

@@ -1,4 +1,4 @@
-"""Write the table of tasks in docs/evaluate.md anew: python -m eval.tasks."""
+"""Write the table of tasks in docs/evaluate.md: ``python -m eval.tasks``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HEAD = "| task | shows | files | from | licence |\n|---|---|---|---|---|\n"
 
 
 def with_table(page: str) -> str:
-    """The page with the table of what the tasks say of themselves, which is the last thing on it."""
+    """Return the page with a new table of tasks, which is its last element."""
     before, _, _ = page.partition("| task |")
     tasks = [get_task(name) for name in names()]
     lines = [f"| `{t.name}` | {t.modality} | {t.layout} | {t.source} | {t.licence} |\n" for t in tasks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from eval.tasks.clips.clip import DIRECTIONS, SIDE, Actor, Clip, cells, make_clip
-from eval.tasks.clips.files import read_mp4, read_task, write_mp4, write_task
+from eval.tasks.clips.files import read_mp4, write_mp4, write_task
 from eval.tasks.clips.questions import KINDS, ask, part_of
 from eval.tasks.scenes.questions import Question
 from eval.tasks.scenes.vocabulary import COLOURS
@@ -140,7 +141,7 @@ def test_cells_cover_the_object_where_it_is() -> None:
 
 def test_files_hold_the_clips(tmp_path: Path) -> None:
     total = write_task(tmp_path, "test", 2, per_clip=5)
-    records = read_task(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert len(records) == total == 10
     for index, name in enumerate(sorted({record["video"] for record in records})):
         frames = read_mp4(tmp_path / name)
@@ -156,12 +157,3 @@ def test_the_same_frames_give_the_same_file(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         write_mp4(tmp_path / name, CLIPS[0].frames)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-
-
-def test_broken_question_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "questions.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(ValueError, match="line 1: lacks"):
-        read_task(tmp_path)
-    (tmp_path / "questions.jsonl").write_text("no json\n")
-    with pytest.raises(ValueError, match="line 1: not JSON"):
-        read_task(tmp_path)

@@ -1,1 +1,1 @@
-"""Clips: seeded short videos with questions that need more than one frame."""
+"""Clips: generated short videos with questions that need more than one frame."""

@@ -36,20 +36,20 @@ _PRESENCE: Final = {"always": 0.45, "appears": 0.32, "disappears": 0.23}
 
 @dataclass(frozen=True)
 class Actor:
-    """One thing in a clip.
+    """One object in a clip.
 
     Attributes
     ----------
     role : str
-        ``"object"`` (coloured shape that questions may name) or ``"distractor"``.
+        ``"object"`` (coloured shape that questions may name) or ``"distractor"`` (never named).
     name, colour : str
         Shape and colour name; a distractor has no colour.
     size : int
         Side in pixels.
     start, stop : tuple of int
-        Upper left corner in the clip's first and last frame; between them it moves evenly. Equal if it stands still.
+        Upper left corner in the clip's first and last frame, with linear motion between them; equal if it is static.
     direction : str
-        Word for its motion, empty if it stands still.
+        Word for its motion, empty if it is static.
     first, last : int
         It is visible in the frames ``first <= frame < last``.
     """
@@ -65,19 +65,19 @@ class Actor:
     last: int
 
     def corner(self, frame: int, frames: int) -> tuple[int, int]:
-        """Upper left corner ``(left, top)`` in a frame of a clip of ``frames`` frames."""
+        """Return the upper left corner ``(left, top)`` in a frame of a clip of ``frames`` frames."""
         share = frame / (frames - 1)
         left, top = (round(a + share * (b - a)) for a, b in zip(self.start, self.stop, strict=True))
         return left, top
 
     def visible(self, frame: int) -> bool:
-        """Whether it is there in that frame."""
+        """Return whether it is visible in that frame."""
         return self.first <= frame < self.last
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A drawn clip: ``frames (T, SIDE, SIDE, 3)`` uint8 and everything in it."""
+    """A drawn clip: ``frames (T, SIDE, SIDE, 3)`` uint8 and the objects in it."""
 
     frames: NDArray[np.uint8]
     actors: tuple[Actor, ...]
@@ -93,7 +93,7 @@ class Clip:
 
 
 def rng_for(split: Split, seed: int, index: int, purpose: int = 0) -> np.random.Generator:
-    """Generator of one clip: depends on nothing but its arguments, so clips can be made in any order."""
+    """Return the generator of one clip; it depends on the arguments alone, so clips can be drawn in any order."""
     return np.random.default_rng([2, sources.SPLITS.index(split), seed, index, purpose])
 
 
@@ -101,8 +101,8 @@ def make_clip(split: Split, seed: int, index: int, lengths: Sequence[int] = LENG
     """Draw clip ``index`` of the split.
 
     Objects have different colours, so that a colour names exactly one of them; shapes may repeat. Two in five move;
-    more than half appear or disappear on the way, always between two tokens of a model that joins frames in pairs.
-    Grey distractors do the same and no question names them.
+    more than half appear or disappear, always between two tokens of a model that joins frames in pairs. Grey
+    distractors do the same; no question names them.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def _place(
     swept: list[tuple[int, int, int, int]],
     rng: np.random.Generator,
 ) -> Actor | None:
-    """An actor whose whole path keeps clear of the others', or None if there is no room."""
+    """Return an actor whose whole path is apart from the others', or None if no position was found."""
     for _ in range(40):
         direction = str(rng.choice(list(DIRECTIONS))) if rng.random() < 0.45 else ""
         travel = int(rng.integers(*_TRAVEL)) if direction else 0
@@ -191,7 +191,7 @@ def _draw(
 
 
 def cells(actor: Actor, length: int) -> tuple[int, ...]:
-    """Cells of 14 x 14 pixels and two frames that an actor covers by at least 30 % in either frame.
+    """Return the cells of 14 x 14 pixels and two frames that an actor covers by at least 30 % in either frame.
 
     Returns
     -------

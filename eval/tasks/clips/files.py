@@ -1,4 +1,4 @@
-"""Clips as files: mp4 and JSON lines, and back."""
+"""Writes clips as mp4 and JSON lines, and reads mp4."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from eval.tasks.clips.clip import FPS, make_clip
 from eval.tasks.clips.questions import ask
 from eval.tasks.scenes.sources import Split
 
-QUESTIONS_FILE = "questions.jsonl"
-
 
 def write_mp4(path: Path, frames: NDArray[np.uint8], fps: int = FPS) -> None:
-    """Encode ``frames (T, H, W, 3)`` as H.264; the same frames give the same file with the same encoder version."""
+    """Encode ``frames (T, H, W, 3)`` as H.264; deterministic for one version of the encoder."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
@@ -29,7 +27,7 @@ def write_mp4(path: Path, frames: NDArray[np.uint8], fps: int = FPS) -> None:
 
 
 def read_mp4(path: Path) -> NDArray[np.uint8]:
-    """All frames of a video, ``(T, H, W, 3)`` uint8.
+    """Return all frames of a video, ``(T, H, W, 3)`` uint8.
 
     Raises
     ------
@@ -46,8 +44,8 @@ def read_mp4(path: Path) -> NDArray[np.uint8]:
 def write_task(folder: Path, split: Split, count: int, *, seed: int = 0, per_clip: int = 7) -> int:
     """Write ``count`` clips and their questions into ``folder``.
 
-    The layout is the usual one of video question answering: ``videos/NAME.mp4`` and ``questions.jsonl`` with
-    ``question_id``, ``video`` (path from ``folder``), ``question``, ``answer``, ``kind``, ``options`` a line.
+    The layout is that of the task ``files``: ``videos/NAME.mp4``, and ``questions.jsonl`` with ``question_id``,
+    ``video`` (path below ``folder``), ``question``, ``answer``, ``kind`` and ``options`` in every line.
 
     Returns
     -------
@@ -56,7 +54,7 @@ def write_task(folder: Path, split: Split, count: int, *, seed: int = 0, per_cli
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     total = 0
-    with (folder / QUESTIONS_FILE).open("w") as lines:
+    with (folder / "questions.jsonl").open("w") as lines:
         for index in range(count):
             clip = make_clip(split, seed, index)
             name = f"videos/{split}_{seed}_{index:05d}.mp4"
@@ -73,24 +71,3 @@ def write_task(folder: Path, split: Split, count: int, *, seed: int = 0, per_cli
                 lines.write(json.dumps(record) + "\n")
                 total += 1
     return total
-
-
-def read_task(folder: Path) -> list[dict[str, Any]]:
-    """The records of a written task.
-
-    Raises
-    ------
-    ValueError
-        If a line is not JSON or lacks a field, naming the line.
-    """
-    wanted = {"question_id", "video", "question", "answer", "kind", "options"}
-    records = []
-    for number, line in enumerate((folder / QUESTIONS_FILE).read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / QUESTIONS_FILE}, line {number}: not JSON ({error})") from error
-        if missing := wanted - set(record):
-            raise ValueError(f"{folder / QUESTIONS_FILE}, line {number}: lacks {sorted(missing)}")
-        records.append(record)
-    return records

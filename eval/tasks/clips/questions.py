@@ -21,13 +21,13 @@ _QUESTION_PURPOSE: Final = 1  # keeps the generator of questions apart from the 
 
 
 def part_of(frame: int, length: int) -> str:
-    """The word of :data:`TIMES` for an event at ``frame`` of a clip of ``length`` frames."""
+    """Return the word of :data:`TIMES` for an event at ``frame`` of a clip of ``length`` frames."""
     share = frame / length
     return "start" if share < 0.4 else "middle" if share <= 0.6 else "end"
 
 
 class _Asker:
-    """Asks about one clip; every ``_ask_*`` method returns a question, or None where the clip has none of its kind."""
+    """Generates questions about one clip; an ``_ask_*`` method returns None if the clip allows none of its kind."""
 
     def __init__(self, clip: Clip, rng: np.random.Generator) -> None:
         self.clip = clip
@@ -51,7 +51,7 @@ class _Asker:
         return sum(other.name == actor.name for other in self.objects) == 1
 
     def _refer(self, actor: Actor) -> str:
-        """A definite description that fits this object alone (colours are unique in a clip)."""
+        """Return a definite description that fits this object alone (colours are unique in a clip)."""
         draw = self.rng.random()
         if draw < 0.3 and self._unique_shape(actor):
             return f"the {actor.name}"
@@ -71,7 +71,7 @@ class _Asker:
         event = self._pick(("appears", "disappears"))
         time = {actor: actor.first if event == "appears" else actor.last for actor in self.objects}
         pairs = [(a, b) for a in self.objects for b in self.objects if time[a] < time[b]]
-        if event == "disappears":  # who never disappears does not do so last
+        if event == "disappears":  # an object that stays until the end does not disappear last
             pairs = [(a, b) for a, b in pairs if time[b] < self.clip.length]
         if not pairs:
             return None
@@ -151,20 +151,20 @@ class _Asker:
 def ask(
     clip: Clip, count: int, *, kinds: Sequence[str] = KINDS, seed: int = 0, attempts: int = 3
 ) -> tuple[Question, ...]:
-    """Ask up to ``count`` different questions about a clip, kinds in turn from a random start.
+    """Return up to ``count`` different questions about a clip, in turn of each kind, in a random order of kinds.
 
     Parameters
     ----------
     clip : Clip
-        What is asked about (its frames are not looked at).
+        The subject; its frames are not used.
     count : int
-        How many questions; fewer come back where the clip has no more to ask.
+        Maximum number of questions; fewer are returned if the clip allows no more.
     kinds : sequence of str
         Which kinds to ask.
     seed : int
-        Another seed asks other questions about the same clip.
+        Each seed asks other questions about the same clip.
     attempts : int
-        Draws per kind and turn before the kind is passed over.
+        Draws per kind and turn before the kind is skipped.
     """
     asker = _Asker(clip, rng_for(clip.split, clip.seed, clip.index, _QUESTION_PURPOSE + seed))
     order = [kinds[int(i)] for i in asker.rng.permutation(len(kinds))]

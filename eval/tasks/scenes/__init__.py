@@ -1,1 +1,1 @@
-"""Scenes: seeded pictures with questions, hard enough to tell token selectors apart."""
+"""Scenes: generated pictures with questions that distinguish token selectors."""

@@ -1,7 +1,7 @@
 """Drawing: shapes, handwritten digits, signs and distractors, all as alpha masks pasted on a float canvas.
 
-Everything takes sizes in pixels and returns ``float32`` arrays; nothing draws random numbers except through the
-generator it is given, so the same generator state always paints the same picture.
+Functions take sizes in pixels and return ``float32`` arrays. Random numbers come from the given generator alone, so the
+same state of it gives the same picture.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from eval.tasks.scenes.vocabulary import COLOURS, SIGN_COLOURS
 
 Array = NDArray[np.float32]
 
-_OVERSAMPLE = 4  # masks are drawn this many times larger and averaged down: smooth edges, no aliasing cue
+_OVERSAMPLE = 4  # masks are drawn this many times larger and averaged down, against aliasing
 
 
 def shape_mask(shape: str, size: int) -> Array:
-    """Coverage of ``shape`` in a square of ``size`` pixels.
+    """Return the coverage of ``shape`` in a square of ``size`` pixels.
 
     Parameters
     ----------
@@ -74,8 +74,8 @@ def _heart(draw: ImageDraw.ImageDraw, s: float) -> None:
 
 
 def _cup(draw: ImageDraw.ImageDraw, s: float) -> None:
-    draw.ellipse((0.52 * s, 0.22 * s, 0.99 * s, 0.72 * s), fill=255)  # handle ...
-    draw.ellipse((0.62 * s, 0.33 * s, 0.88 * s, 0.61 * s), fill=0)  # ... with its hole
+    draw.ellipse((0.52 * s, 0.22 * s, 0.99 * s, 0.72 * s), fill=255)  # handle
+    draw.ellipse((0.62 * s, 0.33 * s, 0.88 * s, 0.61 * s), fill=0)  # hole of the handle
     draw.polygon([(0.02 * s, 0.1 * s), (0.74 * s, 0.1 * s), (0.64 * s, 0.95 * s), (0.12 * s, 0.95 * s)], fill=255)
 
 
@@ -113,7 +113,7 @@ def paste(canvas: Array, colour: Array, alpha: Array, top: int, left: int) -> No
     alpha : ndarray (h, w) float32
         Coverage in 0..1.
     top, left : int
-        Where the upper left corner goes.
+        The upper left corner.
     """
     height, width = alpha.shape
     window = canvas[top : top + height, left : left + width]
@@ -121,22 +121,22 @@ def paste(canvas: Array, colour: Array, alpha: Array, top: int, left: int) -> No
 
 
 def jittered(colour: str, rng: np.random.Generator, amount: int = 14) -> Array:
-    """The named colour with a small random shift per channel, ``(3,)`` float32."""
+    """Return the named colour with a small random shift per channel, ``(3,)`` float32."""
     base = np.asarray((COLOURS | SIGN_COLOURS)[colour], np.float32)
     return np.clip(base + rng.integers(-amount, amount + 1, 3), 0, 255).astype(np.float32)
 
 
 def ink_for(paper: Array) -> Array:
-    """Black or white, whichever reads better on the colour ``paper (3,)``."""
+    """Return black or white, whichever has more contrast with the colour ``paper (3,)``."""
     luminance = float(paper @ np.asarray((0.299, 0.587, 0.114), np.float32))
     return np.full(3, 12.0 if luminance > 130 else 250.0, np.float32)
 
 
 def digit_mask(digit: NDArray[np.float64], size: int) -> Array:
-    """Ink of a handwritten 8x8 digit (values 0..16) enlarged to ``size`` pixels, ``(size, size)`` in 0..1."""
+    """Return the ink of a handwritten 8x8 digit (values 0..16) enlarged to ``(size, size)``, in 0..1."""
     image = Image.fromarray((np.asarray(digit) * (255.0 / 16.0)).astype(np.uint8))
     grown = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255.0
-    return np.clip((grown - 0.33) / 0.4, 0.0, 1.0).astype(np.float32)  # steepen: strokes, not fog
+    return np.clip((grown - 0.33) / 0.4, 0.0, 1.0).astype(np.float32)  # raise the contrast, so that strokes have edges
 
 
 @lru_cache(maxsize=256)
@@ -145,7 +145,7 @@ def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.Ima
 
 
 def text_mask(text: str, font: str | None, size: int) -> Array:
-    """Ink of ``text`` set in the font file ``font`` (None: Pillow's built-in Aileron), cropped to the ink.
+    """Return the ink of ``text`` in the font file ``font`` (None: Pillow's built-in Aileron), cropped to the ink.
 
     Returns
     -------
@@ -161,16 +161,16 @@ def text_mask(text: str, font: str | None, size: int) -> Array:
 
 @lru_cache(maxsize=64)
 def _size_for(font: str | None, height: int) -> int:
-    """Point size at which capitals of the font are about ``height`` pixels tall (fonts differ a lot)."""
+    """Return the point size at which capitals of the font are about ``height`` pixels tall; fonts differ in it."""
     _, top, _, bottom = _font(font, 100).getbbox("H")
     return round(100 * height / (bottom - top))
 
 
 def sign(text: str, font: str | None, height: int, paper: Array, margin: int = 6) -> Array:
-    """A plate of colour ``paper (3,)`` with ``text`` on it, as a picture ``(h, w, 3)`` in 0..255.
+    """Return a plate of colour ``paper (3,)`` with ``text`` on it, as a picture ``(h, w, 3)`` in 0..255.
 
-    It is written in capitals, ``height`` pixels tall in every font: letters below about two patches of the vision tower
-    cannot be read from its features.
+    The text is in capitals, ``height`` pixels tall in every font: letters smaller than about two patches of the vision
+    tower cannot be read from its features.
     """
     ink = text_mask(text.upper(), font, _size_for(font, height))
     plate = np.empty((ink.shape[0] + 2 * margin, ink.shape[1] + 2 * margin, 3), np.float32)
@@ -182,7 +182,7 @@ def sign(text: str, font: str | None, height: int, paper: Array, margin: int = 6
 
 
 def distractor(kind: str, size: int, font: str | None, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Something eye-catching that no question names.
+    """Return something salient that no question names.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def distractor(kind: str, size: int, font: str | None, rng: np.random.Generator)
     (picture, alpha) : ndarray (size, size, 3), ndarray (size, size)
     """
     dark, light = np.sort(rng.integers(0, 256, 2)).astype(np.float32)
-    if light - dark < 90:  # keep it loud
+    if light - dark < 90:  # keep the contrast high
         dark, light = np.float32(20), np.float32(235)
     rows, columns = np.mgrid[0:size, 0:size]
     if kind in ("checker", "stripes"):

@@ -1,4 +1,4 @@
-"""Selections that know the truth: what the tokens of the objects are worth, and what all the others are worth."""
+"""Selections from the ground truth: the tokens of the objects, or all the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from eval.tasks.scenes.vocabulary import GRID
 
 
 def round_robin(things: Sequence[Thing], budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Keep the patches of objects and signs in turns, within a thing the patch that it fills most first."""
+    """Keep the patches of objects and signs in turns, within each the patch that it fills most first."""
     return in_turns([thing.patches for thing in things if thing.role != "distractor"], GRID * GRID, budget, rng)
 
 
 def anti_oracle(things: Sequence[Thing], budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Keep random patches that no object or sign owns, as long as there are any."""
+    """Keep random patches without object or sign, as long as there are any."""
     owned = {patch for thing in things if thing.role != "distractor" for patch in thing.patches}
     return others_first(owned, GRID * GRID, budget, rng)
 
@@ -25,15 +25,14 @@ def anti_oracle(things: Sequence[Thing], budget: int, rng: np.random.Generator) 
 def in_turns(queues: Iterable[Sequence[int]], total: int, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Keep the first token of every queue, then the second of each, and so on; then random ones.
 
-    Taking turns matters: object tokens in random order may spend four on one object and none on another, and then
-    a good selector beats this "upper bound".
+    Without turns, one object may get four tokens and another none, and a good selector exceeds this upper bound.
 
     Parameters
     ----------
     queues : iterable of sequence of int
-        The tokens of each thing, best first.
+        The tokens of each object, best first.
     total : int
-        How many tokens there are.
+        Number of tokens.
     budget : int
     rng : Generator
 

@@ -1,4 +1,4 @@
-"""Questions about a scene, in English, each about one or a few of its things, each with exactly one right answer."""
+"""Questions about a scene, in English, each with exactly one right answer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from eval.tasks.scenes.vocabulary import (
 )
 
 MARGIN = 12.0
-"""Pixels by which a comparison of places must be decided before it is asked."""
+"""Smallest difference in pixels for which positions are compared."""
 
 PLACE_MARGIN = 20.0
-"""Pixels by which an object must be off the middle lines before it is asked in which corner it is."""
+"""Smallest distance in pixels from the centre lines for which an object's corner is asked."""
 
 _QUESTION_PURPOSE = 1  # keeps the generator of questions apart from the generator of pixels
 
@@ -39,13 +39,13 @@ class Question:
     kind : str
         One of :data:`~eval.tasks.scenes.vocabulary.KINDS`.
     text, answer : str
-        The question and its only right answer.
+        The question and its one right answer.
     targets : tuple of int
-        Indices into ``scene.things`` of what must be seen to answer; for absent things and totals, every object.
+        Indices into ``scene.things`` of what must be seen to answer; for absent objects and totals, every object.
     options : tuple of str
-        All answers that a question of this form can have.
+        All possible answers to a question of this form.
     focus : tuple of int
-        Indices into ``scene.things`` of what the answer speaks about; empty where it speaks of something absent.
+        Indices into ``scene.things`` of what the answer is about; empty for absent objects.
     """
 
     kind: str
@@ -70,7 +70,7 @@ _EXTREMES: dict[str, tuple[int, int]] = {
 
 
 class _Asker:
-    """Asks about one scene; each ``_ask_*`` method returns a question, or None where the scene has none of its kind."""
+    """Generates questions about one scene; an ``_ask_*`` method returns None if the scene allows none of its kind."""
 
     def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
         self.scene = scene
@@ -94,7 +94,7 @@ class _Asker:
         return sum(other.name == thing.name for other in self.scene.objects) == 1
 
     def _refer(self, thing: Thing) -> str:
-        """A definite description that fits this object alone (colours are unique in a scene)."""
+        """Return a definite description that fits this object alone (colours are unique in a scene)."""
         draw = self.rng.random()
         if draw < 0.35 and self._unique_shape(thing):
             return f"the {thing.name}"
@@ -117,7 +117,7 @@ class _Asker:
             absent = [c for c in COLOURS if c not in colours]
             if absent and self.rng.random() < 0.25:
                 phrase = f"{self._pick(absent)} {self._pick(('object', 'thing'))}"
-            else:  # half the time a colour that is there on another shape: colour alone must not decide
+            else:  # half of the time with a colour of the scene on another shape, so that colour alone does not decide
                 while True:
                     colour = self._pick(colours) if colours and self.rng.random() < 0.5 else self._pick(list(COLOURS))
                     shape = self._pick(SHAPES)
@@ -195,7 +195,7 @@ class _Asker:
         return Question("relation", text, answer, self._index(first, second), YES_NO, self._index(farther))
 
     def _ask_beside(self) -> Question | None:
-        """What is left of X: asked where one object alone is there, and clearly, not by less than the margin."""
+        """Ask what is beside an object, if exactly one object is, by at least the margin."""
         choices = []
         for side, (axis, sign) in _SIDES.items():
             for anchor in self.scene.objects:
@@ -280,20 +280,20 @@ class _Asker:
 def ask(
     scene: Scene, count: int, *, kinds: Sequence[str] = KINDS, seed: int = 0, attempts: int = 4
 ) -> tuple[Question, ...]:
-    """Ask up to ``count`` different questions about a scene, kinds in turn from a random start.
+    """Return up to ``count`` different questions about a scene, in turn of each kind, in a random order of kinds.
 
     Parameters
     ----------
     scene : Scene
-        What is asked about.
+        The subject.
     count : int
-        How many questions; fewer come back where the scene has no more to ask.
+        Maximum number of questions; fewer are returned if the scene allows no more.
     kinds : sequence of str
         Which kinds to ask.
     seed : int
-        Another seed asks other questions about the same scene.
+        Each seed asks other questions about the same scene.
     attempts : int
-        Draws per kind and turn before the kind is passed over.
+        Draws per kind and turn before the kind is skipped.
     """
     asker = _Asker(scene, rng_for(scene.split, scene.seed, scene.index, _QUESTION_PURPOSE + seed))
     order = [kinds[int(i)] for i in asker.rng.permutation(len(kinds))]
@@ -311,6 +311,6 @@ def ask(
 
 
 def sentences() -> tuple[str, ...]:
-    """Every word that these questions and answers can use, as short sentences: the tokenizer's corpus."""
+    """Return every word of these questions and answers in short sentences, the corpus of the tokenizer."""
     things = [*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), *SIGN_COLOURS, *WORDS, *NUMBERS, *DIGITS, *COUNTS]
     return tuple(f" {thing}" for thing in things) + tuple(PLACES) + YES_NO

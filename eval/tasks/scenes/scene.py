@@ -1,4 +1,4 @@
-"""Scenes: what stands where, drawn, with the patches that each thing covers."""
+"""Scenes: the layout of objects, its drawing, and the patches that each object covers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from eval.tasks.scenes.vocabulary import (
     WORDS,
 )
 
-_GAP = 4  # pixels between any two things
+_GAP = 4  # pixels between any two objects
 _OBJECT_COUNTS = ((1, 0.06), (2, 0.18), (3, 0.26), (4, 0.24), (5, 0.16), (6, 0.10))
-_MIN_COVERAGE = 0.3  # share of a patch that a thing must fill to own it
+_MIN_COVERAGE = 0.3  # share of a patch that an object must fill for the patch to be counted as its own
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing in a scene.
+    """One object, sign or distractor in a scene.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Thing:
     box : tuple of int
         ``(left, top, width, height)`` in pixels.
     patches : tuple of int
-        Row-major indices of the patches that it covers, largest share first, never empty.
+        Row-major indices of the patches that it covers, largest share first; never empty.
     """
 
     role: str
@@ -57,14 +57,14 @@ class Thing:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Centre ``(x, y)`` in pixels."""
+        """The centre ``(x, y)`` in pixels."""
         left, top, width, height = self.box
         return left + width / 2, top + height / 2
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A drawn scene: ``image (CANVAS, CANVAS, 3)`` uint8 and everything in it."""
+    """A drawn scene: ``image (CANVAS, CANVAS, 3)`` uint8 and the things in it."""
 
     image: NDArray[np.uint8]
     things: tuple[Thing, ...]
@@ -81,12 +81,12 @@ class Scene:
 
     @property
     def named(self) -> tuple[Thing, ...]:
-        """What questions may name: objects and signs."""
+        """Objects and signs, which questions may name."""
         return self.objects + self.signs
 
 
 def rng_for(split: Split, seed: int, index: int, purpose: int = 0) -> np.random.Generator:
-    """Generator of one scene: depends on nothing but its arguments, so scenes can be made in any order."""
+    """Return the generator of one scene; it depends on the arguments alone, so scenes can be drawn in any order."""
     return np.random.default_rng([sources.SPLITS.index(split), seed, index, purpose])
 
 
@@ -94,7 +94,7 @@ def make_scene(split: Split, seed: int, index: int) -> Scene:
     """Draw scene ``index`` of the split.
 
     Objects have different colours, so that a colour names exactly one of them; shapes may repeat. Between none and
-    two signs (one white, one black) carry a word or a number. Up to five distractors fill what room is left.
+    two signs (one white, one black) carry a word or a number. Up to five distractors are added where there is space.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def make_scene(split: Split, seed: int, index: int) -> Scene:
     """
     rng = rng_for(split, seed, index)
     canvas = sources.background(split, CANVAS, rng)
-    board = _Board(canvas, rng)
+    layout = _Layout(canvas, rng)
     fonts = sources.fonts(split)
 
     counts, weights = zip(*_OBJECT_COUNTS, strict=True)
@@ -115,28 +115,28 @@ def make_scene(split: Split, seed: int, index: int) -> Scene:
     n_digits = int(rng.choice(3, p=(0.25, 0.60, 0.15)))
 
     for colour in sign_colours:  # the widest first: they are the hardest to place
-        _add_sign(board, str(colour), fonts, rng)
+        _add_sign(layout, str(colour), fonts, rng)
     digits = sources.handwritten(split)
     for number, colour in enumerate(colours):
-        _add_object(board, str(colour), digits if number < n_digits else None, rng)
+        _add_object(layout, str(colour), digits if number < n_digits else None, rng)
     for _ in range(int(rng.integers(0, 6))):
-        _add_distractor(board, fonts, rng)
+        _add_distractor(layout, fonts, rng)
 
     noise = rng.normal(0.0, rng.uniform(0.0, 5.0), canvas.shape)
     image = np.clip(canvas + noise, 0, 255).astype(np.uint8)
-    return Scene(image=image, things=tuple(board.things), split=split, seed=seed, index=index)
+    return Scene(image=image, things=tuple(layout.things), split=split, seed=seed, index=index)
 
 
-class _Board:
-    """A canvas that remembers what is where and finds room."""
+class _Layout:
+    """A canvas with the boxes of what has been drawn, for placing further things without overlap."""
 
     def __init__(self, canvas: NDArray[np.float32], rng: np.random.Generator) -> None:
         self.canvas = canvas
         self.rng = rng
         self.things: list[Thing] = []
 
-    def room(self, width: int, height: int, attempts: int = 60) -> tuple[int, int] | None:
-        """A random free ``(left, top)`` or None if none was found."""
+    def free_position(self, width: int, height: int, attempts: int = 60) -> tuple[int, int] | None:
+        """Return a random free ``(left, top)``, or None if none was found."""
         for _ in range(attempts):
             left = int(self.rng.integers(2, CANVAS - width - 1))
             top = int(self.rng.integers(2, CANVAS - height - 1))
@@ -144,10 +144,10 @@ class _Board:
                 return left, top
         return None
 
-    def put(
+    def draw(
         self, thing: tuple[str, str, str, str], picture: objects.Array, alpha: objects.Array, at: tuple[int, int]
     ) -> None:
-        """Draw and remember: ``thing`` is (role, name, colour, text), ``at`` its upper left corner."""
+        """Draw a thing (role, name, colour, text) with its upper left corner ``at`` a position, and record its box."""
         left, top = at
         objects.paste(self.canvas, picture, alpha, top, left)
         height, width = alpha.shape
@@ -164,7 +164,7 @@ def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
 
 
 def covered_patches(alpha: NDArray[np.float32], left: int, top: int) -> tuple[int, ...]:
-    """Patches of which ``alpha (h, w)``, placed at ``(left, top)``, fills at least 30 % (at least the fullest one)."""
+    """Return the patches that ``alpha (h, w)`` at ``(left, top)`` fills by at least 30 %, or else the fullest one."""
     full = np.zeros((CANVAS, CANVAS), np.float32)
     full[top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha
     share = full.reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).ravel()
@@ -174,14 +174,14 @@ def covered_patches(alpha: NDArray[np.float32], left: int, top: int) -> tuple[in
 
 
 def _add_object(
-    board: _Board, colour: str, digits: tuple[NDArray[np.float64], ...] | None, rng: np.random.Generator
+    layout: _Layout, colour: str, digits: tuple[NDArray[np.float64], ...] | None, rng: np.random.Generator
 ) -> None:
     """Add an object, with a handwritten digit on it if ``digits`` are given."""
     shape = str(rng.choice(SHAPES if digits is None else DIGIT_SHAPES))
     size = int(rng.integers(26, 51)) if digits is None else int(rng.integers(58, 79))
-    at = board.room(size, size)
+    at = layout.free_position(size, size)
     if at is None:
-        return  # a full board: the scene simply holds one object fewer
+        return  # no space: the scene has one object fewer
     paint = objects.jittered(colour, rng)
     picture = np.broadcast_to(paint, (size, size, 3)).copy()
     text = ""
@@ -192,22 +192,22 @@ def _add_object(
         ink = objects.digit_mask(examples[int(rng.integers(len(examples)))], ink_size)
         offset = (size - ink_size) // 2
         objects.paste(picture, objects.ink_for(paint), ink, offset, offset)
-    board.put(("object", shape, colour, text), picture, objects.shape_mask(shape, size), at)
+    layout.draw(("object", shape, colour, text), picture, objects.shape_mask(shape, size), at)
 
 
-def _add_sign(board: _Board, colour: str, fonts: tuple[str | None, ...], rng: np.random.Generator) -> None:
+def _add_sign(layout: _Layout, colour: str, fonts: tuple[str | None, ...], rng: np.random.Generator) -> None:
     text = str(rng.choice(WORDS if rng.random() < 0.65 else NUMBERS))
     font = fonts[int(rng.integers(len(fonts)))]
     plate = objects.sign(text, font, int(rng.integers(25, 31)), objects.jittered(colour, rng, 10))
-    at = board.room(plate.shape[1], plate.shape[0])
+    at = layout.free_position(plate.shape[1], plate.shape[0])
     if at is not None:
-        board.put(("sign", "sign", colour, text), plate, np.ones(plate.shape[:2], np.float32), at)
+        layout.draw(("sign", "sign", colour, text), plate, np.ones(plate.shape[:2], np.float32), at)
 
 
-def _add_distractor(board: _Board, fonts: tuple[str | None, ...], rng: np.random.Generator) -> None:
+def _add_distractor(layout: _Layout, fonts: tuple[str | None, ...], rng: np.random.Generator) -> None:
     kind = str(rng.choice(DISTRACTORS))
     size = int(rng.integers(20, 45))
-    at = board.room(size, size)
+    at = layout.free_position(size, size)
     if at is not None:
         picture, alpha = objects.distractor(kind, size, fonts[int(rng.integers(len(fonts)))], rng)
-        board.put(("distractor", kind, "", ""), picture, alpha, at)
+        layout.draw(("distractor", kind, "", ""), picture, alpha, at)

@@ -1,6 +1,6 @@
-"""Real material for the scenes: photographs, handwritten digits and fonts, split so that training and test share none.
+"""Photographs, handwritten digits and fonts for the scenes, split so that training and test share none.
 
-Everything comes out of installed packages (scikit-learn, scikit-image, matplotlib, Pillow); nothing is downloaded.
+All of them come from installed packages (scikit-learn, scikit-image, matplotlib, Pillow); nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FONTS: Final[dict[Split, tuple[str | None, ...]]] = {
         "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf",
         "STIXGeneralBol.ttf", "cmtt10.ttf",
     ),
-    "test": (None, "cmss10.ttf", "cmb10.ttf"),  # None is Aileron, which Pillow carries inside
+    "test": (None, "cmss10.ttf", "cmb10.ttf"),  # None is Aileron, which is built into Pillow
 }  # fmt: skip
 
 _DIGIT_TRAIN_SHARE = 0.8
@@ -40,7 +40,7 @@ _DIGIT_TRAIN_SHARE = 0.8
 
 @lru_cache(maxsize=32)
 def photograph(name: str) -> NDArray[np.uint8]:
-    """One photograph as ``(H, W, 3)`` uint8; ``name`` is ``package:file`` from :data:`PHOTOGRAPHS`."""
+    """Return one photograph as ``(H, W, 3)`` uint8; ``name`` is ``package:file`` from :data:`PHOTOGRAPHS`."""
     package, file = name.split(":")
     if package == "sklearn":
         import sklearn.datasets
@@ -56,7 +56,7 @@ def photograph(name: str) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=4)
 def handwritten(split: Split) -> tuple[NDArray[np.float64], ...]:
-    """Handwritten digits of the split: ten arrays ``(n, 8, 8)`` with values 0..16, index = the digit."""
+    """Return the handwritten digits of the split: ten arrays ``(n, 8, 8)`` with values 0..16, index = the digit."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -67,7 +67,7 @@ def handwritten(split: Split) -> tuple[NDArray[np.float64], ...]:
 
 @lru_cache(maxsize=4)
 def fonts(split: Split) -> tuple[str | None, ...]:
-    """Font files of the split as paths (None stands for Pillow's built-in font)."""
+    """Return the paths of the split's font files (None for Pillow's built-in font)."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -75,9 +75,9 @@ def fonts(split: Split) -> tuple[str | None, ...]:
 
 
 def background(split: Split, side: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """A random crop ``(side, side, 3)`` float32 in 0..255 of one of the split's photographs.
+    """Return a random crop ``(side, side, 3)`` float32 in 0..255 of one of the split's photographs.
 
-    Scale, mirror image and contrast vary; the contrast is lowered a little so that objects stay nameable.
+    Scale, reflection and contrast vary; contrast is reduced so that objects stay recognisable.
     """
     names = PHOTOGRAPHS[split]
     photo = photograph(names[int(rng.integers(len(names)))])

@@ -1,4 +1,4 @@
-"""The closed world of the scenes: what can be drawn and therefore named."""
+"""The closed vocabulary of the scenes: what can be drawn and named."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CANVAS: Final = 224
 """Side of a scene in pixels."""
 
 PATCH: Final = 14
-"""Side of a vision-tower patch in pixels; a scene is a ``GRID x GRID`` board of patches."""
+"""Side of a vision-tower patch in pixels; a scene has ``GRID x GRID`` patches."""
 
 GRID: Final = CANVAS // PATCH
 
@@ -25,7 +25,7 @@ COLOURS: Final[dict[str, tuple[int, int, int]]] = {
 SHAPES: Final = ("circle", "square", "triangle", "star", "heart", "cup")
 
 DIGIT_SHAPES: Final = ("circle", "square")
-"""Shapes with room for a handwritten digit in the middle."""
+"""Shapes large enough inside for a handwritten digit."""
 
 DIGITS: Final = tuple("0123456789")
 
@@ -42,7 +42,7 @@ COUNTS: Final = tuple(str(i) for i in range(8))
 PLACES: Final = ("top left", "top right", "bottom left", "bottom right")
 
 DISTRACTORS: Final = ("cross", "ring", "checker", "stripes", "print")
-"""Things that are drawn to catch the eye and that no question ever names."""
+"""Salient things that no question names."""
 
 KINDS: Final = ("exist", "colour", "shape", "place", "relation", "extreme", "count", "digit", "reading")
 """Kinds of question, in the order in which tables list them."""

@@ -1,4 +1,4 @@
-"""Scenes as files: ``images/*.png`` and ``questions.jsonl``, the layout that visual question answering tools read."""
+"""Writes scenes as files: ``images/*.png`` and ``questions.jsonl``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eval.tasks.scenes.sources import Split
 
 
 def record(scene: Scene) -> list[dict[str, Any]]:
-    """Boxes of everything in the scene, as JSON-ready dictionaries (``box`` = left, top, width, height in pixels)."""
+    """Return the things in the scene as plain JSON types (``box`` = left, top, width, height in pixels)."""
     return [
         {
             "role": t.role,
