@@ -12,7 +12,7 @@ _HEAD = "| task | shows | files | from | licence |\n|---|---|---|---|---|\n"
 
 def with_table(page: str) -> str:
     """Return the page with a new table of tasks, which is its last element."""
-    before, _, _ = page.partition("| task |")
+    before, _, _ = page.partition(_HEAD)
     tasks = [get_task(name) for name in names()]
     lines = [f"| `{t.name}` | {t.modality} | {t.layout} | {t.source} | {t.licence} |\n" for t in tasks]
     return before + _HEAD + "".join(lines)

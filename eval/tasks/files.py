@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import vtc
 from eval.scoring.answers import exact
@@ -31,17 +31,17 @@ class FilesTask(Task):
         Number of frames to show of each video.
     """
 
-    name: ClassVar[str] = "files"
-    modality: ClassVar[str] = "image, video"
-    licence: ClassVar[str] = "yours"
-    source: ClassVar[str] = "you, or python -m eval.tasks.scenes --out FOLDER, or python -m eval.tasks.clips FOLDER"
-    layout: ClassVar[str] = (
+    name = "files"
+    modality = "image, video"
+    licence = "yours"
+    source = "you, or python -m eval.tasks.scenes --out FOLDER, or python -m eval.tasks.clips FOLDER"
+    layout = (
         "questions.jsonl (or .json, .tsv, .csv, .parquet, or an arrow folder) with question, answer or answers, and "
         "image (a path in the folder, a list of paths, base64, or a picture in the table) or video (a path); "
         "question_id, kind and options as you like"
     )
-    max_new_tokens: ClassVar[int] = 32
-    main_score: ClassVar[str] = "exact"
+    max_new_tokens = 32
+    main_score = "exact"
 
     frames: int = 16
 

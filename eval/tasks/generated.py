@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from eval.tasks.base import Sample, Task, Truth, register_task
 from eval.tasks.video import Frames
@@ -40,8 +40,8 @@ class ScenesTask(Generated):
         Each seed draws other pictures of the held-out split.
     """
 
-    name: ClassVar[str] = "scenes"
-    source: ClassVar[str] = "drawn by eval/tasks/scenes"
+    name = "scenes"
+    source = "drawn by eval/tasks/scenes"
 
     scenes: int = 100
     per_scene: int = 10
@@ -92,9 +92,9 @@ class ClipsTask(Generated):
         Each seed draws other clips of the held-out split.
     """
 
-    name: ClassVar[str] = "clips"
-    modality: ClassVar[str] = "video"
-    source: ClassVar[str] = "drawn by eval/tasks/clips"
+    name = "clips"
+    modality = "video"
+    source = "drawn by eval/tasks/clips"
 
     clips: int = 100
     per_clip: int = 7

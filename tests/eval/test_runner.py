@@ -1,4 +1,4 @@
-"""The runner: every sample in every run once, whatever happens to the process or to a picture."""
+"""The runner: every sample is measured once in every run, even if the process is killed or an image is broken."""
 
 from __future__ import annotations
 
@@ -105,9 +105,7 @@ def test_shards_give_the_same_rows(
     assert len((folder / "rows.jsonl").read_text().splitlines()) == 1
 
 
-def test_other_runs_in_a_later_sitting_stand_beside_the_first(
-    loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path
-) -> None:
+def test_a_later_session_adds_other_runs(loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     measure(loaded, samples[:2], [FULL, Run("random", 0.25), Run("uniform", 0.25)], path)
     rows = measure(loaded, samples, [FULL, Run("uniform", 0.25), Run("divprune", 0.25)], path)
@@ -115,7 +113,7 @@ def test_other_runs_in_a_later_sitting_stand_beside_the_first(
     assert sizes == {"all tokens": 6, "uniform 0.25": 6, "random 0.25": 2, "divprune 0.25": 6}
 
 
-def test_a_killed_run_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_killed_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path) -> None:
     command = ["run", "--limit", "6", "--methods", "uniform", "--keep", "0.25", "--batch-size", "2", "--out"]
     killed = tmp_path / "killed"
     rows = killed / "rows.jsonl"
@@ -146,7 +144,7 @@ def test_a_killed_run_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path) -> 
     assert results_log.read(killed)[1] == results_log.read(tmp_path / "whole")[1]
 
 
-def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
+def test_rows_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     ResultsLog(path, {"task": "scenes", "seed": 0}, {}).close()
     with pytest.raises(vtc.InputError, match=r"another evaluation \(different: seed"):
@@ -242,7 +240,7 @@ def test_what_broke_is_tried_again_if_asked(loaded: models.Loaded, tmp_path: Pat
         assert sum("error" in row for row in found) == errors
 
 
-def test_a_model_that_fails_on_a_sample_is_told_in_its_row(
+def test_a_failure_of_the_model_is_in_the_row_of_its_sample(
     loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genuine, bad = models.inputs, samples[3]

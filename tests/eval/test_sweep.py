@@ -1,4 +1,4 @@
-"""The command: tables and pictures of rows, comparisons, and mistakes told before anything is run."""
+"""The command: tables and plots of rows, comparisons, and mistakes reported before anything is measured."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_the_command_of_the_readme_makes_tables_and_pictures(
     assert main(arguments) == 0
     folder = tmp_path / "results" / "scenes-reference"
     assert {path.name for path in folder.iterdir()} == {"rows.jsonl", "times.jsonl", "table.md", "table.csv", *PICTURES}
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     text = (folder / "table.md").read_text()
-    assert text in told
+    assert text in printed
     frame = pandas.read_csv(folder / "table.csv").set_index("run")
     original = [f"{name} 0.1" for name in ("random", "uniform", "divprune", "fastv", "oracle", "anti-oracle")]
     compact = [f"{name} compact" for name in original if not name.startswith("fastv")]
@@ -78,7 +78,7 @@ def test_the_command_of_the_readme_makes_tables_and_pictures(
 
 
 @needs_model
-def test_runs_that_a_model_cannot_run_are_left_out_unless_asked_for(loaded: models.Loaded) -> None:
+def test_unsupported_runs_are_left_out_unless_requested(loaded: models.Loaded) -> None:
     runs = sweep_runs(["all"], [0.5], positions=["original", "compact"])
     good, left_out = supported_runs(runs, loaded.model, ["all"])
     assert set(left_out) == {"fastv 0.5 compact", "atp 0.5 compact"}
@@ -90,7 +90,7 @@ def test_runs_that_a_model_cannot_run_are_left_out_unless_asked_for(loaded: mode
         supported_runs(compact, loaded.model, ["fastv"])
 
 
-def test_runs_bring_the_baselines_along() -> None:
+def test_a_sweep_contains_the_baselines() -> None:
     runs = sweep_runs(["fastv"], [0.5, 32], options={"fastv": {"layer": 3}})
     assert [run.name for run in runs] == [
         "all tokens",
@@ -125,7 +125,7 @@ def test_runs_bring_the_baselines_along() -> None:
         (["--model", "nowhere", "--limit", "1"], "no such folder"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_run(
+def test_mistakes_are_reported_before_anything_is_measured(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", *arguments, "--out", str(tmp_path / "out")]) == 2
@@ -141,7 +141,10 @@ def test_a_sweep_is_for_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_folders_of_data_by_task() -> None:
     assert command._data(["x"], ["pope"]) == {"pope": Path("x")}
-    assert command._data(["pope=x", "gqa=y"], ["pope", "gqa", "scenes"]) == {"pope": Path("x"), "gqa": Path("y")}
+    assert command._data(["pope=x", "docvqa=y"], ["pope", "docvqa", "scenes"]) == {
+        "pope": Path("x"),
+        "docvqa": Path("y"),
+    }
     assert command._data(["a=b"], ["pope"]) == {"pope": Path("a=b")}
 
 
@@ -215,7 +218,7 @@ def test_folders_are_compared_run_by_run(tmp_path: Path, capsys: pytest.CaptureF
     assert "p, Holm" in capsys.readouterr().out
 
 
-def test_what_cannot_be_compared_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a", {FULL: RIGHT, RANDOM: HALF})
     other = write(tmp_path / "other", {FULL: RIGHT}, task="scenes")
     for left, right, message in (
@@ -228,7 +231,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path, capsys: pytest.CaptureF
         assert message in capsys.readouterr().err
 
 
-def test_a_method_stands_together_whatever_sitting_measured_it(tmp_path: Path) -> None:
+def test_runs_of_a_method_are_grouped_over_sessions(tmp_path: Path) -> None:
     small, compact = Run("random", 0.25), Run("random", 0.5, positions="compact")
     write(tmp_path, {FULL: RIGHT, small: HALF, UNIFORM: HALF})
     write(tmp_path, {compact: HALF, RANDOM: RIGHT[:10]})
@@ -239,7 +242,7 @@ def test_a_method_stands_together_whatever_sitting_measured_it(tmp_path: Path) -
     assert "| compact |" in found.markdown()
 
 
-def test_several_tasks_stand_side_by_side(tmp_path: Path) -> None:
+def test_several_tasks_are_tabulated_side_by_side(tmp_path: Path) -> None:
     register_task(type("Second", (Written,), {"name": "second"}))
     write(tmp_path / "written", {FULL: RIGHT, RANDOM: HALF, BLIND: [0.0] * 20})
     write(tmp_path / "second", {FULL: HALF, RANDOM: RIGHT}, task="second")
@@ -290,7 +293,7 @@ def test_the_table_of_the_readme_is_made_from_the_committed_results() -> None:
     assert readme.current() == readme.block(), "run `python -m eval readme`"
 
 
-def test_the_readme_keeps_what_stands_around_the_table(tmp_path: Path) -> None:
+def test_the_readme_keeps_the_text_around_the_table(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     readme.write(page)

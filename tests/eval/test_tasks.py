@@ -31,7 +31,7 @@ def rows(name: str, samples: list[Sample], answers: list[str]) -> list[dict[str,
     ]
 
 
-def test_every_task_is_tried_here() -> None:
+def test_every_task_is_tested_here() -> None:
     assert set(names()) == {*MAKERS, "scenes", "clips", "easy-vqa", "photos"}
 
 
@@ -53,7 +53,7 @@ def test_official_layouts_are_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FROM_FILES)
-def test_an_empty_folder_is_told_the_layout(name: str, tmp_path: Path) -> None:
+def test_the_error_about_an_empty_folder_states_the_layout(name: str, tmp_path: Path) -> None:
     task = get_task(name)
     with pytest.raises(vtc.InputError) as error:
         task.samples(tmp_path)
@@ -139,7 +139,7 @@ def test_a_new_benchmark_is_one_row(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- files of the user
 
 
-def test_pictures_come_as_paths_text_and_cells(tmp_path: Path) -> None:
+def test_pictures_are_paths_base64_or_in_the_table(tmp_path: Path) -> None:
     layouts.files(tmp_path)
     samples = get_task("files").samples(tmp_path)
     assert [len(sample.open_images()) for sample in samples] == [1, 1, 2]
