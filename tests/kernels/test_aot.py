@@ -52,7 +52,7 @@ def _check_page(found: dict[str, dict[str, int]]) -> None:
     if _roofline.resources_notes() not in page:
         return
     for name in {kernel.rpartition(" for ")[0] for kernel in found}:
-        binaries = [aot.Binary(**found[f"{name} for sm_{capability}"]) for capability in aot.SHARED_MEMORY]
+        binaries = [aot.Resources(**found[f"{name} for sm_{capability}"]) for capability in aot.SHARED_MEMORY]
         cells = [re.escape(cell) for cell in _roofline.resources_row(name, binaries)]
         cells[1] = cells[4] = r"\d+"
         row = r" \| ".join(cells)
@@ -71,8 +71,8 @@ def test_every_kernel_is_listed() -> None:
                 assert item in listed or name in called, f"{module.__name__}.{name} is compiled by no test"
 
 
-def test_every_twin_is_there() -> None:
+def test_every_triton_implementation_exists() -> None:
     for operation in dispatch.OPS.values():
         if operation.triton is not None:
-            assert callable(operation.twin())
+            assert callable(operation.load_triton())
             assert operation.triton.partition(":")[0] in aot.modules()

@@ -3,14 +3,7 @@
 import pytest
 import torch
 
-from vtc.kernels import attention, attention_received, attention_rows
-
-
-def whole(query: torch.Tensor, key: torch.Tensor, scaling: float, allowed: torch.Tensor | None = None) -> torch.Tensor:
-    """The attention matrix the plain way, with keys repeated for their query heads."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    logits = (query @ key.transpose(2, 3)).float() * scaling
-    return (logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))).softmax(dim=-1)
+from vtc.kernels import attention, attention_received, attention_rows, reference
 
 
 def heads(batch: int, count: int, length: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -22,12 +15,12 @@ def test_rows_equal_those_of_the_matrix(key_heads: int) -> None:
     query, key = heads(2, 6, 17, 8), heads(2, key_heads, 17, 8, seed=1)
     allowed = torch.rand(2, 1, 17, 17, generator=torch.Generator().manual_seed(2)) > 0.3
     allowed |= torch.eye(17, dtype=torch.bool)
-    expected = whole(query, key, 0.3, allowed)
+    expected = reference.attention(query, key, 0.3, allowed)
     torch.testing.assert_close(attention_rows(query[:, :, 4:7], key, 0.3, allowed[:, :, 4:7]), expected[:, :, 4:7])
-    torch.testing.assert_close(attention_rows(query, key, 0.3), whole(query, key, 0.3))
+    torch.testing.assert_close(attention_rows(query, key, 0.3), reference.attention(query, key, 0.3))
 
 
-def test_a_query_that_sees_nothing_gets_zeros() -> None:
+def test_a_query_without_any_key_gets_zeros() -> None:
     rows = attention_rows(heads(1, 2, 1, 4), heads(1, 2, 5, 4, seed=1), 0.5, torch.zeros(1, 1, 1, 5, dtype=torch.bool))
     assert torch.equal(rows, torch.zeros(1, 2, 1, 5))
 
@@ -38,7 +31,7 @@ def test_received_is_the_mean_over_queries(monkeypatch: pytest.MonkeyPatch, leng
     monkeypatch.setitem(attention._TILE, "cpu", tile)
     query, key = heads(2, 4, length, 8), heads(2, 2, length, 8, seed=1)
     received = attention_received(query, key, 0.4)
-    torch.testing.assert_close(received, whole(query, key, 0.4).mean(dim=2))
+    torch.testing.assert_close(received, reference.attention(query, key, 0.4).mean(dim=2))
     torch.testing.assert_close(received.sum(dim=-1), torch.ones(2, 4))
 
 
@@ -61,6 +54,6 @@ def test_received_leaves_padding_out(monkeypatch: pytest.MonkeyPatch, per_query:
         allowed = allowed.expand(2, 1, 9, 9)
     received = attention_received(query, key, 0.4, allowed)
     for row, count in enumerate(real):
-        expected = whole(query[row : row + 1, :, :count], key[row : row + 1, :, :count], 0.4).mean(dim=2)
+        expected = reference.attention(query[row : row + 1, :, :count], key[row : row + 1, :, :count], 0.4).mean(dim=2)
         torch.testing.assert_close(received[row : row + 1, :, :count], expected)
         assert (received[row, :, count:] == 0).all()

@@ -1,4 +1,4 @@
-"""Who computes: what was asked for, or an error that says what is there."""
+"""Which implementation runs: the chosen one, or an error that lists what is available."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vtc.kernels import dispatch
 from vtc.kernels.dispatch import NoKernelError, chosen, op, use
 
 
-def twin(x: torch.Tensor, picky: bool = False) -> str:
+def who_triton(x: torch.Tensor, picky: bool = False) -> str:
     if picky:
         raise NoKernelError("the kernel is picky")
     return "triton"
@@ -26,10 +26,10 @@ def twin(x: torch.Tensor, picky: bool = False) -> str:
 
 @pytest.fixture
 def which(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """An operation that says who computed it."""
+    """An operation that returns the name of the implementation that ran."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
 
-    @op(triton=f"{__name__}:twin")
+    @op(triton=f"{__name__}:who_triton")
     def who(x: torch.Tensor, picky: bool = False) -> str:
         return "torch"
 

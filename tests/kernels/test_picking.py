@@ -1,4 +1,4 @@
-"""The greedy picks against their definitions: on random rows, on rows full of ties, and with every bound at work."""
+"""The greedy picks against their definitions: on random rows, on rows full of ties, and with every bound in use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ quick = settings(max_examples=40, deadline=None)
 
 @pytest.fixture(params=["as they are", "tiny"])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and pools so small that every loop goes round several times on a small input."""
+    """Blocks and pools so small that every loop iterates several times on a small input."""
     if request.param == "tiny":
         shrink(monkeypatch)
 
@@ -30,9 +30,9 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, size in [
         (pick, "_TILE", 2),
         (pick, "_POOL", 3),
-        (pick, "_CHAMPIONS", 2),
-        (pick, "_FIRST", 1),
-        (pick, "_SIDE", 3),
+        (pick, "_PROBES", 2),
+        (pick, "_FIRST_PROBES", 1),
+        (pick, "_MAX_TILE", 3),
         (greedy, "_POOL", 3),
         (greedy, "_BATCH", 2),
         (cosines, "_BLOCK", 4),
@@ -135,7 +135,7 @@ def test_beyond_its_rank_a_point_process_takes_the_most_relevant() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 2.0])
 def test_a_thousand_rows(shift: float) -> None:
-    """Large enough for tiles, sweeps and pools of their real sizes; equal, not just as good."""
+    """Large enough for tiles and pools of their real sizes; the picks are equal, not only equally good."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1100, 48, generator=generator) + shift * torch.randn(48, generator=generator)
     relevance = torch.rand(1100, generator=generator)
@@ -172,7 +172,7 @@ def test_coverage_picks_what_its_authors_pick(case: int) -> None:
 
 
 def test_noise_is_searched_in_linear_memory() -> None:
-    # Nothing can be left out there, so that ever larger sets of rows have to be compared.
+    # No row can be excluded early there, so that ever larger sets of rows have to be compared.
     peaks = {}
     for n in (8000, 32000):
         x = torch.randn(n, 128, generator=torch.Generator().manual_seed(n))

@@ -12,7 +12,7 @@ import torch
 
 from tests.kernels.interpreted import DEVICE, needs_triton
 from vtc import kernels
-from vtc.kernels import Sight
+from vtc.kernels import VisibilityMask
 
 pytestmark = [needs_triton, pytest.mark.skipif(DEVICE != "cpu", reason="counted in the interpreter")]
 
@@ -52,9 +52,9 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def causal(n: int, window: int | None = None) -> Sight:
+def causal(n: int, window: int | None = None) -> VisibilityMask:
     places = torch.arange(n).expand(2, n)
-    return Sight(places, places, window, torch.full((2, n), -1))
+    return VisibilityMask(places, places, window, torch.full((2, n), -1))
 
 
 def _select_gather(side: str) -> Any:
@@ -130,6 +130,6 @@ def test_recording_leaves_the_kernels_where_they_were() -> None:
     query = draw(1, 2, 8, 16)
     with record() as launches:
         kernels.attention_received(query, query, 0.3)
-    assert [launch.kernel for launch in launches] == ["_row_sums", "_push"]
+    assert [launch.kernel for launch in launches] == ["_row_logsumexp", "_column_sums"]
     assert [spec.kernel for spec in aot.kernels()] == before
     torch.testing.assert_close(kernels.attention_received(query, query, 0.3).sum(-1), torch.ones(1, 2))

@@ -1,4 +1,4 @@
-"""Kernels for attention against the specification, which has the whole matrix."""
+"""Triton kernels for attention against the specification, which computes the whole matrix."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from tests.kernels.interpreted import DEVICE, DTYPES, few, needs_triton
 from vtc import kernels
 from vtc.errors import ConfigError, InputError, KernelError
-from vtc.kernels import Sight, attention, reference
+from vtc.kernels import VisibilityMask, attention, reference
 
 pytestmark = needs_triton
 
 
 @dataclass
 class Case:
-    """Queries and keys of any shape, and who sees whom."""
+    """Queries and keys of any shape, and the mask of their attention."""
 
     query: torch.Tensor
     key: torch.Tensor
-    sight: Sight | torch.Tensor | None
+    mask: VisibilityMask | torch.Tensor | None
     generator: torch.Generator
 
     def weights(self, sets: int, heads: int) -> torch.Tensor:
@@ -32,36 +32,38 @@ class Case:
         return torch.rand(shape, generator=self.generator).to(DEVICE)
 
 
-def sight_of(kind: str, batch: int, queries: int, room: int, generator: torch.Generator) -> Sight | torch.Tensor | None:
-    """Nothing, a mask per query or for all, or places with padding, a window and blocks."""
+def mask_of(
+    kind: str, batch: int, queries: int, key_length: int, generator: torch.Generator
+) -> VisibilityMask | torch.Tensor | None:
+    """No mask, one per query or for all, or positions with padding, a window and blocks."""
     if kind == "all":
         return None
     if kind in ("mask", "padding"):
-        shape = (batch, 1, queries if kind == "mask" else 1, room)
+        shape = (batch, 1, queries if kind == "mask" else 1, key_length)
         return (torch.rand(shape, generator=generator) > 0.5).to(DEVICE)
-    keys = torch.arange(room).expand(batch, -1).clone()
-    keys[:, : int(torch.randint(0, room, (), generator=generator))] = -1
-    places = keys[:, -queries:] if queries <= room else torch.arange(queries).expand(batch, -1)
-    blocks = torch.randint(-1, 2, (batch, queries), generator=generator).to(DEVICE) if queries <= room else None
+    keys = torch.arange(key_length).expand(batch, -1).clone()
+    keys[:, : int(torch.randint(0, key_length, (), generator=generator))] = -1
+    positions = keys[:, -queries:] if queries <= key_length else torch.arange(queries).expand(batch, -1)
+    blocks = torch.randint(-1, 2, (batch, queries), generator=generator).to(DEVICE) if queries <= key_length else None
     window = 3 if kind == "window" else None
-    return Sight(places.to(DEVICE), keys.to(DEVICE), window, blocks if kind == "blocks" else None)
+    return VisibilityMask(positions.to(DEVICE), keys.to(DEVICE), window, blocks if kind == "blocks" else None)
 
 
 @st.composite
 def cases(draw: st.DrawFn, square: bool = False) -> Case:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     batch, key_heads, shared = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    width, room = draw(st.sampled_from([1, 8, 17, 40])), draw(st.integers(1, 70))
-    queries = room if square else draw(st.integers(1, 5))
+    width, key_length = draw(st.sampled_from([1, 8, 17, 40])), draw(st.integers(1, 70))
+    queries = key_length if square else draw(st.integers(1, 5))
     dtype = draw(st.sampled_from(DTYPES))
     # As models have them: heads stand behind tokens in memory.
     query, key = (
         torch.randn(batch, n, h, width, generator=generator).to(DEVICE, dtype).transpose(1, 2)
-        for n, h in ((queries, key_heads * shared), (room, key_heads))
+        for n, h in ((queries, key_heads * shared), (key_length, key_heads))
     )
     query[:, :, 0] *= draw(st.sampled_from([0.0, 1.0, 30.0]))  # a zero vector, and one that is far from the others
     kind = draw(st.sampled_from(["all", "mask", "padding", "causal", "window", "blocks"]))
-    return Case(query, key, sight_of(kind, batch, queries, room, generator), generator)
+    return Case(query, key, mask_of(kind, batch, queries, key_length, generator), generator)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -73,30 +75,30 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @given(cases(), st.sampled_from(attention.REDUCTIONS))
 @few
 def test_rows(choice: str, case: Case, reduce: str) -> None:
-    expected = reference.attention_rows(case.query, case.key, 0.3, case.sight, reduce=reduce)
+    expected = reference.attention_rows(case.query, case.key, 0.3, case.mask, reduce=reduce)
     with kernels.use(choice):
-        close(kernels.attention_rows(case.query, case.key, 0.3, case.sight, reduce=reduce), expected)
+        close(kernels.attention_rows(case.query, case.key, 0.3, case.mask, reduce=reduce), expected)
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 @given(cases(), st.integers(1, 2), st.booleans())
 @few
-def test_push(choice: str, case: Case, sets: int, per_head: bool) -> None:
+def test_column_sums(choice: str, case: Case, sets: int, per_head: bool) -> None:
     weights = case.weights(sets, case.query.shape[1] if per_head else 1)
-    expected = reference.attention_push(case.query, case.key, 0.3, weights, case.sight)
+    expected = reference.attention_column_sums(case.query, case.key, 0.3, weights, case.mask)
     with kernels.use(choice):
-        close(kernels.attention_push(case.query, case.key, 0.3, weights, case.sight), expected)
+        close(kernels.attention_column_sums(case.query, case.key, 0.3, weights, case.mask), expected)
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 @given(cases(square=True), st.sampled_from([0, 1, 3]), st.sampled_from([0.0, 0.2]))
 @few
 def test_pagerank(choice: str, case: Case, iterations: int, damping: float) -> None:
-    exists = case.sight.queries >= 0 if isinstance(case.sight, Sight) else None
+    exists = case.mask.query_positions >= 0 if isinstance(case.mask, VisibilityMask) else None
     walk = {"temperature": 0.5, "iterations": iterations, "damping": damping}
-    expected = reference.pagerank(case.query, case.key, 0.3, case.sight, exists, **walk)
+    expected = reference.pagerank(case.query, case.key, 0.3, case.mask, exists, **walk)
     with kernels.use(choice):
-        close(kernels.pagerank(case.query, case.key, 0.3, case.sight, exists, **walk), expected)
+        close(kernels.pagerank(case.query, case.key, 0.3, case.mask, exists, **walk), expected)
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
@@ -112,8 +114,8 @@ def test_ragged(choice: str, dtype: torch.dtype) -> None:
         for reduce in ("none", "max"):
             rows = kernels.attention_rows(first, key, 0.3, reduce=reduce, cu_seqlens=bounds)
             close(rows, reference.attention_rows(first, key, 0.3, reduce=reduce, cu_seqlens=bounds))
-        pushed = kernels.attention_push(query, key, 0.3, weights, cu_seqlens=bounds)
-        close(pushed, reference.attention_push(query, key, 0.3, weights, cu_seqlens=bounds))
+        sums = kernels.attention_column_sums(query, key, 0.3, weights, cu_seqlens=bounds)
+        close(sums, reference.attention_column_sums(query, key, 0.3, weights, cu_seqlens=bounds))
         received = kernels.attention_received(query, key, 0.3, cu_seqlens=bounds)
     for start, stop in itertools.pairwise(bounds.tolist()):
         alone = reference.attention(query[:, :, start:stop], key[:, :, start:stop], 0.3).mean(dim=2)
@@ -131,17 +133,18 @@ def test_layers_are_a_leading_axis(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
-def test_nothing_in_nothing_out(choice: str) -> None:
+def test_empty_inputs(choice: str) -> None:
     query, key = torch.randn(2, 4, 3, 8, device=DEVICE), torch.randn(2, 2, 0, 8, device=DEVICE)
     with kernels.use(choice):
         assert kernels.attention_rows(query, key, 1.0).shape == (2, 4, 3, 0)
         assert kernels.attention_rows(query, key, 1.0, reduce="sum").shape == (2, 3, 0)
-        assert kernels.attention_push(query, key, 1.0, torch.ones(2, 1, 1, 3, device=DEVICE)).shape == (2, 4, 1, 0)
-        pushed = kernels.attention_push(query[:, :, :0], query, 1.0, torch.ones(2, 1, 1, 0, device=DEVICE))
-    assert torch.equal(pushed, torch.zeros(2, 4, 1, 3, device=DEVICE))
+        sums = kernels.attention_column_sums(query, key, 1.0, torch.ones(2, 1, 1, 3, device=DEVICE))
+        assert sums.shape == (2, 4, 1, 0)
+        sums = kernels.attention_column_sums(query[:, :, :0], query, 1.0, torch.ones(2, 1, 1, 0, device=DEVICE))
+    assert torch.equal(sums, torch.zeros(2, 4, 1, 3, device=DEVICE))
 
 
-def test_context_relevance_goes_through_the_kernels() -> None:
+def test_context_relevance_runs_the_kernels() -> None:
     query, key = torch.randn(2, 4, 21, 8, device=DEVICE), 2 * torch.randn(2, 2, 21, 8, device=DEVICE)
     allowed = torch.ones(2, 1, 1, 21, dtype=torch.bool, device=DEVICE)
     allowed[1, ..., 15:] = False
@@ -150,7 +153,7 @@ def test_context_relevance_goes_through_the_kernels() -> None:
         close(kernels.context_relevance(query, key, 0.5, allowed, t=1.2, prefix=1), expected)
 
 
-def test_what_no_kernel_covers_is_refused() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     wide = torch.randn(1, 1, 2, 300, device=DEVICE)
     with kernels.use("triton"), pytest.raises(KernelError, match="at most 256 wide, these are 300"):
         kernels.attention_rows(wide, wide, 1.0)
@@ -160,7 +163,7 @@ def test_what_no_kernel_covers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
-def test_shapes_that_contradict_each_other_are_refused(choice: str) -> None:
+def test_mismatched_shapes_are_refused(choice: str) -> None:
     x, three = torch.randn(2, 4, 5, 8, device=DEVICE), torch.randn(2, 3, 5, 8, device=DEVICE)
     bounds = torch.tensor([0, 5], device=DEVICE, dtype=torch.int32)
     with kernels.use(choice):
@@ -173,6 +176,6 @@ def test_shapes_that_contradict_each_other_are_refused(choice: str) -> None:
         with pytest.raises(InputError, match="with cu_seqlens"):
             kernels.attention_rows(x, x, 1.0, cu_seqlens=bounds)
         with pytest.raises(InputError, match="weights"):
-            kernels.attention_push(x, x, 1.0, torch.ones(2, 1, 4, device=DEVICE))
+            kernels.attention_column_sums(x, x, 1.0, torch.ones(2, 1, 4, device=DEVICE))
         with pytest.raises(InputError, match="one row that attends to itself"):
-            kernels.attention_push(x, x, 1.0, torch.ones(2, 1, 1, 5, device=DEVICE), cu_seqlens=bounds)
+            kernels.attention_column_sums(x, x, 1.0, torch.ones(2, 1, 1, 5, device=DEVICE), cu_seqlens=bounds)

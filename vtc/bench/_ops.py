@@ -132,7 +132,7 @@ def _pagerank(draw: Draw, n: int, heads: int, kv_heads: int, width: int, steps: 
     # Small logits: AIM divides them by a temperature of 0.1, and a walk that is one-hot compares nothing.
     query, key, scaling = draw(1, heads, n, width) * 0.1, draw(1, kv_heads, n, width), width**-0.5
     at = torch.arange(n, device=query.device)[None]
-    causal = kernels.Sight(at, at)
+    causal = kernels.VisibilityMask(at, at)
     return Problem(
         (query, key),
         lambda: kernels.pagerank(query, key, scaling, causal, temperature=0.1, iterations=steps),

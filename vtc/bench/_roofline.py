@@ -142,7 +142,7 @@ def resources_table() -> str:
     return markdown_table(header, rows)
 
 
-def resources_row(name: str, binaries: Sequence[aot.Binary]) -> list[str]:
+def resources_row(name: str, binaries: Sequence[aot.Resources]) -> list[str]:
     """Cells of one kernel."""
     row = [name]
     for binary in binaries:

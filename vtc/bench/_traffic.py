@@ -72,63 +72,63 @@ def _size(pointer: Any) -> int:
     return int(pointer.element_size())
 
 
-def _seen(a: Any, batch: int, heads: int, row_blocks: int, column_blocks: int) -> int:
-    """Bytes that `_seen` loads for all tiles of all heads."""
+def _mask_bytes(a: Any, batch: int, heads: int, row_blocks: int, column_blocks: int) -> int:
+    """Bytes that `_mask_bytes` loads for all tiles of all heads."""
     if a.KIND == 1:
-        return batch * heads * a.length * a.room
+        return batch * heads * a.length * a.key_length
     if a.KIND == 2:
         tables = 2 if a.BLOCKS else 1
-        return 4 * tables * batch * heads * (a.length * column_blocks + a.room * row_blocks)
+        return 4 * tables * batch * heads * (a.length * column_blocks + a.key_length * row_blocks)
     return 0
 
 
 def _row_logits(grid: tuple[int, ...], a: Any) -> Traffic:
     blocks, groups = grid[:2]
-    batch, rows = groups * a.shared // a.heads, a.shared * a.length
+    batch, rows = groups * a.group // a.heads, a.group * a.length
     together = math.ceil(rows / a.ROWS)
-    seen = _seen(a, batch, a.heads, 1, blocks)
+    masked = _mask_bytes(a, batch, a.heads, 1, blocks)
     if a.KIND == 2:  # the table of keys is read once per tile, and a tile has the rows of several heads
         tables = 2 if a.BLOCKS else 1
-        seen = 4 * tables * groups * (rows * blocks + a.room * together)
+        masked = 4 * tables * groups * (rows * blocks + a.key_length * together)
     return Traffic(
-        loaded=groups * a.width * _size(a.k) * (a.room + blocks * rows) + seen,
-        stored=4 * groups * rows * (a.room + blocks),
+        loaded=groups * a.width * _size(a.k) * (a.key_length + blocks * rows) + masked,
+        stored=4 * groups * rows * (a.key_length + blocks),
         products=blocks * groups * together * 2 * a.ROWS * a.COLUMNS * a.WIDTH,
-        other=4 * groups * rows * a.room,  # scale, compare, subtract and exponentiate, add
+        other=4 * groups * rows * a.key_length,  # scale, compare, subtract and exponentiate, add
     )
 
 
 def _row_finish(grid: tuple[int, ...], a: Any) -> Traffic:
     blocks, lines = grid[:2]
     return Traffic(
-        loaded=4 * lines * a.heads * (a.room + blocks),
-        stored=4 * lines * a.room * (a.heads if a.REDUCE == 0 else 1),
-        other=3 * lines * a.heads * a.room,
+        loaded=4 * lines * a.heads * (a.key_length + blocks),
+        stored=4 * lines * a.key_length * (a.heads if a.REDUCE == 0 else 1),
+        other=3 * lines * a.heads * a.key_length,
     )
 
 
-def _row_sums(grid: tuple[int, ...], a: Any) -> Traffic:
+def _row_logsumexp(grid: tuple[int, ...], a: Any) -> Traffic:
     row_blocks, lines = grid[:2]
-    column_blocks = math.ceil(a.room / a.COLUMNS)
+    column_blocks = math.ceil(a.key_length / a.COLUMNS)
     return Traffic(
-        loaded=lines * a.width * _size(a.q) * (a.length + row_blocks * a.room)
-        + _seen(a, lines // a.heads, a.heads, row_blocks, column_blocks),
+        loaded=lines * a.width * _size(a.q) * (a.length + row_blocks * a.key_length)
+        + _mask_bytes(a, lines // a.heads, a.heads, row_blocks, column_blocks),
         stored=4 * lines * a.length,
         products=lines * row_blocks * column_blocks * 2 * a.ROWS * a.COLUMNS * a.WIDTH,
-        other=5 * lines * a.length * a.room,  # scale, compare, subtract, exponentiate, add
+        other=5 * lines * a.length * a.key_length,  # scale, compare, subtract, exponentiate, add
     )
 
 
-def _push(grid: tuple[int, ...], a: Any) -> Traffic:
+def _column_sums(grid: tuple[int, ...], a: Any) -> Traffic:
     column_blocks, lines, sets = grid
     row_blocks = math.ceil(a.length / a.ROWS)
-    seen = _seen(a, lines // a.heads, a.heads, row_blocks, column_blocks)
+    masked = _mask_bytes(a, lines // a.heads, a.heads, row_blocks, column_blocks)
     once = Traffic(
-        loaded=lines * (a.width * _size(a.k) * (a.room + column_blocks * a.length) + 8 * column_blocks * a.length)
-        + seen,
-        stored=4 * lines * a.room,
+        loaded=lines * (a.width * _size(a.k) * (a.key_length + column_blocks * a.length) + 8 * column_blocks * a.length)
+        + masked,
+        stored=4 * lines * a.key_length,
         products=lines * row_blocks * column_blocks * 2 * a.ROWS * a.COLUMNS * a.WIDTH,
-        other=5 * lines * a.length * a.room,  # scale, subtract, exponentiate, multiply, add
+        other=5 * lines * a.length * a.key_length,  # scale, subtract, exponentiate, multiply, add
     )
     return Traffic(sets * once.loaded, sets * once.stored, sets * once.products, sets * once.other)
 
@@ -211,8 +211,8 @@ def _similarity(grid: tuple[int, ...], a: Any) -> Traffic:
 FORMULAS: dict[str, Callable[[tuple[int, ...], Any], Traffic]] = {
     "_row_logits": _row_logits,
     "_row_finish": _row_finish,
-    "_row_sums": _row_sums,
-    "_push": _push,
+    "_row_logsumexp": _row_logsumexp,
+    "_column_sums": _column_sums,
     "_inverse_norms": _inverse_norms,
     "_compare": _compare,
     "_pick": _pick,

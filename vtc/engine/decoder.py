@@ -48,7 +48,7 @@ class DecoderReader:
             tap.queries = run.prompt_columns().argmax(dim=1)[:, None]  # of the last prompt token
             tap.key_mask = run.valid_keys(layer)
         keys = run.keys_of(layer)
-        sight = kernels.Sight(run.columns, keys, run.kinds.windows[layer], run.blocks)
+        sight = kernels.VisibilityMask(run.columns, keys, run.kinds.windows[layer], run.blocks)
         known = keys.shape[1]
         if Need.PAGERANK in following.requires:
             parameters = following.selector.parameters(Need.PAGERANK)

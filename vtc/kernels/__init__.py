@@ -1,13 +1,13 @@
-"""The operations that methods share, as plain functions.
+"""Tensor operations shared by the compression methods, as functions.
 
-Every operation has one name and one signature here. Underneath stand its specification (`reference`: plain PyTorch, as
-slow and as large as the definition is), a fast PyTorch path and, where there is one, a Triton kernel; `use` and the
-environment variable ``VTC_KERNELS`` choose between the last two, see `dispatch`.
+Every operation has one name and one signature. Behind it are a specification (`reference`, naive PyTorch), an
+optimised PyTorch implementation and, for most operations, a Triton implementation. `use` and the environment variable
+``VTC_KERNELS`` choose between the last two, see `dispatch`.
 """
 
 from __future__ import annotations
 
-from .attention import attention_push, attention_rows
+from .attention import attention_column_sums, attention_rows
 from .dispatch import use
 from .greedy import coverage_greedy, dpp_greedy
 from .merge import bipartite_merge, recycle_cells, segment_merge
@@ -15,13 +15,13 @@ from .pack import Packed, gather_planes, select_gather, topk_indices
 from .pick import farthest_point, max_sum
 from .pixels import patch_entropy
 from .received import attention_received, context_relevance, pagerank, received_from
-from .sight import Sight
 from .video import earlier_tokens, temporal_similarity
+from .visibility import VisibilityMask
 
 __all__ = [
     "Packed",
-    "Sight",
-    "attention_push",
+    "VisibilityMask",
+    "attention_column_sums",
     "attention_received",
     "attention_rows",
     "bipartite_merge",

@@ -1,7 +1,7 @@
-"""What compilers make of the Triton kernels for chips that need not be there.
+"""Ahead-of-time compilation of the Triton kernels, without a GPU.
 
-Every ``triton_*.py`` lists its kernels with one typical specialisation each; `kernels` collects the lists, `compiled`
-runs Triton's and NVIDIA's compilers, which come with Triton and need no GPU, and reads the result's resources.
+Every ``triton_*.py`` lists typical specialisations of its kernels. `kernels` collects the lists; `compiled` runs the
+compilers of Triton and NVIDIA, which come with Triton and need no GPU, and reads the resources that the result uses.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from typing import Any
 
 from vtc import kernels as package
 
-__all__ = ["SHARED_MEMORY", "Binary", "KernelSpec", "compiled", "kernels", "modules"]
+__all__ = ["SHARED_MEMORY", "KernelSpec", "Resources", "compiled", "kernels", "modules"]
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory that one block can have, by compute capability: A100 and H100."""
+"""Most bytes of shared memory of one block, by compute capability (A100 and H100)."""
 
 
 @dataclass(frozen=True, eq=False)
 class KernelSpec:
-    """One kernel as it is launched.
+    """One specialisation of a kernel, as it is launched.
 
     Attributes
     ----------
     kernel : JITFunction
     signature : mapping of str to str
-        Triton's type of every parameter that is no constant, such as "*bf16", "*fp32", "i32", "fp32".
+        Triton type of every parameter that is not constant, such as "*bf16", "*fp32", "i32", "fp32".
     constants : mapping of str to value
-        The other parameters.
+        Values of the constant parameters.
     num_warps, num_stages : int
-        As launched.
+        Launch options.
     aligned : tuple of str
-        Pointers and sizes that are multiples of 16, as Triton finds out itself at a real launch; None: all pointers.
+        Pointers and sizes divisible by 16, which Triton detects at a real launch; None: all pointers.
     label : str
-        What this specialisation is, beside the kernel's name.
+        Description of the specialisation.
     """
 
     kernel: Any
@@ -53,22 +53,22 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        """The kernel's name and what this specialisation is."""
+        """Name of the kernel with the label."""
         return f"{self.kernel.__name__}[{self.label}]" if self.label else str(self.kernel.__name__)
 
 
 @dataclass(frozen=True)
-class Binary:
-    """What a compiled kernel takes of a chip.
+class Resources:
+    """Resources that a compiled kernel uses.
 
     Attributes
     ----------
     registers : int
-        Per thread.
+        Registers per thread.
     stack : int
-        Bytes of local memory per thread: where registers are spilled to.
+        Bytes of local memory per thread, for spilled registers.
     shared : int
-        Bytes per block.
+        Bytes of shared memory per block.
     """
 
     registers: int
@@ -77,20 +77,25 @@ class Binary:
 
 
 def modules() -> list[str]:
-    """Names of the modules of this package that hold Triton kernels."""
+    """Return the names of the modules of this package that hold Triton kernels."""
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     return [f"{package.__name__}.{name}" for name in names if name.startswith("triton_")]
 
 
 def kernels() -> list[KernelSpec]:
-    """Every kernel that the `modules` list in their ``KERNELS``; imports Triton."""
+    """Return all specialisations that the `modules` list in their ``KERNELS``; imports Triton."""
     return [spec for name in modules() for spec in importlib.import_module(name).KERNELS]
 
 
-def compiled(spec: KernelSpec, capability: int) -> Binary:
-    """Compile a kernel for a compute capability (80, 90) and read what it takes.
+def compiled(spec: KernelSpec, capability: int) -> Resources:
+    """Compile a kernel for a compute capability (80, 90) and return the resources that it uses.
 
-    Not where Triton interprets: its own functions must be compilable, so ``TRITON_INTERPRET`` is unset.
+    Requires that Triton was imported without ``TRITON_INTERPRET``, as its own functions are not compilable otherwise.
+
+    Raises
+    ------
+    RuntimeError
+        The output of cuobjdump does not list the resources.
     """
     from triton import compile as build
     from triton import knobs
@@ -116,5 +121,5 @@ def compiled(spec: KernelSpec, capability: int) -> Binary:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of {spec.name}: {text!r}")
-    return Binary(int(found[1]), int(found[2]), int(built.metadata.shared))
+        raise RuntimeError(f"cuobjdump does not list the resources of {spec.name}: {text!r}")
+    return Resources(int(found[1]), int(found[2]), int(built.metadata.shared))

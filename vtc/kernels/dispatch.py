@@ -1,8 +1,8 @@
-"""Which implementation of an operation runs: PyTorch, or a Triton kernel.
+"""Dispatch of operations to their PyTorch or Triton implementation.
 
-Every operation is one function, written in PyTorch and marked with `op`, which names its Triton twin: a function of the
-same signature in a module that is imported when it is first needed. The choice is made at every call: by `use`, else by
-the environment variable ``VTC_KERNELS``, else "auto". Importing this module looks at nothing.
+Every operation is a PyTorch function decorated with `op`, which names its Triton implementation: a function of the same
+signature in a module that is imported on first use. The choice is made at every call: by `use`, else by the environment
+variable ``VTC_KERNELS``, else "auto". Importing this module detects nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ R = TypeVar("R")
 
 
 class NoKernelError(Exception):
-    """Raised by a Triton twin, before it launches anything, for arguments that it does not cover; says why.
+    """Raised by a Triton implementation, before any launch, for arguments that it does not support.
 
-    Users never see it: "auto" goes on with PyTorch, and an explicit "triton" becomes a `KernelError`.
+    Users never see it: "auto" falls back to PyTorch, and an explicit "triton" raises a `KernelError` with its reason.
     """
 
 
@@ -50,15 +50,15 @@ class Op:
     torch : callable
         The PyTorch implementation.
     triton : str or None
-        "module:function" of the Triton twin.
+        "module:function" of the Triton implementation.
     """
 
     name: str
     torch: Callable[..., Any]
     triton: str | None
 
-    def twin(self) -> Callable[..., Any]:
-        """The Triton twin, imported now."""
+    def load_triton(self) -> Callable[..., Any]:
+        """Import and return the Triton implementation."""
         if self.triton is None:
             raise NoKernelError("the operation has none")
         module, _, name = self.triton.partition(":")
@@ -70,13 +70,14 @@ OPS: dict[str, Op] = {}
 
 
 def op(triton: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a PyTorch function an operation with a Triton twin.
+    """Register a PyTorch function as an operation, optionally with a Triton implementation.
 
     Parameters
     ----------
     triton
-        "module:function" of the twin. It takes the same arguments, float tensors among them being float32, float16 or
-        bfloat16 and all tensors on one device, and raises `NoKernelError` for what it does not cover.
+        "module:function" of the Triton implementation. It takes the same arguments, with float tensors in float32,
+        float16 or bfloat16 and all tensors on one device, and raises `NoKernelError` for arguments that it does not
+        support.
     """
 
     def mark(function: Callable[P, R]) -> Callable[P, R]:
@@ -89,11 +90,11 @@ def op(triton: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 return function(*args, **kwargs)
             try:
                 _check(this, choice, list(_tensors(args, kwargs)))
-                return cast("R", this.twin()(*args, **kwargs))
+                return cast("R", this.load_triton()(*args, **kwargs))
             except NoKernelError as reason:
                 if choice != "auto":
                     raise KernelError(_refusal(this, reason)) from None
-            # Outside, so that what goes wrong from here on is not told as a consequence of the missing kernel.
+            # Outside of `except`, so that later errors are not chained to the missing kernel.
             return function(*args, **kwargs)
 
         return operation
@@ -102,20 +103,20 @@ def op(triton: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def use(choice: str) -> AbstractContextManager[None]:
-    """Choose the implementation of all operations inside a ``with`` block, in this thread (or task) alone.
+    """Choose the implementation of all operations inside a ``with`` block, for this thread (or task) only.
 
     Parameters
     ----------
     choice
-        "torch"; "triton", which is an error wherever no kernel can run; or "auto": kernels for tensors on a GPU where
-        there is one, PyTorch for everything else.
+        "torch"; "triton", which raises an error where no kernel can run; or "auto", which runs kernels on a GPU where
+        the operation has one and PyTorch otherwise.
 
     Raises
     ------
     ConfigError
-        It is none of these.
+        The choice is none of these.
     KernelError
-        "triton" where it is not installed.
+        The choice is "triton" and Triton is not installed.
 
     Examples
     --------
@@ -138,7 +139,7 @@ def _chosen(choice: str) -> Iterator[None]:
 
 
 def chosen() -> str:
-    """What holds here and now: of `use`, else of the environment, else "auto"."""
+    """Return the current choice: of `use`, else of the environment, else "auto"."""
     choice = _CHOICE.get()
     if choice is not None:
         return choice
@@ -161,13 +162,13 @@ def _installed() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, where tensors on a CPU will do; imports Triton to find out."""
+    """Return whether Triton runs kernels in its interpreter, which accepts CPU tensors; imports Triton."""
     if not _installed():
         return False
     from triton import language
     from triton.runtime.interpreter import InterpretedFunction
 
-    return isinstance(language.cdiv, InterpretedFunction)  # what Triton was when it was imported, whatever is set now
+    return isinstance(language.cdiv, InterpretedFunction)  # decided when Triton was imported, not by the variable now
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
@@ -179,7 +180,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Te
 
 
 def _check(this: Op, choice: str, tensors: list[torch.Tensor]) -> None:
-    """Raise `NoKernelError` unless a kernel can, and for "auto" should, run on these tensors."""
+    """Raise `NoKernelError` unless a kernel supports these tensors and, for "auto", they are on a GPU."""
     if this.triton is None:
         raise NoKernelError("the operation has none")
     kinds = sorted({tensor.device.type for tensor in tensors})

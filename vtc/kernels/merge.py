@@ -1,4 +1,4 @@
-"""Tokens that flow into others."""
+"""Merging of tokens into others."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from torch import Tensor
 
 from .dispatch import op
 
-_BLOCK = 512  # rows of the similarity matrix that exist at a time
+_BLOCK = 512  # rows of the similarity matrix computed at a time
 
 
 @op("vtc.kernels.triton_merge:bipartite_merge")
 def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
     """Merge `r` of N tokens into their most similar partner (AIM, arXiv 2412.03248; the matching is ToMe's).
 
-    Tokens at even places are sources, those at odd places destinations. The `r` sources with the most similar
-    destination (cosine) flow into it, several into one if that is so; everything else stays. `r` is limited to N // 2;
-    at 0 and below, and for a single token, nothing is merged.
+    Tokens at even indices are sources, those at odd indices destinations. The `r` sources that are most similar
+    (cosine) to any destination are merged into it, possibly several into one; all other tokens stay. `r` is limited to
+    N // 2; for `r` <= 0 and for a single token nothing is merged.
 
     Parameters
     ----------
     metric
-        (B, N, d): what similarity is measured on. A zero row has cosine 0 to every other.
+        (B, N, d): features whose similarity counts. A zero row has cosine 0 to every other.
     r
-        How many tokens to merge away.
+        Number of tokens to merge away.
     order
-        "original": slots in the order of the tokens that stand in them. "author": as the released code has them,
-        sources that stayed first, by descending similarity, then all destinations. The two differ only where sources
-        stay, and matter where slots are merged again.
+        "original": slots in the order of their anchor tokens. "author": as in the released code, first the sources that
+        stay, by descending similarity, then all destinations. The order matters where slots are merged again.
 
     Returns
     -------
     anchors
-        (B, N - r) long: the token that stands in each slot.
+        (B, N - r) long: anchor token of every slot.
     assign
-        (B, N) long: the slot that each token flows into; a slot's value is the plain mean of its tokens.
+        (B, N) long: slot of every token; the value of a slot is the unweighted mean of its tokens.
     """
     batch, n = metric.shape[:2]
     r = max(0, min(r, n // 2))
@@ -43,11 +42,14 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Te
     if r == 0:
         return tokens.expand(batch, n), tokens.expand(batch, n)
     best, partner = _best_partner(unit[:, ::2], unit[:, 1::2])
-    return matched(best, partner, n, r, order)
+    return slots_of_matching(best, partner, n, r, order)
 
 
-def matched(best: Tensor, partner: Tensor, n: int, r: int, order: str) -> tuple[Tensor, Tensor]:
-    """What `bipartite_merge` returns, from (B, S) similarities of the sources and the number of each one's partner."""
+def slots_of_matching(best: Tensor, partner: Tensor, n: int, r: int, order: str) -> tuple[Tensor, Tensor]:
+    """Return the result of `bipartite_merge` for the best destinations `partner` of the sources and their similarity.
+
+    `best` and `partner` are (B, S).
+    """
     batch, device = len(best), best.device
     source, destination = torch.arange(0, n, 2, device=device), torch.arange(1, n, 2, device=device)
     ranked = best.sort(dim=1, descending=True, stable=True).indices
@@ -62,7 +64,7 @@ def matched(best: Tensor, partner: Tensor, n: int, r: int, order: str) -> tuple[
 
 
 def _best_partner(source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, S) largest product of every row of `source` (B, S, d) with `destination` (B, T, d), and where it is."""
+    """Find the largest product (B, S) of every row of `source` (B, S, d) with `destination` (B, T, d) and its index."""
     values, places = [], []
     for block in source.split(_BLOCK, dim=1):
         similarity = block @ destination.transpose(1, 2)
@@ -73,25 +75,25 @@ def _best_partner(source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
 
 @op("vtc.kernels.triton_merge:segment_merge")
 def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
-    """Weighted sums of the rows that flow into each slot; one pass, in the order of the rows, on every device.
+    """Sum the rows of every slot with weights, in the order of the rows on every device.
 
-    Sums run in float32 (float64 stays) and are rounded once. Differentiable.
+    Sums are computed in float32 (float64 for float64) and rounded once. Differentiable with respect to `x`.
 
     Parameters
     ----------
     x
         (N, ...): floating point.
     slot
-        (N,) long: 0 to `count` - 1; -1 flows nowhere.
+        (N,) long: slot of every row, 0 to `count` - 1, or -1 for none.
     count
-        K.
+        Number of slots, K.
     weight
-        (N,): None is 1.
+        (N,); None: all 1.
 
     Returns
     -------
     Tensor
-        (K, ...), of the dtype of `x`; 0 where nothing flows.
+        (K, ...), of the dtype of `x`; 0 for an empty slot.
     """
     rows = x.reshape(len(x), -1) if x.numel() else x.new_zeros(len(x), x.shape[1:].numel())
     rows = rows if x.dtype == torch.float64 else rows.float()
@@ -107,33 +109,33 @@ def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = N
 
 
 def recycle_cells(scores: Tensor, low: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the tokens `low` of each cell into the best of them (VFlowOpt, arXiv 2508.05211, section 3).
+    """Merge the tokens `low` of every grid cell into the best of them (VFlowOpt, arXiv 2508.05211, section 3).
 
     Parameters
     ----------
     scores
-        (N,): the weights of a cell's tokens are in proportion to them; equal where they sum to nothing.
+        (N,): the weights of the tokens of a cell are proportional to them, or equal if their sum is 0.
     low
-        (M,) long: tokens to recycle; all others stay as they are.
+        (M,) long: tokens to merge; all others stay unchanged.
     cell
-        (N,) long: number of the cell that each token lies in.
+        (N,) long: grid cell of every token.
 
     Returns
     -------
     keep
-        (K,) long, ascending: the tokens that are not low, and the best of every cell that has low ones (the lower index
-        among equals).
+        (K,) long, ascending: the tokens not in `low`, and of every cell the best token in `low` (the lower index among
+        equals).
     assign
-        (N,) long: slot that each token flows into.
+        (N,) long: slot of every token.
     weight
-        (N,) float32: its coefficient there; 1 for tokens that are not low.
+        (N,) float32: weight of every token in its slot; 1 for tokens not in `low`.
     """
     n = scores.numel()
     scores = scores.float()
     low = low.sort().values
     _, group = cell[low].unique(return_inverse=True)
     count = int(group.max()) + 1 if low.numel() else 0
-    # By group, then by descending score, then by index: the first of every group is its anchor.
+    # Sorted by group, then by descending score, then by index, so that the first of every group is its anchor.
     ranked = scores[low].sort(descending=True, stable=True).indices
     ranked = ranked[group[ranked].sort(stable=True).indices]
     first = torch.ones_like(ranked, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Which tokens stay, and the rectangle that those of a batch make: selection and every gather in one operation."""
+"""Selection of tokens and packing of a batch: the choice and all gathers in one operation."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Packed:
     Attributes
     ----------
     index
-        (B, T) long: column of every slot. Within a row all are distinct and kept ones ascend; padding slots point at
-        some dropped column.
+        (B, T) long: column of every slot. Columns are distinct within a row, and those of kept tokens ascend; padding
+        slots hold dropped columns.
     mask
         (B, T) bool: True for kept tokens, False for padding.
     lengths
-        (B,) long: kept tokens per row; T is the largest.
+        (B,) long: kept tokens per row, at most T.
     planes
-        The planes, with T in place of L and B in place of a batch axis of 1. What stands in padding slots is arbitrary,
-        but finite where the plane is.
+        The gathered planes, with T in place of L and B in place of a batch axis of 1. Values in padding slots are
+        arbitrary, but finite if the plane is.
     marked
-        Of the planes with one row per mark, the rows whose marks stayed.
+        The rows of kept tokens of the planes that have one row per marked token.
     """
 
     index: Tensor
@@ -44,9 +44,9 @@ class Packed:
 
 @op("vtc.kernels.triton_pack:topk_indices")
 def topk_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices of the `k` highest of `scores` (N,), ascending; the lower index stays among equals. NaN is the lowest.
+    """Return the ascending indices of the `k` highest `scores` (N,); ties go to the lower index, NaN is lowest.
 
-    `torch.topk` leaves the choice among ties to the back end, so two devices could keep different tokens.
+    `torch.topk` resolves ties differently on different devices, which could then keep different tokens.
 
     Returns
     -------
@@ -71,38 +71,38 @@ def select_gather(
     marked: Sequence[Tensor] = (),
     side: str = "left",
 ) -> Packed:
-    """Choose the best tokens of every segment and pack them, with the tokens that stay anyway, into a rectangle.
+    """Select the best tokens of every segment and pack them, with the tokens that always stay, into a padded batch.
 
     Parameters
     ----------
     keep
-        (B, L) bool: tokens that stay whatever they score, such as text.
+        (B, L) bool: tokens that stay regardless of scores, such as text.
     planes
-        What the tokens carry: embeddings (B, L, D), position ids (B, L) or (3, B, L), masks; a batch axis of size 1 is
+        Tensors to gather: embeddings (B, L, D), position ids (B, L) or (3, B, L), masks; a batch axis of size 1 is
         shared by all rows.
     axes
-        For each plane the axis that has the L columns; the batch axis is the one before.
+        Axis of the L columns of every plane; the batch axis is the one before.
     scores
-        (M,): of the tokens that have to compete, segment after segment; None: nobody competes.
+        (M,): scores of the candidate tokens, segment after segment; None: no candidates.
     columns
-        (M,) long: where they stand, ``row * L + column``, ascending within a segment; distinct, and not in `keep`.
+        (M,) long: places of the candidates, ``row * L + column``, ascending within a segment, distinct, not in `keep`.
     offsets
-        (S + 1,) long: where each of the S segments begins among the M.
+        (S + 1,) long: boundaries of the S segments among the M candidates.
     counts
-        (S,) long: how many of each segment stay, the lower column among equals.
+        (S,) long: number of candidates that stay per segment; ties go to the lower column.
     threshold
-        Instead of `counts`: those stay whose score is at least this.
+        Instead of `counts`: lowest score that stays.
     marks
-        (B, L) bool: tokens with a row in each of `marked`.
+        (B, L) bool: tokens that have a row in every plane of `marked`.
     marked
-        Planes (marks, ...) with one row per mark, in the order of rows and columns: deepstack features.
+        Planes (marks, ...) with one row per marked token, ordered by row and column, such as deepstack features.
     side
-        Where rows with fewer tokens are padded, "left" or "right".
+        Padding side of shorter rows, "left" or "right".
 
     Raises
     ------
     InputError
-        There are scores, but not columns, offsets and one of `counts` and `threshold`.
+        `scores` without columns, offsets and one of `counts` and `threshold`.
     """
     check_scores(scores, columns, offsets, counts, threshold)
     if scores is not None and columns is not None and offsets is not None:
@@ -118,7 +118,7 @@ def select_gather(
 
 @op("vtc.kernels.triton_pack:gather_planes")
 def gather_planes(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> tuple[Tensor, ...]:
-    """More planes for an `index` (B, T) that exists; arguments and result as in `select_gather`."""
+    """Gather planes by an existing `index` (B, T); arguments and result as in `select_gather`."""
     return _gathered(index, planes, axes)
 
 
@@ -129,14 +129,14 @@ def check_scores(
     counts: Tensor | None,
     threshold: float | None,
 ) -> None:
-    """Raise `InputError` if there are scores, but not what goes with them."""
+    """Raise `InputError` if there are scores without the arguments that they require."""
     incomplete = columns is None or offsets is None or (counts is None) == (threshold is None)
     if scores is not None and incomplete:
         raise InputError("scores need columns, offsets and either counts or a threshold.")
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
-    """(N,) bool: the `k` highest; the lower index among equals."""
+    """Return (N,) bool: the `k` highest scores; ties go to the lower index."""
     if k >= scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     if k <= 0:
@@ -149,7 +149,7 @@ def _best(scores: Tensor, k: int) -> Tensor:
 
 
 def _stays(scores: Tensor, offsets: Tensor, counts: Tensor | None, threshold: float | None) -> Tensor:
-    """(M,) bool: which of the tokens that compete stay."""
+    """Return (M,) bool: the candidates that stay."""
     if counts is None:
         return scores >= threshold  # type: ignore[operator]
     bounds = offsets.tolist()
@@ -161,7 +161,7 @@ def _stays(scores: Tensor, offsets: Tensor, counts: Tensor | None, threshold: fl
 
 
 def _slots(keep: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Index, mask and lengths of `Packed`."""
+    """Return index, mask and lengths of `Packed`."""
     batch, length = keep.shape
     lengths = keep.sum(dim=1)
     sizes = lengths.tolist()
@@ -169,7 +169,7 @@ def _slots(keep: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]:
     if all(size == width for size in sizes):
         index = keep.nonzero()[:, 1].view(batch, width)
         return index, torch.ones_like(index, dtype=torch.bool), lengths
-    # Kept columns move to one end in order; of the others as many as there is room for stand at the other.
+    # Kept columns go to one end in order; dropped columns fill the remaining slots at the other end.
     kept = keep.long().cumsum(dim=1)
     dropped = torch.arange(1, length + 1, device=keep.device) - kept
     if side == "left":
@@ -185,7 +185,7 @@ def _slots(keep: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gathered(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Each plane in one copy: whole rows of its last axes, by one flat index of rows and columns."""
+    """Gather every plane in one copy, with one flat index of rows and columns."""
     flat: dict[tuple[int, torch.device], Tensor] = {}
     out = []
     for plane, axis in zip(planes, axes, strict=True):

@@ -1,7 +1,7 @@
-"""Which tokens differ most from each other.
+"""Greedy selection of tokens that differ most from each other.
 
-On a CPU most of the products that the definitions ask for are left out: bounds that only tighten say which rows cannot
-win, and what has to be looked at is taken in blocks that stay in the cache. The picks are those of the definitions.
+The PyTorch implementations skip most products of the definitions: monotone bounds exclude rows that cannot be picked,
+and the remaining rows are compared in blocks that fit into the cache. The picks are those of the definitions.
 """
 
 from __future__ import annotations
@@ -10,60 +10,60 @@ import torch
 from torch import Tensor
 
 from . import cosines
-from .cosines import rows_of, stripes, upper_blocks, write_block
+from .cosines import stripes, upper_blocks, with_inverse_norms, write_block
 from .dispatch import op
 
-_TILE = 128  # rows on either side of a product, at first
-_SIDE = 1024  # and at most: of noise ever more rows have to be compared
-_FINALISTS = 4096  # rows that are compared with all others in one go
-_MANY = 8  # where one row in so many is picked, the whole matrix is faster than to do without it
-_POOL = 512  # candidates that are kept up to date with every pick
-_CHAMPIONS = 192  # rows that are compared with all others, to learn how isolated a row can be
-_FIRST = 16  # those of them that begin, as nothing can put them out
-_SLACK = 1e-6  # by how much two float32 products of the same rows may differ
-_TIE = 2.0**-22  # cosines that differ by less are equal but for rounding
+_TILE = 128  # initial number of rows on either side of a product
+_MAX_TILE = 1024  # its limit; on noise the tiles grow
+_FINAL_BATCH = 4096  # remaining candidates compared with all rows at a time
+_DENSE_SHARE = 8  # with more than one pick per this many rows, computing the whole matrix is faster
+_POOL = 512  # candidates updated with every pick
+_PROBES = 192  # candidates compared with all rows after a round, which lowers the bound
+_FIRST_PROBES = 16  # their number while there is no bound that could end their comparison early
+_SLACK = 1e-6  # most that two float32 products of the same rows differ by
+_TIE = 2.0**-22  # cosines that differ by less are equal up to rounding
 
 
 @op("vtc.kernels.triton_pick:farthest_point")
 def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
-    """Greedy max-min selection of `k` rows of `x` (N, D) under the distance 1 - cosine.
+    """Select `k` rows of `x` (N, D) by greedy max-min under the distance 1 - cosine.
 
-    Starts at `first`, or at the row that is farthest from its nearest neighbour; then always takes the row that is
-    farthest from everything taken. Taken rows are out of the game, so the picks are distinct even among duplicates.
-    Lower index wins ties. A zero row has cosine 0 to every other.
+    Starts at `first`, or at the row that is farthest from its nearest neighbour; then takes in every step the row that
+    is farthest from all picks. Picks are distinct even among duplicates. Ties go to the lower index. A zero row has
+    cosine 0 to every other.
 
-    O(N) memory beside `x`, but for the whole matrix where that is small and so many are picked that most of it is
-    needed. The similarity of a row to the nearest pick only grows. So the `_POOL` rows where it is least are enough for
-    as many picks as stay below what the others had when all were last compared; then all catch up on the picks they
-    missed in one product. 64 picks of 2880 random rows take three of those.
+    Needs O(N) memory beside `x`, except for the whole matrix where that is small and many rows are picked. The
+    similarity of a row to its nearest pick only grows. Therefore a pool of the `_POOL` rows where it is lowest suffices
+    as long as its best stays below the bound of the other rows; then all rows are updated with the recent picks in one
+    product. 64 picks of 2880 random rows need three such updates.
 
     Returns
     -------
     Tensor
-        (min(k, N),) long, in the order taken.
+        (min(k, N),) long, in the order of the picks.
     """
-    x, inverse = rows_of(x)
+    x, inverse = with_inverse_norms(x)
     k = min(k, x.shape[0])
     if k == 0:
         return torch.empty(0, dtype=torch.long, device=x.device)
-    if k * _MANY > x.shape[0] and 4 * x.shape[0] ** 2 <= cosines.WORKSPACE:
+    if k * _DENSE_SHARE > x.shape[0] and 4 * x.shape[0] ** 2 <= cosines.WORKSPACE:
         return _from_matrix(x, inverse, k, first)
     taken = _most_isolated(x, inverse) if first is None else range(x.shape[0])[first]
     picks: list[int] = [taken]
-    near = torch.full_like(inverse, -torch.inf)  # similarity to the nearest pick compared with; taken rows: infinite
-    caught_up = 0
+    near = torch.full_like(inverse, -torch.inf)  # similarity to the nearest of the applied picks; infinite for picks
+    applied = 0  # picks that `near` includes
     while len(picks) < k:
-        missed = torch.tensor(picks[caught_up:], device=x.device)
-        for rows, similarity in stripes(x, inverse, missed):
+        recent = torch.tensor(picks[applied:], device=x.device)
+        for rows, similarity in stripes(x, inverse, recent):
             near[rows] = torch.maximum(near[rows], similarity.amax(dim=0))
-        near[missed] = torch.inf
-        caught_up = len(picks)
+        near[recent] = torch.inf
+        applied = len(picks)
         picks.append(int(near.argmin()))  # the first of equals
         if len(picks) == k:
             break
-        # The smallest first; one more than the pool holds says what the others have.
+        # One row more than the pool holds gives the bound of all rows outside.
         least = near.topk(min(_POOL + 1, near.numel()), largest=False)
-        floor = float(least.values[-1])
+        bound = float(least.values[-1])
         pool = least.indices[:-1].sort().values
         pooled, scale, value = x.index_select(0, pool).float(), inverse[pool], near[pool]
         while len(picks) < k:
@@ -71,7 +71,7 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
             value = torch.maximum(value, (pooled @ x[taken].float()) * scale * inverse[taken])
             value[pool == taken] = torch.inf
             lowest = int(value.argmin())
-            if not float(value[lowest]) < floor:  # at a tie somebody outside may have the lower index
+            if not float(value[lowest]) < bound:  # at a tie a row outside may have the lower index
                 break
             picks.append(int(pool[lowest]))
     return torch.tensor(picks, device=x.device)
@@ -79,18 +79,18 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
 
 @op("vtc.kernels.triton_pick:max_sum")
 def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
-    """Greedy max-sum selection of `k` rows of `x` (N, D): always the row least similar to all taken ones together.
+    """Select `k` rows of `x` (N, D) by greedy max-sum: in every step the row least similar to all picks together.
 
-    Like `farthest_point`, with the sum of the cosines to the taken rows in place of the largest of them (ToDRE, arXiv
-    2505.18757v2, section 3). That sum is one running vector, so a step is one matrix-vector product. Starts at `first`;
-    picks are distinct; the lower index wins ties. A zero row has cosine 0 to every other.
+    Like `farthest_point`, with the sum of the cosines to the picks in place of the largest (ToDRE, arXiv 2505.18757v2,
+    section 3). The sum is a running vector, so that a step is one matrix-vector product. Starts at `first`. Picks are
+    distinct, and ties go to the lower index. A zero row has cosine 0 to every other.
 
     Returns
     -------
     Tensor
-        (min(k, N),) long, in the order taken.
+        (min(k, N),) long, in the order of the picks.
     """
-    x, inverse = rows_of(x)
+    x, inverse = with_inverse_norms(x)
     k = min(k, x.shape[0])
     x = x.float()
     total = torch.zeros_like(inverse)
@@ -104,7 +104,7 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
 
 
 def _from_matrix(x: Tensor, inverse: Tensor, k: int, first: int | None) -> Tensor:
-    """The picks of `farthest_point` from all similarities."""
+    """Return the picks of `farthest_point` from the whole similarity matrix."""
     table = inverse.new_empty(x.shape[0], x.shape[0])
     for rows, block in upper_blocks(x, inverse):
         write_block(table, rows, block)
@@ -124,8 +124,8 @@ def _from_matrix(x: Tensor, inverse: Tensor, k: int, first: int | None) -> Tenso
 
 
 def _first_of_equals(x: Tensor, inverse: Tensor, rows: Tensor, partner: Tensor, nearest: Tensor) -> int:
-    """The first of the `rows` whose nearest row, their `partner`, is least similar."""
-    # Two rows that are each other's nearest are equal but for rounding: the same sum for both settles it.
+    """Return the first of the `rows` whose similarity to its nearest row `partner` is lowest."""
+    # Two rows that are each other's nearest tie up to rounding, so both get the same product in float64.
     close = nearest <= nearest.min() + _SLACK
     rows, partner = rows[close], partner[close]
     exact = (x[rows].double() * x[partner].double()).sum(dim=1)
@@ -134,65 +134,65 @@ def _first_of_equals(x: Tensor, inverse: Tensor, rows: Tensor, partner: Tensor, 
 
 
 def _most_isolated(x: Tensor, inverse: Tensor) -> int:
-    """Index of the row of `x` whose most similar other row is least similar; the first of equals.
+    """Return the index of the row of `x` whose most similar other row is least similar; the first of equals.
 
-    A row is out as soon as any other is more similar to it than some row, compared with all, has to its nearest. So
-    rows are compared among each other first, where one product serves both; those that look most isolated then run
-    against all others, which says how isolated a row can be; and in the end those that are left.
+    A row is excluded as soon as it is more similar to any other row than the best fully compared row is to its nearest.
+    Therefore candidates are first compared with each other, where one product serves both sides. After a round, those
+    that seem most isolated are compared with all rows, which lowers the bound. At the end the remaining candidates are.
     """
-    race = _Race(x, inverse)
+    search = _IsolationSearch(x, inverse)
     tile, rounds = _TILE, 0
-    while (size := race.alive.numel()) > max(_CHAMPIONS, 2 * tile):
-        race.compare(tile)
+    while (size := search.candidates.numel()) > max(_PROBES, 2 * tile):
+        search.compare_candidates(tile)
         if rounds == 0:
-            race.run(_FIRST)
-        if rounds % 2 == 0:  # not every time: it reads all of `x`
-            race.run(_CHAMPIONS)
+            search.compare_with_all(_FIRST_PROBES)
+        if rounds % 2 == 0:  # not in every round, because it reads all of `x`
+            search.compare_with_all(_PROBES)
         rounds += 1
-        if race.alive.numel() > 2 * size // 3:
+        if search.candidates.numel() > 2 * size // 3:
             tile *= 2
-    while race.alive.numel():
-        race.run(_FINALISTS)
-    return race.winner()
+    while search.candidates.numel():
+        search.compare_with_all(_FINAL_BATCH)
+    return search.best()
 
 
-class _Race:
-    """Rows of which the most isolated wins.
+class _IsolationSearch:
+    """Branch-and-bound search for the row whose nearest row is least similar.
 
     Attributes
     ----------
-    alive : Tensor
-        Rows that may still win and have not been compared with all others.
+    candidates : Tensor
+        Rows that can still be the result and have not been compared with all others.
     """
 
     def __init__(self, x: Tensor, inverse: Tensor) -> None:
         self.x, self.inverse = x, inverse
-        self.alive = torch.arange(x.shape[0], device=x.device)
+        self.candidates = torch.arange(x.shape[0], device=x.device)
         self._near = torch.full_like(inverse, -torch.inf)  # similarity to the nearest row compared with so far
-        self._ceiling = torch.inf  # how similar the best row so far is to its nearest
-        self._finished: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, their nearest, how similar that is
-        self._chance = torch.Generator().manual_seed(0)
+        self._bound = torch.inf  # similarity of the best fully compared row to its nearest
+        self._compared: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, their nearest rows, the similarity of these
+        self._generator = torch.Generator().manual_seed(0)
 
-    def compare(self, tile: int) -> None:
-        """Compare every row that is alive with `tile` others."""
-        order, size = self.alive, self.alive.numel()
-        if size < self.x.shape[0]:  # the first round compares neighbours, which are alike in pictures
-            order = order[torch.randperm(size, generator=self._chance)]
+    def compare_candidates(self, tile: int) -> None:
+        """Compare every candidate with `tile` others."""
+        order, size = self.candidates, self.candidates.numel()
+        if size < self.x.shape[0]:  # the first round compares neighbours, which are similar in images
+            order = order[torch.randperm(size, generator=self._generator)]
         for block in order.split(2 * tile):
-            for rows in block[::2].split(_SIDE):
+            for rows in block[::2].split(_MAX_TILE):
                 ours = self.x.index_select(0, rows).float()
-                for columns in block[1::2].split(_SIDE) if block.numel() > 1 else ():
+                for columns in block[1::2].split(_MAX_TILE) if block.numel() > 1 else ():
                     products = ours @ self.x.index_select(0, columns).float().T
                     products *= self.inverse[rows, None]
                     products *= self.inverse[columns]
                     self._near[rows] = torch.maximum(self._near[rows], products.amax(dim=1))
                     self._near[columns] = torch.maximum(self._near[columns], products.amax(dim=0))
-        self._bury()
+        self._exclude()
 
-    def run(self, count: int) -> None:
-        """Compare the `count` rows that look most isolated with all others, for as long as they can win."""
-        rows = self.alive[self._near[self.alive].argsort()[:count]]
-        entered = rows
+    def compare_with_all(self, count: int) -> None:
+        """Compare the `count` candidates that seem most isolated with all rows, as long as they stay in the bound."""
+        chosen = self.candidates[self._near[self.candidates].argsort()[:count]]
+        rows = chosen
         partner = torch.zeros_like(rows)
         nearest = torch.full_like(self.inverse[rows], -torch.inf)
         values = self.x.index_select(0, rows).float()
@@ -203,32 +203,33 @@ class _Race:
             products = values @ self.x[columns].float().T
             products *= self.inverse[rows, None]
             products *= self.inverse[columns]
-            _forget_self(products, rows, columns)
+            _mask_diagonal(products, rows, columns)
             self._near[columns] = torch.maximum(self._near[columns], products.amax(dim=0))
             value, place = products.max(dim=1)
             partner = torch.where(value > nearest, place + start, partner)
             nearest = torch.maximum(nearest, value)
-            stays = nearest <= self._ceiling + _SLACK
+            stays = nearest <= self._bound + _SLACK
             if not bool(stays.all()):
                 rows, partner, nearest, values = rows[stays], partner[stays], nearest[stays], values[stays]
         if rows.numel():
-            self._ceiling = min(self._ceiling, float(nearest.min()))
-            self._finished.append((rows, partner, nearest))
-        self._near[entered] = torch.inf
-        self._bury()
+            self._bound = min(self._bound, float(nearest.min()))
+            self._compared.append((rows, partner, nearest))
+        self._near[chosen] = torch.inf
+        self._exclude()
 
-    def _bury(self) -> None:
-        near = self._near[self.alive]
-        self.alive = self.alive[(near <= self._ceiling + _SLACK) & (near < torch.inf)]
+    def _exclude(self) -> None:
+        """Drop candidates beyond the bound and those that have been compared with all rows."""
+        near = self._near[self.candidates]
+        self.candidates = self.candidates[(near <= self._bound + _SLACK) & (near < torch.inf)]
 
-    def winner(self) -> int:
-        """The first of the rows whose nearest is least similar."""
-        rows, partner, nearest = (torch.cat(parts) for parts in zip(*self._finished, strict=True))
+    def best(self) -> int:
+        """Return the first of the rows whose nearest row is least similar."""
+        rows, partner, nearest = (torch.cat(parts) for parts in zip(*self._compared, strict=True))
         return _first_of_equals(self.x, self.inverse, rows, partner, nearest)
 
 
-def _forget_self(products: Tensor, rows: Tensor, columns: slice) -> None:
-    """Write -inf where a row of `products` (M, columns) meets itself."""
+def _mask_diagonal(products: Tensor, rows: Tensor, columns: slice) -> None:
+    """Write -inf where `products` (M, columns) holds the product of a row with itself."""
     place = rows - columns.start
-    here = (place >= 0) & (place < products.shape[1])
-    products[here.nonzero()[:, 0], place[here]] = -torch.inf
+    inside = (place >= 0) & (place < products.shape[1])
+    products[inside.nonzero()[:, 0], place[inside]] = -torch.inf

@@ -1,4 +1,4 @@
-"""What the pixels of a patch say about it."""
+"""Statistics of the pixels of image patches."""
 
 from __future__ import annotations
 
@@ -9,41 +9,40 @@ from vtc.errors import InputError
 
 from .dispatch import op
 
-__all__ = ["cut", "patch_entropy"]
+__all__ = ["as_pictures", "patch_entropy"]
 
 _BLOCK = 2**18
-"""Pixels that are in work at a time."""
+"""Pixels per block, which bounds the memory."""
 
 
 @op(triton="vtc.kernels.triton_pixels:patch_entropy")
 def patch_entropy(
     pixels: Tensor, mean: Tensor | None = None, std: Tensor | None = None, *, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Entropy, in bits, of the grey values of every patch (VFlowOpt, arXiv 2508.05211, as released).
+    """Compute the entropy in bits of the grey values of every patch (VFlowOpt, arXiv 2508.05211, as released).
 
-    A pixel's grey value is the rounded sum of 0.3333 of each of its 8-bit channels; a patch's are counted in 256 bins.
+    The grey value of a pixel is the rounded sum of 0.3333 of each of its 8-bit channels; a histogram has 256 bins.
 
     Parameters
     ----------
     pixels
-        (..., C, P): C channels of P values in 0..1 of each patch. With `size`, pictures (..., C, H, W).
+        (..., C, P): P values in 0..1 of C channels of every patch. With `size`, images (..., C, H, W).
     mean, std
-        (C,): undo this normalisation first. Values then come from whole 8-bit numbers and are rounded to them; without
-        it they are truncated, as released.
+        (C,): normalisation to undo first. 8-bit values are then rounded; without it they are truncated, as released.
     size
-        Height and width of a patch. What is left of a picture below and to the right of whole patches is not looked at.
+        Height and width of a patch. Incomplete patches at the bottom and right edges are ignored.
 
     Returns
     -------
     Tensor
-        (...) float32, between 0 and 8; of pictures (..., H // height * W // width), in raster order.
+        (...) float32, between 0 and 8; for images (..., H // height * W // width), in raster order.
 
     Raises
     ------
     InputError
-        Not both of mean and std, or a picture smaller than a patch.
+        Only one of mean and std is given, or an image is smaller than a patch.
     """
-    pictures, (height, width), shape = cut(pixels, mean, std, size)
+    pictures, (height, width), shape = as_pictures(pixels, mean, std, size)
     channels, rows, columns = pictures.shape[1:]
     if not pictures.numel():
         return pixels.new_zeros(shape, dtype=torch.float32)
@@ -62,15 +61,15 @@ def patch_entropy(
     return torch.cat(entropy).view(shape)
 
 
-def cut(
+def as_pictures(
     pixels: Tensor, mean: Tensor | None, std: Tensor | None, size: tuple[int, int] | None
 ) -> tuple[Tensor, tuple[int, int], tuple[int, ...]]:
-    """Check the arguments of `patch_entropy`.
+    """Check the arguments of `patch_entropy` and convert the pixels to images of whole patches.
 
     Returns
     -------
     Tensor (N, C, H, W)
-        A view of whole patches; N patches of one row of pixels where no size is given.
+        A view of whole patches; without a size, N patches of a single row of pixels.
     (int, int)
         Size of a patch.
     tuple of int

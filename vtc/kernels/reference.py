@@ -1,4 +1,4 @@
-"""Specification of the shared operations, in plain PyTorch: as slow and as large as the definition is.
+"""Naive PyTorch implementations of the shared operations: their specification, the tests' oracle and a baseline.
 
 Functions named like an operation have its signature. The others define a score on the attention matrix itself.
 """
@@ -10,39 +10,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .sight import Sight
+from .visibility import VisibilityMask
 
 
-def attention(query: Tensor, key: Tensor, scaling: float, sight: Sight | Tensor | None = None) -> Tensor:
-    """(..., H, Q, M) float32: the attention matrix; rows of queries that see nothing are zero."""
-    return logits(query, key, scaling, sight).softmax(dim=-1).nan_to_num(nan=0.0)
+def attention(query: Tensor, key: Tensor, scaling: float, mask: VisibilityMask | Tensor | None = None) -> Tensor:
+    """Return the attention matrix (..., H, Q, M) float32; the row of a query without any key is zero."""
+    matrix = logits(query, key, scaling, mask).softmax(dim=-1)
+    if mask is None:
+        return matrix
+    empty = ~_dense(mask, key.shape[-2]).any(dim=-1, keepdim=True)
+    return matrix.masked_fill(empty, 0.0) if bool(empty.any()) else matrix
 
 
-def logits(query: Tensor, key: Tensor, scaling: float, sight: Sight | Tensor | None = None) -> Tensor:
-    """(..., H, Q, M) float32: what the softmax is taken of, minus infinity where nothing is seen."""
+def logits(query: Tensor, key: Tensor, scaling: float, mask: VisibilityMask | Tensor | None = None) -> Tensor:
+    """Return the argument of the softmax, (..., H, Q, M) float32, minus infinity where masked."""
     shared = query.shape[-3] // key.shape[-3]
     products = query.float() @ key.float().repeat_interleave(shared, dim=-3).transpose(-1, -2) * scaling
-    if isinstance(sight, Sight):
-        sight = sight(slice(None), key.shape[-2])
-    return products if sight is None else products.masked_fill(~sight, -torch.inf)
+    return products if mask is None else products.masked_fill(~_dense(mask, key.shape[-2]), -torch.inf)
+
+
+def _dense(mask: VisibilityMask | Tensor, key_length: int) -> Tensor:
+    return mask(slice(None), key_length) if isinstance(mask, VisibilityMask) else mask
 
 
 def attention_rows(
     query: Tensor,
     key: Tensor,
     scaling: float,
-    sight: Sight | Tensor | None = None,
+    mask: VisibilityMask | Tensor | None = None,
     *,
     reduce: str = "none",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """As `vtc.kernels.attention_rows`."""
+    """Specify `vtc.kernels.attention_rows`."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         own = [attention(query[[s]], key[:, :, bounds[s] : bounds[s + 1]], scaling) for s in range(len(query))]
         matrix = torch.cat(own, dim=-1)
     else:
-        matrix = attention(query, key, scaling, sight)
+        matrix = attention(query, key, scaling, mask)
     if reduce == "none":
         return matrix
     if reduce == "rms":
@@ -51,27 +57,27 @@ def attention_rows(
     return reduced
 
 
-def attention_push(
+def attention_column_sums(
     query: Tensor,
     key: Tensor,
     scaling: float,
     weights: Tensor,
-    sight: Sight | Tensor | None = None,
+    mask: VisibilityMask | Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """As `vtc.kernels.attention_push`."""
+    """Specify `vtc.kernels.attention_column_sums`."""
     if cu_seqlens is not None:
         sequence = torch.bucketize(torch.arange(query.shape[2], device=query.device), cu_seqlens[1:], right=True)
-        sight = (sequence[:, None] == sequence)[None, None]
-    return weights @ attention(query, key, scaling, sight)
+        mask = (sequence[:, None] == sequence)[None, None]
+    return weights @ attention(query, key, scaling, mask)
 
 
 def pagerank(
     query: Tensor,
     key: Tensor,
     scaling: float,
-    sight: Sight | Tensor | None = None,
+    mask: VisibilityMask | Tensor | None = None,
     exists: Tensor | None = None,
     *,
     known: int | None = None,
@@ -79,8 +85,8 @@ def pagerank(
     iterations: int = 5,
     damping: float = 0.0,
 ) -> Tensor:
-    """As `vtc.kernels.pagerank`."""
-    walk = attention(query, key, scaling / temperature, sight)
+    """Specify `vtc.kernels.pagerank`."""
+    walk = attention(query, key, scaling / temperature, mask)
     end = key.shape[2] if known is None else known
     here = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if exists is None else exists
     start = (here / here.sum(dim=-1, keepdim=True).clamp(min=1))[:, None].expand(-1, query.shape[1], -1)
@@ -89,7 +95,7 @@ def pagerank(
 
 
 def _walked(walk: Tensor, start: Tensor, iterations: int, damping: float) -> Tensor:
-    """(B, H, N): where the weight `start` is after so many steps along `walk` (B, H, N, N)."""
+    """Return the weight (B, H, N) after the steps of a walk from `start` along `walk` (B, H, N, N)."""
     weight = start
     for _ in range(iterations):
         weight = (weight[:, :, None] @ walk)[:, :, 0] * (1 - damping) + damping * start
@@ -97,21 +103,20 @@ def _walked(walk: Tensor, start: Tensor, iterations: int, damping: float) -> Ten
 
 
 def pagerank_of_logits(logits: Tensor, temperature: float = 0.1, iterations: int = 5, damping: float = 0.0) -> Tensor:
-    """Importance of tokens by a random walk along sharpened attention (AIM, arXiv 2412.03248, as released).
+    """Compute the importance of tokens by a random walk along sharpened attention (AIM, arXiv 2412.03248, as released).
 
-    All queries start with the same weight, which flows along ``softmax(logits / temperature)``; a fraction `damping` of
-    it is dealt out evenly again at every step. Queries that see no key are padding: they neither start with weight nor
-    receive any.
+    All queries start with the same weight, which moves along ``softmax(logits / temperature)``; in every step a
+    fraction `damping` of it is redistributed evenly. Queries without any key are padding, which has no weight.
 
     Parameters
     ----------
     logits
-        (B, H, N, N), masked entries at the least value of the dtype or minus infinity.
+        (B, H, N, N); masked entries are the lowest value of the dtype or minus infinity.
 
     Returns
     -------
     Tensor
-        (B, N) float32: root of the mean over heads of the squared weights.
+        (B, N) float32: root mean square of the weights over the heads.
     """
     logits = logits.float()
     visible = logits > torch.finfo(torch.float32).min / 2
@@ -122,18 +127,18 @@ def pagerank_of_logits(logits: Tensor, temperature: float = 0.1, iterations: int
 
 
 def context_relevance_of(attention: Tensor, t: float, reduction: str = "mean") -> Tensor:
-    """Attention that every token receives from the context set (VFlowOpt, arXiv 2508.05211, section 3).
+    """Compute the attention that every token receives from the context set (VFlowOpt, arXiv 2508.05211, section 3).
 
-    The context set are the tokens that receive more than `t` times the average attention; if nobody does, it is all.
+    The context set holds the tokens that receive more than `t` times the average attention, or all if there are none.
 
     Parameters
     ----------
     attention
-        (..., N, N): attention averaged over heads, rows are queries.
+        (..., N, N): attention averaged over heads; rows are queries.
     t
         Threshold of the context set.
     reduction
-        "mean" over the set's rows, as released, or their "sum", as in the paper.
+        "mean" over the rows of the set, as released, or their "sum", as in the paper.
 
     Returns
     -------
@@ -147,7 +152,7 @@ def context_relevance_of(attention: Tensor, t: float, reduction: str = "mean") -
 
 
 def context_set(received: Tensor, t: float) -> Tensor:
-    """(..., N) bool: tokens whose `received` attention is more than `t` times the average; all if there is none."""
+    """Return the tokens (..., N) bool that receive more than `t` times the average attention, all if there are none."""
     member = received > t * received.mean(dim=-1, keepdim=True)
     return member | ~member.any(dim=-1, keepdim=True)
 
@@ -155,7 +160,7 @@ def context_set(received: Tensor, t: float) -> Tensor:
 def patch_entropy(
     pixels: Tensor, mean: Tensor | None = None, std: Tensor | None = None, *, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """As `vtc.kernels.patch_entropy`."""
+    """Specify `vtc.kernels.patch_entropy`."""
     if size is not None:
         patches = torch.nn.functional.unfold(pixels.float().flatten(0, -4), size, stride=size).transpose(1, 2)
         entropy = patch_entropy(patches.unflatten(2, (pixels.shape[-3], -1)), mean, std)
@@ -172,7 +177,7 @@ def patch_entropy(
 
 
 def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
-    """As `vtc.kernels.temporal_similarity`."""
+    """Specify `vtc.kernels.temporal_similarity`."""
     x = x.float()
     unit = torch.nn.functional.normalize(x, dim=1, eps=1e-12)
     similarity = (unit * unit[earlier]).sum(dim=1).clamp(-1, 1)
@@ -180,7 +185,7 @@ def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
 
 
 def attention_exchange(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
-    """Which part of their attention the text gives to the visual tokens, and they to the text (ToDRE, 2505.18757).
+    """Compute the share of attention from text to visual tokens and back (ToDRE, arXiv 2505.18757).
 
     Parameters
     ----------
@@ -192,25 +197,25 @@ def attention_exchange(attention: Tensor, text: Tensor, visual: Tensor) -> Tenso
     Returns
     -------
     Tensor
-        (2,) float32: text to vision, vision to text. 0 for a group that is empty.
+        (2,) float32: text to vision, vision to text; 0 for an empty group.
     """
     mean = attention.float().mean(dim=0)
     return torch.stack([_share(mean[text].sum(dim=0), visual), _share(mean[visual].sum(dim=0), text)])
 
 
 def _share(mass: Tensor, part: Tensor) -> Tensor:
-    """Which fraction of `mass` (N,) lies in `part`; 0 of nothing."""
+    """Return the fraction of `mass` (N,) that lies in `part`; 0 if the total is 0."""
     return mass[part].sum() / mass.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def cosines(x: Tensor) -> Tensor:
-    """(N, N): of the rows of `x` (N, D) with each other, in float32; 0 for zero rows."""
+    """Return the cosines (N, N) float32 between the rows of `x` (N, D); 0 for zero rows."""
     unit = torch.nn.functional.normalize(x.float(), dim=1, eps=1e-12)
     return unit @ unit.T
 
 
 def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
-    """(min(k, N),) long: always the row least similar to the taken row that is most similar to it.
+    """Pick (min(k, N),) long: in every step the row whose similarity to its nearest pick is lowest.
 
     Starts at `first`, or at the row least similar to its nearest neighbour.
     """
@@ -228,7 +233,7 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
 
 
 def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
-    """(min(k, N),) long: from `first` on, always the row with the least sum of similarities to the taken ones."""
+    """Pick (min(k, N),) long: after `first`, in every step the row with the lowest sum of similarities to the picks."""
     similarity = cosines(x)
     total = torch.zeros_like(similarity[:, :1].flatten())
     picks: list[int] = []
@@ -240,39 +245,37 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
 
 
 def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
-    """(min(k, N),) long: always the row that adds most to the determinant of relevance * cosine * relevance.
+    """Pick (min(k, N),) long: in every step the row that most increases det(relevance * cosine * relevance).
 
-    What a row adds is its own entry less what the taken rows explain of it: an incremental Cholesky factorisation. At
-    1e-5 of the largest entry that is rounding; then the most relevant rows follow.
+    The gain of a row is the part of its diagonal entry that the picks do not explain: an incremental Cholesky
+    factorisation. Below 1e-5 of the largest entry the gain is rounding; then the most relevant rows follow.
     """
+    n = x.shape[0]
     weight = torch.ones_like(x[:, 0], dtype=torch.float32) if relevance is None else relevance.float()
     kernel = weight[:, None] * cosines(x) * weight
     left = torch.where(x.float().norm(dim=1) > 1e-12, weight, 0.0).square()
-    least = 1e-5 * left.max() if len(x) else 0.0
-    factor: list[Tensor] = []
+    least = 1e-5 * left.max() if n else 0.0
+    factor = kernel.new_zeros(min(k, n), n)
     picks: list[int] = []
-    while len(picks) < min(k, x.shape[0]):
-        best = int(left.argmax())
+    while len(picks) < min(k, n):
+        step, best = len(picks), int(left.argmax())
         if not bool(left[best] > least):
             rest = weight.index_fill(0, torch.tensor(picks, dtype=torch.long, device=x.device), -torch.inf)
             ranked = rest.sort(descending=True, stable=True).indices
-            picks += ranked[: min(k, x.shape[0]) - len(picks)].tolist()
+            picks += ranked[: min(k, n) - step].tolist()
             break
-        row = kernel[best].clone()
-        for earlier in factor:
-            row -= earlier[best] * earlier
-        row /= left[best].sqrt()
-        factor.append(row)
+        factor[step] = (kernel[best] - factor[:step, best] @ factor[:step]) / left[best].sqrt()
         picks.append(best)
-        left = left - row.square()
+        left = left - factor[step].square()
         left[picks] = -torch.inf
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
 def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
-    """(min(k, N),) long: always the row that adds most to the sum over all rows of the similarity to the nearest pick.
+    """Pick (min(k, N),) long: in every step the row with the largest gain of the coverage of all rows.
 
-    Similarities count from 0 up; what a row adds is multiplied with its weight, or the weight is added.
+    The coverage of a row is its similarity to the nearest pick, at least 0; its weight is a factor of the gain, or a
+    summand.
     """
     similarity = cosines(x)
     covered = torch.zeros_like(similarity[:, :1].flatten())
@@ -288,9 +291,9 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
 
 
 def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
-    """(B, N - r) tokens that stand in the slots and (B, N) slots of the tokens, one row after the other.
+    """Return the anchor tokens (B, N - r) of the slots and the slots (B, N) of the tokens, row by row.
 
-    The `r` even tokens most similar to some odd token flow into it.
+    The `r` even tokens most similar to any odd token are merged into that token.
     """
     batch, n = metric.shape[:2]
     r = max(0, min(r, n // 2))
@@ -311,15 +314,15 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Te
 
 
 def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
-    """(K, ...): for every slot the weighted sum of the rows of `x` (N, ...) that flow into it."""
+    """Return (K, ...): for every slot the weighted sum of the rows of `x` (N, ...) assigned to it."""
     wide = x if x.dtype == torch.float64 else x.float()
     share = torch.ones_like(slot, dtype=wide.dtype) if weight is None else weight.to(wide.dtype)
-    flows = torch.arange(count, device=slot.device)[:, None] == slot
-    return torch.tensordot(flows * share, wide, dims=1).to(x.dtype)
+    assigned = torch.arange(count, device=slot.device)[:, None] == slot
+    return torch.tensordot(assigned * share, wide, dims=1).to(x.dtype)
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
-    """(min(k, N),) long, ascending: the front of the stable order."""
+    """Return (min(k, N),) long, ascending: the first `k` of a stable descending sort."""
     return (
         scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         .sort(descending=True, stable=True)
@@ -343,7 +346,7 @@ def select_gather(
     marked: Sequence[Tensor] = (),
     side: str = "left",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Index, mask, lengths, planes and marked planes of the packed batch, row by row."""
+    """Return index, mask, lengths, planes and marked planes of the packed batch, computed row by row."""
     keep = keep.clone()
     if scores is not None and columns is not None and offsets is not None:
         for segment in range(len(offsets) - 1):
@@ -358,12 +361,12 @@ def select_gather(
     index, mask = [], []
     for row in keep:
         kept, dropped = row.nonzero()[:, 0], (~row).nonzero()[:, 0]
-        room = width - len(kept)
+        padding = width - len(kept)
         left = side == "left"
-        filling = dropped[len(dropped) - room :] if left else dropped[:room]
+        filling = dropped[len(dropped) - padding :] if left else dropped[:padding]
         index.append(torch.cat([filling, kept] if left else [kept, filling]))
         real = torch.ones_like(index[-1], dtype=torch.bool)
-        real[slice(room) if left else slice(width - room, None)] = False
+        real[slice(padding) if left else slice(width - padding, None)] = False
         mask.append(real)
     packed = []
     for plane, axis in zip(planes, axes, strict=True):

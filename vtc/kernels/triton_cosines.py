@@ -1,4 +1,4 @@
-"""Triton kernels that compare rows with rows, and reduce what they find before any of it is written."""
+"""Triton kernels for cosines between rows that are reduced on chip; the similarity matrix is never written."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -13,7 +13,7 @@ from .aot import KernelSpec
 from .dispatch import interpreting
 
 _ROWS, _COLUMNS = 64, 64  # of a tile
-_SPLITS = 512  # programs that a launch should have, roughly: several per multiprocessor
+_PROGRAMS = 512  # approximate number of programs of a launch: several per multiprocessor
 
 NEAREST = tl.constexpr(0)
 GAIN = tl.constexpr(1)
@@ -21,7 +21,7 @@ GAIN = tl.constexpr(1)
 
 @triton.jit
 def _inverse_norms(x, out, n, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """One over the norm of every row, which is at least 1e-12."""
+    """Compute the inverse norm of every row; norms are at least 1e-12."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], dtype=tl.float32)
     for start in range(0, width, WIDTH):
@@ -36,22 +36,21 @@ def _inverse_norms(x, out, n, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def _compare(
     x, inverse, chosen, covered, value, place, count, length, width, step, offset, stripe,
     CHOSEN: tl.constexpr, REDUCE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Compare a block of rows with one stripe of the columns.
 
     Row i is row ``i * step`` of a batch entry, or ``chosen[i]``; column j is row ``j * step + offset``. NEAREST: the
-    largest cosine and the first place where it is, a row's with itself left out. GAIN: the sum of what the cosines are
-    above `covered`.
+    largest cosine to another row and its first index. GAIN: the sum of the positive parts of cosines minus `covered`.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows_here = row < count
+    row_mask = row < count
     batch = tl.program_id(2).to(tl.int64)
     rows_at = row * step
     if CHOSEN:
-        rows_at = tl.load(chosen + row, mask=rows_here, other=0).to(tl.int32)
-    rows_at = tl.where(rows_here, rows_at, 0)
-    rows_inverse = tl.load(inverse + batch * length + rows_at, mask=rows_here, other=0.0)
+        rows_at = tl.load(chosen + row, mask=row_mask, other=0).to(tl.int32)
+    rows_at = tl.where(row_mask, rows_at, 0)
+    rows_inverse = tl.load(inverse + batch * length + rows_at, mask=row_mask, other=0.0)
     best = tl.full([ROWS], -float("inf"), dtype=tl.float32)
     found = tl.zeros([ROWS], dtype=tl.int32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -59,47 +58,47 @@ def _compare(
     first = tl.program_id(1) * stripe
     for start in range(first, tl.minimum(first + stripe, columns), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        columns_here = column < columns
-        columns_at = tl.where(columns_here, column * step + offset, 0)
+        column_mask = column < columns
+        columns_at = tl.where(column_mask, column * step + offset, 0)
         product = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for inner in range(0, width, WIDTH):
             lane = inner + tl.arange(0, WIDTH)
             inside = lane < width
             left = tl.load(
                 x + (batch * length + rows_at[:, None]) * width + lane[None, :],
-                mask=rows_here[:, None] & inside[None, :], other=0.0,
+                mask=row_mask[:, None] & inside[None, :], other=0.0,
             )  # fmt: skip
             right = tl.load(
                 x + (batch * length + columns_at[None, :]) * width + lane[:, None],
-                mask=columns_here[None, :] & inside[:, None], other=0.0,
+                mask=column_mask[None, :] & inside[:, None], other=0.0,
             )  # fmt: skip
-            if WIDE:
+            if UPCAST:
                 product = tl.dot(left.to(tl.float32), right.to(tl.float32), product, input_precision="ieee")
             else:
                 product = tl.dot(left, right, product)
-        columns_inverse = tl.load(inverse + batch * length + columns_at, mask=columns_here, other=0.0)
+        columns_inverse = tl.load(inverse + batch * length + columns_at, mask=column_mask, other=0.0)
         cosine = product * rows_inverse[:, None] * columns_inverse[None, :]
         if REDUCE == NEAREST:
-            other = columns_here[None, :] & (rows_at[:, None] != columns_at[None, :])
+            other = column_mask[None, :] & (rows_at[:, None] != columns_at[None, :])
             cosine = tl.where(other, cosine, -float("inf"))
             largest = tl.max(cosine, axis=1)
             where = tl.min(tl.where(cosine == largest[:, None], column[None, :], 2147483647), axis=1)
             found = tl.where(largest > best, where, found)
             best = tl.maximum(best, largest)
         else:
-            known = tl.load(covered + columns_at, mask=columns_here, other=0.0)
+            known = tl.load(covered + columns_at, mask=column_mask, other=0.0)
             added = tl.maximum(cosine - known[None, :], 0.0)
-            total += tl.sum(tl.where(columns_here[None, :], added, 0.0), axis=1)
+            total += tl.sum(tl.where(column_mask[None, :], added, 0.0), axis=1)
     at = (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + batch) * count + row
     if REDUCE == NEAREST:
-        tl.store(value + at, best, mask=rows_here)
-        tl.store(place + at, found, mask=rows_here)
+        tl.store(value + at, best, mask=row_mask)
+        tl.store(place + at, found, mask=row_mask)
     else:
-        tl.store(value + at, total, mask=rows_here)
+        tl.store(value + at, total, mask=row_mask)
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """(N,) float32 of contiguous rows `x` (N, D)."""
+    """Return the inverse norms (N,) float32 of contiguous rows `x` (N, D)."""
     out = torch.empty(len(x), device=x.device)
     if len(x):
         _inverse_norms[(triton.cdiv(len(x), 8),)](x, out, len(x), x.shape[1], ROWS=8, WIDTH=_power(x.shape[1], 512))
@@ -107,9 +106,9 @@ def inverse_norms(x: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, inverse: Tensor, step: int = 1, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """(B, R) largest cosine of every `step`-th row of `x` (B, N, D) to the other rows from `offset` on, and its place.
+    """Return the largest cosine (B, R) of every `step`-th row of `x` (B, N, D) to the others from `offset` on.
 
-    The first place where several are equal. A row that there is nothing to compare with has minus infinity.
+    Also returns its index (B, R), the first among equals. Without any other row the cosine is minus infinity.
     """
     batch, length, width = x.shape
     count = triton.cdiv(length, step)
@@ -127,7 +126,7 @@ def nearest(x: Tensor, inverse: Tensor, step: int = 1, offset: int = 0) -> tuple
 
 
 def gains(x: Tensor, inverse: Tensor, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """(M,) float32: for every row of `x` (N, D), or those `chosen`, the sum of what its cosines are above `covered`."""
+    """Return the gains (M,) float32 of all or the `chosen` rows of `x` (N, D) over the coverage `covered` (N,)."""
     length, width = x.shape
     count = length if chosen is None else len(chosen)
     splits, stripe = _stripes(count, length)
@@ -144,21 +143,21 @@ def gains(x: Tensor, inverse: Tensor, covered: Tensor, chosen: Tensor | None = N
 
 
 def _stripes(rows: int, columns: int) -> tuple[int, int]:
-    """Into how many stripes the columns are cut, and how wide those are: enough programs to fill a GPU."""
+    """Return number and width of the stripes of columns that give enough programs to fill a GPU."""
     blocks = triton.cdiv(columns, _COLUMNS)
-    splits = max(1, min(blocks, _SPLITS // max(1, triton.cdiv(rows, _ROWS))))
+    splits = max(1, min(blocks, _PROGRAMS // max(1, triton.cdiv(rows, _ROWS))))
     stripe = max(1, triton.cdiv(blocks, splits)) * _COLUMNS
     return max(1, triton.cdiv(columns, stripe)), stripe
 
 
 def _tile(x: Tensor) -> dict[str, int]:
-    # The interpreter multiplies what it holds bfloat16 in, which are its bits.
-    wide = x.dtype == torch.float32 or interpreting()
-    return {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "WIDTH": 32, "WIDE": wide, "num_warps": 8}
+    # The interpreter stores bfloat16 as integers and would multiply those.
+    upcast = x.dtype == torch.float32 or interpreting()
+    return {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "WIDTH": 32, "UPCAST": upcast, "num_warps": 8}
 
 
 def _power(size: int, most: int) -> int:
-    """The next power of two, 16 at least and `most` at most."""
+    """Return the next power of two, at least 16 and at most `most`."""
     return min(most, max(16, triton.next_power_of_2(size)))
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels that merge rows: one program per slot adds up what flows into it, in order, and nobody else writes."""
+"""Triton kernel for merging rows: one program per slot and block of columns adds its rows in order, without atomics."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -10,15 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import KernelSpec
-from .merge import matched
+from .merge import slots_of_matching
 from .triton_cosines import inverse_norms, nearest
 
-_WIDTH = 512  # columns that a program adds up
+_WIDTH = 512  # columns of a program
 
 
 @triton.jit
 def _merge(x, order, bounds, weight, out, width, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr):
-    """Slot `program_id(0)`: the rows ``order[bounds[slot]:bounds[slot + 1]]``, each times its weight."""
+    """Sum the weighted rows ``order[bounds[slot]:bounds[slot + 1]]`` of slot `program_id(0)`."""
     slot = tl.program_id(0)
     lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = lane < width
@@ -33,7 +33,7 @@ def _merge(x, order, bounds, weight, out, width, WEIGHTED: tl.constexpr, WIDTH: 
 
 
 def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
-    """See `vtc.kernels.segment_merge`."""
+    """Implement `vtc.kernels.segment_merge`."""
     width = x.shape[1:].numel()
     out = x.new_empty(count, *x.shape[1:])
     if not out.numel():
@@ -48,7 +48,7 @@ def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = N
 
 
 def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
-    """See `vtc.kernels.bipartite_merge`."""
+    """Implement `vtc.kernels.bipartite_merge`."""
     metric = metric.contiguous()
     batch, n = metric.shape[:2]
     r = max(0, min(r, n // 2))
@@ -56,7 +56,7 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Te
         tokens = torch.arange(n, device=metric.device)
         return tokens.expand(batch, n), tokens.expand(batch, n)
     best, partner = nearest(metric, inverse_norms(metric.flatten(0, 1)).view(batch, n), step=2, offset=1)
-    return matched(best, partner, n, r, order)
+    return slots_of_matching(best, partner, n, r, order)
 
 
 def _specs() -> list[KernelSpec]:

@@ -1,9 +1,8 @@
-"""Triton kernels that choose the best of every segment and pack a batch.
+"""Triton kernels for top-k selection per segment and for packing a batch.
 
-`_best` finds the score from which tokens stay by its bits, eight at a time: a histogram of the next eight bits of the
-scores that agree with what is known so far. A pass over the scores then marks what is above, and of what equals it as
-many as are missing, the first ones. `_slots` turns the marks of a row into the columns of its slots, `_gather` copies
-what all planes have there. Per row or segment there is one program, so that nothing depends on an order.
+`_best` is a radix select: four histograms, of eight bits each, determine the k-th largest score; another pass marks the
+larger scores and the first ones that equal it. `_slots` converts the marks of a row to the columns of its slots, and
+`_gather` copies these columns of all planes. One program per segment or row makes the result deterministic.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -22,13 +21,13 @@ from .aot import KernelSpec
 from .dispatch import NoKernelError
 from .pack import Packed, check_scores
 
-_BLOCK = 1024  # scores or tokens at a time
-_WIDTH = 1024  # elements of a plane's row at a time
+_BLOCK = 1024  # scores or tokens per step
+_WIDTH = 1024  # elements of a row of a plane per step
 
 
 @triton.jit
 def _sortable(score):
-    """Whole numbers in the order of the scores; NaN is the lowest, and both zeros are one."""
+    """Map scores to unsigned integers of the same order; NaN is lowest, and both zeros are equal."""
     score = score.to(tl.float32)
     score = tl.where(score == score, score, -float("inf")) + 0.0
     bits = score.to(tl.uint32, bitcast=True)
@@ -37,12 +36,12 @@ def _sortable(score):
 
 @triton.jit
 def _best(scores, offsets, counts, places, marks, BLOCK: tl.constexpr):
-    """Mark the best `counts` of each segment, at their places."""
+    """Mark the best `counts` scores of a segment at their places."""
     segment = tl.program_id(0)
     start, stop = tl.load(offsets + segment), tl.load(offsets + segment + 1)
-    wanted = tl.minimum(tl.load(counts + segment), stop - start).to(tl.int32)
+    count = tl.minimum(tl.load(counts + segment), stop - start).to(tl.int32)
     known = tl.zeros([], dtype=tl.uint32)
-    missing = wanted
+    missing = count
     digits = tl.arange(0, 256)
     for digit in tl.static_range(4):
         shift = 24 - 8 * digit
@@ -54,9 +53,9 @@ def _best(scores, offsets, counts, places, marks, BLOCK: tl.constexpr):
             if digit > 0:
                 agrees &= (key >> (shift + 8)) == (known >> (shift + 8))
             found += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=agrees)
-        from_here_up = tl.cumsum(found, axis=0, reverse=True)
-        # The highest digit from which up there are enough; 0 if nothing is wanted or nothing there.
-        last = tl.maximum(tl.sum((from_here_up >= tl.maximum(missing, 1)).to(tl.int32), axis=0) - 1, 0)
+        at_or_above = tl.cumsum(found, axis=0, reverse=True)
+        # The largest digit with enough scores at or above it; 0 for a count of 0 or an empty segment.
+        last = tl.maximum(tl.sum((at_or_above >= tl.maximum(missing, 1)).to(tl.int32), axis=0) - 1, 0)
         missing -= tl.sum(tl.where(digits > last, found, 0), axis=0)
         known |= last.to(tl.uint32) << shift
     for first in range(start, stop, BLOCK):
@@ -65,7 +64,7 @@ def _best(scores, offsets, counts, places, marks, BLOCK: tl.constexpr):
         key = _sortable(tl.load(scores + at, mask=here, other=0.0))
         equal = here & (key == known)
         rank = tl.cumsum(equal.to(tl.int32), axis=0)
-        stays = (wanted > 0) & ((here & (key > known)) | (equal & (rank <= missing)))
+        stays = (count > 0) & ((here & (key > known)) | (equal & (rank <= missing)))
         missing -= tl.sum(equal.to(tl.int32), axis=0)
         place = tl.load(places + at, mask=here, other=0)
         tl.store(marks + place, stays.to(tl.int8), mask=here)
@@ -73,7 +72,7 @@ def _best(scores, offsets, counts, places, marks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _slots(keep, lengths, index, mask, length, width, LEFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of the slots of one row, and which slots are real."""
+    """Compute the columns of the slots of one row and the mask of the slots that are not padding."""
     row = tl.program_id(0).to(tl.int64)
     real = tl.load(lengths + row).to(tl.int32)
     kept_before = 0
@@ -95,11 +94,11 @@ def _slots(keep, lengths, index, mask, length, width, LEFT: tl.constexpr, BLOCK:
 
 @triton.jit
 def _gather(index, sources, targets, shapes, slots, WIDTH: tl.constexpr, PLANES: tl.constexpr):
-    """Copy one slot of one row of every plane: `shapes` has outer size, strides of the three axes and inner size."""
+    """Copy one slot of one row of every plane; `shapes`: outer size, strides of the three axes, inner size."""
     row = tl.program_id(0)
     slot = tl.program_id(1)
     column = tl.load(index + row.to(tl.int64) * slots + slot)
-    zero = column * 0  # offsets of large batches do not fit 32 bits
+    zero = column * 0  # int64, because offsets of large batches exceed 32 bits
     for plane in tl.static_range(PLANES):
         outer, outer_stride, row_stride, column_stride, inner = shapes[plane]
         for entry in range(outer):
@@ -112,7 +111,7 @@ def _gather(index, sources, targets, shapes, slots, WIDTH: tl.constexpr, PLANES:
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
-    """See `vtc.kernels.topk_indices`."""
+    """Implement `vtc.kernels.topk_indices`."""
     n = len(scores)
     marks = torch.zeros(n, dtype=torch.int8, device=scores.device)
     offsets, counts = torch.tensor([0, n], device=scores.device), torch.tensor([k], device=scores.device)
@@ -135,7 +134,7 @@ def select_gather(
     marked: Sequence[Tensor] = (),
     side: str = "left",
 ) -> Packed:
-    """See `vtc.kernels.select_gather`."""
+    """Implement `vtc.kernels.select_gather`."""
     _on_one_device([keep, *planes, *marked, *([] if marks is None else [marks])])
     check_scores(scores, columns, offsets, counts, threshold)
     keep = keep.contiguous()
@@ -163,7 +162,7 @@ def select_gather(
 
 
 def gather_planes(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> tuple[Tensor, ...]:
-    """See `vtc.kernels.gather_planes`."""
+    """Implement `vtc.kernels.gather_planes`."""
     _on_one_device([index, *planes])
     return _gathered(index, planes, axes)
 
@@ -174,7 +173,7 @@ def _on_one_device(tensors: Sequence[Tensor]) -> None:
 
 
 def _gathered(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> tuple[Tensor, ...]:
-    """All planes in one launch, whatever their types: bytes of booleans, words of everything else."""
+    """Gather all planes in one launch, whatever their dtypes; booleans are copied as bytes."""
     batch, width = index.shape
     out, sources, targets, shapes = [], [], [], []
     for plane, axis in zip(planes, axes, strict=True):
@@ -182,7 +181,7 @@ def _gathered(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> t
         out.append(plane.new_empty(shape))
         if not out[-1].numel():
             continue
-        # (outer, batch, columns, inner) with the inner ones together.
+        # (outer, batch, columns, *inner) with contiguous inner axes.
         view = plane.flatten(0, axis - 2) if axis > 1 else plane[None]
         inner = view.shape[3:].numel()
         if not view[0, 0, 0].is_contiguous():

@@ -1,9 +1,8 @@
-"""Triton kernels that pick rows one after the other, in one pass over the rows per pick.
+"""Triton kernels for greedy selection, with one pass over the rows per pick.
 
-A launch of `_pick` first agrees on the next pick: every program reads what each program of the launch before found best
-and comes to the same answer. Then it compares its rows with the pick, and leaves behind which of them is best now. No
-program adds to what another writes, so the picks do not depend on the order in which they run, and nothing waits for
-the host.
+In a launch of `_pick` every program first reduces the per-program results of the previous launch to the next pick, all
+to the same one. Then it compares its rows with the pick and writes the best of them. Without atomics, the picks do not
+depend on the order of the programs, and without synchronisation the host does not wait.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from .aot import KernelSpec
 from .cosines import squared_norms
-from .greedy import pick_covering
+from .greedy import lazy_greedy
 from .triton_cosines import gains, inverse_norms, nearest
 
-_MAX_PROGRAMS = 2048  # each of which reads what all others found
+_MAX_PROGRAMS = 2048  # each reads the results of all others
 
 NEAREST = tl.constexpr(0)
 SUM = tl.constexpr(1)
@@ -29,31 +28,31 @@ VOLUME = tl.constexpr(2)
 
 @triton.jit
 def _smallest(value, index):
-    """The smallest of some values, and the lowest index among equals."""
+    """Return the smallest value and its lowest index."""
     least = tl.min(value, axis=0)
     return least, tl.min(tl.where(value == least, index, 2147483647), axis=0)
 
 
-@triton.jit(do_not_specialize=["step", "picked_at", "left_at"])  # one binary for all picks
+@triton.jit(do_not_specialize=["step", "read_at", "write_at"])  # one binary for all picks
 def _pick(
     x, scale, state, reserve, floor, factor, values, indices, reserves, reserve_indices, picks,
-    step, n, width, programs, picked_at, left_at,
+    step, n, width, programs, read_at, write_at,
     OBJECTIVE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Take pick number `step`, then update `state` (N,), of which the smallest is picked; taken rows have infinity.
+    """Determine pick number `step`, then update `state` (N,), whose minimum is picked next; picks have infinity.
 
-    NEAREST: the cosine to the nearest pick. SUM: the sum of cosines to all. VOLUME: less what is left of the squared
-    norm; where nothing above `floor` is left, the smallest of `reserve` is taken.
+    The state is, for NEAREST, the cosine to the nearest pick; for SUM, the sum of the cosines to all picks; for VOLUME,
+    the negative residual of the squared norm. If no residual exceeds `floor`, the minimum of `reserve` is picked.
     """
     programs_at = tl.arange(0, PROGRAMS)
     there = programs_at < programs
-    found = tl.load(indices + picked_at + programs_at, mask=there, other=2147483647)
-    best, pick = _smallest(tl.load(values + picked_at + programs_at, mask=there, other=float("inf")), found)
+    found = tl.load(indices + read_at + programs_at, mask=there, other=2147483647)
+    best, pick = _smallest(tl.load(values + read_at + programs_at, mask=there, other=float("inf")), found)
     exhausted = False
     if OBJECTIVE == VOLUME:
         exhausted = -best <= tl.load(floor)
-        spare = tl.load(reserves + picked_at + programs_at, mask=there, other=float("inf"))
-        found = tl.load(reserve_indices + picked_at + programs_at, mask=there, other=2147483647)
+        spare = tl.load(reserves + read_at + programs_at, mask=there, other=float("inf"))
+        found = tl.load(reserve_indices + read_at + programs_at, mask=there, other=2147483647)
         _, other = _smallest(spare, found)
         pick = tl.where(exhausted, other, pick)
     if tl.program_id(0) == 0:
@@ -89,17 +88,17 @@ def _pick(
     new = tl.where(row == pick, float("inf"), new)
     tl.store(state + row, new, mask=here)
     best, pick = _smallest(new, row)
-    tl.store(values + left_at + tl.program_id(0), best)
-    tl.store(indices + left_at + tl.program_id(0), pick)
+    tl.store(values + write_at + tl.program_id(0), best)
+    tl.store(indices + write_at + tl.program_id(0), pick)
     if OBJECTIVE == VOLUME:
         spare = tl.where(new == float("inf"), float("inf"), tl.load(reserve + row, mask=here, other=float("inf")))
         best, pick = _smallest(spare, row)
-        tl.store(reserves + left_at + tl.program_id(0), best)
-        tl.store(reserve_indices + left_at + tl.program_id(0), pick)
+        tl.store(reserves + write_at + tl.program_id(0), best)
+        tl.store(reserve_indices + write_at + tl.program_id(0), pick)
 
 
 def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
-    """See `vtc.kernels.farthest_point`."""
+    """Implement `vtc.kernels.farthest_point`."""
     x = x.contiguous()
     inverse = inverse_norms(x)
     start: Tensor | int | None = first
@@ -109,14 +108,14 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
 
 
 def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
-    """See `vtc.kernels.max_sum`."""
+    """Implement `vtc.kernels.max_sum`."""
     x = x.contiguous()
     inverse = inverse_norms(x)
     return _run(x, inverse, torch.zeros_like(inverse), k, first, SUM)
 
 
 def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
-    """See `vtc.kernels.dpp_greedy`."""
+    """Implement `vtc.kernels.dpp_greedy`."""
     x = x.contiguous()
     inverse = inverse_norms(x)
     weight = torch.ones_like(inverse) if relevance is None else relevance.float()
@@ -125,13 +124,13 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
 
 
 def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
-    """See `vtc.kernels.coverage_greedy`; here the host waits for every pick."""
+    """Implement `vtc.kernels.coverage_greedy`; the host synchronises with every pick."""
     x = x.contiguous()
-    return pick_covering(_Similarities(x), k, weight, combine, torch.zeros(len(x), device=x.device))
+    return lazy_greedy(_Similarities(x), k, weight, combine, torch.zeros(len(x), device=x.device))
 
 
 class _Similarities:
-    """What candidates add, by a kernel that never writes their similarities; computed anew for every batch of them."""
+    """Gains computed by a kernel that recomputes similarities for every batch of candidates and never writes them."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.inverse = x, inverse_norms(x)
@@ -147,7 +146,7 @@ class _Similarities:
 def _run(
     x: Tensor, scale: Tensor, state: Tensor, k: int, first: Tensor | int | None, objective, weight: Tensor | None = None
 ) -> Tensor:
-    """Launch the kernel once per pick. Without `first` the smallest of `state` is first."""
+    """Launch the kernel once per pick; without `first` the minimum of `state` is the first pick."""
     n, width = x.shape
     k = min(k, n)
     picks = torch.empty(k, dtype=torch.long, device=x.device)
@@ -155,7 +154,7 @@ def _run(
         return picks
     rows = max(16, triton.next_power_of_2(triton.cdiv(n, _MAX_PROGRAMS)))
     programs = triton.cdiv(n, rows)
-    # What the programs found: two sets, one to read and one to write, the first with one entry to begin with.
+    # Double-buffered results of the programs, one set to read and one to write; the first holds the first pick.
     values = torch.full((2, programs), torch.inf, device=x.device)
     indices = torch.zeros(2, programs, dtype=torch.int32, device=x.device)
     reserves, reserve_indices = torch.full_like(values, torch.inf), torch.zeros_like(indices)
@@ -179,12 +178,12 @@ def _run(
     return picks
 
 
-_WIDTH, _STEPS = 256, 16  # columns of the rows, and rows of the factor, at a time
+_WIDTH, _STEPS = 256, 16  # columns of the rows and rows of the factor per step
 
 
 def _specs() -> list[KernelSpec]:
     found = {"values": "*fp32", "indices": "*i32", "picks": "*i64"}
-    found |= dict.fromkeys(("step", "n", "width", "programs", "picked_at", "left_at"), "i32")
+    found |= dict.fromkeys(("step", "n", "width", "programs", "read_at", "write_at"), "i32")
     spare = {"reserve": "*fp32", "floor": "*fp32", "factor": "*fp32", "reserves": "*fp32", "reserve_indices": "*i32"}
     specs = []
     for name, objective in (("nearest", NEAREST), ("sum", SUM), ("volume", VOLUME)):

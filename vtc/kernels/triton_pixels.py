@@ -1,4 +1,4 @@
-"""A Triton kernel for the entropy of patches: one program reads the pixels of one patch where they lie, once."""
+"""Triton kernel for the entropy of patches: one program per patch reads its pixels in place, once."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .aot import KernelSpec
 from .dispatch import NoKernelError
-from .pixels import cut
+from .pixels import as_pictures
 
-LARGEST = 4096  # pixels of a patch
+_MAX_PIXELS = 4096  # of a patch
 
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: float32 has no fractions there, so adding it rounds, halves to even
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: float32 has no fractions there, so adding it rounds half to even
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _patch_entropy(
     pixels, mean, std, out, per_picture, per_row, channels, height, width, share, p_n, p_c, p_y,
     NORMALISED: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Entropy of one patch, `share` being the part of a grey value that a channel is."""
+    """Compute the entropy of one patch; `share` is the weight of a channel in the grey value."""
     patch = tl.program_id(0)
     picture = (patch // per_picture).to(tl.int64)
     row, column = (patch % per_picture) // per_row, patch % per_row
@@ -41,7 +41,7 @@ def _patch_entropy(
             level = tl.floor(tl.minimum(tl.maximum(level * 255.0, 0.0), 255.0))
         grey += level * share
     grey = tl.minimum(tl.maximum((grey + ROUNDER) - ROUNDER, 0.0), 255.0)
-    # Places behind the last pixel are counted as black, and taken out again.
+    # Padding lanes are counted as black and subtracted again.
     counts = tl.histogram(tl.where(here, grey, 0.0).to(tl.int32), 256)
     counts -= tl.where(tl.arange(0, 256) == 0, PIXELS - height * width, 0)
     part = counts.to(tl.float32) / (height * width)
@@ -51,10 +51,10 @@ def _patch_entropy(
 def patch_entropy(
     pixels: Tensor, mean: Tensor | None = None, std: Tensor | None = None, *, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """As `vtc.kernels.patch_entropy`."""
-    pictures, (height, width), shape = cut(pixels, mean, std, size)
-    if height * width > LARGEST:
-        raise NoKernelError(f"patches have at most {LARGEST} pixels, these have {height * width}")
+    """Implement `vtc.kernels.patch_entropy`."""
+    pictures, (height, width), shape = as_pictures(pixels, mean, std, size)
+    if height * width > _MAX_PIXELS:
+        raise NoKernelError(f"patches have at most {_MAX_PIXELS} pixels, these have {height * width}")
     if pictures.stride(3) != 1:
         pictures = pictures.contiguous()
     rows, columns = pictures.shape[2] // height, pictures.shape[3] // max(1, width)

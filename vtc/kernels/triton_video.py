@@ -1,7 +1,7 @@
-"""A Triton kernel for the cosine of tokens to earlier ones.
+"""Triton kernel for the cosine of tokens to earlier tokens.
 
-A program reads a few tokens and their partners, each once. Programs run roughly in the order of the tokens, so that the
-frame before is still in the second-level cache and what comes from memory is read once.
+A program reads a few tokens and the tokens that they are compared with, each once. Programs run roughly in the order of
+the tokens, so that the previous frame is usually still in the second-level cache.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -16,24 +16,24 @@ from torch import Tensor
 from .aot import KernelSpec
 from .video import check
 
-TOKENS, NUMBERS = 4, 512  # of a program, and of one of its steps
+_TOKENS, _WIDTH = 4, 512  # tokens of a program, and columns per step
 
 
 @triton.jit
-def _similarity(x, earlier, out, count, width, x_n, TOKENS: tl.constexpr, NUMBERS: tl.constexpr):
-    """Cosine of some tokens to their partners."""
+def _similarity(x, earlier, out, count, width, x_n, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+    """Compute the cosine of a block of tokens to their partners."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     partner = tl.load(earlier + token, mask=token < count, other=-1)
     paired = partner >= 0
     at = x + token[:, None].to(tl.int64) * x_n
     there = x + partner[:, None].to(tl.int64) * x_n
-    product = tl.zeros((TOKENS, NUMBERS), tl.float32)
+    product = tl.zeros((TOKENS, WIDTH), tl.float32)
     ours, theirs, differ = product, product, product
-    for start in range(0, width, NUMBERS):
-        number = start + tl.arange(0, NUMBERS)
-        here = paired[:, None] & (number < width)[None, :]
-        own = tl.load(at + number[None, :], mask=here, other=0.0).to(tl.float32)
-        its = tl.load(there + number[None, :], mask=here, other=0.0).to(tl.float32)
+    for start in range(0, width, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        here = paired[:, None] & (lane < width)[None, :]
+        own = tl.load(at + lane[None, :], mask=here, other=0.0).to(tl.float32)
+        its = tl.load(there + lane[None, :], mask=here, other=0.0).to(tl.float32)
         product += own * its
         ours += own * own
         theirs += its * its
@@ -46,14 +46,14 @@ def _similarity(x, earlier, out, count, width, x_n, TOKENS: tl.constexpr, NUMBER
 
 
 def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
-    """As `vtc.kernels.temporal_similarity`."""
+    """Implement `vtc.kernels.temporal_similarity`."""
     check(x, earlier)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_zeros(len(x), dtype=torch.float32)
     if len(x):
         with torch.cuda.device_of(x):
-            _similarity[(triton.cdiv(len(x), TOKENS),)](
-                x, earlier.contiguous(), out, len(x), x.shape[1], x.stride(0), TOKENS=TOKENS, NUMBERS=NUMBERS
+            _similarity[(triton.cdiv(len(x), _TOKENS),)](
+                x, earlier.contiguous(), out, len(x), x.shape[1], x.stride(0), TOKENS=_TOKENS, WIDTH=_WIDTH
             )
     return out
 
@@ -62,7 +62,7 @@ KERNELS = [
     KernelSpec(
         _similarity,
         {"x": "*bf16", "earlier": "*i64", "out": "*fp32"} | dict.fromkeys(("count", "width", "x_n"), "i32"),
-        {"TOKENS": TOKENS, "NUMBERS": NUMBERS},
+        {"TOKENS": _TOKENS, "WIDTH": _WIDTH},
         label="bf16",
     )
 ]

@@ -1,4 +1,4 @@
-"""How much of a video repeats what was there before."""
+"""Temporal redundancy of the tokens of a video."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from .dispatch import op
 __all__ = ["earlier_tokens", "temporal_similarity"]
 
 _BLOCK = 2**18
-"""Numbers of `x` that are in work at a time."""
+"""Elements of `x` per block, which bounds the memory."""
 
 _AGAINST = ("previous", "groups")
 
 
 @op(triton="vtc.kernels.triton_video:temporal_similarity")
 def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
-    """Cosine of every token to one earlier token of the video.
+    """Compute the cosine of every token to one earlier token of the video.
 
-    Videos are long: beside `x` and the result, memory is that of one block.
+    Processed in blocks: beside `x` and the result it needs the memory of one block.
 
     Parameters
     ----------
     x : Tensor (N, D)
     earlier : LongTensor (N,)
-        Index of the token that each one is compared with, -1 for none; see `earlier_tokens`.
+        Index of the token that each token is compared with, -1 for none; see `earlier_tokens`.
 
     Returns
     -------
     Tensor (N,), float32
-        In -1..1; exactly 1 of rows that are equal, zeros included, and else 0 of a zero row; 0 where there is none.
+        In -1..1; exactly 1 for equal rows, zero rows included; otherwise 0 for a zero row; 0 without an earlier token.
 
     Raises
     ------
     InputError
-        The shapes contradict each other.
+        The shapes do not fit together.
 
     Examples
     --------
-    >>> temporal_similarity(x.flatten(0, 1), earlier_tokens(*x.shape[:2]))  # EVS: against the frame before
-    >>> temporal_similarity(x.flatten(0, 1), earlier_tokens(*x.shape[:2], "groups"))  # DyCoke: inside groups of four
-    >>> temporal_similarity(x.mean(dim=1), earlier_tokens(len(x), 1))  # FastVID: frames, by their mean, in a row
+    >>> temporal_similarity(x.flatten(0, 1), earlier_tokens(*x.shape[:2]))  # EVS: previous frame
+    >>> temporal_similarity(x.flatten(0, 1), earlier_tokens(*x.shape[:2], "groups"))  # DyCoke: in groups of four
+    >>> temporal_similarity(x.mean(dim=1), earlier_tokens(len(x), 1))  # FastVID: means of frames
     """
     check(x, earlier)
     similarity = x.new_zeros(len(x), dtype=torch.float32)
@@ -59,20 +59,25 @@ def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
 
 
 def earlier_tokens(frames: int, tokens: int, against: str = "previous") -> Tensor:
-    """Which token each one of a video of (frames, tokens) is compared with.
+    """Return the index of the earlier token that every token of a video (frames, tokens) is compared with.
 
     Parameters
     ----------
     frames, tokens : int
     against : str
-        "previous": the one at its place in the frame before (EVS, arXiv 2510.14624; FastVID, arXiv 2503.11187).
-        "groups": in every four frames the second against the first, the fourth against the third and the third against
-        the first (DyCoke, arXiv 2411.15024).
+        "previous": the token at the same place in the previous frame (EVS, arXiv 2510.14624; FastVID, arXiv
+        2503.11187). "groups": in groups of four frames the second with the first, the fourth with the third and the
+        third with the first (DyCoke, arXiv 2411.15024).
 
     Returns
     -------
     LongTensor (frames * tokens,)
         -1 for none.
+
+    Raises
+    ------
+    ConfigError
+        `against` is neither of these.
     """
     frame = torch.arange(frames)
     if against == "previous":
@@ -88,7 +93,7 @@ def earlier_tokens(frames: int, tokens: int, against: str = "previous") -> Tenso
 
 
 def check(x: Tensor, earlier: Tensor) -> None:
-    """Raise unless the arguments of `temporal_similarity` fit together."""
+    """Raise an error unless the arguments of `temporal_similarity` fit together."""
     if x.ndim != 2 or earlier.shape != x.shape[:1]:
         raise InputError(
             f"temporal_similarity: x {tuple(x.shape)} and earlier {tuple(earlier.shape)} are not (N, D) and (N,)."
