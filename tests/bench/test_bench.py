@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -8,8 +10,8 @@ import torch
 from transformers import LlamaConfig
 
 import vtc
-from vtc.bench import _models, overhead, prefill
-from vtc.bench._timing import Case, Timing, interleave, markdown_table
+from vtc.bench import _models, _overhead, _prefill, prefill
+from vtc.bench.timing import Case, Timing, interleave, markdown_table
 from vtc.errors import ConfigError
 from vtc.report.flops import DecoderShape
 
@@ -107,14 +109,14 @@ class TestShapes:
     def test_tower_emits_what_the_prompt_announces(self, shape):
         model = _models.build(shape, 2, torch.float32, "cpu")
         inputs = _models.prompt(shape, model, 1152, 8)
-        assert prefill.prefill(model, inputs)["prefill"] > 0
+        assert _prefill.prefill(model, inputs)["prefill"] > 0
 
 
 class TestPrefill:
     def test_results_hold_the_packed_length_and_the_formula(self, shape):
         model = _models.build(shape, 2, torch.float32, "cpu")
         inputs = _models.prompt(shape, model, 576, 8)
-        results = prefill.measure(
+        results = _prefill.measure(
             model,
             inputs,
             shape,
@@ -142,7 +144,7 @@ class TestPrefill:
         model = _models.build(shape, 4, torch.float32, "cpu")
         inputs = _models.prompt(shape, model, 576, 8)
         with pytest.raises(ConfigError, match="fastv drops tokens inside the decoder"):
-            prefill.measure(
+            _prefill.measure(
                 model,
                 inputs,
                 shape,
@@ -159,17 +161,24 @@ class TestOverhead:
     def test_compares_like_with_like(self, shape):
         model = _models.build(shape, 2, torch.float32, "cpu")
         inputs = _models.prompt(shape, model, 576, 8)
-        results = overhead.measure(model, inputs, method="vtc-cls", keep_ratio=0.25, steps=2, repeats=2, warmup=0)
+        results = _overhead.measure(model, inputs, method="vtc-cls", keep_ratio=0.25, steps=2, repeats=2, warmup=0)
         assert [r["tokens"] for r in results] == [584, 584, 152, 152]
         assert [r["figure"].split(",")[0] for r in results] == ["prefill", "decode step"] * 2
         assert all(len(r["untouched"]["seconds"]) == 2 for r in results)
 
 
 class TestCommands:
+    def test_options_name_all_models(self):
+        assert tuple(_prefill.MODELS) == prefill.MODELS
+
+    def test_options_need_no_torch(self):
+        code = "import sys; from vtc.bench import kernels, overhead, prefill; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
     def test_prefill_prints_a_table_and_writes_its_conditions(self, shape, monkeypatch, tmp_path, capsys):
         from vtc.cli.app import main
 
-        monkeypatch.setattr(prefill, "MODELS", {"small": shape})
+        monkeypatch.setattr(_prefill, "MODELS", {"small": shape})
         out = tmp_path / "prefill.json"
         arguments = ["--visual-tokens", "576", "--keep-ratio", "0.5", "--repeats", "1", "--warmup", "0"]
         assert main(["bench", "prefill", *arguments, "--dtype", "float32", "--json", str(out)]) == 0
@@ -184,7 +193,7 @@ class TestCommands:
     def test_overhead_prints_a_table_and_writes_its_conditions(self, shape, monkeypatch, tmp_path, capsys):
         from vtc.cli.app import main
 
-        monkeypatch.setattr(overhead, "LLAVA_150M", shape)
+        monkeypatch.setattr(_overhead, "LLAVA_150M", shape)
         out = tmp_path / "overhead.json"
         arguments = ["--layers", "2", "--steps", "2", "--repeats", "1", "--warmup", "0"]
         assert main(["bench", "overhead", *arguments, "--json", str(out)]) == 0

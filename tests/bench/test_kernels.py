@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtc.bench import _cost, _growth, _models, _roofline, _targets, _video, kernels
+import vtc
+from vtc.bench import _compare, _cost, _growth, _models, _roofline, _targets, _video, kernels
 from vtc.bench._memory import peak_bytes
 from vtc.bench._ops import OPS, Draw, Op, Problem
-from vtc.bench._timing import megabytes, repeated, seconds
+from vtc.bench.timing import megabytes, repeated, seconds
 from vtc.cli.app import main
 
 SMALL = {
@@ -32,7 +33,7 @@ SMALL = {
 
 def small(op: Op) -> Op:
     sizes = {name: SMALL[name] for name in op.sizes}
-    return Op(op.problem, op.plainly, 70, sizes, {})
+    return Op(op.problem, op.baseline, 70, sizes, {})
 
 
 @pytest.fixture
@@ -64,16 +65,16 @@ class TestMemory:
     def test_the_matrix_is_seen_where_it_is_made(self, name: str) -> None:
         n = 1500
         problem = OPS[name].at(Draw(torch.Generator().manual_seed(0)), n, growing=True)
-        assert peak_bytes(problem.plain) >= 4 * n * n
+        assert peak_bytes(problem.baseline) >= 4 * n * n
         assert peak_bytes(problem.ours) < 4 * n * n
 
 
 class TestOps:
     @pytest.mark.parametrize("name", OPS)
     @pytest.mark.parametrize("n", [70, 257])
-    def test_both_ways_compute_the_same(self, name: str, n: int) -> None:
+    def test_both_implementations_compute_the_same(self, name: str, n: int) -> None:
         problem = small(OPS[name]).at(Draw(torch.Generator().manual_seed(n)), n)
-        words = problem.agreement(problem.ours(), problem.plain())
+        words = problem.agreement(problem.ours(), problem.baseline())
         assert words == "equal" or float(words.removeprefix("to ")) < 1e-5, words
 
     def test_disagreement_is_told(self) -> None:
@@ -120,10 +121,10 @@ class TestGrowth:
         args = Namespace(dtype="float32", device="cpu", clock="wall", repeats=1, most_seconds=math.inf)
         sizes = (1024, 2048, 4096, 65536, 131072)
         result = _growth.measure("square", args, sizes)
-        assert result["plain"]["n"] == [1024, 2048, 4096]
+        assert result["baseline"]["n"] == [1024, 2048, 4096]
         assert set(ran) == set(sizes), "the other way goes on"
-        assert result["plain"]["not_run"] == {"65536": "about 17180 MB", "131072": "more than the size before"}
-        assert _growth.fitted(result["plain"], "bytes") == pytest.approx(2)
+        assert result["baseline"]["not_run"] == {"65536": "about 17180 MB", "131072": "more than the size before"}
+        assert _growth.fitted(result["baseline"], "bytes") == pytest.approx(2)
         text = _growth.table({"square": result})
         assert "not run: about 17180 MB" in text
         assert "N^2.00" in text
@@ -131,7 +132,7 @@ class TestGrowth:
     def test_picture_is_drawn(self, tmp_path) -> None:
         pytest.importorskip("matplotlib")
         curve = {"n": [256, 1024], "seconds": [0.1, 0.2], "bytes": [10, 40], "not_run": {}}
-        results = {f"op {i}": {"shape": {}, "ours": curve, "plain": curve} for i in range(5)}
+        results = {f"op {i}": {"shape": {}, "ours": curve, "baseline": curve} for i in range(5)}
         _growth.plot(results, tmp_path / "growth.png")
         assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -148,7 +149,7 @@ class TestTargets:
 
     def results(self) -> dict:
         return {
-            "attention_received": {"speed_up": 1.5, "ours_bytes": 10**7, "plain_bytes": 10**9},
+            "attention_received": {"speed_up": 1.5, "ours_bytes": 10**7, "baseline_bytes": 10**9},
             "farthest_point": {"speed_up": 6.0},
         }
 
@@ -171,7 +172,7 @@ class TestTargets:
             inner[key] = dict(inner[key])
             inner = inner[key]
         inner[where[-1]] = value
-        missed = [target["aim"] for target in _targets.check(self.results(), costs) if not target["met"]]
+        missed = [target["target"] for target in _targets.check(self.results(), costs) if not target["met"]]
         assert len(missed) == 1
         assert aim in missed[0]
 
@@ -186,7 +187,7 @@ class TestTargets:
     def test_operations_can_miss_theirs(self, op, field, value) -> None:
         results = self.results()
         results[op][field] = value
-        missed = [target["aim"] for target in _targets.check(results, self.costs()) if not target["met"]]
+        missed = [target["target"] for target in _targets.check(results, self.costs()) if not target["met"]]
         assert len(missed) == 1
         assert missed[0].startswith(op)
 
@@ -205,25 +206,39 @@ class TestCost:
         assert cost["scored_bytes"] - cost["untouched_bytes"] < 2e6
         assert model.config.vision_config._attn_implementation == "sdpa", "as it was"
 
-    def test_scoring_and_packing_are_timed_where_they_are_done(self, model) -> None:
+    def test_scoring_is_timed_as_the_operation_itself(self, model) -> None:
         ticks = iter(range(10**6))
         cost = _cost.tower_cost(model, repeats=1, warmup=0, clock=lambda: float(next(ticks)))
-        # Seven layers and the gathering of their rows; every part reads the clock twice.
-        assert cost["scoring"]["seconds"] == [8.0]
         assert cost["untouched"]["seconds"] == [1.0]
-        prefill = _cost.prefill_cost(
-            model, visual_tokens=576, keep_ratio=0.25, repeats=1, warmup=0, clock=lambda: float(next(ticks))
-        )
-        # The decoder's clock is read around that of its one layer, which is multiplied to full depth.
-        assert prefill["prefill"]["seconds"] == [3.0 + 31 * 1.0]
-        assert prefill["vtc-cls"]["seconds"] == [8.0 + 2.0]
-        assert prefill["random"]["seconds"] == [2.0]
+        assert cost["scoring"]["seconds"] == [1.0]
+        assert _cost._scoring(model, 2)().shape == (2, 576)
 
-    def test_leaves_no_trace(self, model) -> None:
-        before = [getattr(owner, name) for owner, name in (*_cost._SCORING, *_cost._PACKING)]
-        _cost.prefill_cost(model, visual_tokens=576, keep_ratio=0.25, repeats=1, warmup=0, clock=lambda: 0.0)
-        assert [getattr(owner, name) for owner, name in (*_cost._SCORING, *_cost._PACKING)] == before
-        assert "forward" not in vars(model.model.language_model)
+    def test_compression_is_timed_outside_of_the_modules(self, model) -> None:
+        now = [0.0]
+
+        def takes(seconds: float, only_compressed: bool = False):
+            def hook(*_: object) -> None:
+                now[0] += seconds if vtc.is_compressed(model) or not only_compressed else 0.0
+
+            return hook
+
+        inner = model.model
+        hooks = [
+            inner.vision_tower.encoder.layers[0].register_forward_pre_hook(takes(1000.0)),
+            inner.language_model.register_forward_pre_hook(takes(5.0)),
+            inner.language_model.register_forward_pre_hook(takes(7.0, only_compressed=True)),
+            inner.language_model.layers[0].mlp.register_forward_pre_hook(takes(100.0)),
+        ]
+        try:
+            cost = _cost.prefill_cost(
+                model, visual_tokens=576, keep_ratio=0.25, repeats=1, warmup=0, clock=lambda: now[0]
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert cost["prefill"]["seconds"] == [100.0 + 31 * 100.0], "the one layer, multiplied to full depth"
+        assert all(cost[method]["seconds"] == [7.0] for method in _cost.METHODS)
+        assert not any("forward" in vars(module) for module in model.modules()), "no trace is left"
 
 
 def _small_llava(layers: int):
@@ -250,6 +265,9 @@ class TestVideo:
 
 
 class TestCommand:
+    def test_options_name_all_operations(self) -> None:
+        assert tuple(OPS) == kernels.OPERATIONS
+
     def test_prints_a_table_and_writes_its_conditions(self, small_ops, tmp_path, capsys) -> None:
         out = tmp_path / "kernels.json"
         ops = ["--op", "attention_rows", "--op", "topk_indices"]
@@ -313,7 +331,7 @@ class TestRoofline:
 
 def _growth_result() -> dict:
     curve = {"n": [256], "seconds": [0.1], "bytes": [10], "not_run": {}}
-    return {"shape": {}, "ours": curve, "plain": curve}
+    return {"shape": {}, "ours": curve, "baseline": curve}
 
 
 def test_a_short_run_is_repeated_until_the_clock_can_see_it() -> None:
@@ -331,6 +349,6 @@ def test_figures_have_three_digits_and_their_unit() -> None:
 
 def test_measure_is_what_the_command_runs(small_ops) -> None:
     args = Namespace(dtype="float32", device="cpu", clock="wall", repeats=1, warmup=0)
-    result = kernels.measure("farthest_point/first", args)
+    result = _compare.measure("farthest_point/first", args)
     assert result["shape"] == {"n": 70, "k": 9, "d": 24}
     assert result["agreement"] == "equal"

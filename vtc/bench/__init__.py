@@ -1,1 +1,4 @@
-"""Wall-clock measurements of compression on models of real shape with random weights."""
+"""Measurements of compression on models of real shape with random weights.
+
+`prefill`, `overhead` and `kernels` define the options of `vtc bench` and import torch only when they run.
+"""

@@ -1,8 +1,8 @@
-"""How time and memory of the operations grow with the number of tokens: measured, fitted, drawn.
+"""Time and memory of the operations against the number of tokens: measurement, fitted exponents, plot.
 
-A way is not run at a size where it would take more than ``--most-seconds`` or `MOST_BYTES`, going by how it has grown
-so far; the table says which. Exponents are least squares in the logarithms over the sizes from `FITTED_FROM` on: below
-it fixed costs weigh more than tokens.
+An implementation is not run at sizes where the extrapolation of its smaller sizes exceeds ``--most-seconds`` or
+`MOST_BYTES`; the table lists these. Exponents are least-squares fits in the logarithms over the sizes from
+`FITTED_FROM` on, because fixed costs dominate below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from vtc.bench._memory import peak_bytes
 from vtc.bench._ops import OPS, Draw
-from vtc.bench._timing import CLOCKS, markdown_table, megabytes, repeated, seconds
+from vtc.bench.timing import CLOCKS, markdown_table, megabytes, repeated, seconds
 from vtc.errors import ConfigError
 
 __all__ = ["SIZES", "exponent", "measure", "plot", "run", "table"]
@@ -27,15 +27,15 @@ __all__ = ["SIZES", "exponent", "measure", "plot", "run", "table"]
 SIZES = (256, 1024, 4096, 16384, 65536)
 FITTED_FROM = 1024
 MOST_BYTES = 4e9
-FEW_SECONDS = 2.0  # what takes longer is run once
-WAYS = {"ours": "vtc", "plain": "plain"}
+FEW_SECONDS = 2.0  # longer runs are not repeated
+LABELS = {"ours": "vtc", "baseline": "baseline"}
 
 Points = dict[int, dict[str, float]]
 """Seconds and bytes by number of tokens."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the operations asked for, print the table, draw the picture if asked; JSON-able results."""
+    """Measure the requested operations, print the table, plot if requested; return JSON-able results."""
     results = {}
     for name in args.op or OPS:
         results[name] = measure(name, args)
@@ -52,55 +52,57 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure(name: str, args: argparse.Namespace, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
-    """Points of both ways of one operation, as JSON-able lists, and what was not run."""
-    points: dict[str, Points] = {way: {} for way in WAYS}
-    skipped: dict[str, dict[int, str]] = {way: {} for way in WAYS}
+    """Measure both implementations of one operation; return JSON-able lists of points and of skipped sizes."""
+    points: dict[str, Points] = {label: {} for label in LABELS}
+    skipped: dict[str, dict[int, str]] = {label: {} for label in LABELS}
     for n in sizes:
         problem = OPS[name].at(
             Draw(torch.Generator().manual_seed(0), getattr(torch, args.dtype), args.device), n, growing=True
         )
-        works = {"ours": problem.ours, "plain": problem.plain}
-        for way in WAYS:
-            reason = _too_much(points[way], n, args.most_seconds) if not skipped[way] else "more than the size before"
+        works = {"ours": problem.ours, "baseline": problem.baseline}
+        for label in LABELS:
+            reason = (
+                _too_much(points[label], n, args.most_seconds) if not skipped[label] else "more than the size before"
+            )
             if reason:
-                skipped[way][n] = reason
-                del works[way]
+                skipped[label][n] = reason
+                del works[label]
         found = _rounds(works, args)
-        for way, work in works.items():
-            points[way][n] = {"seconds": found[way], "bytes": peak_bytes(work, args.device)}
+        for label, work in works.items():
+            points[label][n] = {"seconds": found[label], "bytes": peak_bytes(work, args.device)}
     return {
         "shape": OPS[name].shape(growing=True),
         **{
-            way: {
-                "n": list(points[way]),
-                "seconds": [point["seconds"] for point in points[way].values()],
-                "bytes": [point["bytes"] for point in points[way].values()],
-                "not_run": {str(n): why for n, why in skipped[way].items()},
+            label: {
+                "n": list(points[label]),
+                "seconds": [point["seconds"] for point in points[label].values()],
+                "bytes": [point["bytes"] for point in points[label].values()],
+                "not_run": {str(n): why for n, why in skipped[label].items()},
             }
-            for way in WAYS
+            for label in LABELS
         },
     }
 
 
 def _rounds(works: Mapping[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each way; ways that are quick take turns, the others are not run again."""
+    """Return median seconds of every implementation; quick ones are interleaved, the others run once."""
     clock = CLOCKS[args.clock]
     taken: dict[str, list[float]] = {}
     quick = {}
-    for way, work in works.items():
+    for label, work in works.items():
         began = clock()
         work()
-        taken[way] = [clock() - began]
-        if taken[way][0] <= FEW_SECONDS:
-            quick[way], taken[way] = repeated(work, args.device, clock), []
+        taken[label] = [clock() - began]
+        if taken[label][0] <= FEW_SECONDS:
+            quick[label], taken[label] = repeated(work, args.device, clock), []
     for _ in range(args.repeats):
-        for way, one in quick.items():
-            taken[way].append(one()["run"])
-    return {way: statistics.median(times) for way, times in taken.items()}
+        for label, one in quick.items():
+            taken[label].append(one()["run"])
+    return {label: statistics.median(times) for label, times in taken.items()}
 
 
 def _too_much(points: Points, n: int, most_seconds: float) -> str | None:
-    """Why not to run `n` tokens, judged by the sizes before; None: go ahead."""
+    """Return why `n` tokens should be skipped, extrapolating smaller sizes; None to run them."""
     if len(points) < 2:
         return None
     (before, earlier), (last, latest) = list(points.items())[-2:]
@@ -108,40 +110,40 @@ def _too_much(points: Points, n: int, most_seconds: float) -> str | None:
         if not earlier[what] or not latest[what]:
             continue
         power = math.log(latest[what] / earlier[what]) / math.log(last / before)
-        expected = latest[what] * (n / last) ** min(max(power, 1.0), 3.0)  # nothing here is steeper; a hiccup is
+        expected = latest[what] * (n / last) ** min(max(power, 1.0), 3.0)  # no operation is steeper, only noise
         if expected > limit:
             return f"about {words(expected)}"
     return None
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The p of the power law c * size^p closest to `values`, by least squares of the logarithms; NaN of too little."""
+    """Fit p of the power law c * size^p to `values` by least squares of the logarithms; NaN for too few values."""
     if len(sizes) < 2 or min(values) <= 0:
         return math.nan
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def fitted(curve: Mapping[str, Any], what: str) -> float:
-    """Exponent of "seconds" or "bytes" of one way, from `FITTED_FROM` tokens on."""
+    """Fit the exponent of "seconds" or "bytes" of one implementation from `FITTED_FROM` tokens on."""
     pairs = [(n, value) for n, value in zip(curve["n"], curve[what], strict=True) if n >= FITTED_FROM]
     return exponent(*zip(*pairs, strict=True)) if len(pairs) >= 3 else math.nan
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """One line per operation and way: figures at each size, exponents."""
-    sizes = sorted({n for result in results.values() for way in WAYS for n in _all_sizes(result[way])})
+    """Format one row per operation and implementation: figures at every size, exponents."""
+    sizes = sorted({n for result in results.values() for label in LABELS for n in _all_sizes(result[label])})
     rows = []
     for name, result in results.items():
         shape = ", ".join(f"{key} {size}" for key, size in result["shape"].items())
-        for way, words in WAYS.items():
-            curve = result[way]
+        for label, words in LABELS.items():
+            curve = result[label]
             at = {n: (s, b) for n, s, b in zip(curve["n"], curve["seconds"], curve["bytes"], strict=True)}
             cells = [
                 f"{seconds(at[n][0])}, {megabytes(at[n][1])}" if n in at else f"not run: {curve['not_run'][str(n)]}"
                 for n in sizes
             ]
             rows.append((name, shape, words, *cells, _power(fitted(curve, "seconds")), _power(fitted(curve, "bytes"))))
-    return markdown_table(("operation", "shape", "way", *(f"N = {n:,}" for n in sizes), "time", "memory"), rows)
+    return markdown_table(("operation", "shape", "code", *(f"N = {n:,}" for n in sizes), "time", "memory"), rows)
 
 
 def _all_sizes(curve: Mapping[str, Any]) -> set[int]:
@@ -153,12 +155,12 @@ def _power(value: float) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """One panel per operation: seconds to the left, bytes to the right, the plain way dashed.
+    """Plot one panel per operation: seconds on the left axis, bytes on the right, the baseline dashed.
 
     Raises
     ------
     ConfigError
-        There is no matplotlib.
+        matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -170,8 +172,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (name, result) in zip(panels, results.items(), strict=False):
         right = axes.twinx()
-        for way, style in (("ours", "o-"), ("plain", "x--")):
-            curve = result[way]
+        for label, style in (("ours", "o-"), ("baseline", "x--")):
+            curve = result[label]
             axes.plot(curve["n"], curve["seconds"], style, color="tab:blue", markersize=4)
             right.plot(curve["n"], [count / 1e6 for count in curve["bytes"]], style, color="tab:orange", markersize=4)
         axes.set(xscale="log", yscale="log", title=name)
@@ -184,5 +186,5 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     for axes in list(figure.axes[: rows * columns])[len(results) :]:
         axes.remove()
     figure.supxlabel("tokens")
-    figure.suptitle("seconds (blue, left) and peak MB (orange, right); vtc solid, the plain way dashed", fontsize=11)
+    figure.suptitle("seconds (blue, left) and peak MB (orange, right); vtc solid, the baseline dashed", fontsize=11)
     figure.savefig(path, dpi=110)

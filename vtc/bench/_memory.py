@@ -1,10 +1,9 @@
-"""Peak memory of a piece of work, as bytes above what was there before it.
+"""Peak memory of a function call, in bytes above the memory in use before it.
 
-`tracemalloc` sees only what Python's own allocator hands out, never a tensor. The resident set of the process has a
-high-water mark that does not fall again, so it serves one measurement per process (`vtc.bench._video` does that).
-Counting the outputs of operators under a `TorchDispatchMode` misses what an operator allocates for itself. Hence
-PyTorch's profiler: it logs every allocation and every release of the allocator that tensors live in, workspaces inside
-operators included. What a BLAS library allocates behind PyTorch's back it does not see; nor do the other two.
+`tracemalloc` only sees Python's own allocator, never a tensor. The peak of the resident set never falls, so it allows
+one measurement per process (see `vtc.bench._video`). Counting the outputs of operators under a `TorchDispatchMode`
+misses workspaces inside operators. Therefore this module uses PyTorch's profiler, which logs all allocations and
+releases of the tensor allocator, workspaces included; it misses only what a BLAS library allocates itself.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ __all__ = ["peak_bytes"]
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most bytes that tensors held at any one time during `run`, beyond those that existed before.
+    """Return the largest number of bytes that tensors held during `run`, beyond those that existed before.
 
-    The result of `run` counts, what it was given does not.
+    The result of `run` counts; its arguments do not.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -31,7 +30,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> in
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it reports every start and stop on stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it logs every start and stop to stderr
     with profile(use_cpu=True, profile_memory=True) as log:
         run()
     events: Any = log.kineto_results

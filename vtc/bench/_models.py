@@ -1,7 +1,7 @@
-"""Decoders of real shape behind a tiny vision tower, with random weights, and prompts for them.
+"""Models with decoders of real shape, a tiny vision tower and random weights, and prompts for them.
 
-The towers emit the right number of tokens of the right width and cost next to nothing, so that a prefill's time is the
-decoder's time. The projector has its real size. Everything is a stock transformers class.
+The towers emit the right number of tokens at negligible cost, so that the time of a prefill is that of the decoder. The
+projector has its real size. All classes are those of transformers.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _QWEN_GRIDS = {576: (24, 24), 2880: (48, 60)}
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A configuration and the prompts that fit it.
+    """A configuration and prompts for it.
 
     Attributes
     ----------
     name : str
     full_depth : int
-        Decoder layers of the checkpoint that the shape is taken from.
+        Number of decoder layers of the checkpoint of this shape.
     config : callable
         (layers) to configuration.
     prompt : callable
-        (config, visual_tokens, text_tokens, generator) to model inputs; the tensors a processor would make.
+        (config, visual_tokens, text_tokens, generator) to model inputs, as a processor returns them.
     method : str
-        The method to measure unless another is asked for.
+        Default method to measure.
     """
 
     name: str
@@ -55,7 +55,7 @@ class BenchModel:
 
 
 def build(model: BenchModel, layers: int, dtype: torch.dtype, device: str) -> Any:
-    """The model with `layers` decoder layers, random weights, in evaluation mode."""
+    """Build the model with `layers` decoder layers and random weights, in evaluation mode."""
     config = model.config(layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -64,25 +64,25 @@ def build(model: BenchModel, layers: int, dtype: torch.dtype, device: str) -> An
 
 
 def prompt(model: BenchModel, built: Any, visual_tokens: int, text_tokens: int) -> dict[str, torch.Tensor]:
-    """Inputs of one row: half of the text, the picture or pictures, the other half; the same in every run."""
+    """Return inputs of one row: half of the text, the images, the other half; the same in every run."""
     inputs = model.prompt(built.config, visual_tokens, text_tokens, torch.Generator().manual_seed(1))
     floating = {name: x.to(built.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     return {name: x.to(built.device) for name, x in floating.items()}
 
 
 def plain_prompt(built: Any, tokens: int) -> dict[str, torch.Tensor]:
-    """Inputs of one row of text alone."""
+    """Return inputs of one row of text only."""
     ids = _text(tokens, torch.Generator().manual_seed(1))[None]
     return {"input_ids": ids.to(built.device), "attention_mask": torch.ones_like(ids).to(built.device)}
 
 
 def packed_length(report: Report) -> int:
-    """Tokens of the report's only row behind compression: the length of the plain prompt to compare with.
+    """Return the number of tokens of the only row after compression, the length of the text prompt to compare with.
 
     Raises
     ------
     ConfigError
-        The method drops tokens inside the decoder, so that no plain prompt has its length in every layer.
+        The method drops tokens inside the decoder, so that no text prompt has its length in every layer.
     """
     lengths = {layer[0] for layer in report.lengths_per_layer}
     if len(lengths) > 1:
@@ -94,7 +94,7 @@ def packed_length(report: Report) -> int:
 
 
 def _text(tokens: int, generator: torch.Generator) -> torch.Tensor:
-    # Well below every special and placeholder id of the configurations here.
+    # Below all special and placeholder ids of these configurations.
     return torch.randint(1000, 20000, (tokens,), generator=generator)
 
 
@@ -108,7 +108,7 @@ def _llava(text: LlamaConfig) -> LlavaConfig:
     tower = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=8,  # what vtc-cls reads by default
+        num_hidden_layers=8,  # as many as the default of vtc-cls requires
         num_attention_heads=2,
         image_size=_CLIP_SIDE,
         patch_size=_CLIP_PATCH,
@@ -132,7 +132,7 @@ def _llava_7b(layers: int) -> LlavaConfig:
 
 
 def _llava_150m(layers: int) -> LlavaConfig:
-    # No checkpoint's shape: 12 layers and the two vocabulary matrices make 156 M parameters.
+    # Not the shape of a checkpoint: 12 layers and the two vocabulary matrices make 156 M parameters.
     return _llava(
         LlamaConfig(
             hidden_size=768,

@@ -1,7 +1,7 @@
-"""The operations that `vtc bench kernels` measures: at which shapes, against which plain way.
+"""The operations that `vtc bench kernels` measures, with their shapes and baselines.
 
-Features are drawn around forty centres, as the tokens of a picture with forty things in it, and for one operation as
-noise as well: a greedy search that leaves out what cannot win is helped by the former, and hardly by the latter.
+Features are clustered around forty centres, like the tokens of an image with forty objects, and for one operation also
+unclustered: greedy selection can exclude many rows early in the former case and few in the latter.
 """
 
 from __future__ import annotations
@@ -15,46 +15,47 @@ import torch
 from torch import Tensor
 
 from vtc import kernels
-from vtc.bench import _plain
+from vtc.bench import _baselines
+from vtc.kernels import reference
 
 __all__ = ["OPS", "Draw", "Op", "Problem"]
 
 
 @dataclass
 class Draw:
-    """Where the tensors of a problem come from: seeded, of one precision, on one device."""
+    """Generator of seeded tensors of one dtype on one device."""
 
     generator: torch.Generator
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
     def __call__(self, *shape: int) -> Tensor:
-        """Standard normal."""
+        """Draw from the standard normal distribution."""
         return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
 
     def tokens(self, n: int, d: int) -> Tensor:
-        """(n, d) features around forty centres."""
+        """Draw features (n, d) around forty centres."""
         centre = torch.randint(40, (n,), generator=self.generator).to(self.device)
         return self(40, d)[centre] + 0.5 * self(n, d)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation on one set of tensors, in two ways.
+    """One operation on one set of tensors, in two implementations.
 
     Attributes
     ----------
     reads : tuple of Tensor
-        As large as what has to be read: the inputs, of those that are gathered from as many rows as are kept.
-    ours, plain : callable
-        Compute the same.
+        Tensors of the size of all necessary reads: the inputs, reduced to the kept rows where rows are gathered.
+    ours, baseline : callable
+        The two implementations.
     agreement : callable
-        (result of ours, result of plain) to a few words on how far they agree.
+        (result of ours, result of the baseline) to a short description of their agreement.
     """
 
     reads: tuple[Tensor, ...]
     ours: Callable[[], Any]
-    plain: Callable[[], Any]
+    baseline: Callable[[], Any]
     agreement: Callable[[Any, Any], str]
 
 
@@ -66,43 +67,43 @@ class Op:
     ----------
     problem : callable
         (draw, n, other sizes by name) to `Problem`.
-    plainly : str
-        The plain way in words.
+    baseline : str
+        Description of the baseline.
     n : int
-        Tokens where the two ways are compared.
+        Number of tokens of the comparison.
     sizes : mapping
-        Other sizes there.
+        Other sizes of the comparison.
     growing : mapping
-        What is different in them where growth with n is measured: small enough for the largest n.
+        Sizes that differ where growth with n is measured, small enough for the largest n.
     """
 
     problem: Callable[..., Problem]
-    plainly: str
+    baseline: str
     n: int
     sizes: Mapping[str, int]
     growing: Mapping[str, int]
 
     def at(self, draw: Draw, n: int | None = None, *, growing: bool = False) -> Problem:
-        """The problem of `n` tokens; by default the one where the two ways are compared."""
+        """Draw the problem of `n` tokens, by default that of the comparison."""
         return self.problem(draw, n or self.n, **self.shape(growing=growing))
 
     def shape(self, *, growing: bool = False) -> dict[str, int]:
-        """Sizes beside the number of tokens."""
+        """Return the sizes beside the number of tokens."""
         return {**self.sizes, **(self.growing if growing else {})}
 
     def words(self) -> str:
-        """The sizes where the two ways are compared."""
+        """Describe the sizes of the comparison."""
         return ", ".join(f"{name} {size}" for name, size in {"n": self.n, **self.sizes}.items())
 
 
 def difference(a: Tensor, b: Tensor) -> str:
-    """Largest difference relative to the largest value."""
+    """Describe the largest difference relative to the largest value."""
     largest = float((a.float() - b.float()).abs().max() / b.float().abs().max())
     return f"to {largest:.0e}" if largest else "equal"
 
 
 def same_picks(a: Tensor, b: Tensor) -> str:
-    """How many of the picks are the same, as sets."""
+    """Describe how many of the picks are the same, as sets."""
     common = len(set(a.tolist()) & set(b.tolist()))
     return "equal" if common == len(b) else f"{common} of {len(b)}"
 
@@ -113,7 +114,7 @@ def _attention_rows(draw: Draw, n: int, layers: int, heads: int, width: int) -> 
     return Problem(
         (first, keys),
         lambda: kernels.attention_rows(first, keys, scaling, reduce="mean").sum(dim=0)[0, 0],
-        lambda: _plain.attention_rows(queries, keys, scaling),
+        lambda: _baselines.attention_rows(queries, keys, scaling),
         difference,
     )
 
@@ -123,20 +124,20 @@ def _attention_received(draw: Draw, n: int, heads: int, width: int) -> Problem:
     return Problem(
         (query, key),
         lambda: kernels.attention_received(query, key, scaling),
-        lambda: _plain.attention_received(query, key, scaling),
+        lambda: reference.attention(query, key, scaling).mean(dim=2),
         difference,
     )
 
 
 def _pagerank(draw: Draw, n: int, heads: int, kv_heads: int, width: int, steps: int) -> Problem:
-    # Small logits: AIM divides them by a temperature of 0.1, and a walk that is one-hot compares nothing.
+    # Small logits, because AIM divides them by a temperature of 0.1, and one-hot attention would compare nothing.
     query, key, scaling = draw(1, heads, n, width) * 0.1, draw(1, kv_heads, n, width), width**-0.5
     at = torch.arange(n, device=query.device)[None]
     causal = kernels.VisibilityMask(at, at)
     return Problem(
         (query, key),
-        lambda: kernels.pagerank(query, key, scaling, causal, temperature=0.1, iterations=steps),
-        lambda: _plain.pagerank(query, key, scaling, 0.1, steps),
+        lambda: kernels.pagerank(query, key, scaling, causal, iterations=steps),
+        lambda: reference.pagerank(query, key, scaling, causal, iterations=steps),
         difference,
     )
 
@@ -144,7 +145,7 @@ def _pagerank(draw: Draw, n: int, heads: int, kv_heads: int, width: int, steps: 
 def _topk(draw: Draw, n: int, k: int) -> Problem:
     scores = draw(n)
     return Problem(
-        (scores,), lambda: kernels.topk_indices(scores, k), lambda: _plain.topk_sorted(scores, k), same_picks
+        (scores,), lambda: kernels.topk_indices(scores, k), lambda: _baselines.topk_indices(scores, k), same_picks
     )
 
 
@@ -171,7 +172,7 @@ def _select_gather(draw: Draw, n: int, k: int, d: int, text: int) -> Problem:
     return Problem(
         (scores, visual, columns, embeddings[:, :left], positions[..., :left], mask[:, :left], plane[:k]),
         ours,
-        lambda: _plain.select_gather(scores, k, start, embeddings, positions, mask, plane),
+        lambda: _baselines.select_gather(scores, k, start, embeddings, positions, mask, plane),
         agreement,
     )
 
@@ -182,7 +183,7 @@ def _segment_merge(draw: Draw, n: int, k: int, d: int) -> Problem:
     return Problem(
         (x, slot, weight),
         lambda: kernels.segment_merge(x, slot, k, weight),
-        lambda: _plain.segment_merge(x, slot, k),
+        lambda: _baselines.segment_merge(x, slot, k),
         difference,
     )
 
@@ -190,13 +191,13 @@ def _segment_merge(draw: Draw, n: int, k: int, d: int) -> Problem:
 def _farthest_point(draw: Draw, n: int, k: int, d: int, first: int | None = None, noise: bool = False) -> Problem:
     x = draw(n, d) if noise else draw.tokens(n, d)
     return Problem(
-        (x,), lambda: kernels.farthest_point(x, k, first), lambda: _plain.farthest_point(x, k, first), same_picks
+        (x,), lambda: kernels.farthest_point(x, k, first), lambda: reference.farthest_point(x, k, first), same_picks
     )
 
 
 def _max_sum(draw: Draw, n: int, k: int, d: int) -> Problem:
     x = draw.tokens(n, d)
-    return Problem((x,), lambda: kernels.max_sum(x, k, 0), lambda: _plain.max_sum(x, k, 0), same_picks)
+    return Problem((x,), lambda: kernels.max_sum(x, k, 0), lambda: reference.max_sum(x, k, 0), same_picks)
 
 
 def _dpp_greedy(draw: Draw, n: int, k: int, d: int) -> Problem:
@@ -204,14 +205,14 @@ def _dpp_greedy(draw: Draw, n: int, k: int, d: int) -> Problem:
     return Problem(
         (x, relevance),
         lambda: kernels.dpp_greedy(x, k, relevance),
-        lambda: _plain.dpp_greedy(x, k, relevance),
+        lambda: reference.dpp_greedy(x, k, relevance),
         same_picks,
     )
 
 
 def _coverage_greedy(draw: Draw, n: int, k: int, d: int) -> Problem:
     x = draw.tokens(n, d)
-    return Problem((x,), lambda: kernels.coverage_greedy(x, k), lambda: _plain.coverage_greedy(x, k), same_picks)
+    return Problem((x,), lambda: kernels.coverage_greedy(x, k), lambda: reference.coverage_greedy(x, k), same_picks)
 
 
 def _bipartite_merge(draw: Draw, n: int, d: int) -> Problem:
@@ -222,13 +223,13 @@ def _bipartite_merge(draw: Draw, n: int, d: int) -> Problem:
         out = x.new_zeros(anchors.shape[1], d, dtype=torch.float32).index_add(0, assign[0], x.float())
         return (out / torch.bincount(assign[0])[:, None]).to(x.dtype)
 
-    return Problem((x,), ours, lambda: _plain.bipartite_merge(x, n // 2), difference)
+    return Problem((x,), ours, lambda: _baselines.bipartite_merge(x, n // 2), difference)
 
 
 def _patch_entropy(draw: Draw, n: int, side: int) -> Problem:
     patches = draw(n, 3, side * side).sigmoid()
     return Problem(
-        (patches,), lambda: kernels.patch_entropy(patches), lambda: _plain.patch_entropy(patches), difference
+        (patches,), lambda: kernels.patch_entropy(patches), lambda: _baselines.patch_entropy(patches), difference
     )
 
 
@@ -237,7 +238,7 @@ def _temporal_similarity(draw: Draw, n: int, frame: int, d: int) -> Problem:
     return Problem(
         (x, earlier),
         lambda: kernels.temporal_similarity(x, earlier),
-        lambda: _plain.temporal_similarity(x, frame),
+        lambda: _baselines.temporal_similarity(x, frame),
         difference,
     )
 
@@ -246,7 +247,7 @@ _PICKS = {"k": 64, "d": 3584}
 _SMALL = {"d": 256}
 
 OPS: dict[str, Op] = {
-    # What vtc-cls reads of CLIP ViT-L/14-336: layers 16 to 22.
+    # The layers of CLIP ViT-L/14-336 that vtc-cls uses, 16 to 22.
     "attention_rows": Op(
         _attention_rows,
         "output_attentions=True, then row 0",
@@ -261,7 +262,7 @@ OPS: dict[str, Op] = {
         {"heads": 16, "width": 64},
         {"heads": 1},
     ),
-    # A layer of Qwen2-7B, where AIM's authors walk.
+    # A layer of Qwen2-7B, the model of AIM's authors.
     "pagerank": Op(
         _pagerank,
         "N x N matrix, one product with it per step",
@@ -270,7 +271,7 @@ OPS: dict[str, Op] = {
         {"heads": 1, "kv_heads": 1, "width": 64, "steps": 1},
     ),
     "topk_indices": Op(_topk, "torch.topk, then sort", 2880, {"k": 288}, {"k": 64}),
-    # One row of LLaVA-NeXT's length with a deepstack plane, in the width of a 7B decoder.
+    # One row of the length of a LLaVA-NeXT prompt, with a deepstack plane, at the width of a 7B decoder.
     "select_gather": Op(
         _select_gather, "torch.topk, sort, a gather each", 2880, {"k": 288, "d": 4096, "text": 64}, {"k": 64, "d": 256}
     ),

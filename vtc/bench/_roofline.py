@@ -1,8 +1,8 @@
-"""What the Triton kernels take at best on two GPUs, from bytes and operations; nothing is run.
+"""Roofline estimate of the Triton kernels on two GPUs, from bytes and operations; nothing is run.
 
-A kernel cannot be faster than its bytes through the memory, nor than its arithmetic through the units. "At best" counts
-every input and output once, as if all repeated loads were answered by caches; "without caches" counts every load that
-the kernels make. The truth lies between them, plus a few microseconds per launch.
+The memory bandwidth and the arithmetic throughput bound the time of a kernel from below. "At best" counts every input
+and output once, as if all repeated loads hit a cache; "without caches" counts every load of the kernels. The real time
+lies between them, plus a few microseconds per launch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from vtc.bench._models import LLAVA_7B
 from vtc.bench._ops import OPS, Draw
-from vtc.bench._timing import markdown_table, seconds
 from vtc.bench._traffic import Traffic, record
+from vtc.bench.timing import markdown_table, seconds
 from vtc.errors import KernelError
 from vtc.kernels import aot, dispatch
 from vtc.report.flops import DecoderShape
@@ -27,12 +27,12 @@ from vtc.report.flops import DecoderShape
 __all__ = ["CHIPS", "notes", "report", "resources_notes", "resources_table", "roofline_table", "work"]
 
 TOKENS = 2880
-"""Of the prefill that stands beside: five images of LLaVA."""
+"""Tokens of the prefill to compare with: five images of LLaVA."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Bytes per second, and operations per second in products of bfloat16 and otherwise."""
+    """Peak rates of a GPU: bytes per second, operations per second in bfloat16 products and otherwise."""
 
     name: str
     memory: float
@@ -40,7 +40,7 @@ class Chip:
     other: float
 
     def time(self, moved: float, products: float, other: float) -> float:
-        """Seconds of the slowest of the three, the others hidden behind it."""
+        """Return the seconds of the slowest of the three, which run concurrently."""
         return max(moved / self.memory, products / self.products, other / self.other)
 
 
@@ -48,14 +48,14 @@ CHIPS = (
     Chip("A100", 1555e9, 312e12, 19.5e12),
     Chip("H100", 3350e9, 989e12, 67e12),
 )
-"""The A100 with 40 GB (that with 80 GB moves 2,039 GB/s) and the H100 SXM, by their data sheets, without sparsity."""
+"""A100 with 40 GB (the one with 80 GB has 2,039 GB/s) and H100 SXM, by their data sheets, without sparsity."""
 
 
 @torch.no_grad()
 def work(name: str) -> tuple[Traffic, int, int]:
-    """Of one operation of the benchmark, in bfloat16: what its kernels do, bytes that must move, launches.
+    """Return traffic, necessary bytes and number of launches of one operation of the benchmark, in bfloat16.
 
-    No launches: the operation has no kernel.
+    An operation without kernels has no launches.
     """
     problem = OPS[name].at(Draw(torch.Generator().manual_seed(0), torch.bfloat16))
     try:
@@ -69,12 +69,12 @@ def work(name: str) -> tuple[Traffic, int, int]:
 
 
 def report() -> str:
-    """Both tables and what they say, as the documentation has them.
+    """Format both tables with their captions, as in docs/kernels.md.
 
     Raises
     ------
     KernelError
-        Triton is not installed, or is told to interpret.
+        Triton is not installed, or runs its interpreter.
     """
     if importlib.util.find_spec("triton") is None:
         raise KernelError("--roofline reads the Triton kernels, and Triton is not installed: pip install triton.")
@@ -86,7 +86,7 @@ def report() -> str:
 
 
 def notes() -> str:
-    """Under the first table."""
+    """Return the caption of the first table: rates of the GPUs and the prefill to compare with."""
     prefill = ", ".join(f"{seconds(prefill_seconds(chip))} on the {chip.name}" for chip in CHIPS)
     rates = "; ".join(
         f"{chip.name}: {chip.memory / 1e9:,.0f} GB/s, {chip.products / 1e12:.0f} TFLOP/s in products of bfloat16, "
@@ -95,32 +95,32 @@ def notes() -> str:
     )
     return (
         f"Batch 1, bfloat16, the launches of one call. {rates} (data sheets; the A100 with 80 GB moves 2,039 GB/s). "
-        f"The prefill is that of LLaVA-1.5-7B's decoder at {TOKENS} tokens by the formula of `vtc/flops.py`, nothing "
-        f"but its products at the full rate: {prefill}."
+        f"The prefill is that of LLaVA-1.5-7B's decoder at {TOKENS} tokens by the formula of `vtc/report/flops.py`, "
+        f"nothing but its products at the full rate: {prefill}."
     )
 
 
 def resources_notes() -> str:
-    """Under the second table."""
+    """Return the caption of the second table: the version of Triton."""
     version = importlib.metadata.version("triton")
     return f"As compiled by Triton {version}. Spilled: bytes of local memory per thread."
 
 
 def prefill_seconds(chip: Chip) -> float:
-    """Of a 7B decoder at `TOKENS` tokens, by the formula of `vtc.flops` and nothing but its products."""
+    """Return the time of a 7B prefill of `TOKENS` tokens whose products run at the peak rate of the chip."""
     shape = DecoderShape.from_config(LLAVA_7B.config(LLAVA_7B.full_depth).get_text_config())
     return shape.prefill_flops(TOKENS) / chip.products
 
 
 def roofline_table() -> str:
-    """One line per operation that has kernels; per chip two times and the longer one's part of a prefill."""
+    """Format one row per operation with kernels: per chip two times, and the longer one as share of a prefill."""
     header = ["operation", "shape", "launches", "must move", "kernels move", "products", "other"]
     for chip in CHIPS:
         header += [f"{chip.name}: at best", "without caches", "of prefill"]
     rows = []
     for name, op in OPS.items():
         done, needed, launches = work(name)
-        if not launches or name.endswith("/noise"):  # what is drawn changes nothing here
+        if not launches or name.endswith("/noise"):  # the values of the inputs make no difference
             continue
         row = [name, op.words(), f"{launches}", _bytes(needed), _bytes(done.moved)]
         row += [_operations(done.products), _operations(done.other)]
@@ -132,7 +132,7 @@ def roofline_table() -> str:
 
 
 def resources_table() -> str:
-    """Registers, shared memory and spills of every kernel, as compiled here for compute capabilities 8.0 and 9.0."""
+    """Compile every kernel for compute capabilities 8.0 and 9.0; format registers, shared memory and spills."""
     header = ["kernel"]
     for capability in aot.SHARED_MEMORY:
         header += [f"sm_{capability}: registers", "shared memory", "spilled"]
@@ -143,7 +143,7 @@ def resources_table() -> str:
 
 
 def resources_row(name: str, binaries: Sequence[aot.Resources]) -> list[str]:
-    """Cells of one kernel."""
+    """Format the resources of one kernel."""
     row = [name]
     for binary in binaries:
         row += [f"{binary.registers}", f"{binary.shared / 1024:.1f} KiB", f"{binary.stack} B"]

@@ -1,9 +1,8 @@
-"""What the Triton kernels load, store and multiply, counted from their code.
+"""Bytes and operations of the Triton kernels, by one formula per kernel.
 
-One formula per kernel says what all programs of a launch do together; masked lanes are not counted, repeated loads are,
-whether or not a cache answers them. A test runs the kernels in Triton's interpreter with every load, store and product
-counted, and compares. `record` collects the launches of an operation without running them, so that a full shape costs
-nothing.
+A formula covers all programs of a launch. Masked lanes do not count; repeated loads do, even if they hit a cache. A
+test counts every load, store and product in Triton's interpreter and compares. `record` collects the launches of an
+operation without running them, so that full shapes cost nothing.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ __all__ = ["FORMULAS", "Launch", "Traffic", "record"]
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one or several launches do.
+    """Bytes and operations of one or several launches.
 
     Attributes
     ----------
     loaded, stored : int
         Bytes.
     products : int
-        Floating-point operations of matrix products, whole tiles, what is masked off included.
+        Floating-point operations of matrix products over whole tiles, masked lanes included.
     other : int
-        Floating-point operations on single numbers, roughly; an exponential counts as one.
+        Approximate number of other floating-point operations; an exponential counts as one.
     """
 
     loaded: int = 0
@@ -50,13 +49,13 @@ class Traffic:
 
     @property
     def moved(self) -> int:
-        """Bytes loaded and stored."""
+        """Sum of bytes loaded and stored."""
         return self.loaded + self.stored
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: its name, the number of programs along each axis, its arguments by name."""
+    """One launch of a kernel: its name, its grid, its arguments by name."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -64,7 +63,7 @@ class Launch:
 
     @property
     def traffic(self) -> Traffic:
-        """By the kernel's formula."""
+        """Bytes and operations by the formula of the kernel."""
         return FORMULAS[self.kernel](self.grid, SimpleNamespace(**self.arguments))
 
 
@@ -73,7 +72,7 @@ def _size(pointer: Any) -> int:
 
 
 def _mask_bytes(a: Any, batch: int, heads: int, row_blocks: int, column_blocks: int) -> int:
-    """Bytes that `_mask_bytes` loads for all tiles of all heads."""
+    """Return the bytes that `_visible` loads for all tiles of all heads."""
     if a.KIND == 1:
         return batch * heads * a.length * a.key_length
     if a.KIND == 2:
@@ -87,7 +86,7 @@ def _row_logits(grid: tuple[int, ...], a: Any) -> Traffic:
     batch, rows = groups * a.group // a.heads, a.group * a.length
     together = math.ceil(rows / a.ROWS)
     masked = _mask_bytes(a, batch, a.heads, 1, blocks)
-    if a.KIND == 2:  # the table of keys is read once per tile, and a tile has the rows of several heads
+    if a.KIND == 2:  # key positions are read once per tile, and a tile has the rows of several heads
         tables = 2 if a.BLOCKS else 1
         masked = 4 * tables * groups * (rows * blocks + a.key_length * together)
     return Traffic(
@@ -143,8 +142,8 @@ def _compare(grid: tuple[int, ...], a: Any) -> Traffic:
     firsts = range(0, splits * a.stripe, a.stripe)
     tiles = sum(math.ceil((min(first + a.stripe, columns) - first) / a.COLUMNS) for first in firsts if first < columns)
     row = a.width * _size(a.x)
-    per_row = splits * (4 + (8 if a.CHOSEN else 0)) + tiles * row  # its norm, its place, itself
-    per_column = row + 4 + (4 if a.REDUCE == 1 else 0)  # itself, its norm, how well it is covered
+    per_row = splits * (4 + (8 if a.CHOSEN else 0)) + tiles * row  # its norm, its index, the row
+    per_column = row + 4 + (4 if a.REDUCE == 1 else 0)  # the row, its norm, its coverage
     return Traffic(
         loaded=batch * (a.count * per_row + row_blocks * columns * per_column),
         stored=batch * splits * a.count * (8 if a.REDUCE == 0 else 4),
@@ -157,12 +156,12 @@ def _pick(grid: tuple[int, ...], a: Any) -> Traffic:
     programs, volume = grid[0], a.OBJECTIVE == 2
     row = a.width * _size(a.x)
     done = Traffic(
-        # Of every program: what all of them found, the pick itself and its scale. Of every row: itself, scale, state.
+        # Per program: all results, the pick and its scale. Per row: the row, its scale, its state.
         loaded=programs * (8 * a.programs + row + 4) + a.n * (row + 8),
         stored=8 + 4 * a.n + 8 * programs,
         other=2 * a.n * a.width + 3 * a.n,
     )
-    if volume:  # the floor and what was found in reserve; the factor so far; the reserve
+    if volume:  # the floor and the reserve results; the factor so far; the reserve
         loaded = programs * (4 + 8 * a.programs + 4 * a.step) + a.n * (4 * a.step + 4)
         done += Traffic(loaded=loaded, stored=4 * a.n + 8 * programs, other=2 * a.step * a.n)
     return done
@@ -180,7 +179,7 @@ def _merge(grid: tuple[int, ...], a: Any) -> Traffic:
 
 def _best(grid: tuple[int, ...], a: Any) -> Traffic:
     scores = int(a.offsets[-1] - a.offsets[0])
-    # Four digits of eight bits and the marking go through the scores; the marking through the places.
+    # Four histograms and the marking read the scores; the marking reads the places.
     return Traffic(loaded=24 * grid[0] + scores * (5 * _size(a.scores) + 8), stored=scores)
 
 
@@ -223,7 +222,7 @@ FORMULAS: dict[str, Callable[[tuple[int, ...], Any], Traffic]] = {
     "_patch_entropy": _patch_entropy,
     "_similarity": _similarity,
 }
-"""By the kernel's name. Where sequences are ragged a formula does not hold: work then depends on their lengths."""
+"""Formulas by name of the kernel. They do not hold for ragged sequences, whose work depends on their lengths."""
 
 
 def _nearest_is_first(a: Any) -> None:
@@ -237,12 +236,12 @@ def _first_are_best(a: Any) -> None:
         a.marks.view(-1)[a.places[start : start + count]] = 1
 
 
-_STAND_INS: dict[str, Callable[[Any], None]] = {"_compare": _nearest_is_first, "_best": _first_are_best}
-"""What to write instead of a kernel that later launches depend on: something possible."""
+_SUBSTITUTES: dict[str, Callable[[Any], None]] = {"_compare": _nearest_is_first, "_best": _first_are_best}
+"""Substitutes for kernels whose results determine later launches; they write valid values."""
 
 
 class _Recorder:
-    """Stands in a module where a kernel stood."""
+    """Replacement of a kernel that records its launches."""
 
     def __init__(self, name: str, kernel: Any, launches: list[Launch]) -> None:
         self.name, self.names, self.launches = name, list(kernel.arg_names), launches
@@ -251,17 +250,17 @@ class _Recorder:
         def launch(*args: Any, **kwargs: Any) -> None:
             given = {**dict(zip(self.names, args, strict=False)), **kwargs}
             self.launches.append(Launch(self.name, tuple(grid), given))
-            if self.name in _STAND_INS:
-                _STAND_INS[self.name](SimpleNamespace(**given))
+            if self.name in _SUBSTITUTES:
+                _SUBSTITUTES[self.name](SimpleNamespace(**given))
 
         return launch
 
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Inside the block all operations go to their kernels, which are not launched but written down.
+    """Dispatch all operations to Triton inside the block, recording launches instead of running them.
 
-    What they would have written is not, so results mean nothing.
+    The results of operations are meaningless.
     """
     launches: list[Launch] = []
     replaced: list[tuple[Any, str, Any]] = [(dispatch, "_check", dispatch._check)]

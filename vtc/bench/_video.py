@@ -1,8 +1,8 @@
-"""What selecting among the tokens of a long video takes of memory: one process per method, by the kernel's own record.
+"""Peak memory of selecting among the tokens of a long video, measured in one process per method.
 
     python -m vtc.bench._video METHOD WIDTH CLOCK
 
-is one of those processes.
+runs one of these processes; Linux records its peak in /proc.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vtc.bench._timing import CLOCKS, markdown_table, megabytes, seconds
+from vtc.bench.timing import CLOCKS, markdown_table, megabytes, seconds
 from vtc.errors import ConfigError
 
 __all__ = ["measure", "run", "table"]
@@ -24,11 +24,11 @@ METHODS = ("evs", "vidcom2", "divprune", "uniform", "random")
 GRID = (500, 10, 20)  # frames, rows, columns: 100,000 tokens
 KEEP = 2048
 WIDTHS = (896, 3584)
-"""Of LLaVA-OneVision with the decoders of 0.5B and 7B parameters."""
+"""Widths of LLaVA-OneVision with decoders of 0.5B and 7B parameters."""
 
 
 def run(clock: str) -> list[dict[str, Any]]:
-    """Measure every method at every width, print the table; `clock` is one of `CLOCKS`."""
+    """Measure every method at every width and print the table; `clock` is one of `CLOCKS`."""
     rows = []
     for width in WIDTHS:
         for method in METHODS:
@@ -46,12 +46,12 @@ def run(clock: str) -> list[dict[str, Any]]:
 def measure(
     method: str, width: int, clock: str = "wall", grid: tuple[int, int, int] = GRID, keep: int = KEEP
 ) -> dict[str, Any]:
-    """Select once, in this process.
+    """Measure one selection in this process.
 
     Raises
     ------
     ConfigError
-        The system does not tell the peak of a process in /proc.
+        /proc does not contain the peak of the process.
     """
     import torch
 
@@ -62,7 +62,7 @@ def measure(
     features = torch.empty(math.prod(grid), width, dtype=torch.bfloat16)
     still = torch.randn(height * columns, width, generator=generator)
     for number, frame in enumerate(features.view(frames, -1, width)):
-        # Every tenth frame is another scene; within one, tokens drift.
+        # A new scene every ten frames, small differences within a scene.
         still = torch.randn(still.shape, generator=generator) if number % 10 == 0 else still
         frame.copy_(still + 0.1 * torch.randn(still.shape, generator=generator))
     before = peak_resident_bytes()
@@ -81,19 +81,19 @@ def measure(
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident set of this process so far.
+    """Return the peak of the resident set of this process.
 
-    `resource.getrusage` would do, were a new process not born with the peak of the one that started it.
+    `resource.getrusage` is unsuitable, because a new process inherits the peak of its parent.
     """
     status = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
     if found is None:
-        raise ConfigError("vtc bench kernels --video reads peaks of memory from /proc/self/status, which is not here.")
+        raise ConfigError("vtc bench kernels --video reads peaks of memory from /proc/self/status, which is missing.")
     return 1024 * int(found[1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Results as a markdown table; the last column is the aim."""
+    """Format results as a markdown table; the last column is the target."""
     return markdown_table(
         ("method", "width", "kept", "features", "peak before", "peak", "added by selecting", "seconds", "added < 1 GB"),
         [

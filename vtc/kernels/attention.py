@@ -177,8 +177,8 @@ def _tiles(query: Tensor, key: Tensor, scaling: float, mask: VisibilityMask | Te
                 if bias is not None:
                     logits += bias if len(bias) == 1 else bias[some]
                 torch.softmax(logits, dim=-1, out=logits)
-                shared = nonempty is None or len(nonempty) == 1  # by all heads
-                yield row, some, part, columns, logits, nonempty if shared else nonempty[some]
+                own = nonempty if nonempty is None or len(nonempty) == 1 else nonempty[some]
+                yield row, some, part, columns, logits, own
 
 
 def _bias(

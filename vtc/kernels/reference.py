@@ -15,22 +15,20 @@ from .visibility import VisibilityMask
 
 def attention(query: Tensor, key: Tensor, scaling: float, mask: VisibilityMask | Tensor | None = None) -> Tensor:
     """Return the attention matrix (..., H, Q, M) float32; the row of a query without any key is zero."""
+    if isinstance(mask, VisibilityMask):
+        mask = mask(slice(None), key.shape[-2])
     matrix = logits(query, key, scaling, mask).softmax(dim=-1)
     if mask is None:
         return matrix
-    empty = ~_dense(mask, key.shape[-2]).any(dim=-1, keepdim=True)
+    empty = ~mask.any(dim=-1, keepdim=True)
     return matrix.masked_fill(empty, 0.0) if bool(empty.any()) else matrix
 
 
-def logits(query: Tensor, key: Tensor, scaling: float, mask: VisibilityMask | Tensor | None = None) -> Tensor:
+def logits(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Return the argument of the softmax, (..., H, Q, M) float32, minus infinity where masked."""
     shared = query.shape[-3] // key.shape[-3]
     products = query.float() @ key.float().repeat_interleave(shared, dim=-3).transpose(-1, -2) * scaling
-    return products if mask is None else products.masked_fill(~_dense(mask, key.shape[-2]), -torch.inf)
-
-
-def _dense(mask: VisibilityMask | Tensor, key_length: int) -> Tensor:
-    return mask(slice(None), key_length) if isinstance(mask, VisibilityMask) else mask
+    return products if mask is None else products.masked_fill(~mask, -torch.inf)
 
 
 def attention_rows(
@@ -228,7 +226,7 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     while len(picks) < min(k, x.shape[0]):
         picks.append(int(near.argmin()) if picks else range(x.shape[0])[first or 0])
         near = torch.maximum(near, similarity[picks[-1]])
-        near[picks] = torch.inf
+        near[picks[-1]] = torch.inf
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
@@ -240,7 +238,7 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     while len(picks) < min(k, x.shape[0]):
         picks.append(int(total.argmin()) if picks else range(x.shape[0])[int(first)])
         total = total + similarity[picks[-1]]
-        total[picks] = torch.inf
+        total[picks[-1]] = torch.inf
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
@@ -267,7 +265,7 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
         factor[step] = (kernel[best] - factor[:step, best] @ factor[:step]) / left[best].sqrt()
         picks.append(best)
         left = left - factor[step].square()
-        left[picks] = -torch.inf
+        left[best] = -torch.inf
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
@@ -279,13 +277,14 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
     """
     similarity = cosines(x)
     covered = torch.zeros_like(similarity[:, :1].flatten())
+    picked = torch.zeros_like(covered, dtype=torch.bool)
     picks: list[int] = []
     while len(picks) < min(k, x.shape[0]):
         score = (similarity - covered[:, None]).clamp(min=0).sum(dim=0)
         if weight is not None:
             score = score * weight if combine == "multiply" else score + weight
-        score[picks] = -torch.inf
-        picks.append(int(score.argmax()))
+        picks.append(int(score.masked_fill_(picked, -torch.inf).argmax()))
+        picked[picks[-1]] = True
         covered = torch.maximum(covered, similarity[:, picks[-1]])
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 

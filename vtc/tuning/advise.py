@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from vtc import api
-from vtc.bench._timing import Case, Figures, Stopwatch, Timing, conditions, describe, interleave
+from vtc.bench.timing import Case, Figures, Stopwatch, Timing, conditions, describe, interleave
 from vtc.config import CompressionConfig
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.registry import get_adapter

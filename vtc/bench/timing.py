@@ -1,4 +1,7 @@
-"""Interleaved timing, and the conditions without which a time means nothing."""
+"""Interleaved timing, the conditions of a measurement, and tables of results.
+
+Imports torch and transformers only when it measures, so that the command line can list the options without them.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,33 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
+from typing import TYPE_CHECKING, Any
 
 from vtc._version import package_version
 
+if TYPE_CHECKING:
+    import torch
+
 Figures = dict[str, float]
-"""Seconds by name, as one run measured them."""
+"""Seconds of one run by name of the figure."""
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""What to tell time by: the wall, or the processor time of this process, all its threads together."""
+"""Wall-clock time, or processor time of this process, summed over its threads."""
 
-MIN_SECONDS = 0.02
-"""How long a run of something short is made."""
+_MIN_SECONDS = 0.02
+"""Length to which the runs of short work are extended by repetition."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time.
+    """One piece of work to time.
 
     Attributes
     ----------
     run : callable
-        Does the work and returns the seconds of each of its parts.
+        Does the work and returns the seconds of its parts.
     around : callable
-        Context entered before and left after every run, outside the clock: compress and restore, for instance.
+        Returns a context for every run, entered and left outside of the measured time, such as `vtc.compressed`.
     """
 
     run: Callable[[], Figures]
@@ -57,26 +60,26 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The middle measurement."""
+        """Median in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """First and third quartile; both the single value if there is only one."""
+        """First and third quartile in seconds; the value itself for a single measurement."""
         if len(self.seconds) == 1:
             return self.seconds[0], self.seconds[0]
         first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return first, third
 
     def to_dict(self) -> dict[str, Any]:
-        """Median, quartiles and every measurement."""
+        """Return median, quartiles and all measurements as JSON types."""
         first, third = self.quartiles
         return {"median": self.median, "quartiles": [first, third], "seconds": list(self.seconds)}
 
 
 @dataclass
 class Stopwatch:
-    """Adds up the seconds of named parts of one run, by the clock on the wall unless it is given another."""
+    """Sums the seconds of named parts of one run, in wall-clock time by default."""
 
     device: torch.device
     figures: Figures = field(default_factory=dict)
@@ -84,7 +87,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time the body of a `with` statement, the device's queue included."""
+        """Time the body of a `with` statement, including the work queued on the device."""
         self._synchronize()
         start = self.clock()
         yield
@@ -93,20 +96,22 @@ class Stopwatch:
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(self.device)
 
 
 def interleave(cases: Mapping[str, Case], *, repeats: int, warmup: int = 1) -> dict[str, dict[str, Timing]]:
-    """Run all cases in turn, again and again, so that a slow minute of the machine hits each of them alike.
+    """Run all cases in turn, round by round, so that fluctuations of the machine affect them equally.
 
     Parameters
     ----------
     cases : mapping of str to Case
     repeats : int
-        Measured rounds, each in an order of its own, the same in every run: a case pays for what ran before it (caches,
-        clock rates), so none may always follow the same other.
+        Number of measured rounds. Every round has a different, seeded order: a case is affected by the one before it
+        (caches, clock rates), so none may always follow the same other.
     warmup : int
-        Rounds before them that are not measured.
+        Number of preceding rounds that are not measured.
 
     Returns
     -------
@@ -127,15 +132,17 @@ def interleave(cases: Mapping[str, Case], *, repeats: int, warmup: int = 1) -> d
 
 
 def repeated(work: Callable[[], Any], device: str, clock: Callable[[], float]) -> Callable[[], Figures]:
-    """A run of `work` that is long enough for the clock, as seconds of one."""
+    """Return a run for a `Case` that repeats `work` to be long enough for the clock; its figure is per repetition."""
     began = time.perf_counter()
     work()
-    number = max(1, math.ceil(MIN_SECONDS / (time.perf_counter() - began)))
-    return partial(_repeat, work, number, torch.device(device), clock)
+    number = max(1, math.ceil(_MIN_SECONDS / (time.perf_counter() - began)))
+    return partial(_repeat, work, number, device, clock)
 
 
-def _repeat(work: Callable[[], Any], number: int, device: torch.device, clock: Callable[[], float]) -> Figures:
-    watch = Stopwatch(device, clock=clock)
+def _repeat(work: Callable[[], Any], number: int, device: str, clock: Callable[[], float]) -> Figures:
+    import torch
+
+    watch = Stopwatch(torch.device(device), clock=clock)
     with watch.part("run"):
         for _ in range(number):
             work()
@@ -143,7 +150,7 @@ def _repeat(work: Callable[[], Any], number: int, device: torch.device, clock: C
 
 
 def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmup: int, dtype: str) -> None:
-    """The options that every benchmark has, with its own defaults."""
+    """Add the options that all benchmarks share, with the defaults of one."""
     parser.add_argument("--repeats", type=int, default=repeats, help=f"measured rounds ({repeats})")
     parser.add_argument("--warmup", type=int, default=warmup, help=f"rounds before them ({warmup})")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype, help=f"({dtype})")
@@ -152,7 +159,10 @@ def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmu
 
 
 def conditions(**more: Any) -> dict[str, Any]:
-    """What a reader needs to know about the machine and the run, as JSON types."""
+    """Return versions, machine and the given facts about the run as JSON types."""
+    import torch
+    import transformers
+
     return {
         "command": " ".join(["vtc", *sys.argv[1:]]),
         "versions": {
@@ -173,7 +183,7 @@ def conditions(**more: Any) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor's marketing name where the system tells it, else the architecture."""
+    """Return the model name of the processor where /proc lists it, else the architecture."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -183,7 +193,7 @@ def _cpu_name() -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A padded markdown table: first column to the left, the others to the right."""
+    """Format a padded markdown table: first column left-aligned, the others right-aligned."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
 
     def joined(cells: Sequence[str]) -> str:
@@ -197,7 +207,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def seconds(value: float) -> str:
-    """Three digits in the unit that suits them."""
+    """Format seconds with three digits in a suitable unit."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if value * factor >= 1:
             return f"{_digits(value * factor)} {unit}"
@@ -205,28 +215,28 @@ def seconds(value: float) -> str:
 
 
 def spread(timing: Mapping[str, Any]) -> str:
-    """Median and quartiles of `Timing.to_dict`."""
+    """Format median and quartiles of `Timing.to_dict`."""
     low, high = timing["quartiles"]
     return f"{seconds(timing['median'])} [{seconds(low)}, {seconds(high)}]"
 
 
 def megabytes(count: float) -> str:
-    """Bytes in units of 10^6, three digits."""
+    """Format bytes in units of 10^6 with three digits."""
     return f"{_digits(count / 1e6)} MB"
 
 
 def _digits(value: float) -> str:
-    """Three of them, and never an exponent."""
+    """Format with three digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.4f}"
 
 
 def describe(stated: Mapping[str, Any]) -> str:
-    """`conditions` in one line, for under a table."""
+    """Format `conditions` in one line, for the caption of a table."""
     machine, versions = stated["machine"], stated["versions"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} threads"
     return f"{where}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result with its conditions, indented."""
+    """Write a result with its conditions as indented JSON."""
     path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
