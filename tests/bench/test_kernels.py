@@ -157,7 +157,7 @@ class TestTargets:
         assert all(target["met"] for target in _targets.check(self.results(), self.costs()))
 
     @pytest.mark.parametrize(
-        ("where", "value", "aim"),
+        ("where", "value", "target"),
         [
             (("tower", "scoring", "median"), 0.03, "of the tower's time"),
             (("tower", "scored_bytes"), 12 * 10**6, "peak memory above the tower's"),
@@ -165,16 +165,16 @@ class TestTargets:
             (("farthest_point_bytes", 50_000), 10**9, "farthest_point, 288"),
         ],
     )
-    def test_each_can_be_missed(self, where, value, aim) -> None:
+    def test_each_can_be_missed(self, where, value, target) -> None:
         costs = self.costs()
         inner = costs
         for key in where[:-1]:
             inner[key] = dict(inner[key])
             inner = inner[key]
         inner[where[-1]] = value
-        missed = [target["target"] for target in _targets.check(self.results(), costs) if not target["met"]]
+        missed = [found["target"] for found in _targets.check(self.results(), costs) if not found["met"]]
         assert len(missed) == 1
-        assert aim in missed[0]
+        assert target in missed[0]
 
     @pytest.mark.parametrize(
         ("op", "field", "value"),

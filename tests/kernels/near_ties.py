@@ -50,7 +50,7 @@ def distance_to_all(first: int) -> Objective:
 
 
 def volume(relevance: torch.Tensor) -> Objective:
-    """Of `dpp_greedy`: the Schur complement, solved anew for every pick. Below rounding, relevance decides."""
+    """Of `dpp_greedy`: the Schur complement, solved for every pick. Below rounding, relevance decides."""
 
     def objective(similarity: torch.Tensor, picks: list[int]) -> torch.Tensor:
         weight = relevance.double()

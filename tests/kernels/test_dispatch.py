@@ -159,7 +159,7 @@ def test_every_operation_is_public() -> None:
 
 
 def test_importing_brings_no_triton() -> None:
-    # transformers imports Triton through PyTorch's compiler, so the parts that know nothing of it are looked at alone.
+    # transformers imports Triton through PyTorch's compiler, so the parts that do not use it are imported alone.
     code = """
 import sys, types
 import torch

@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn, square: bool = False) -> Case:
     width, key_length = draw(st.sampled_from([1, 8, 17, 40])), draw(st.integers(1, 70))
     queries = key_length if square else draw(st.integers(1, 5))
     dtype = draw(st.sampled_from(DTYPES))
-    # As models have them: heads stand behind tokens in memory.
+    # The memory layout of models: tokens before heads.
     query, key = (
         torch.randn(batch, n, h, width, generator=generator).to(DEVICE, dtype).transpose(1, 2)
         for n, h in ((queries, key_heads * shared), (key_length, key_heads))

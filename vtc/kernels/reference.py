@@ -308,8 +308,8 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Te
         into = {token: 2 * int(similarity[token // 2].argmax()) + 1 for token in ranked[:r]}
         anchors.append(staying)
         assign.append([slot[into.get(token, token)] for token in range(n)])
-    stand = torch.tensor(anchors, dtype=torch.long, device=metric.device).view(batch, n - r)
-    return stand, torch.tensor(assign, dtype=torch.long, device=metric.device).view(batch, n)
+    anchor = torch.tensor(anchors, dtype=torch.long, device=metric.device).view(batch, n - r)
+    return anchor, torch.tensor(assign, dtype=torch.long, device=metric.device).view(batch, n)
 
 
 def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
