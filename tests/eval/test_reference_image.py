@@ -17,11 +17,11 @@ pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 
 from transformers import AutoTokenizer
 
-from eval.reference.train import models
-from eval.reference.train.__main__ import TOKENIZER, begin_with, tokens_like
-from eval.reference.train.export import internvl_processor, llava_processor
-from eval.reference.train.labels import GROUPS, patch_labels, word_ids
-from eval.reference.train.packing import IGNORE, Packer
+from eval.reference.train.__main__ import start_from_llava, teacher_tokens
+from eval.reference.train.cache import TOKENIZER
+from eval.reference.train.labels import ATTRIBUTES, scene_labels, word_ids
+from eval.reference.train.models import Example, new_packed
+from eval.reference.train.packing import Packer
 from eval.reference.train.tokenizer import VIDEO_SENTENCES
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.scene import make_scene
@@ -77,33 +77,47 @@ def scene() -> Any:
     return next(s for s in (make_scene("test", 0, i) for i in range(50)) if len(s.objects) >= 3 and s.signs)
 
 
+@pytest.fixture(scope="module")
+def processors() -> dict[str, Any]:
+    return {family: _installed().load(family)[1] for family in FAMILIES}
+
+
+def _prefix(packed: Any, tokenizer: Any) -> list[int]:
+    placeholder = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>" if len(packed.after) else "<image>")
+    return [*packed.before.tolist(), *[placeholder] * len(packed.sources), *packed.after.tolist()]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_and_inference_see_the_same_prompt(family: str, tokenizer: Any, scene: Any) -> None:
-    _, packed = models.new_packed(family, tokenizer)
-    processor = {"llava": llava_processor, "internvl": internvl_processor}[family](tokenizer)
-    packer = Packer(tokenizer, len(packed.prefix), 175)
+def test_training_and_inference_see_the_same_prompt(
+    family: str, tokenizer: Any, scene: Any, processors: dict[str, Any]
+) -> None:
+    _, packed = new_packed(family, tokenizer)
+    processor, prefix = processors[family], _prefix(packed, tokenizer)
+    packer = Packer(tokenizer, len(prefix), 175)
     for question in ask(scene, 3):
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         ids = processor(images=[Image.fromarray(scene.image)], text=[text], return_tensors="pt").input_ids[0].tolist()
-        assert ids == packed.prefix.tolist() + packer.turn(question)[0]
+        assert ids == prefix + packer.turn(question)[0]
         whole = processor.apply_chat_template(
             [*messages, {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}]
         )
         ids = processor(images=[Image.fromarray(scene.image)], text=[whole], return_tensors="pt").input_ids[0].tolist()
-        assert ids == [*packed.prefix.tolist(), *packer.turn(question)[0], *packer.turn(question)[1]]
+        assert ids == [*prefix, *packer.turn(question)[0], *packer.turn(question)[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_questions_compute_what_the_stock_model_computes(family: str, tokenizer: Any, scene: Any) -> None:
+def test_packed_questions_compute_what_the_stock_model_computes(
+    family: str, tokenizer: Any, scene: Any, processors: dict[str, Any]
+) -> None:
     """Packing, folding, cached features and the layer loop together change nothing but rounding."""
     torch.manual_seed(0)
-    model, packed = models.new_packed(family, tokenizer)
+    model, packed = new_packed(family, tokenizer)
     model.eval()
     packed.eval()
-    processor = {"llava": llava_processor, "internvl": internvl_processor}[family](tokenizer)
+    processor, prefix = processors[family], _prefix(packed, tokenizer)
     questions = ask(scene, 3)
-    packer = Packer(tokenizer, len(packed.prefix), 175)
+    packer = Packer(tokenizer, len(prefix), 175)
     image = Image.fromarray(scene.image)
     text = "<s>" + ("<image>" if family == "llava" else "<IMG_CONTEXT>")
     pixels = processor(images=[image], text=[text], return_tensors="pt").pixel_values
@@ -116,11 +130,12 @@ def test_packed_questions_compute_what_the_stock_model_computes(family: str, tok
             packed.projector.layer_norm.weight.clamp_(max=10.0)
             packed.projector.layer_norm.bias.clamp_(-10.0, 10.0)
         before, *_ = packed(features, packer.pack([questions]))
-        packed.fold()
+        if family == "llava":
+            packed.fold()
         start = 0
         for question in questions:
             prompt, answer = packer.turn(question)
-            ids = torch.tensor([packed.prefix.tolist() + prompt + answer[:-1]])
+            ids = torch.tensor([prefix + prompt + answer[:-1]])
             stock = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[
                 0, -len(answer) :
             ]
@@ -130,7 +145,7 @@ def test_packed_questions_compute_what_the_stock_model_computes(family: str, tok
 
 def test_tiles_show_the_patches_that_they_say(tokenizer: Any) -> None:
     """A token of a tile, and the four patches under a token of the thumbnail, are where the labels put them."""
-    _, packed = models.new_packed("internvl", tokenizer)
+    _, packed = new_packed("internvl", tokenizer)
     assert packed.sources.shape == (320, 4)
     board = np.arange(256).reshape(16, 16)
     for tile, (rows, columns) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
@@ -145,42 +160,39 @@ def test_tiles_show_the_patches_that_they_say(tokenizer: Any) -> None:
 
 
 def test_labels_name_what_the_patches_show(scene: Any) -> None:
-    labels = patch_labels(scene.things)
+    labels = scene_labels(scene.things)
     for thing in scene.named:
         for patch in thing.patches:
-            colour, name, text = (int(v) for v in labels[patch])
-            assert GROUPS[0][colour - 1] == thing.colour
-            assert GROUPS[1][name - 1] == thing.name
-            assert (GROUPS[2][text - 1] if text else "") == thing.text
+            words = [
+                words[label - 1] if label else ""
+                for words, label in zip(ATTRIBUTES.values(), labels[patch], strict=True)
+            ]
+            assert words == [thing.colour, thing.name, thing.text, ""]
     owned = {patch for thing in scene.named for patch in thing.patches}
     assert not labels[[patch for patch in range(256) if patch not in owned]].any()
 
 
 def test_a_few_steps_lower_every_loss(tokenizer: Any) -> None:
     torch.manual_seed(0)
-    _, packed = models.new_packed("llava", tokenizer)
+    _, packed = new_packed("llava", tokenizer)
     scenes = [make_scene("train", 0, index) for index in range(4)]
-    labels = torch.stack([patch_labels(scene.things) for scene in scenes])
+    labels = torch.from_numpy(np.stack([scene_labels(scene.things) for scene in scenes]))
     features = torch.randn(4, 1, 256, 384)
     for column in range(3):  # features that carry the labels, so that there is something to learn
         features[:, 0, :, column] += 3.0 * labels[..., column].float()
     packed.prepare(features)
-    packer = Packer(tokenizer, len(packed.prefix), 64)
-    text = packer.ask_and_pack(scenes, 6, seed=0)
-    optimiser = torch.optim.AdamW(packed.parameters(), lr=5e-4)
+    questions = [ask(scene, 6) for scene in scenes]
+    shown = [[(thing, thing.patches) for thing in scene.things] for scene in scenes]
+    text = Packer(tokenizer, 1 + len(packed.sources), 64).pack(questions, shown)
+    optimizer = torch.optim.AdamW(packed.parameters(), lr=5e-4)
     history = []
     for _ in range(6):
-        logits, visual, halfway = packed(features, text)
-        losses = [
-            packed.answer_loss(logits, text.labels[text.labels != IGNORE], packer.eos),
-            packed.word_loss(visual, packed.token_labels(labels)),
-            packed.reading_loss(halfway, packed.token_labels(labels)),
-            packed.pointing_loss(halfway, text),
-        ]
-        history.append([loss.item() for loss in losses])
-        optimiser.zero_grad()
-        torch.stack(losses).sum().backward()
-        optimiser.step()
+        losses = packed.losses(Example(features, labels, text))
+        history.append([loss.item() for loss in losses.values()])
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+    assert len(history[0]) == 4
     assert all(last < first for first, last in zip(history[0], history[-1], strict=True)), history
 
 
@@ -266,10 +278,10 @@ def test_the_sample_questions_are_answered_right(family: str) -> None:
 
 def test_training_can_go_on_from_the_shipped_weights(tokenizer: Any) -> None:
     shipped, _ = _installed().load("llava")
-    model, packed = models.new_packed("llava", tokenizer)
+    model, packed = new_packed("llava", tokenizer)
     torch.manual_seed(0)
     packed.prepare(3 * torch.randn(2, 1, 256, 384) + torch.linspace(-1, 1, 384))
-    begin_with(packed, "llava", "llava")
+    start_from_llava(packed, "llava")
     features = torch.randn(1, 1, 256, 384)
     with torch.no_grad():
         expected = shipped.model.multi_modal_projector(features[:, 0])
@@ -282,14 +294,14 @@ def test_training_can_go_on_from_the_shipped_weights(tokenizer: Any) -> None:
 
 def test_another_family_begins_with_the_shipped_decoder_and_imitates_its_projector(tokenizer: Any) -> None:
     shipped, _ = _installed().load("llava")
-    _, packed = models.new_packed("internvl", tokenizer)
-    teacher = begin_with(packed, "llava", "internvl")
+    _, packed = new_packed("internvl", tokenizer)
+    teacher = start_from_llava(packed, "internvl")
     assert teacher is not None
     for name, weight in shipped.model.language_model.state_dict().items():
         assert torch.equal(packed.decoder.state_dict()[name], weight)
     features = torch.randn(2, 5, 256, 384)
     shown = shipped.model.multi_modal_projector(features[:, -1])  # the thumbnail is what llava sees
-    wanted = tokens_like(teacher, packed, features)
+    wanted = teacher_tokens(teacher, packed, features)
     tile, thumbnail = packed.sources[70], packed.sources[300]
     torch.testing.assert_close(wanted[:, 70], shown[:, tile[0]], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(wanted[:, 300], shown[:, thumbnail].mean(1), atol=1e-5, rtol=1e-5)

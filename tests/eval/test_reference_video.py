@@ -15,17 +15,20 @@ from transformers.video_utils import VideoMetadata
 import vtc.reference
 from eval.models import Loaded
 from eval.reference.evaluate import generated
-from eval.reference.train import qwen_data, qwen_decoder, qwen_tower
+from eval.reference.train import __main__ as training
+from eval.reference.train import qwen_cache, qwen_tower
+from eval.reference.train.cache import PATCH, TOKENIZER
+from eval.reference.train.labels import ATTRIBUTES, EVENTS, clip_labels, event_labels, scene_labels
+from eval.reference.train.models import HIDDEN, PackedQwen, new_model
 from eval.reference.train.packing import IGNORE, Packer, attention_mask
-from eval.reference.train.qwen_convert import blank_tower, convert
-from eval.reference.train.qwen_crops import ATTRIBUTES, make_crop
-from eval.reference.train.qwen_data import Cache, build, clip_labels, reframed, scene_labels
-from eval.reference.train.qwen_export import processor as make_processor
-from eval.reference.train.qwen_model import CELL, TOKENIZER, WIDTH, BatchedTower, new_model, patchify
+from eval.reference.train.qwen_cache import draw_clips, reframed
+from eval.reference.train.qwen_convert import convert
+from eval.reference.train.qwen_crops import make_crop
+from eval.reference.train.qwen_tower import patchify, tower_tokens
 from eval.tasks.base import Sample
-from eval.tasks.clips.clip import FPS, make_clip
-from eval.tasks.clips.questions import TIMES, part_of
+from eval.tasks.clips.clip import FPS, cells, make_clip
 from eval.tasks.clips.questions import ask as ask_clip
+from eval.tasks.clips.questions import part_of
 from eval.tasks.scenes.scene import make_scene
 from eval.tasks.video import VideoSource
 
@@ -35,35 +38,22 @@ TOKENS = AutoTokenizer.from_pretrained(TOKENIZER)
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    return new_model(TOKENS).eval()
+    return new_model("qwen2_5_vl").eval()
 
 
-def test_batched_tower_equals_the_stock_tower() -> None:
-    torch.manual_seed(0)
-    visual = blank_tower().eval()
-    with torch.no_grad():
-        for parameter in visual.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4.0)  # the stock scale is so small that attention would hardly matter
-    frames = torch.randint(0, 256, (2, 4, 112, 224, 3), dtype=torch.uint8)
-    with torch.no_grad():
-        batched = BatchedTower(visual)(frames)
-        grid = torch.tensor([[2, 112 // CELL, 224 // CELL]] * 2)
-        stock = visual(patchify(frames).flatten(0, 1), grid_thw=grid).pooler_output.view(batched.shape)
-        other = BatchedTower(visual)(frames[:, :, :56, :168])
-    assert torch.allclose(batched, stock, atol=1e-4)
-    assert other.shape == (2, 2 * 4 * 12, WIDTH)
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return _shipped("qwen2_5_vl")[1]
 
 
-def test_patches_are_those_of_the_processor() -> None:
-    made = make_processor(TOKENS)
+def test_patches_are_those_of_the_processor(processor: Any) -> None:
     image = make_scene("test", 0, 0).image[:112]
-    pixels = made.image_processor(images=image, return_tensors="pt")
+    pixels = processor.image_processor(images=image, return_tensors="pt")
     assert pixels["image_grid_thw"].tolist() == [[1, 8, 16]]
     still = torch.from_numpy(image)[None, None].expand(1, 2, -1, -1, -1)
     assert torch.allclose(patchify(still)[0], pixels["pixel_values"], atol=1e-5)
     clip = make_clip("test", 0, 0, (8,))
-    videos = made.video_processor(videos=[clip.frames], return_tensors="pt")
+    videos = processor.video_processor(videos=[clip.frames], return_tensors="pt")
     assert videos["video_grid_thw"].tolist() == [[4, 8, 8]]
     assert torch.allclose(patchify(torch.from_numpy(clip.frames)[None])[0], videos["pixel_values_videos"], atol=1e-5)
 
@@ -138,7 +128,7 @@ def test_scenes_of_other_sizes_keep_their_things() -> None:
                 assert 0 <= top <= height - h
                 x, y = before.box[:2]
                 assert np.array_equal(other.image[top : top + h, left : left + w], scene.image[y : y + h, x : x + w])
-            labels = scene_labels(other.things, height * width // CELL**2)
+            labels = scene_labels(other.things, height * width // PATCH**2)
             assert (labels[:, 0] > 0).sum() == len({p for t in other.named for p in t.patches})
     assert found >= 12
 
@@ -150,59 +140,58 @@ def test_clip_labels_name_the_motion() -> None:
     assert words == {actor.direction for actor in clip.objects if actor.direction}
 
 
-def test_event_labels_tell_what_becomes_of_objects(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qwen_data, "BATCH", 4)
-    _, _, batch = qwen_data.drawn(0, "video", "train", 0)
-    labels = qwen_decoder.event_labels(batch)
-    meaning = ["", "always", *(f"appears {t}" for t in TIMES), *(f"disappears {t}" for t in TIMES)]
+def test_event_labels_name_what_becomes_of_objects() -> None:
     seen = set()
-    for row, clip in enumerate(batch.sources):
+    for index in range(4):
+        clip = make_clip("train", 0, index, (8,))
+        labels = event_labels(clip)
         owned = set()
-        for actor, shown in zip(clip.actors, batch.owned[row], strict=True):
-            if actor.role == "object":
-                owned |= set(shown)
-                (event,) = {meaning[i] for i in labels[row, list(shown)].tolist()}
-                seen.add(event)
-                assert (event == "always") == (actor.first == 0 and actor.last == clip.length)
-                assert event.startswith("appears") == (actor.first > 0)
-                if actor.first > 0:
-                    assert event.endswith(part_of(actor.first, clip.length))
-        assert not labels[row, [i for i in range(batch.tokens) if i not in owned]].any()
+        for actor in clip.objects:
+            shown = cells(actor, clip.length)
+            owned |= set(shown)
+            (event,) = {EVENTS[i] for i in labels[list(shown)].tolist()}
+            seen.add(event)
+            assert (event == "always visible") == (actor.first == 0 and actor.last == clip.length)
+            assert event.startswith("appears") == (actor.first > 0)
+            if actor.first > 0:
+                assert event.endswith(part_of(actor.first, clip.length))
+        assert not labels[[i for i in range(len(labels)) if i not in owned]].any()
     assert len(seen) >= 3
 
 
 def test_practice_asks_more_of_what_is_hard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qwen_data, "BATCH", 4)
-    _, _, batch = qwen_data.drawn(0, "video", "train", 0)
+    monkeypatch.setattr(qwen_cache, "BATCH", 4)
+    _, batch = draw_clips(0, "train", 0)
     share = {}
     for practice in (False, True):
         kinds = [q.kind for row in batch.ask(9, 0, practice=practice) for q in row]
-        share[practice] = np.mean([kind in qwen_data.PRACTISED for kind in kinds])
+        share[practice] = np.mean([kind in qwen_cache.PRACTICED for kind in kinds])
     assert share[True] > share[False]
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])
-def test_packed_training_sees_what_generate_sees(model: Any, modality: str) -> None:
+def test_packed_training_sees_what_generate_sees(model: Any, processor: Any, modality: str) -> None:
     """The packed row's logits for one question are the stock model's for the chat template's prompt."""
-    made = make_processor(TOKENS)
     clip = make_clip("test", 0, 1, (8,))
     questions = ask_clip(clip, 3)
     content = [{"type": modality}, {"type": "text", "text": questions[1].text}]
-    text = made.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     if modality == "video":
         metadata = VideoMetadata(total_num_frames=8, fps=FPS, frames_indices=list(range(8)))
-        inputs = made(videos=[clip.frames], video_metadata=[metadata], text=text, return_tensors="pt")
+        inputs = processor(videos=[clip.frames], video_metadata=[metadata], text=text, return_tensors="pt")
         frames, grid = torch.from_numpy(clip.frames)[None], (4, 8, 8)
     else:
         image = np.concatenate([clip.frames[0], clip.frames[1]], 1)
-        inputs = made(images=image, text=text, return_tensors="pt")
+        inputs = processor(images=image, text=text, return_tensors="pt")
         frames, grid = torch.from_numpy(image)[None, None].expand(1, 2, -1, -1, -1), (1, 8, 16)
-    packed = qwen_decoder.PackedQwen(model, TOKENS).eval()
-    packer = Packer(TOKENS, qwen_decoder.text_start(grid), 64)
+    packed = PackedQwen(model, TOKENS).eval()
+    torch.nn.init.eye_(packed.adapter.weight)
+    torch.nn.init.zeros_(packed.adapter.bias)
+    packer = Packer(TOKENS, PackedQwen.text_start(grid), 64)
     packed_text = packer.pack([questions])
     with torch.no_grad():
         expected = model(**inputs).logits[0, -1]
-        logits = packed(BatchedTower(model.model.visual)(frames), grid, packed_text)[0]
+        logits = packed(tower_tokens(model.model.visual, frames), packed_text, grid)[0]
     first = [int((packed_text.segments[0] == n).nonzero()[0]) for n in (1, 2)]
     labelled = (packed_text.labels[0] != IGNORE).nonzero().flatten()
     row = int((labelled < first[1]).sum())  # the second question's first answer token
@@ -213,23 +202,30 @@ def test_packed_training_sees_what_generate_sees(model: Any, modality: str) -> N
 
 
 def test_a_few_steps_lower_both_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tower from random weights, tiny batches, eager: a smoke test of the whole chain, not of quality."""
-    monkeypatch.setattr(qwen_tower, "SHAPES_OF_BATCH", ((112, True, 4), (112, False, 4)))
-    monkeypatch.setattr(qwen_data, "BATCH", 3)
-    losses = qwen_tower.train(tmp_path, 5, 4e-3, None, compiled=False, workers=0, watched=1)
+    """A tower from random weights, tiny batches: a smoke test of the whole chain, not of quality."""
+    monkeypatch.setattr(qwen_tower, "BATCHES", ((112, True, 4), (112, False, 4)))
+    monkeypatch.setattr(qwen_tower, "RATE", 4e-3)
+    monkeypatch.setattr(qwen_cache, "BATCH", 3)
+    torch.manual_seed(0)
+    visual, teacher = new_model("qwen2_5_vl").model.visual, qwen_tower.Teacher()
+    losses = qwen_tower.fit(visual, qwen_tower.Vocabulary(teacher.llava), teacher, 5)
     assert losses[-1] < losses[0]
-    saved = torch.load(tmp_path / "tower.pt", weights_only=True)
-    assert saved["step"] == 5
-    visual = blank_tower()
-    visual.load_state_dict(saved["visual"])
-    build(BatchedTower(visual), tmp_path / "train", "train", scenes=3, clips=3)
-    cache = Cache(tmp_path / "train")
-    assert [batch.modality for batch in cache.batches] == ["image", "video"]
-    assert cache.tokens(cache.batches[1]).shape == (3, cache.batches[1].tokens, WIDTH)
-    losses = qwen_decoder.train(tmp_path, 10, 8e-4, compiled=False, per_row=4, most_steps=4)
+    torch.save(visual.state_dict(), tmp_path / "tower.pt")
+    qwen_cache.build(tmp_path, "train", scenes=3, clips=3)
+    batches = qwen_cache.load(tmp_path / "train.pt")
+    assert [batch.grid[0] for batch in batches] == [1, 4]
+    assert batches[1].tokens.shape == (3, 4 * 8 * 8, HIDDEN)
+    packed = PackedQwen(new_model("qwen2_5_vl"), TOKENS)
+    monkeypatch.setattr(training, "QUESTIONS", 4)
+
+    def examples(epoch: int) -> Any:
+        return training.qwen_examples(batches, lambda start: Packer(TOKENS, start, 176), epoch)
+
+    recipe, checkpoint = training.RECIPES["qwen2_5_vl"], tmp_path / "checkpoint.pt"
+    losses = training.fit(packed, examples, recipe, 10, checkpoint, max_steps=4)
     assert len(losses) == 4
     assert np.mean(losses[-2:]) < losses[0]
-    assert (tmp_path / "decoder.pt").exists()
+    assert torch.load(checkpoint, weights_only=True)["step"] == 4
 
 
 def _shipped(name: str) -> Any:
@@ -241,8 +237,8 @@ def _shipped(name: str) -> Any:
 def test_the_teacher_can_read_what_its_tokens_show() -> None:
     """Its own tokens, places taken off and put back: far above the 28 words' chance."""
     _shipped("llava")
-    teacher, vocabulary = qwen_tower.Teacher(), qwen_tower.CellVocabulary()
-    vocabulary.begin_with(teacher.llava)
+    teacher = qwen_tower.Teacher()
+    vocabulary = qwen_tower.Vocabulary(teacher.llava)
     scenes = [make_scene("test", 2, index) for index in range(4)]
     frames = torch.from_numpy(np.stack([scene.image for scene in scenes]))[:, None]
     labels = torch.from_numpy(np.stack([scene_labels(scene.things, 256) for scene in scenes])).long().transpose(1, 2)
@@ -259,17 +255,16 @@ def test_the_teacher_can_read_what_its_tokens_show() -> None:
     assert float(teacher.loss(tokens, tokens, labels)) == 0.0
 
 
-def test_the_decoder_begins_with_the_shipped_llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_starts_from_the_shipped_llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llava, _ = _shipped("llava")
-    monkeypatch.setattr(qwen_data, "BATCH", 2)
+    monkeypatch.setattr(qwen_cache, "BATCH", 2)
     torch.manual_seed(0)
-    build(BatchedTower(blank_tower()), tmp_path / "train", "train", scenes=2, clips=0)
-    features = tmp_path / "features"
-    features.mkdir()
-    np.save(features / "features.npy", np.random.default_rng(0).standard_normal((2, 1, 256, 384)).astype(np.float16))
-    (features / "state.json").write_text(json.dumps({"done": 2, "seed": 0}))
-    packed = qwen_decoder.PackedQwen(new_model(TOKENS), TOKENS)
-    explained = qwen_decoder.begin_from_llava(packed, Cache(tmp_path / "train"), features)
+    model = new_model("qwen2_5_vl")
+    torch.save(model.model.visual.state_dict(), tmp_path / "tower.pt")
+    qwen_cache.build(tmp_path, "train", scenes=2, clips=0)
+    packed = PackedQwen(model, TOKENS)
+    training.start_from_llava(packed, "qwen2_5_vl")
+    explained = training.fit_adapter(packed, qwen_cache.load(tmp_path / "train.pt"))
     assert 0.0 <= explained < 1.0
     for name, weight in llava.model.language_model.state_dict().items():
         assert torch.equal(packed.decoder.state_dict()[name], weight)

@@ -1,1 +1,1 @@
-"""How the reference models are made: tower conversion, tokenizer, feature cache, training, export."""
+"""How the reference models were trained; frozen, described in README.md."""

@@ -1,347 +1,301 @@
-r"""Train a reference model on cached tower features.
+"""Run one stage of making the reference models; README.md has the stages in order.
 
-    python -m eval.reference.train llava --minutes 60 --cache cache/ --folder runs/llava [--resume]
-    python -m eval.reference.train internvl --minutes 60 --cache cache_tiles/ --folder runs/internvl --start llava
-
-On a busy CPU, two processes of one thread each get much further than one of two threads: start the same command twice
-with RANK=0 and RANK=1, WORLD_SIZE=2, MASTER_ADDR, MASTER_PORT (or through ``torchrun --nproc-per-node 2``).
-
-``cache/train*`` and ``cache/test`` come from ``python -m eval.reference.train.cache`` (``--tiles`` for internvl). The
-learning rate follows the share of ``--minutes`` used up, so a run ends on time on any machine; a checkpoint is written
-every ``--save-every`` seconds, and ``--resume`` continues from it with the clock where it stood.
+The decoder's learning rate follows the share of ``--minutes`` used up, so a run ends on time on any machine. After each
+pass over the data a checkpoint is written; with one in ``--run`` the training resumes, its clock as saved.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import pickle
+import inspect
 import time
-from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 import vtc_reference
-from eval.reference.train import models
-from eval.reference.train.labels import patch_labels
-from eval.reference.train.packing import IGNORE, Packer, bare_scene
+from eval.reference.train import cache, export, qwen_cache, qwen_tower, tokenizer, tower
+from eval.reference.train.cache import TOKENIZER, Data
+from eval.reference.train.labels import event_labels, scene_labels
+from eval.reference.train.models import Example, PackedImageModel, PackedModel, PackedQwen, new_packed
+from eval.reference.train.packing import Packer
+from eval.reference.train.qwen_cache import Batch
+from eval.tasks.clips.clip import Clip
 from eval.tasks.scenes.questions import ask
-from eval.tasks.scenes.scene import Scene
+from eval.tasks.scenes.scene import make_scene
 from eval.tasks.scenes.vocabulary import KINDS
 
-TOKENIZER = Path(__file__).parents[1] / "src" / "vtc_reference" / "tokenizer"
-
-
 PRACTICE = (*KINDS, "relation", "relation", "relation", "extreme", "place", "digit", "digit", "digit", "reading")
-"""Kinds of question in training: what takes longest to learn is asked more often."""
+"""Kinds of question in training on scenes: what takes longest to learn is asked more often."""
+
+SEED: Final = 0
+SCENES_PER_STEP: Final = 8
+QUESTIONS: Final = 18  # per image or clip and pass
 
 
-@dataclass
-class Data:
-    """Cached features with what the scenes hold."""
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of one model.
 
-    shards: list[np.ndarray]
-    scenes: list[Scene]
-    places: list[tuple[int, int]]
+    ``constant``: share of the time after which the learning rate descends; ``word_steps``, ``word_batch``: steps and
+    scenes per step of :func:`train_projector`.
+    """
 
-    @classmethod
-    def load(cls, split: str, cache: Path) -> Data:
-        """Read every shard ``<split>*`` of the cache, as far as it is filled."""
-        data = cls([], [], [])
-        for folder in sorted(cache.glob(f"{split}*")):
-            if not (folder / "state.json").exists():
-                continue
-            state = json.loads((folder / "state.json").read_text())
-            things = pickle.loads((folder / "things.pkl").read_bytes())[: state["done"]]
-            data.places += [(len(data.shards), index) for index in range(len(things))]
-            data.shards.append(np.load(folder / "features.npy", mmap_mode="r"))
-            data.scenes += [bare_scene(t, split, state["seed"], index) for index, t in enumerate(things)]
-        if not data.scenes:
-            raise ValueError(f"no cached {split} scenes in {cache}; make them with train.cache")
-        return data
-
-    def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Features ``(n, views, 256, 384)`` of the scenes, in the order given."""
-        places = [self.places[int(index)] for index in indices]
-        return torch.from_numpy(np.stack([self.shards[shard][index] for shard, index in places]))
+    model: str
+    rate: float
+    constant: float = 0.55
+    from_llava: bool = True
+    word_steps: int = 0
+    word_batch: int = 0
 
 
-def learning_rate(peak: float, step: int, share: float, warmup: int = 100) -> float:
-    """Warm-up by steps, flat until 55 % of the time, then a linear descent to 2 % of the peak."""
-    descent = 1.0 if share < 0.55 else max(0.02, (1 - share) / 0.45)
-    return peak * min(1.0, (step + 1) / warmup) * descent
+RECIPES: Final = {
+    "llava": Recipe("llava", 8e-4, from_llava=False, word_steps=1200, word_batch=48),
+    "llava-continued": Recipe("llava", 5e-4),
+    "internvl": Recipe("internvl", 5e-4, word_steps=400, word_batch=32),
+    "qwen2_5_vl": Recipe("qwen2_5_vl", 6e-4, constant=0.5),
+}
+
+
+def learning_rate(recipe: Recipe, step: int, share: float, warmup: int = 100) -> float:
+    """Warm-up by steps, constant for a share of the time, then a linear descent to 2 % of the peak."""
+    descent = 1.0 if share < recipe.constant else max(0.02, (1 - share) / (1 - recipe.constant))
+    return recipe.rate * min(1.0, (step + 1) / warmup) * descent
+
+
+def fit(
+    packed: PackedModel,
+    examples: Callable[[int], Iterable[Example]],
+    recipe: Recipe,
+    minutes: float,
+    checkpoint: Path,
+    max_steps: int | None = None,
+) -> list[float]:
+    """Train on ``examples(epoch)``, epochs from 1, for ``minutes`` or ``max_steps``; returns the answer losses."""
+    parameters = [p for p in packed.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.05)
+    step, used, epoch = 0, 0.0, 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        packed.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, used, epoch = saved["step"], saved["used"], saved["epoch"]
+    start, history = time.time() - used, []
+    done = False
+    while not done:
+        epoch += 1
+        for example in examples(epoch):
+            used = time.time() - start
+            share = used / (60 * minutes)
+            if done := share >= 1 or len(history) == max_steps:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step, share)
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = packed.losses(example)
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(losses.values())).sum().backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            step += 1
+            history.append(losses["answer"].item())
+            if step % 50 == 0:
+                print(f"step {step}, {used:.0f} s, answer loss {np.mean(history[-50:]):.3f}", flush=True)
+        state = {"model": packed.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state | {"step": step, "used": used, "epoch": epoch}, checkpoint)
+    return history
+
+
+def scene_examples(data: Data, packer: Packer, epoch: int) -> Iterator[Example]:
+    """One pass over the cached scenes in random order, with fresh questions."""
+    order = np.random.default_rng([SEED, epoch]).permutation(len(data.scenes))
+    for first in range(0, len(order) - SCENES_PER_STEP + 1, SCENES_PER_STEP):
+        indices = np.sort(order[first : first + SCENES_PER_STEP])
+        scenes = [data.scenes[i] for i in indices]
+        questions = [ask(scene, QUESTIONS, seed=epoch, kinds=PRACTICE) for scene in scenes]
+        text = packer.pack(questions, [[(thing, thing.patches) for thing in scene.things] for scene in scenes])
+        yield Example(data.batch(indices), patch_labels(data, indices), text)
+
+
+def patch_labels(data: Data, indices: np.ndarray) -> Tensor:
+    """Classes of the patches of these scenes, ``(n, 256, 4)``."""
+    return torch.from_numpy(np.stack([scene_labels(data.scenes[i].things) for i in indices]))
+
+
+def qwen_examples(batches: list[Batch], packer: Callable[[int], Packer], epoch: int) -> Iterator[Example]:
+    """One pass over the cached batches in random order, with fresh questions; ``packer`` makes one for a position."""
+    for index in np.random.default_rng([SEED, epoch - 1]).permutation(len(batches)):
+        batch = batches[index]
+        things = [source.actors if isinstance(source, Clip) else source.things for source in batch.sources]
+        shown = [list(zip(row, owned, strict=True)) for row, owned in zip(things, batch.owned, strict=True)]
+        questions = batch.ask(QUESTIONS, epoch, practice=True)
+        text = packer(PackedQwen.text_start(batch.grid)).pack(questions, shown, batch.tokens.shape[1])
+        events = [event_labels(source) for source in batch.sources if isinstance(source, Clip)]
+        features, labels = batch.tokens.float(), batch.labels.long()
+        yield Example(features, labels, text, batch.grid, torch.stack(events) if events else None)
 
 
 @torch.no_grad()
-def accuracy(
-    packed: models.PackedModel, packer: Packer, data: Data, scenes: int, per_scene: int = 10
-) -> dict[str, float]:
-    """Share of questions whose whole answer is the greedy one, by kind and over all, on the first ``scenes`` scenes."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    packed.eval()
-    for start in range(0, scenes, 20):
-        indices = np.arange(start, min(start + 20, scenes))
-        rows = [ask(data.scenes[int(i)], per_scene) for i in indices]
-        text = packer.pack(rows)
-        with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
-            logits, *_ = packed(data.batch(indices), text)
-        hit = torch.ones_like(text.labels, dtype=torch.bool)
-        hit[text.labels != IGNORE] = logits.argmax(-1) == text.labels[text.labels != IGNORE]
-        for row, questions in enumerate(rows):
-            for number, question in enumerate(questions, 1):
-                own = text.segments[row] == number
-                if own.any():
-                    right[question.kind].append(bool(hit[row][own].all()))
-    packed.train()
-    table = {kind: round(float(np.mean(right[kind])), 3) for kind in KINDS if right[kind]}
-    return table | {"all": round(float(np.mean([hit for hits in right.values() for hit in hits])), 4)}
-
-
-def workers() -> tuple[int, int]:
-    """Rank of this process and number of processes (see ``torchrun``)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Mean of the gradients over the processes, in one exchange; parameters without a gradient are skipped."""
-    _, world = workers()
-    if world == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
-@torch.no_grad()
-def tokens_like(teacher: torch.nn.Module, packed: models.PackedModel, features: torch.Tensor) -> torch.Tensor:
-    """What another family's projector makes of the patches that each visual token shows: their mean ``(B, N, HIDDEN)``.
+def teacher_tokens(projector: nn.Module, packed: PackedImageModel, features: Tensor) -> Tensor:
+    """What ``llava``'s projector makes of the patches that each visual token shows: their mean ``(B, N, HIDDEN)``.
 
     ``features (B, views, 256, 384)``, the whole scene last.
     """
-    tokens: torch.Tensor = teacher(features[:, -1].float())
+    tokens: Tensor = projector(features[:, -1].float())
     return tokens[:, packed.sources].mean(2)
 
 
-def learn_words(
-    packed: models.PackedModel,
-    data: Data,
-    labels: torch.Tensor,
-    arguments: argparse.Namespace,
-    teacher: torch.nn.Module | None = None,
-) -> None:
-    """Before anything else: projector and word embeddings alone, by the word loss.
-
-    A step costs a tenth of a full one, and a decoder that starts on tokens which already carry their words skips the
-    long plateau in which it can only guess. With ``--start`` the words are already there and only the projector moves;
-    where it is another family's, its tokens are pulled towards those of the ``teacher``, the projector that the decoder
-    was trained with.
-    """
-    rank, world = workers()
-    steps, batch, seed = arguments.word_steps, arguments.word_batch, arguments.seed
-    parameters = list(packed.projector.parameters())
-    if arguments.start is None:
-        parameters += [packed.decoder.embed_tokens.weight, packed.scale]
-    optimiser = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    rng = np.random.default_rng([seed, rank, 1])
-    losses = []
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
-        indices = np.sort(rng.choice(len(data.scenes), batch // world, replace=False))
-        features = data.batch(indices)
-        with torch.autocast("cpu", torch.bfloat16):
-            visual = packed.visual(features)
-            loss = packed.word_loss(visual, packed.token_labels(labels[indices]))
-            if teacher is not None:
-                wanted = tokens_like(teacher, packed, features).float()
-                loss = loss + (visual.float() - wanted).square().mean() / wanted.var()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(parameters)
-        optimiser.step()
-        losses.append(loss.item())
-        if rank == 0 and step % 100 == 99:
-            print(f"words, step {step + 1}: {np.mean(losses[-100:]):.3f}, {time.process_time():.0f} s CPU", flush=True)
-
-
-def begin_with(packed: models.PackedModel, start: str, name: str) -> torch.nn.Module | None:
-    """Take over trained weights: of a checkpoint of this script, or of a shipped model by its name.
-
-    A shipped model has lost what only training needs: the pointers begin anew, and the temperature of the word loss is
-    found by `fit_scale`.
-
-    Returns
-    -------
-    nn.Module or None
-        The projector of a shipped model of another family, which does not fit here but can be imitated.
-    """
-    if start in vtc_reference.names():
-        shipped, _ = vtc_reference.load(start)
-        packed.decoder.load_state_dict(shipped.model.language_model.state_dict())
-        packed.head.load_state_dict(shipped.lm_head.state_dict())
-        if name == start:
-            packed.projector.load_state_dict(shipped.model.multi_modal_projector.state_dict())
-            packed.unfold()
-            return None
-        projector: torch.nn.Module = shipped.model.multi_modal_projector
-        return projector
-    weights = torch.load(start, weights_only=True)["model"]
-    if name != "llava":
-        weights = {key: tensor for key, tensor in weights.items() if key.startswith(("decoder.", "head.", "scale"))}
-    found = packed.load_state_dict(weights, strict=False)
-    if found.unexpected_keys or any(not key.startswith(("projector.", "pointe")) for key in found.missing_keys):
-        raise ValueError(f"the checkpoint to start from does not fit: {found}")
-    return None
+def start_from_llava(packed: PackedModel, name: str) -> nn.Module | None:
+    """Take over the decoder of the shipped ``llava``; its projector too, or return it where it can only be imitated."""
+    llava, _ = vtc_reference.load("llava")
+    found = packed.decoder.load_state_dict(llava.model.language_model.state_dict(), strict=False)
+    if found.unexpected_keys or not all(key.endswith("_proj.bias") for key in found.missing_keys):
+        raise ValueError(f"the decoder of llava does not fit {name}: {found}")
+    with torch.no_grad():
+        for key in found.missing_keys:  # biases of queries, keys and values, which only Qwen2.5-VL has
+            packed.decoder.get_parameter(key).zero_()
+    packed.head.load_state_dict(llava.lm_head.state_dict())
+    if name == "llava":
+        packed.projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
+        packed.unfold()
+        return None
+    projector: nn.Module = llava.model.multi_modal_projector
+    return projector
 
 
 @torch.no_grad()
-def fit_scale(
-    packed: models.PackedModel, data: Data, labels: torch.Tensor, teacher: torch.nn.Module | None, scenes: int = 32
-) -> None:
-    """Set the temperature of the word loss to the best of a few, on the first scenes' tokens (or the teacher's)."""
-    indices = np.arange(min(scenes, len(data.scenes)))
-    features, shown = data.batch(indices), packed.token_labels(labels[indices])
-    visual = packed.visual(features) if teacher is None else tokens_like(teacher, packed, features)
+def fit_scale(packed: PackedModel, visual: Tensor, labels: Tensor) -> None:
+    """Set the temperature of the word loss, which is not shipped, to the best of a few on these visual tokens."""
     losses = {}
     for candidate in (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0):
         packed.scale.fill_(candidate)
-        losses[candidate] = packed.word_loss(visual, shown).item()
+        losses[candidate] = packed.word_loss(visual, labels).item()
     packed.scale.fill_(min(losses, key=lambda candidate: losses[candidate]))
 
 
-def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The training loop."""
-    torch.manual_seed(arguments.seed)
-    rank, world = workers()
-    if world > 1:
-        dist.init_process_group("gloo")
-    folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    data, test = (Data.load(split, arguments.cache) for split in ("train", "test"))
-    labels = torch.stack([patch_labels(scene.things) for scene in data.scenes])
-    _, packed = models.new_packed(arguments.model, tokenizer)
-    packed.prepare(data.batch(np.arange(0, len(data.scenes), max(1, len(data.scenes) // 200))))
-    packer = Packer(tokenizer, len(packed.prefix), arguments.text_length)
-    evaluator = Packer(tokenizer, len(packed.prefix), 192)
-    parameters = [p for p in packed.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    step, used, epoch, order = 0, 0.0, 0, np.empty(0, np.int64)
-    checkpoint = folder / "checkpoint.pt"
-    if arguments.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        packed.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        step, used, epoch = saved["step"], saved["used"], saved["epoch"] + 1
-    else:
-        teacher = None
-        if arguments.start is not None:
-            teacher = begin_with(packed, arguments.start, arguments.model)
-            if arguments.start in vtc_reference.names():
-                fit_scale(packed, data, labels, teacher)
-        learn_words(packed, data, labels, arguments, teacher)
-    if rank == 0:
-        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(data.scenes)} scenes", flush=True)
-    if arguments.compile:
-        packed.layers = torch.compile(packed.layers, dynamic=False)
+def train_projector(packed: PackedImageModel, data: Data, recipe: Recipe, teacher: nn.Module | None) -> None:
+    """Train the projector alone by the word loss, and from scratch the word embeddings with it.
 
-    def save() -> None:
-        state = {"model": packed.state_dict(), "optimiser": optimiser.state_dict()}
-        torch.save(state | {"step": step, "used": used, "epoch": epoch}, folder / "checkpoint.tmp")
-        (folder / "checkpoint.tmp").replace(checkpoint)
-
-    start, window = time.time() - used, defaultdict(list)
-    saved_at = evaluated_at = time.time()
-    while True:
-        used = time.time() - start
-        if world > 1:  # all processes must stop at the same step
-            clock = torch.tensor(used, dtype=torch.float64)
-            dist.broadcast(clock, 0)
-            used = float(clock)
-        share = used / (60 * arguments.minutes)
-        if share >= 1:
-            break
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(arguments.lr, step, share)
-        if len(order) < arguments.batch:
-            epoch += 1
-            data = Data.load("train", arguments.cache)  # scenes that were cached meanwhile join in
-            labels = torch.stack([patch_labels(scene.things) for scene in data.scenes])
-            order = np.random.default_rng([arguments.seed, epoch]).permutation(len(data.scenes))
-        indices, order = np.sort(order[: arguments.batch][rank::world]), order[arguments.batch :]
-        scenes = [data.scenes[int(i)] for i in indices]
-        text = packer.ask_and_pack(scenes, arguments.per_scene, seed=epoch, kinds=PRACTICE)
+    A step costs a tenth of a full one, and a decoder that starts on tokens which already carry their words skips a long
+    plateau. The tokens of another model's projector are pulled towards those of the ``teacher``.
+    """
+    parameters = list(packed.projector.parameters())
+    if not recipe.from_llava:
+        parameters += [packed.decoder.embed_tokens.weight, packed.scale]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    rng = np.random.default_rng([SEED, 0, 1])
+    for step in range(recipe.word_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / recipe.word_steps)
+        indices = np.sort(rng.choice(len(data.scenes), recipe.word_batch, replace=False))
+        features = data.batch(indices)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, visual, halfway = packed(data.batch(indices), text)
-            targets = text.labels[text.labels != IGNORE]
-            loss = packed.answer_loss(logits, targets, packer.eos)
-            shown = packed.token_labels(labels[indices])
-            words, reading = packed.word_loss(visual, shown), packed.reading_loss(halfway, shown)
-            pointing = packed.pointing_loss(halfway, text)
-        optimiser.zero_grad(set_to_none=True)
-        help_weight = arguments.help_weight
-        (loss + help_weight * (words + pointing) + arguments.reading_weight * reading).backward()
-        average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        step += 1
-        if rank != 0:
-            continue
-        content = targets != packer.eos
-        window["loss"].append(loss.item())
-        window["words"].append(words.item())
-        window["reading"].append(reading.item())
-        window["pointing"].append(pointing.item())
-        window["hit"].append((logits.argmax(-1) == targets)[content].float().mean().item())
-        if step % 50 == 0:
-            means = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in window.items())
-            window.clear()
-            print(f"step {step}, {used:.0f} s, {time.process_time():.0f} s CPU: {means}", flush=True)
-        if time.time() - saved_at > arguments.save_every:
-            save()
-            saved_at = time.time()
-        if time.time() - evaluated_at > arguments.evaluate_every:
-            print(f"test, step {step}: {accuracy(packed, evaluator, test, 100)}", flush=True)
-            evaluated_at = time.time()
-    if rank != 0:
-        return
-    save()
-    print(f"end, step {step}: {accuracy(packed, evaluator, test, len(test.scenes))}", flush=True)
+            visual = packed.visual(features)
+            loss = packed.word_loss(visual, packed.token_labels(patch_labels(data, indices)))
+            if teacher is not None:
+                wanted = teacher_tokens(teacher, packed, features).float()
+                loss = loss + (visual.float() - wanted).square().mean() / wanted.var()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def fit_adapter(packed: PackedQwen, batches: list[Batch], count: int = 40) -> float:
+    """Fit the adapter by ridge regression of ``llava``'s tokens of the same scenes; returns the variance explained."""
+    square = [batch for batch in batches if batch.grid == (1, 16, 16)][:count]
+    images = [[make_scene(s.split, s.seed, s.index).image for s in batch.sources] for batch in square]
+    teacher = qwen_tower.Teacher()
+    wanted = torch.cat([teacher.tokens(torch.from_numpy(np.stack(part))[:, None]) for part in images])
+    tokens = torch.cat([batch.tokens.float() for batch in square])
+    labels = torch.cat([batch.labels.long() for batch in square])
+    mean, goal = tokens.mean((0, 1)), wanted.mean((0, 1))
+    flat = (tokens - mean).flatten(0, 1)
+    gram = flat.T @ flat
+    gram = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    weight = torch.linalg.solve(gram, flat.T @ (wanted - goal).flatten(0, 1)).T
+    packed.adapter.weight.copy_(weight)
+    packed.adapter.bias.copy_(goal - weight @ mean)
+    fitted = packed.adapter(tokens)
+    fit_scale(packed, fitted, labels)
+    return 1.0 - float((fitted - wanted).square().sum() / (wanted - goal).square().sum())
+
+
+def train(recipe: str, cached: Path, run: Path, minutes: float) -> None:
+    """Train projector and decoder on cached features, until ``minutes`` of training are used up in all."""
+    torch.manual_seed(SEED)
+    run.mkdir(parents=True, exist_ok=True)
+    begin = begin_qwen if recipe == "qwen2_5_vl" else begin_image_model
+    packed, examples = begin(RECIPES[recipe], cached, (run / "checkpoint.pt").exists())
+    fit(packed, examples, RECIPES[recipe], minutes, run / "checkpoint.pt")
+
+
+Begun = tuple[PackedModel, Callable[[int], Iterable[Example]]]
+
+
+def begin_image_model(recipe: Recipe, cached: Path, resumed: bool) -> Begun:
+    """Prepare ``llava`` or ``internvl`` and its examples out of ``CACHED/train*``."""
+    data, words = Data.load("train", cached), AutoTokenizer.from_pretrained(TOKENIZER)
+    packed = new_packed(recipe.model, words)[1]
+    packed.prepare(data.batch(np.arange(0, len(data.scenes), max(1, len(data.scenes) // 200))))
+    if not resumed:
+        teacher = None
+        if recipe.from_llava:
+            teacher = start_from_llava(packed, recipe.model)
+            indices = np.arange(min(32, len(data.scenes)))
+            features, labels = data.batch(indices), packed.token_labels(patch_labels(data, indices))
+            with torch.no_grad():
+                visual = packed.visual(features) if teacher is None else teacher_tokens(teacher, packed, features)
+            fit_scale(packed, visual, labels)
+        train_projector(packed, data, recipe, teacher)
+    packer = Packer(words, len(packed.before) + len(packed.sources) + len(packed.after), 175)
+    return packed, lambda epoch: scene_examples(data, packer, epoch)
+
+
+def begin_qwen(recipe: Recipe, cached: Path, resumed: bool) -> Begun:
+    """Prepare ``qwen2_5_vl`` and its examples out of ``CACHED/train.pt``."""
+    batches, words = qwen_cache.load(cached / "train.pt"), AutoTokenizer.from_pretrained(TOKENIZER)
+    packed = new_packed(recipe.model, words)[1]
+    if not resumed:
+        start_from_llava(packed, recipe.model)
+        print(f"the adapter explains {fit_adapter(packed, batches):.3f} of the variance of llava's tokens")
+    packer = lru_cache(lambda start: Packer(words, start, 176))
+    return packed, lambda epoch: qwen_examples(batches, packer, epoch)
+
+
+STAGES: Final[dict[str, Callable[..., None]]] = {
+    "tower": tower.convert,
+    "tokenizer": tokenizer.train,
+    "cache": cache.build,
+    "decoder": train,
+    "qwen-tower": qwen_tower.train,
+    "qwen-cache": qwen_cache.build,
+    "export": export.export,
+}
 
 
 def main() -> None:
-    """Command line."""
+    """Command line: a stage's arguments are options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=("llava", "internvl"))
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument(
-        "--start", help="checkpoint, or name of a shipped model, to begin with (a new clock, a new optimiser)"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="scenes per step, over all processes")
-    parser.add_argument("--word-steps", type=int, default=1200, help="steps of the word loss alone at the start")
-    parser.add_argument("--word-batch", type=int, default=48)
-    parser.add_argument("--per-scene", type=int, default=18)
-    parser.add_argument("--text-length", type=int, default=175)
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--help-weight", type=float, default=0.3, help="weight of the word and pointing losses")
-    parser.add_argument("--reading-weight", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--save-every", type=float, default=240.0)
-    parser.add_argument("--evaluate-every", type=float, default=420.0)
-    arguments = parser.parse_args()
-    train(arguments, AutoTokenizer.from_pretrained(TOKENIZER))
+    commands = parser.add_subparsers(dest="stage", required=True)
+    for name, stage in STAGES.items():
+        command = commands.add_parser(name, help=(stage.__doc__ or "").splitlines()[0])
+        for option in inspect.signature(stage, eval_str=True).parameters.values():
+            if option.annotation is bool:
+                command.add_argument(f"--{option.name}", action="store_true")
+                continue
+            kind = option.annotation if option.annotation in (int, float, Path) else str
+            required = option.default is option.empty
+            command.add_argument(f"--{option.name}", type=kind, required=required, default=option.default)
+    arguments = vars(parser.parse_args())
+    STAGES[arguments.pop("stage")](**arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Crowded crops with a label per cell: what the ``qwen2_5_vl`` tower learns to see from.
+"""Draw crowded crops with a class per patch: what the ``qwen2_5_vl`` tower is trained on.
 
 A crop is small and full of things, so that a second of training shows the tower far more objects than whole scenes
-would. It spans two frames: in half of the crops things move between them, which is how the tower learns to
-name a direction of motion.
+would. It spans two frames; in half of the crops things move between them, and the tower learns directions of motion.
 """
 
 from __future__ import annotations
@@ -13,34 +12,19 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.reference.train.qwen_model import CELL
+from eval.reference.train.labels import ATTRIBUTES
 from eval.tasks.clips.clip import DIRECTIONS
 from eval.tasks.scenes import objects, sources
 from eval.tasks.scenes.sources import Split
-from eval.tasks.scenes.vocabulary import COLOURS, DIGIT_SHAPES, DIGITS, NUMBERS, SHAPES, SIGN_COLOURS, WORDS
-
-ATTRIBUTES: Final[dict[str, tuple[str, ...]]] = {
-    "colour": (*COLOURS, *SIGN_COLOURS),
-    "shape": (*SHAPES, "sign"),
-    "text": (*DIGITS, *WORDS, *NUMBERS),
-    "motion": tuple(DIRECTIONS),
-}
-"""What a cell is asked about; class 0 is "nothing", class i + 1 the i-th name."""
+from eval.tasks.scenes.vocabulary import COLOURS, DIGIT_SHAPES, DIGITS, NUMBERS, PATCH, SHAPES, SIGN_COLOURS, WORDS
 
 EXTRA_FONTS: Final = (
     "DejaVuSans-Oblique.ttf", "DejaVuSans-BoldOblique.ttf", "DejaVuSansMono.ttf", "DejaVuSerif-BoldItalic.ttf",
     "STIXGeneral.ttf", "STIXGeneralBolIta.ttf", "cmr10.ttf",
 )  # fmt: skip
-"""Further training fonts (none of them a test font): a tower trained from scratch needs more variety than seven."""
+"""Further training fonts (none of them a test font): a tower needs more variety than seven."""
 
-_OWNED = 0.3  # share of a cell that a thing must cover to own it
-
-Labels = NDArray[np.int64]
-
-
-@lru_cache(maxsize=4096)
-def _mask(shape: str, size: int) -> objects.Array:
-    return objects.shape_mask(shape, size)
+_OWNED = 0.3  # share of a patch that a thing must cover to own it
 
 
 @lru_cache(maxsize=2)
@@ -52,23 +36,18 @@ def _fonts(split: Split) -> tuple[str | None, ...]:
     return (*known, *(f"{folder}/{name}" for name in EXTRA_FONTS))
 
 
-def _index(attribute: str, name: str) -> int:
-    return ATTRIBUTES[attribute].index(name) + 1
-
-
 class _Canvas:
-    """Two frames, the labels of their cells, and where there is room left."""
+    """Two frames, the classes of their patches, and the boxes that are taken."""
 
     def __init__(self, side: int, split: Split, rng: np.random.Generator) -> None:
-        self.side = side
-        self.split = split
-        self.rng = rng
+        self.side, self.split, self.rng = side, split, rng
         first = sources.background(split, side, rng)
         self.frames = [first, first.copy()]
-        self.labels = np.zeros((len(ATTRIBUTES), side // CELL, side // CELL), np.int64)
+        self.labels = np.zeros((len(ATTRIBUTES), side // PATCH, side // PATCH), np.int64)
         self.boxes: list[tuple[int, int, int, int]] = []
 
-    def room(self, width: int, height: int) -> tuple[int, int] | None:
+    def place(self, width: int, height: int) -> tuple[int, int] | None:
+        """Reserve a free box; returns ``(left, top)``, or None if none was found."""
         for _ in range(12):
             left = int(self.rng.integers(0, self.side - width + 1))
             top = int(self.rng.integers(0, self.side - height + 1))
@@ -84,17 +63,18 @@ class _Canvas:
         fonts = _fonts(self.split)
         return fonts[int(self.rng.integers(len(fonts)))]
 
-    def share(self, alpha: objects.Array, left: int, top: int) -> NDArray[np.bool_]:
+    def covered(self, alpha: objects.Array, left: int, top: int) -> NDArray[np.bool_]:
+        """Which patches a thing with this mask covers by at least 30 %."""
         full = np.zeros((self.side, self.side), np.float32)
         full[top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha
-        cells = self.side // CELL
-        owned: NDArray[np.bool_] = full.reshape(cells, CELL, cells, CELL).mean((1, 3)) >= _OWNED
+        count = self.side // PATCH
+        owned: NDArray[np.bool_] = full.reshape(count, PATCH, count, PATCH).mean((1, 3)) >= _OWNED
         return owned
 
     def label(self, owned: NDArray[np.bool_], **names: str) -> None:
-        for row, attribute in enumerate(ATTRIBUTES):
+        for row, (attribute, words) in enumerate(ATTRIBUTES.items()):
             if names.get(attribute):
-                self.labels[row][owned] = _index(attribute, names[attribute])
+                self.labels[row][owned] = words.index(names[attribute]) + 1
 
 
 def _object(canvas: _Canvas, moving: bool) -> None:
@@ -107,7 +87,7 @@ def _object(canvas: _Canvas, moving: bool) -> None:
     if direction:
         pixels = int(rng.integers(1, 8))
         step_x, step_y = (pixels * s for s in DIRECTIONS[direction])
-    at = canvas.room(size + abs(step_x), size + abs(step_y))
+    at = canvas.place(size + abs(step_x), size + abs(step_y))
     if at is None:
         return
     left, top = at[0] + max(0, -step_x), at[1] + max(0, -step_y)
@@ -122,15 +102,13 @@ def _object(canvas: _Canvas, moving: bool) -> None:
         ink = objects.digit_mask(examples[int(rng.integers(len(examples)))], ink_size)
         offset = (size - ink_size) // 2
         objects.paste(picture, objects.ink_for(paint), ink, offset, offset)
-    alpha = _mask(shape, size)
+    alpha = objects.shape_mask(shape, size)
     owned = np.zeros_like(canvas.labels[0], bool)
-    once = moving and not direction and rng.random() < 0.1  # flashes up in one of the two frames
-    for time in (0, 1):
-        if once and time == 0:
-            continue
+    once = moving and not direction and rng.random() < 0.1  # visible in the second frame only
+    for time in (1,) if once else (0, 1):
         at_x, at_y = left + time * step_x, top + time * step_y
         objects.paste(canvas.frames[time], picture, alpha, at_y, at_x)
-        owned |= canvas.share(alpha, at_x, at_y)
+        owned |= canvas.covered(alpha, at_x, at_y)
     canvas.label(owned, colour=colour, shape=shape, text=text, motion=direction)
 
 
@@ -140,32 +118,28 @@ def _sign(canvas: _Canvas) -> None:
     colour = str(rng.choice(list(SIGN_COLOURS)))
     plate = objects.sign(text, canvas.font(), int(rng.integers(23, 33)), objects.jittered(colour, rng, 12))
     height, width = plate.shape[:2]
-    if max(width, height) > canvas.side:
-        return
-    at = canvas.room(width, height)
-    if at is None:
+    if max(width, height) > canvas.side or (at := canvas.place(width, height)) is None:
         return
     alpha = np.ones((height, width), np.float32)
     for frame in canvas.frames:
         objects.paste(frame, plate, alpha, at[1], at[0])
-    canvas.label(canvas.share(alpha, *at), colour=colour, shape="sign", text=text)
+    canvas.label(canvas.covered(alpha, *at), colour=colour, shape="sign", text=text)
 
 
 def _distractor(canvas: _Canvas, moving: bool) -> None:
     rng = canvas.rng
     kind = str(rng.choice(("cross", "ring", "checker", "stripes", "print")))
     size = int(rng.integers(14, 36))
-    at = canvas.room(size, size)
+    at = canvas.place(size, size)
     if at is None:
         return
     picture, alpha = objects.distractor(kind, size, canvas.font(), rng)
     shift = int(rng.integers(-1, 2)) if moving else 0
     for time, frame in enumerate(canvas.frames):
-        left = min(max(0, at[0] + time * shift), canvas.side - size)
-        objects.paste(frame, picture, alpha, at[1], left)
+        objects.paste(frame, picture, alpha, at[1], min(max(0, at[0] + time * shift), canvas.side - size))
 
 
-def _soften_colour(frame: objects.Array) -> objects.Array:
+def _halve_chroma(frame: objects.Array) -> objects.Array:
     """Halve the resolution of the colour, as video coding does."""
     grey = frame @ np.asarray((0.299, 0.587, 0.114), np.float32)
     colour = frame - grey[..., None]
@@ -175,25 +149,11 @@ def _soften_colour(frame: objects.Array) -> objects.Array:
 
 def make_crop(
     side: int, moving: bool, rng: np.random.Generator, split: Split = "train"
-) -> tuple[NDArray[np.uint8], Labels]:
-    """One crop from the photographs, digits and fonts of a split.
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Draw one crop from the photographs, digits and fonts of a split.
 
-    Parameters
-    ----------
-    side : int
-        Pixels, a multiple of 14.
-    moving : bool
-        Small objects without digits, most of them moving, instead of signs, digits and large objects at rest.
-    rng : numpy Generator
-        Source of everything random.
-    split : {"train", "test"}
-        The test split only serves to watch the training.
-
-    Returns
-    -------
-    frames : ndarray (2, side, side, 3) uint8
-    labels : ndarray (attributes, side / 14, side / 14) int64
-        One class per cell and attribute, in the order of :data:`ATTRIBUTES`.
+    A ``moving`` crop has small objects without digits, most of them moving, instead of signs, digits and large objects
+    at rest. Returns frames ``(2, side, side, 3)`` and a class per attribute and patch, ``(4, side / 14, side / 14)``.
     """
     canvas = _Canvas(side, split, rng)
     for _ in range(int(rng.integers(2, 5 + (side // 56) ** 2))):
@@ -206,7 +166,7 @@ def make_crop(
             _object(canvas, moving)
     frames = canvas.frames
     if moving and rng.random() < 0.7:
-        frames = [_soften_colour(frame) for frame in frames]
+        frames = [_halve_chroma(frame) for frame in frames]
     spread = np.float32(rng.uniform(0.0, 5.0))
     noise = spread * rng.standard_normal(frames[0].shape, np.float32)
     again = spread * rng.standard_normal(frames[0].shape, np.float32) if moving else noise

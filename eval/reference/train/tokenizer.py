@@ -1,15 +1,12 @@
-"""Make the tokenizer that all reference models share: byte-level BPE over the questions that the tasks can ask.
-
-    python -m eval.reference.train.tokenizer eval/reference/src/vtc_reference/tokenizer
+"""Train the tokenizer that all reference models share: byte-level BPE over the questions that the tasks can ask.
 
 Byte-level, so that any text can be written; trained on the tasks' own sentences, so that every word of them is one
-token. A leading space is added to every stretch of text and taken off again when decoding: "red" at the start of an
-answer and " red" inside a question are then the same token, which is what lets a small decoder copy words.
+token. A leading space is added to every piece of text and removed when decoding: "red" at the start of an answer and
+" red" inside a question are then the same token, which lets a small decoder copy words.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,35 +58,9 @@ VIDEO_SENTENCES = (
 )  # fmt: skip
 """Words of the video tasks and some everyday ones, beyond what the scenes' questions bring."""
 
-CHAT_TEMPLATE = (
-    "{{- bos_token -}}"
-    "{%- for message in messages -%}"
-    "{%- if message.content is string -%}"
-    "{{- message.content -}}"
-    "{%- else -%}"
-    "{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{- '@IMAGE@' -}}"
-    "{%- elif part.type == 'video' -%}{{- '@VIDEO@' -}}"
-    "{%- elif part.type == 'text' -%}{{- part.text -}}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- eos_token if message.role == 'assistant' else '<|im_end|>' -}}"
-    "{%- endfor -%}"
-)
-"""``<s>{image}{question}<|im_end|>{answer}</s>``: as short as a template can be, since every token costs CPU time.
-
-``@IMAGE@`` and ``@VIDEO@`` stand for what the family's processor expects. ``add_generation_prompt`` changes
-nothing: after ``<|im_end|>`` it is the model's turn.
-"""
-
-
-def chat_template(image: str, video: str = "") -> str:
-    """The template with the family's image and video placeholders."""
-    return CHAT_TEMPLATE.replace("@IMAGE@", image).replace("@VIDEO@", video)
-
 
 def corpus(scenes: int = 400) -> Iterator[str]:
-    """Sentences to train on, the same at every call."""
+    """Yield the sentences to train on, the same at every call."""
     for index in range(scenes):
         for question in ask(make_scene("train", 1, index), 18):
             yield question.text
@@ -100,23 +71,20 @@ def corpus(scenes: int = 400) -> Iterator[str]:
         yield from SPARE_WORDS
 
 
-def train(vocabulary: int = 2560) -> PreTrainedTokenizerFast:
-    """Train the tokenizer; deterministic.
-
-    ``vocabulary`` is only a ceiling: merging stops by itself once every word of the corpus is one token.
-    """
+def train(folder: Path) -> None:
+    """Train the shared tokenizer; merging stops by itself once every word of the corpus is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=2560,
         min_frequency=2,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    return PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -125,18 +93,4 @@ def train(vocabulary: int = 2560) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
-    )
-
-
-def main() -> None:
-    """Command line: train and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    tokenizer = train()
-    tokenizer.save_pretrained(arguments.folder)
-    print(f"{len(tokenizer)} tokens")
-
-
-if __name__ == "__main__":
-    main()
+    ).save_pretrained(folder)
