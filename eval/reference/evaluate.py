@@ -1,11 +1,11 @@
-"""Measure how well a reference model answers with all tokens, and that it is the same however it is asked.
+"""Measure the accuracy of a reference model with all tokens, and whether precision, batch size and scoring change it.
 
     python -m eval.reference.evaluate llava --sources 60
     python -m eval.reference.evaluate qwen2_5_vl --task clips --sources 60
 
-Every question goes through ``generate`` in float32 and bfloat16, one at a time and in batches, and once through scoring
-all its possible answers. Writes JSON and a Markdown table to ``eval/reference/results/``, with all that is needed to
-repeat them. Accuracy against kept tokens comes from ``python -m eval sweep --model reference:NAME``.
+Every question is answered by ``generate`` in float32 and bfloat16, one at a time and in batches, and once by scoring
+all its possible answers. Writes JSON and a Markdown table to ``eval/reference/results/``, with the conditions to repeat
+them. Accuracy against kept tokens comes from ``python -m eval sweep --model reference:NAME``.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ LONGEST_ANSWER = 6  # tokens
 
 
 def questions(task: str, sources: int) -> list[Sample]:
-    """All questions about the first scenes or clips of the held-out split."""
+    """Return all questions about the first scenes or clips of the held-out split."""
     made = ScenesTask(scenes=sources) if task == "scenes" else ClipsTask(clips=sources)
     return list(made.samples(None))
 
 
 def generated(loaded: Loaded, samples: Sequence[Sample], batch: int) -> list[str]:
-    """Greedy answers, in the order of the samples; videos of one batch have equally many frames."""
+    """Answer greedily, in the order of the samples; videos of one batch have equally many frames."""
     answers: dict[str, str] = {}
     opened = [(sample, sample.open()) for sample in samples]
     frames = [0 if media.video is None else len(media.video.frames) for _, media in opened]
@@ -62,7 +62,7 @@ def generated(loaded: Loaded, samples: Sequence[Sample], batch: int) -> list[str
 
 @torch.no_grad()
 def chosen(loaded: Loaded, sample: Sample) -> str:
-    """The most likely of the question's options: sum of the log-probabilities of its tokens and of the end."""
+    """Return the most likely of the options, by the sum of the log-probabilities of its tokens and the end token."""
     model, tokenizer = loaded.model, loaded.processor.tokenizer
     encoded = models.inputs(loaded, [sample], [sample.open()])
     prefill = model(**encoded, use_cache=True, logits_to_keep=1)
@@ -83,7 +83,7 @@ def chosen(loaded: Loaded, sample: Sample) -> str:
 
 
 def table(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, float]:
-    """Share of exact answers by kind and overall."""
+    """Return the share of exact answers by kind and overall."""
     hits: dict[str, list[bool]] = defaultdict(list)
     for sample, answer in zip(samples, answers, strict=True):
         hits[sample.meta["kind"]].append(answer == sample.target)
@@ -93,7 +93,7 @@ def table(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, float]
 
 
 def majority(samples: Sequence[Sample]) -> dict[str, float]:
-    """What the most frequent answer of each kind would score (told the kind, seeing nothing)."""
+    """Return the accuracy of the most frequent answer of each kind."""
     tally: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples:
         tally[sample.meta["kind"]][sample.target] += 1
@@ -101,7 +101,7 @@ def majority(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def conditions(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Everything that a reader needs to repeat the numbers."""
+    """Return everything that is needed to repeat the numbers."""
     return {
         "model": name,
         "command": " ".join(["python -m eval.reference.evaluate", *sys.argv[1:]]),
@@ -117,11 +117,11 @@ def conditions(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def accuracy(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Accuracy with all tokens, by precision, batch size and way of answering."""
+    """Measure the accuracy with all tokens, by precision, batch size and way of answering."""
     rows: dict[str, Any] = {"majority answer": majority(samples)}
     seconds = {}
 
-    def note(row: str, answers: Sequence[str], start: float) -> None:
+    def record(row: str, answers: Sequence[str], start: float) -> None:
         rows[row], seconds[row] = table(samples, answers), time.perf_counter() - start
         print(row, rows[row]["all"], f"{seconds[row]:.0f} s", flush=True)
 
@@ -129,15 +129,15 @@ def accuracy(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
         loaded = models.load(f"reference:{name}", dtype=dtype)
         for batch in (1, 16):
             start = time.perf_counter()
-            note(f"generate, {dtype}, batch {batch}", generated(loaded, samples, batch), start)
+            record(f"generate, {dtype}, batch {batch}", generated(loaded, samples, batch), start)
         if dtype == "float32":
             start = time.perf_counter()
-            note(f"options, {dtype}, batch 1", [chosen(loaded, sample) for sample in samples], start)
+            record(f"options, {dtype}, batch 1", [chosen(loaded, sample) for sample in samples], start)
     return {"conditions": conditions(name, samples), "seconds": seconds, "accuracy": rows}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a small table."""
+    """Format the result as a small table."""
     columns = list(result["accuracy"]["majority answer"])
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row, values in result["accuracy"].items():

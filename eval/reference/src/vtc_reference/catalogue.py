@@ -1,4 +1,4 @@
-"""Which models there are, and how each is put together from the files beside this one.
+"""The available models, and how each is assembled from the files beside this one.
 
 To add a model: make a folder with ``config.json``, ``model.safetensors`` (everything but a shared tower), the
 processor's JSON files, ``chat_template.jinja`` and ``README.md``; then add one entry to :data:`CATALOGUE`.
@@ -12,7 +12,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Entry:
-    """How one model is assembled.
+    """Describe how one model is assembled.
 
     Attributes
     ----------
@@ -21,11 +21,11 @@ class Entry:
     architecture : str
         Name of the transformers class.
     tower_prefix : str or None
-        Where the shared tower's weights go in a checkpoint of the family; None if the model brings its own tower.
+        Prefix of the shared tower's weights in a checkpoint of the family; None if the model has a tower of its own.
     tower_renames : tuple of (str, str)
         Substring replacements from the shared tower's weight names to the family's.
     tower_without : tuple of str
-        Weights of the shared tower that the family has no place for (only training a tower would use them).
+        Weights of the shared tower that the family does not have (they only serve to pretrain a tower).
     """
 
     folder: str

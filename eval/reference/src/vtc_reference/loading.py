@@ -18,7 +18,7 @@ _IMAGE_SUFFIXES = {".png", ".jpg"}
 
 
 def names() -> tuple[str, ...]:
-    """Names of the models that :func:`load` knows and whose weights are here."""
+    """Return the names of the models that :func:`load` knows and whose weights are installed."""
     return tuple(name for name, entry in CATALOGUE.items() if (_HERE / entry.folder / "model.safetensors").is_file())
 
 
@@ -29,7 +29,7 @@ def _entry(name: str) -> Entry:
 
 
 def tower_weights(entry: Entry) -> dict[str, torch.Tensor]:
-    """The shared tower's weights under the names of the entry's family; empty if it brings its own tower."""
+    """Return the shared tower's weights under the names of the entry's family; empty if it has its own tower."""
     if entry.tower_prefix is None:
         return {}
     weights = {}
@@ -84,7 +84,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 def _processor(folder: Path) -> Any:
-    """The family's processor: the shared tokenizer's files with the family's own laid over them."""
+    """Build the family's processor from the shared tokenizer's files and the family's own, which take precedence."""
     with tempfile.TemporaryDirectory() as place:
         for source in (_HERE / "tokenizer", folder):
             for file in source.iterdir():
@@ -94,7 +94,7 @@ def _processor(folder: Path) -> Any:
 
 
 def export(name: str, folder: str | Path) -> Path:
-    """Write the model and its processor as an ordinary checkpoint, for tools that want a path.
+    """Write the model and its processor as an ordinary checkpoint, for tools that need a path.
 
     Returns
     -------
@@ -110,15 +110,15 @@ def export(name: str, folder: str | Path) -> Path:
 
 
 def card(name: str) -> str:
-    """The model card as Markdown."""
+    """Return the model card as Markdown."""
     return (_HERE / _entry(name).folder / "README.md").read_text(encoding="utf-8")
 
 
 def samples() -> list[Path]:
-    """Paths of the sample images, sorted; ``questions.jsonl`` beside them holds questions and answers."""
+    """Return the paths of the sample images, sorted; ``questions.jsonl`` beside them holds questions and answers."""
     return sorted(path for path in (_HERE / "samples").iterdir() if path.suffix in _IMAGE_SUFFIXES)
 
 
 def clips() -> list[Path]:
-    """Paths of the sample clips, sorted; ``questions.jsonl`` beside them holds questions and answers."""
+    """Return the paths of the sample clips, sorted; ``questions.jsonl`` beside them holds questions and answers."""
     return sorted((_HERE / "clips").glob("*.mp4"))
