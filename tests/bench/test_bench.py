@@ -176,7 +176,7 @@ class TestCommands:
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
     def test_prefill_prints_a_table_and_writes_its_conditions(self, shape, monkeypatch, tmp_path, capsys):
-        from vtc.cli.app import main
+        from vtc.cli import main
 
         monkeypatch.setattr(_prefill, "MODELS", {"small": shape})
         out = tmp_path / "prefill.json"
@@ -191,7 +191,7 @@ class TestCommands:
         assert data["results"][0]["tokens_before"] == 640
 
     def test_overhead_prints_a_table_and_writes_its_conditions(self, shape, monkeypatch, tmp_path, capsys):
-        from vtc.cli.app import main
+        from vtc.cli import main
 
         monkeypatch.setattr(_overhead, "LLAVA_150M", shape)
         out = tmp_path / "overhead.json"

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 
 import vtc
-from vtc.bench import _compare, _cost, _growth, _models, _roofline, _targets, _video, kernels
-from vtc.bench._memory import peak_bytes
+from vtc.bench import _compare, _cost, _growth, _models, _targets, _video, kernels
 from vtc.bench._ops import OPS, Draw, Op, Problem
+from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import megabytes, repeated, seconds
-from vtc.cli.app import main
+from vtc.cli import main
 
 SMALL = {
     "layers": 2,
@@ -115,7 +114,7 @@ class TestGrowth:
         ran: list[int] = []
 
         def problem(draw: Draw, n: int) -> Problem:
-            return Problem((), lambda: ran.append(n), lambda: torch.empty(n, n), lambda a, b: "")
+            return Problem(lambda: ran.append(n), lambda: torch.empty(n, n), lambda a, b: "")
 
         monkeypatch.setitem(OPS, "square", Op(problem, "whole", 8, {}, {}))
         args = Namespace(dtype="float32", device="cpu", clock="wall", repeats=1, most_seconds=math.inf)
@@ -292,41 +291,12 @@ class TestCommand:
         [
             (["--plot", "x.png"], "give both"),
             (["--video", "--op", "max_sum"], "leave one of them out"),
-            (["--roofline", "--op", "max_sum"], "leave one of them out"),
-            (["--roofline", "--json", "x.json"], "leave one of them out"),
             (["--clock", "cpu", "--device", "cuda"], "use --clock wall"),
         ],
     )
     def test_what_cannot_be_done_is_refused(self, arguments, words, capsys) -> None:
         assert main(["bench", "kernels", *arguments]) == 2
         assert words in capsys.readouterr().err
-
-
-class TestRoofline:
-    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
-
-    def test_page_has_the_table_that_the_command_prints(self) -> None:
-        pytest.importorskip("triton")
-        assert _roofline.roofline_table() in self.page, "vtc bench kernels --roofline prints the new one"
-        assert _roofline.notes() in self.page
-
-    def test_slowest_of_memory_and_arithmetic_decides(self) -> None:
-        chip = _roofline.Chip("chip", memory=10.0, products=100.0, other=1.0)
-        assert chip.time(20, 100, 1) == 2.0
-        assert chip.time(20, 300, 1) == 3.0
-        assert chip.time(20, 300, 4) == 4.0
-
-    def test_prefill_is_the_formula_of_flops(self) -> None:
-        # 32 layers of 4 n d^2 + 2 n^2 d + 3 n d m multiply-adds, and the head once.
-        n, d, m = 2880, 4096, 11008
-        flops = 2 * (32 * (4 * n * d * d + 2 * n * n * d + 3 * n * d * m) + d * 32064)
-        assert _roofline.prefill_seconds(_roofline.Chip("chip", 1.0, 1e12, 1.0)) == pytest.approx(flops / 1e12)
-
-    def test_is_refused_where_triton_interprets(self, monkeypatch, capsys) -> None:
-        pytest.importorskip("triton")
-        monkeypatch.setattr("vtc.kernels.dispatch.interpreting", lambda: True)
-        assert main(["bench", "kernels", "--roofline"]) == 2
-        assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def _growth_result() -> dict:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels import near_ties
 from vtc import kernels
-from vtc.bench._memory import peak_bytes
+from vtc.bench.memory import peak_bytes
 from vtc.kernels import cosines, greedy, pick, reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vtc.bench import _targets
-from vtc.bench._memory import peak_bytes
 from vtc.bench._ops import OPS, Draw
+from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import CLOCKS, Case, Timing, interleave, markdown_table, megabytes, repeated, spread
 
 

@@ -19,8 +19,8 @@ from transformers import CLIPVisionConfig, LlavaConfig
 
 import vtc
 from vtc import kernels
-from vtc.bench._memory import peak_bytes
 from vtc.bench._models import LLAVA_7B, LLAVA_TOKENS_PER_IMAGE, BenchModel, prompt
+from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import Case, Figures, Stopwatch, Timing, interleave
 
 __all__ = ["LLAVA_7B_VIT_L", "METHODS", "prefill_cost", "tower_cost"]

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtc.bench._memory import peak_bytes
 from vtc.bench._ops import OPS, Draw
+from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import CLOCKS, markdown_table, megabytes, repeated, seconds
 from vtc.errors import ConfigError
 

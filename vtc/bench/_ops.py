@@ -45,15 +45,12 @@ class Problem:
 
     Attributes
     ----------
-    reads : tuple of Tensor
-        Tensors of the size of all necessary reads: the inputs, reduced to the kept rows where rows are gathered.
     ours, baseline : callable
         The two implementations.
     agreement : callable
         (result of ours, result of the baseline) to a short description of their agreement.
     """
 
-    reads: tuple[Tensor, ...]
     ours: Callable[[], Any]
     baseline: Callable[[], Any]
     agreement: Callable[[Any, Any], str]
@@ -112,7 +109,6 @@ def _attention_rows(draw: Draw, n: int, layers: int, heads: int, width: int) -> 
     queries, keys = draw(layers, 1, heads, n, width), draw(layers, 1, heads, n, width)
     first, scaling = queries[..., :1, :], width**-0.5
     return Problem(
-        (first, keys),
         lambda: kernels.attention_rows(first, keys, scaling, reduce="mean").sum(dim=0)[0, 0],
         lambda: _baselines.attention_rows(queries, keys, scaling),
         difference,
@@ -122,7 +118,6 @@ def _attention_rows(draw: Draw, n: int, layers: int, heads: int, width: int) -> 
 def _attention_received(draw: Draw, n: int, heads: int, width: int) -> Problem:
     query, key, scaling = draw(1, heads, n, width), draw(1, heads, n, width), width**-0.5
     return Problem(
-        (query, key),
         lambda: kernels.attention_received(query, key, scaling),
         lambda: reference.attention(query, key, scaling).mean(dim=2),
         difference,
@@ -135,7 +130,6 @@ def _pagerank(draw: Draw, n: int, heads: int, kv_heads: int, width: int, steps: 
     at = torch.arange(n, device=query.device)[None]
     causal = kernels.VisibilityMask(at, at)
     return Problem(
-        (query, key),
         lambda: kernels.pagerank(query, key, scaling, causal, iterations=steps),
         lambda: reference.pagerank(query, key, scaling, causal, iterations=steps),
         difference,
@@ -144,13 +138,11 @@ def _pagerank(draw: Draw, n: int, heads: int, kv_heads: int, width: int, steps: 
 
 def _topk(draw: Draw, n: int, k: int) -> Problem:
     scores = draw(n)
-    return Problem(
-        (scores,), lambda: kernels.topk_indices(scores, k), lambda: _baselines.topk_indices(scores, k), same_picks
-    )
+    return Problem(lambda: kernels.topk_indices(scores, k), lambda: _baselines.topk_indices(scores, k), same_picks)
 
 
 def _select_gather(draw: Draw, n: int, k: int, d: int, text: int) -> Problem:
-    length, left, start = n + text, k + text, text // 2
+    length, start = n + text, text // 2
     scores, embeddings, plane = draw(n).float(), draw(1, length, d), draw(n, d)
     positions = torch.arange(length, device=draw.device).expand(3, 1, length).contiguous()
     mask = torch.ones(1, length, dtype=torch.long, device=draw.device)
@@ -170,7 +162,6 @@ def _select_gather(draw: Draw, n: int, k: int, d: int, text: int) -> Problem:
         return "equal" if all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) else "not equal"
 
     return Problem(
-        (scores, visual, columns, embeddings[:, :left], positions[..., :left], mask[:, :left], plane[:k]),
         ours,
         lambda: _baselines.select_gather(scores, k, start, embeddings, positions, mask, plane),
         agreement,
@@ -181,7 +172,6 @@ def _segment_merge(draw: Draw, n: int, k: int, d: int) -> Problem:
     x, slot = draw(n, d), torch.randint(k, (n,), generator=draw.generator).to(draw.device)
     weight = torch.bincount(slot, minlength=k).float().reciprocal()[slot]
     return Problem(
-        (x, slot, weight),
         lambda: kernels.segment_merge(x, slot, k, weight),
         lambda: _baselines.segment_merge(x, slot, k),
         difference,
@@ -191,19 +181,18 @@ def _segment_merge(draw: Draw, n: int, k: int, d: int) -> Problem:
 def _farthest_point(draw: Draw, n: int, k: int, d: int, first: int | None = None, noise: bool = False) -> Problem:
     x = draw(n, d) if noise else draw.tokens(n, d)
     return Problem(
-        (x,), lambda: kernels.farthest_point(x, k, first), lambda: reference.farthest_point(x, k, first), same_picks
+        lambda: kernels.farthest_point(x, k, first), lambda: reference.farthest_point(x, k, first), same_picks
     )
 
 
 def _max_sum(draw: Draw, n: int, k: int, d: int) -> Problem:
     x = draw.tokens(n, d)
-    return Problem((x,), lambda: kernels.max_sum(x, k, 0), lambda: reference.max_sum(x, k, 0), same_picks)
+    return Problem(lambda: kernels.max_sum(x, k, 0), lambda: reference.max_sum(x, k, 0), same_picks)
 
 
 def _dpp_greedy(draw: Draw, n: int, k: int, d: int) -> Problem:
     x, relevance = draw.tokens(n, d), draw(n).sigmoid()
     return Problem(
-        (x, relevance),
         lambda: kernels.dpp_greedy(x, k, relevance),
         lambda: reference.dpp_greedy(x, k, relevance),
         same_picks,
@@ -212,7 +201,7 @@ def _dpp_greedy(draw: Draw, n: int, k: int, d: int) -> Problem:
 
 def _coverage_greedy(draw: Draw, n: int, k: int, d: int) -> Problem:
     x = draw.tokens(n, d)
-    return Problem((x,), lambda: kernels.coverage_greedy(x, k), lambda: reference.coverage_greedy(x, k), same_picks)
+    return Problem(lambda: kernels.coverage_greedy(x, k), lambda: reference.coverage_greedy(x, k), same_picks)
 
 
 def _bipartite_merge(draw: Draw, n: int, d: int) -> Problem:
@@ -223,20 +212,17 @@ def _bipartite_merge(draw: Draw, n: int, d: int) -> Problem:
         out = x.new_zeros(anchors.shape[1], d, dtype=torch.float32).index_add(0, assign[0], x.float())
         return (out / torch.bincount(assign[0])[:, None]).to(x.dtype)
 
-    return Problem((x,), ours, lambda: _baselines.bipartite_merge(x, n // 2), difference)
+    return Problem(ours, lambda: _baselines.bipartite_merge(x, n // 2), difference)
 
 
 def _patch_entropy(draw: Draw, n: int, side: int) -> Problem:
     patches = draw(n, 3, side * side).sigmoid()
-    return Problem(
-        (patches,), lambda: kernels.patch_entropy(patches), lambda: _baselines.patch_entropy(patches), difference
-    )
+    return Problem(lambda: kernels.patch_entropy(patches), lambda: _baselines.patch_entropy(patches), difference)
 
 
 def _temporal_similarity(draw: Draw, n: int, frame: int, d: int) -> Problem:
     x, earlier = draw.tokens(n, d), (torch.arange(n, device=draw.device) - frame).clamp(min=-1)
     return Problem(
-        (x, earlier),
         lambda: kernels.temporal_similarity(x, earlier),
         lambda: _baselines.temporal_similarity(x, frame),
         difference,

@@ -12,9 +12,9 @@ import torch
 from vtc import kernels
 from vtc.bench._cost import LLAVA_7B_VIT_L, METHODS, prefill_cost, tower_cost
 from vtc.bench._growth import exponent
-from vtc.bench._memory import peak_bytes
 from vtc.bench._models import build
 from vtc.bench._ops import Draw
+from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import CLOCKS, markdown_table, megabytes, seconds
 
 __all__ = ["Target", "check", "measure", "table"]

@@ -1,8 +1,8 @@
 """`vtc bench kernels`: time, peak memory and agreement of every operation of `vtc.kernels` and its baseline.
 
 By default both implementations run at one shape, and a second table compares the results with the targets of the
-project. `--growth` measures time and memory against the number of tokens, `--video` the memory of selecting among the
-tokens of a long video, and `--roofline` counts the work of the Triton kernels and estimates their time on two GPUs.
+project. `--growth` measures time and memory against the number of tokens, and `--video` the memory of selecting among
+the tokens of a long video.
 """
 
 from __future__ import annotations
@@ -41,9 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--growth", action="store_true", help="time and memory against the number of tokens")
     modes.add_argument("--video", action="store_true", help="memory of selecting among the tokens of a long video")
-    modes.add_argument(
-        "--roofline", action="store_true", help="best possible times of the Triton kernels on two GPUs; runs nothing"
-    )
     parser.add_argument(
         "--most-seconds", type=float, default=60.0, help="skip what would take longer, with --growth (60)"
     )
@@ -60,11 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables and write JSON if requested."""
     _check(args)
-    from vtc.bench import _compare, _growth, _roofline, _video
+    from vtc.bench import _compare, _growth, _video
 
-    if args.roofline:
-        print(_roofline.report())
-        return 0
     if args.video:
         args.dtype, args.repeats, args.warmup = "bfloat16", 1, 0
     stated = conditions(
@@ -87,9 +81,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.plot and not args.growth:
         raise ConfigError("--plot draws what --growth measures; give both.")
-    if args.op and (args.video or args.roofline):
-        raise ConfigError("--op has no effect on --video and --roofline; leave one of them out.")
-    if args.json and args.roofline:
-        raise ConfigError("--roofline measures nothing that --json could hold; leave one of them out.")
+    if args.op and args.video:
+        raise ConfigError("--op has no effect on --video; leave one of them out.")
     if args.clock == "cpu" and args.device.partition(":")[0] != "cpu":
         raise ConfigError(f"--clock cpu does not see what runs on {args.device}; use --clock wall.")
