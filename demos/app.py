@@ -80,7 +80,7 @@ class Models:
         return model, self._processor(folder)
 
     def for_videos(self) -> list[str]:
-        """Names of the models that are told of videos. The small reference models are loaded to see, others are not."""
+        """Names of the models that take videos. The small reference models are loaded to see, others are not."""
         processors = {
             name: self._processor(self.folders[name]) if name in self.folders else self.load(name)[1]
             for name in self.names
@@ -272,7 +272,7 @@ def build(models: Models) -> Any:
         video: str | None,
         question: str,
         fps: float,
-        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008 - how gradio is told
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008 - how gradio asks for it
     ) -> Shown:
         try:
             full, answer, drawn = compare_video(models, name, video, question, method, keep_ratio, fps, progress=True)

@@ -2,7 +2,7 @@
 
     python -m eval.train_atp --cache cache/ --out atp.pt
 
-Tower features come from `python -m eval.reference.train.cache`. The model is frozen (the paper's cheaper variant); only
+Tower features come from `python -m eval.reference.train cache`. The model is frozen (the paper's cheaper variant); only
 the modules after the decoder layers are trained, which compute two thresholds per image and layer from the scores. The
 loss is the sum of the answer loss, the depth loss and the target loss.
 
@@ -36,6 +36,7 @@ from eval.reference.train.__main__ import PRACTICE, Data
 from eval.reference.train.packing import IGNORE, PackedText, Packer
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.vocabulary import GRID
+from vtc import ModelShape
 from vtc.selectors.atp import (
     AtpModule,
     AtpSelector,
@@ -167,7 +168,7 @@ class Gated:
 
 def places(model: Any, options: AtpSelector) -> tuple[int, ...]:
     """Return the decoder layers after which tokens are dropped."""
-    return options.resolve(len(model.model.language_model.layers), None).layers or ()
+    return options.resolve(ModelShape(len(model.model.language_model.layers)), None).layers or ()
 
 
 def _average(attention: Tensor, weights: Tensor) -> Tensor:

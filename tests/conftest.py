@@ -12,7 +12,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton kernels run in its interpreter; it must be told so before it is imported.
+    # Triton kernels run in its interpreter; this must be set before it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

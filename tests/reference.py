@@ -29,6 +29,11 @@ BEFORE_LM = -1
 # -------------------------------------------------------------------------------------------- reading the report
 
 
+def stage_of(site: Any) -> int:
+    """The decoder layer of a site of the report, or `BEFORE_LM`."""
+    return int(getattr(site, "layer", BEFORE_LM))
+
+
 def text_model(model: Any) -> Any:
     """The decoder, found through transformers' own accessor, below any PEFT wrapper."""
     return model.get_base_model().get_decoder() if hasattr(model, "get_base_model") else model.get_decoder()
@@ -93,7 +98,7 @@ def keep_masks(model: Any, inputs: Inputs, report: Any) -> dict[int, Tensor]:
     """
     ids = inputs["input_ids"]
     structural = structural_columns(model, inputs)
-    stages = sorted({BEFORE_LM if layer is None else layer for s in report.segments for layer, _ in s.selections})
+    stages = sorted({stage_of(site) for s in report.segments for site, _ in s.selections})
     masks = {stage: torch.ones_like(ids, dtype=torch.bool) for stage in stages}
     drop_structural = any(config.structural == "drop" for config in report.configs)
 
@@ -109,12 +114,12 @@ def keep_masks(model: Any, inputs: Inputs, report: Any) -> dict[int, Tensor]:
         assert int(is_structural.sum()) == segment.structural, "segment and model disagree about newline tokens"
         always = columns[:0] if drop_structural else columns[is_structural]
         left = columns[~is_structural]
-        for layer, selection in segment.selections:
+        for site, selection in segment.selections:
             assert selection.n == len(left), "a selection speaks about the tokens that entered its stage"
             left = left[selection.keep]
             # The newlines of an image go with its last token.
             kept = torch.cat([always, left]).sort().values if len(left) else left
-            stage = BEFORE_LM if layer is None else layer
+            stage = stage_of(site)
             for later in stages:
                 if later >= stage:
                     masks[later][segment.row, columns] = False
@@ -152,7 +157,7 @@ def merges(model: Any, inputs: Inputs, report: Any) -> list[Merge]:
         start = taken.get((segment.row, segment.modality), 0)
         taken[segment.row, segment.modality] = start + segment.tokens_before
         columns = columns[start : start + segment.tokens_before]
-        before = [selection for layer, selection in segment.selections if layer is None]
+        before = [selection for site, selection in segment.selections if stage_of(site) == BEFORE_LM]
         whole = before[0]
         for selection in before[1:]:
             whole = whole.then(selection)

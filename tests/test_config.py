@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from vtc._version import package_version
 from vtc.budget import largest_remainder, resolve_budget
 from vtc.config import CompressionConfig
+from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
 from vtc.errors import ConfigError, InputError, VtcError
 
 FULL = CompressionConfig(
@@ -23,6 +25,7 @@ FULL = CompressionConfig(
     structural="drop",
     seed=7,
     options={"start_layer": 16, "score_source": "cls", "layers": [1, 2], "nested": {"a": (0.5, None)}},
+    at=DecoderLayer(16),
 )
 
 
@@ -54,6 +57,7 @@ def test_json_is_stable() -> None:
         "structural",
         "seed",
         "options",
+        "at",
     ]
     assert data == {
         "version": package_version(),
@@ -64,7 +68,33 @@ def test_json_is_stable() -> None:
         "structural": "drop",
         "seed": 7,
         "options": {"start_layer": 16, "score_source": "cls", "layers": [1, 2], "nested": {"a": [0.5, None]}},
+        "at": "decoder:16",
     }
+
+
+@pytest.mark.parametrize(
+    ("at", "word", "site"),
+    [
+        (None, None, None),
+        ("decoder", "decoder", BeforeDecoder()),
+        ("decoder:3", "decoder:3", DecoderLayer(3)),
+        (DecoderLayer(3), "decoder:3", DecoderLayer(3)),
+    ],
+)
+def test_at_is_a_site_or_its_word(at: str | Site | None, word: str | None, site: Site | None) -> None:
+    config = CompressionConfig("divprune", keep_ratio=0.25, at=at)
+    assert (config.at, config.site) == (word, site)
+    assert json.loads(config.to_json())["at"] == word
+    again = CompressionConfig.from_json(config.to_json())
+    assert again == config == CompressionConfig("divprune", keep_ratio=0.25, at=word)
+    assert again.site == site
+
+
+def test_json_without_a_site_loads() -> None:
+    old = {name: value for name, value in FULL.to_dict().items() if name != "at"}
+    config = CompressionConfig.from_dict({**old, "version": "0.1.0"})
+    assert (config.at, config.site) == (None, None)
+    assert config == dataclasses.replace(FULL, at=None)
 
 
 def test_options_are_a_private_copy() -> None:
@@ -86,6 +116,9 @@ def test_options_are_a_private_copy() -> None:
         ({"seed": -1}, "seed must be.*-1"),
         ({"seed": 1.0}, "seed must be.*1.0"),
         ({"seed": True}, "seed must be.*True"),
+        ({"at": "decoder:0"}, "at least 1, got 0"),
+        ({"at": "middle"}, r"one of the words .*, decoder, .*decoder:K .*got 'middle'"),
+        ({"at": 16}, "one of the words .*got 16"),
         ({"options": [1]}, "options must be a mapping"),
         ({"options": {"x": float("nan")}}, "options.x: nan cannot be written"),
         ({"options": {"x": {"y": object()}}}, "options.x.y: .* cannot be written"),

@@ -33,9 +33,9 @@ def test_compare_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     output = tmp_path / "methods.png"
     methods = ["vtc-cls", "fastv", "random"]
     compare_methods.main(["--methods", *methods, "--keep-ratio", "0.25", "--size", "120", "-o", str(output)])
-    told = capsys.readouterr().out
-    assert all(method in told for method in methods)
-    assert "64 of 256" in told
+    printed = capsys.readouterr().out
+    assert all(method in printed for method in methods)
+    assert "64 of 256" in printed
     with Image.open(output) as drawn:
         assert drawn.size == (4 * 120 + 3 * 6, 120 + 2 * 18)
 
@@ -56,17 +56,17 @@ def test_wrap_your_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         lambda model: {k: v for k, v in listed(model).items() if k in ("vtc-cls", "fastv", "random")},
     )
     wrap_your_model.main([])
-    told = capsys.readouterr().out
-    assert "64 of 256" in told
-    assert told.strip().endswith("True")
+    printed = capsys.readouterr().out
+    assert "64 of 256" in printed
+    assert printed.strip().endswith("True")
 
 
 def test_video_qa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "kept.gif"
     video_qa.main(["--random-weights", "-o", str(output)])
-    told = capsys.readouterr().out
-    assert "re-used: features, compressed KV prefix" in told
-    assert "12 frames" in told
+    printed = capsys.readouterr().out
+    assert "re-used: features, compressed KV prefix" in printed
+    assert "12 frames" in printed
     with Image.open(output) as drawn:
         assert drawn.n_frames > 1
 
@@ -174,7 +174,7 @@ def test_the_page_in_a_browser(app: Any, tmp_path: Path) -> None:
             tab.screenshot(path=str(tmp_path / "image.png"), full_page=True)
 
             tab.get_by_role("tab", name="video").click()
-            tab.locator("#ask-video").click()  # a mistake is told on the page
+            tab.locator("#ask-video").click()  # a mistake is shown on the page
             tab.get_by_text("Give a video and a question.").first.wait_for()
             assert not tab.locator("#full textarea").input_value()  # the answers were to another question
             assert not tab.locator("#overlay img").count()

@@ -55,8 +55,9 @@ def test_blocks_run_and_print_what_the_page_shows(page, monkeypatch):
     monkeypatch.chdir(ROOT)  # pages name files as seen from the checkout
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up there
-    for table in (registry._SELECTORS, registry._ADAPTERS):  # what a page registers, other tests must not find
-        monkeypatch.setattr(table, "_classes", dict(table._classes))
+    # What a page registers, other tests must not find. The tables are filled first: modules are imported only once.
+    for table in (registry._SELECTORS, registry._ADAPTERS):
+        monkeypatch.setattr(table, "_classes", table.all())
     for block in blocks(page):
         # Blank lines before the code make a traceback point at the line of the page.
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")

@@ -619,7 +619,7 @@ LARGE: tuple[Family, ...] = (
     Family("internvl_large", "internvl_large", cls=True),
     Family("qwen2_5_vl_large", "qwen2_5_vl_large"),
 )
-"""324 tokens per image, more than any width of these models: a tensor of tokens x tokens can be told by its shape."""
+"""324 tokens per image, more than any width of these models: its shape identifies a tensor of tokens x tokens."""
 
 WINDOWED: tuple[Family, ...] = (
     Family("llava_next_window", "llava_next_window", cls=True),

@@ -14,8 +14,42 @@ from vtc._version import __version__
 if TYPE_CHECKING:
     from vtc.api import compress, compressed, disabled, is_compressed, list_methods, report, restore, supported_models
     from vtc.config import CompressionConfig
-    from vtc.core.context import Need, Stage, VisualContext, VisualSegment
-    from vtc.core.selection import PackPlan, Selection
+    from vtc.core.actions import Action
+    from vtc.core.context import VisualContext
+    from vtc.core.observations import (
+        DecoderAttention,
+        DecoderHidden,
+        PatchPixels,
+        PromptText,
+        TokenGrids,
+        VisionAttention,
+        VisionHidden,
+    )
+    from vtc.core.packing import PackPlan
+    from vtc.core.selection import Selection
+    from vtc.core.selector import ScoreSelector, Selector
+    from vtc.core.signals import (
+        ClsAttention,
+        HiddenStates,
+        Origin,
+        PreProjector,
+        ReceivedAttention,
+        Signal,
+        TextAttention,
+        TextEmbeds,
+        VisionKeys,
+        VisionSignal,
+    )
+    from vtc.core.sites import (
+        BeforeDecoder,
+        CacheAfterPrefill,
+        CacheWhileDecoding,
+        DecoderLayer,
+        Pixels,
+        Site,
+        VisionLayer,
+    )
+    from vtc.core.stage import ModelShape, Stage
     from vtc.errors import (
         ConfigError,
         InputError,
@@ -29,7 +63,6 @@ if TYPE_CHECKING:
     from vtc.registry import register_adapter, register_selector
     from vtc.report.report import Report, SegmentReport
     from vtc.report.visualize import visualize
-    from vtc.selectors.base import ScoreSelector, Selector
     from vtc.tuning.advise import Advice, advise
     from vtc.tuning.calibrate import calibrate
     from vtc.video.pipeline import VideoAnswer, VideoQAPipeline
@@ -37,26 +70,50 @@ else:
     del report
 
 __all__ = [
+    "Action",
     "Advice",
+    "BeforeDecoder",
+    "CacheAfterPrefill",
+    "CacheWhileDecoding",
+    "ClsAttention",
     "CompressionConfig",
     "ConfigError",
+    "DecoderAttention",
+    "DecoderHidden",
+    "DecoderLayer",
+    "HiddenStates",
     "InputError",
     "KernelError",
-    "Need",
+    "ModelShape",
+    "Origin",
     "PackPlan",
+    "PatchPixels",
+    "Pixels",
+    "PreProjector",
+    "PromptText",
+    "ReceivedAttention",
     "Report",
     "ScoreSelector",
     "SegmentReport",
     "Selection",
     "Selector",
+    "Signal",
+    "Site",
     "Stage",
     "StateError",
+    "TextAttention",
+    "TextEmbeds",
+    "TokenGrids",
     "UnsupportedMethodError",
     "UnsupportedModelError",
     "VideoAnswer",
     "VideoQAPipeline",
+    "VisionAttention",
+    "VisionHidden",
+    "VisionKeys",
+    "VisionLayer",
+    "VisionSignal",
     "VisualContext",
-    "VisualSegment",
     "VtcError",
     "__version__",
     "advise",
@@ -87,8 +144,41 @@ _HOME = {
         "supported_models",
     ),
     "vtc.config": ("CompressionConfig",),
-    "vtc.core.context": ("Need", "Stage", "VisualContext", "VisualSegment"),
-    "vtc.core.selection": ("PackPlan", "Selection"),
+    "vtc.core.actions": ("Action",),
+    "vtc.core.context": ("VisualContext",),
+    "vtc.core.observations": (
+        "DecoderAttention",
+        "DecoderHidden",
+        "PatchPixels",
+        "PromptText",
+        "TokenGrids",
+        "VisionAttention",
+        "VisionHidden",
+    ),
+    "vtc.core.packing": ("PackPlan",),
+    "vtc.core.selection": ("Selection",),
+    "vtc.core.signals": (
+        "ClsAttention",
+        "HiddenStates",
+        "Origin",
+        "PreProjector",
+        "ReceivedAttention",
+        "Signal",
+        "TextAttention",
+        "TextEmbeds",
+        "VisionKeys",
+        "VisionSignal",
+    ),
+    "vtc.core.sites": (
+        "BeforeDecoder",
+        "CacheAfterPrefill",
+        "CacheWhileDecoding",
+        "DecoderLayer",
+        "Pixels",
+        "Site",
+        "VisionLayer",
+    ),
+    "vtc.core.stage": ("ModelShape", "Stage"),
     "vtc.errors": (
         "ConfigError",
         "InputError",
@@ -102,7 +192,7 @@ _HOME = {
     "vtc.registry": ("register_adapter", "register_selector"),
     "vtc.report.report": ("Report", "SegmentReport"),
     "vtc.report.visualize": ("visualize",),
-    "vtc.selectors.base": ("ScoreSelector", "Selector"),
+    "vtc.core.selector": ("ScoreSelector", "Selector"),
     "vtc.tuning.advise": ("Advice", "advise"),
     "vtc.tuning.calibrate": ("calibrate",),
     "vtc.video.pipeline": ("VideoAnswer", "VideoQAPipeline"),

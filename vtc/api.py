@@ -9,16 +9,15 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vtc.config import CompressionConfig
-from vtc.engine.engine import Engine
-from vtc.engine.plan import PlannedStage
-from vtc.errors import ConfigError, StateError, UnsupportedMethodError, UnsupportedModelError
-from vtc.registry import adapters, get_adapter, get_selector, selectors
+from vtc.core.sites import Site
+from vtc.engine.install import adapter_for, engine_of, find_engine, install, paused, uninstall
+from vtc.engine.plan import make_plan
+from vtc.errors import ConfigError, UnsupportedMethodError
+from vtc.registry import adapters, selectors
 from vtc.report.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 Method = str | CompressionConfig | Sequence[CompressionConfig]
-
-_ATTRIBUTE = "_vtc_engine"
 
 
 def compress(
@@ -30,6 +29,7 @@ def compress(
     positions: str = "original",
     structural: str = "keep",
     seed: int = 0,
+    at: str | Site | None = None,
     **options: Any,
 ) -> Model:
     """Compress the visual tokens of `model`, in place: the same object is returned.
@@ -54,6 +54,9 @@ def compress(
         What happens to newline and separator tokens, which no method scores.
     seed : int
         For methods that draw.
+    at : str or Site, optional
+        Where tokens leave: "decoder" (before the language model) or "decoder:K" (on entering its layer K), for methods
+        of one place; by default where the method says. `vtc.core.sites` lists all places.
     **options
         Options of the method.
 
@@ -72,52 +75,30 @@ def compress(
         "positions": positions,
         "structural": structural,
         "seed": seed,
+        "at": at,
     }
-    configs = _configs(method, shared, options)
-    target = _unwrap(model)
-    adapter = get_adapter(str(target.config.model_type))(target)
-    stages = _plan(configs, adapter)
-    engine = Engine(target, adapter, configs, stages)
-    before: Engine | None = getattr(target, _ATTRIBUTE, None)
-    if before is not None:
-        before.uninstall()
-    try:
-        engine.install()
-    except BaseException:
-        if before is not None:
-            before.install()
-        raise
-    setattr(target, _ATTRIBUTE, engine)
+    install(model, _configs(method, shared, options))
     return model
 
 
 def restore(model: Model) -> Model:
     """Take everything away that `compress` installed; does nothing to a model that is not compressed."""
-    target = _unwrap(model)
-    engine: Engine | None = target.__dict__.pop(_ATTRIBUTE, None)
-    if engine is not None:
-        engine.uninstall()
+    uninstall(model)
     return model
 
 
 @contextmanager
 def compressed(model: Model, method: Method = "divprune", **arguments: Any) -> Iterator[Model]:
-    """`compress` for the length of a `with` block; an earlier configuration comes back afterwards."""
-    before = getattr(_unwrap(model), _ATTRIBUTE, None)
-    compress(model, method, **arguments)
-    try:
+    """Compress for the length of a `with` block, then put an earlier configuration back."""
+    with paused(model):
+        compress(model, method, **arguments)
         yield model
-    finally:
-        restore(model)
-        if before is not None:
-            before.install()
-            setattr(_unwrap(model), _ATTRIBUTE, before)
 
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
     """Keep all tokens for the length of a `with` block, without uninstalling anything."""
-    engine = _engine(model)
+    engine = engine_of(model)
     before, engine.enabled = engine.enabled, False
     try:
         yield model
@@ -126,12 +107,12 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 def is_compressed(model: nn.Module) -> bool:
-    """Whether `compress` is in force on this model."""
-    return _ATTRIBUTE in _unwrap(model).__dict__
+    """Tell whether `compress` is in force on this model."""
+    return find_engine(model) is not None
 
 
 def report(model: nn.Module) -> Report:
-    """What the last prompt kept, and what that saves.
+    """Report what the last prompt kept, and what that saves.
 
     Turns that only add text to a conversation do not count as a prompt.
 
@@ -140,26 +121,25 @@ def report(model: nn.Module) -> Report:
     StateError
         The model is not compressed, or has not been run since.
     """
-    return _engine(model).report()
+    return engine_of(model).report()
 
 
 def list_methods(model: nn.Module | None = None) -> dict[str, str]:
-    """All methods with where they come from; with a model, those it cannot run say why instead."""
+    """List all methods with their sources; with a model, methods that it cannot run say why instead."""
     methods = {name: cls.paper for name, cls in selectors().items()}
     if model is None:
         return methods
-    target = _unwrap(model)
-    adapter = get_adapter(str(target.config.model_type))(target)
+    adapter = adapter_for(model)
     for name in methods:
         try:
-            _plan([CompressionConfig(method=name, keep_ratio=0.5)], adapter)
+            make_plan([CompressionConfig(method=name, keep_ratio=0.5)], adapter)
         except (UnsupportedMethodError, ConfigError) as error:
             methods[name] = f"not on this model: {error}"
     return methods
 
 
 def supported_models() -> list[str]:
-    """`config.model_type` of every family that has an adapter."""
+    """List `config.model_type` of every family that has an adapter."""
     return sorted(adapters())
 
 
@@ -167,7 +147,7 @@ def _configs(method: Method, shared: dict[str, Any], options: dict[str, Any]) ->
     if isinstance(method, str):
         return [CompressionConfig(method=method, options=options, **shared)]
     configs = [method] if isinstance(method, CompressionConfig) else list(method)
-    defaults = {"keep_ratio": None, "keep_tokens": None, "positions": "original", "structural": "keep", "seed": 0}
+    defaults = {"positions": "original", "structural": "keep", "seed": 0}  # of the others: None
     given = [name for name, value in {**shared, **options}.items() if value != defaults.get(name)]
     if given:
         raise ConfigError(f"{', '.join(given)} given beside a CompressionConfig; put them into the configuration")
@@ -177,64 +157,3 @@ def _configs(method: Method, shared: dict[str, Any], options: dict[str, Any]) ->
         if len({getattr(config, name) for config in configs}) > 1:
             raise ConfigError(f"composed configurations must agree on {name!r}")
     return configs
-
-
-def _plan(configs: Sequence[CompressionConfig], adapter: Any) -> list[PlannedStage]:
-    """The stages in the order in which tokens meet them, each checked against what the model has."""
-    stages: list[PlannedStage] = []
-    depth = len(adapter.text_model.layers)
-    kind = adapter.config.model_type
-    for config in configs:
-        selector = get_selector(config.method, **config.options).resolve(depth, config.keep_ratio)
-        planned = selector.plan(depth, config.keep_ratio)
-        for stage in planned:
-            for need in sorted(stage.requires - adapter.supplies()):
-                instead = f"try {selector.instead[need]}, or see" if need in selector.instead else "see"
-                raise UnsupportedMethodError(
-                    f"{config.method} needs {need.value}, which {kind} cannot give: {adapter.why_not(need)}; "
-                    f"{instead} vtc.list_methods(model) for what works on this model"
-                )
-            if stage.layer is not None:
-                if adapter.decoder_stages_refused:
-                    raise UnsupportedMethodError(
-                        f"{config.method} removes tokens inside the decoder, which {kind} cannot do: "
-                        f"{adapter.decoder_stages_refused}"
-                    )
-                if not 1 <= stage.layer < depth:
-                    raise ConfigError(
-                        f"{config.method} prunes at decoder layer {stage.layer}; this model has layers 1 to {depth - 1}"
-                    )
-            stages.append(PlannedStage(config, selector, stage.layer, stage.requires, stage.keep, stage.images_only))
-        for modality in adapter.modalities:
-            if any(stage.layer is None and stage.requires for stage in planned):
-                layers = len(adapter.tower_attentions(modality))
-                selector.vision_layers(layers, adapter.feature_layer(modality, {}))
-    order = [-1 if stage.layer is None else stage.layer for stage in stages]
-    inside = [layer for layer in order if layer >= 0]
-    if order != sorted(order) or len(set(inside)) < len(inside):
-        raise ConfigError(
-            f"stages must come in the order in which tokens meet them, one per decoder layer; got {order}"
-        )
-    if configs[0].positions == "compact":
-        if adapter.multi_axis_positions:
-            raise ConfigError(
-                f"positions='compact' has no meaning for the (t, h, w) positions of {kind}; use 'original'"
-            )
-        if all(stage.layer is not None for stage in stages):
-            raise ConfigError("positions='compact' renumbers before the language model, but no stage works there")
-    return stages
-
-
-def _unwrap(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT model."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if not hasattr(inner, "config") or not hasattr(inner, "get_decoder"):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model with a language model inside")
-    return inner
-
-
-def _engine(model: nn.Module) -> Engine:
-    engine = getattr(_unwrap(model), _ATTRIBUTE, None)
-    if engine is None:
-        raise StateError("the model is not compressed; call vtc.compress(model, ...) first")
-    return engine

@@ -40,7 +40,7 @@ def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
 
 
 def resolve_budget(n: int, keep_ratio: float | None = None, keep_tokens: int | None = None) -> int:
-    """Number of tokens to keep of `n`.
+    """Compute the number of tokens to keep of `n`.
 
     A ratio is rounded half to even, as Python's `round` does and as the released code of most methods does; the result
     is at least 1 and at most `n`.

@@ -11,6 +11,7 @@ from typing import Any
 
 from ._version import package_version
 from .budget import check_budget
+from .core.sites import Site, parse_site
 from .errors import ConfigError
 
 __all__ = ["CompressionConfig"]
@@ -21,7 +22,7 @@ STRUCTURAL = ("keep", "drop")
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """What to do to a model's visual tokens.
+    """One compression of a model's visual tokens, as a value.
 
     Parameters
     ----------
@@ -39,6 +40,9 @@ class CompressionConfig:
     options
         The method's own options: strings, numbers, booleans, None, and sequences or string-keyed mappings of these.
         Sequences are stored as tuples.
+    at
+        Where tokens leave, as a site or its word (see `vtc.core.sites`), for methods that can work in several places;
+        None: where the method says. Stored as the word.
 
     Raises
     ------
@@ -53,6 +57,7 @@ class CompressionConfig:
     structural: str = "keep"
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    at: str | Site | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not self.method:
@@ -64,17 +69,24 @@ class CompressionConfig:
             raise ConfigError(f"structural must be one of {STRUCTURAL}, got {self.structural!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be an integer in 0..2**63-1, got {self.seed!r}.")
+        if self.at is not None:
+            object.__setattr__(self, "at", str(parse_site(self.at)))
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"options must be a mapping from option names to values, got {self.options!r}.")
         object.__setattr__(self, "options", _plain(self.options, "options"))
 
+    @property
+    def site(self) -> Site | None:
+        """`at` as a site."""
+        return None if self.at is None else parse_site(self.at)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values in a fixed order, and the version of this package."""
+        """Return plain values in a fixed order, and the version of this package."""
         return {"version": package_version(), **{item.name: _listed(getattr(self, item.name)) for item in fields(self)}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionConfig:
-        """Inverse of `to_dict`. The version is informative: what this version understands is decided by the keys.
+        """Read what `to_dict` returned. The version is informative: the keys decide what this version understands.
 
         Raises
         ------
@@ -93,12 +105,12 @@ class CompressionConfig:
         return cls(**{name: data[name] for name in known if name in data})
 
     def to_json(self) -> str:
-        """Indented JSON, stable from run to run."""
+        """Return indented JSON, stable from run to run."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> CompressionConfig:
-        """Inverse of `to_json`; raises `ConfigError` for what is not JSON."""
+        """Read what `to_json` returned; raise `ConfigError` for what is not JSON."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:

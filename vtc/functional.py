@@ -9,30 +9,17 @@ import torch
 from torch import Tensor
 
 from .budget import resolve_budget
-from .core.context import Grid, Need, VisualContext, grid_origin
+from .core.context import VisualContext
+from .core.grids import Grid
+from .core.observations import TokenGrids
 from .core.selection import Selection
+from .core.selector import Selector
+from .core.signals import SHARED, Signal
+from .core.stage import Stage
 from .errors import ConfigError, InputError
 from .registry import get_selector
-from .selectors.base import Selector
 
 __all__ = ["select"]
-
-# Inputs that tell N, and the axis that does.
-_TOKEN_AXIS = {
-    "features": 0,
-    "cls_attention": -1,
-    "received_attention": -1,
-    "attention": -1,
-    "text_attention": -1,
-    "keys": 0,
-    "clip_relevance": 0,
-    "hidden_states": 0,
-    "context_relevance": 0,
-    "entropy": 0,
-    "modality_attention": -1,
-    "pagerank": 0,
-    "origin": 0,
-}
 
 
 @torch.no_grad()
@@ -43,27 +30,11 @@ def select(
     keep_ratio: float | None = None,
     features: Tensor | None = None,
     grid_thw: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
-    cls_attention: Tensor | None = None,
-    received_attention: Tensor | None = None,
-    attention: Tensor | None = None,
-    text_attention: Tensor | None = None,
-    keys: Tensor | None = None,
-    text_embeds: Tensor | None = None,
-    pre_projector: Tensor | None = None,
-    group: Tensor | None = None,
-    pixels: Tensor | None = None,
-    clip_relevance: Tensor | None = None,
-    hidden_states: Tensor | None = None,
-    context_relevance: Tensor | None = None,
-    entropy: Tensor | None = None,
-    modality_attention: Tensor | None = None,
-    attention_exchange: Tensor | None = None,
-    pagerank: Tensor | None = None,
-    origin: Tensor | None = None,
+    signals: Mapping[type[Signal] | Signal, Tensor] | None = None,
     structural: int = 0,
-    companions: int = 0,
+    other_visuals: int = 0,
     seed: int = 0,
-    **options: Any,
+    **named: Any,
 ) -> Selection:
     """Run one method on the tensors of one image or video.
 
@@ -80,46 +51,17 @@ def select(
         (N, D) visual tokens as the language model would see them. Optional for methods that only score attention.
     grid_thw
         (t, h, w) of the tokens, or one such triple per view; default (1, 1, N).
-    cls_attention
-        (layers, heads, N): the [CLS] rows of the layers to use, without the [CLS] column.
-    received_attention
-        (layers, heads, N): attention each token receives.
-    attention
-        (N, N): attention of one layer, averaged over heads.
-    text_attention
-        (heads, queries, N): rows of the chosen text queries over the visual tokens.
-    keys
-        (N, d): keys of one layer.
-    text_embeds
-        (T, D): input embeddings of the text.
-    pre_projector, group
-        (M, Dv) patch features, and (M,) long, the token that each patch belongs to.
-    pixels
-        The pixels behind the tokens.
-    clip_relevance
-        (N,): similarity of each token to the text.
-    hidden_states
-        (N, D): hidden states inside the language model.
-    context_relevance
-        (N,): from `kernels.context_relevance`.
-    entropy
-        (N,): softmax of `kernels.patch_entropy` over the patches of a crop.
-    modality_attention
-        (2, N): attention that each token receives on average from the text and from the visual tokens.
-    attention_exchange
-        (2,): which part of its attention the text gives to the visual tokens, and they to the text.
-    pagerank
-        (N,): from `kernels.pagerank`.
-    origin
-        (N, 6) long: (view, t, row, column, rows, columns) of each token; default: those of `grid_thw`.
+    signals
+        What the method requires, by the type of the signal: ``{ClsAttention: rows}``. The class of each signal says
+        what its tensor holds. What follows from `grid_thw` need not be given.
     structural
         How many newline tokens stay beside the N, for methods that count them in their budget.
-    companions
+    other_visuals
         How many other images and videos the prompt has, for methods that treat an image in company differently.
     seed
         Seed of the method's randomness, if it has any.
-    **options
-        The method's own options.
+    **named
+        Signals by their short names (``cls_attention=rows``), and the method's own options.
 
     Returns
     -------
@@ -135,57 +77,65 @@ def select(
     InputError
         The inputs disagree about N, have the wrong shape, or are not finite.
     """
-    selector = get_selector(method, **options).resolve(None, keep_ratio)
-    inputs = {
-        "features": features,
-        "cls_attention": cls_attention,
-        "received_attention": received_attention,
-        "attention": attention,
-        "text_attention": text_attention,
-        "keys": keys,
-        "text_embeds": text_embeds,
-        "pre_projector": pre_projector,
-        "group": group,
-        "pixels": pixels,
-        "clip_relevance": clip_relevance,
-        "hidden_states": hidden_states,
-        "context_relevance": context_relevance,
-        "entropy": entropy,
-        "modality_attention": modality_attention,
-        "attention_exchange": attention_exchange,
-        "pagerank": pagerank,
-        "origin": origin,
-    }
-    given: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
+    given, selector = _split(method, signals or {}, named)
+    selector = selector.resolve(None, keep_ratio)
     stage = selector.stages()[0]
     views = _grids(grid_thw)
     modality = "video" if any(t > 1 for t, _, _ in views) else "image"
-    needed = stage.requires - {Need.ORIGIN} - (stage.images_only if modality == "video" else frozenset())
-    _check_given(selector, needed, given)
-    n = _count_tokens(given, views)
-    some = next(iter(given.values()), torch.empty(0))
-    if Need.ORIGIN in stage.requires:
-        given.setdefault("origin", grid_origin(views or ((1, 1, n),), some.device))
+    _check_given(selector, stage, modality, features, given)
+    n = _count_tokens(features, given, views)
+    tensors = [*([] if features is None else [features]), *given.values()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    grids = views or ((1, 1, n),)
+    known = {type(signal): signal for signal in stage.requires}
+    values = {known.get(kind) or kind(): value for kind, value in given.items()}
+    for signal in stage.requires:
+        if signal.reads is TokenGrids and type(signal) not in given:
+            values[signal] = signal.compute(TokenGrids(grids, device))
     context = VisualContext(
-        features=given.pop("features", torch.empty(n, 0, device=some.device)),
+        features=torch.empty(n, 0, device=device) if features is None else features,
         budget=resolve_budget(n, keep_ratio, keep_tokens),
         generator=torch.Generator().manual_seed(seed),
-        grids=views or ((1, 1, n),),
+        grids=grids,
         modality=modality,
-        layer_idx=stage.layer,
+        site=stage.site,
         keep_ratio=keep_ratio,
         structural=structural,
-        companions=companions,
-        **given,
+        other_visuals=other_visuals,
+        signals=values,
     )
     return selector.select(context.check())
 
 
-def _check_given(selector: Selector, requires: frozenset[Need], given: Mapping[str, Tensor]) -> None:
-    wanted = [*(["features"] if selector.reads_features else []), *sorted(need.value for need in requires)]
-    missing = [name for name in wanted if name not in given]
+def _split(
+    method: str, signals: Mapping[type[Signal] | Signal, Tensor], named: Mapping[str, Any]
+) -> tuple[dict[type[Signal], Tensor], Selector]:
+    """Signals by type, and the method with what is left of `named` as its options."""
+    shared = {kind.name: kind for kind in SHARED}
+    tensors = {name for name, value in named.items() if name in shared or isinstance(value, Tensor)}
+    selector = get_selector(method, **{name: value for name, value in named.items() if name not in tensors})
+    by_name = shared | {signal.name: type(signal) for signal in selector.stages()[0].requires}
+    unknown = sorted(tensors - set(by_name))
+    if unknown:
+        raise ConfigError(f"{method} reads no signal {', '.join(unknown)}; by name it takes {', '.join(by_name)}.")
+    given = {by_name[name]: named[name] for name in sorted(tensors) if named[name] is not None}
+    for key, value in signals.items():
+        kind = key if isinstance(key, type) else type(key)
+        if not issubclass(kind, Signal):
+            raise ConfigError(f"signals maps types of signals to tensors, got the key {key!r}.")
+        given[kind] = value
+    return given, selector
+
+
+def _check_given(
+    selector: Selector, stage: Stage, modality: str, features: Tensor | None, given: Mapping[type[Signal], Tensor]
+) -> None:
+    present = [*([] if features is None else ["features"]), *(kind.name for kind in given)]
+    wanted = [*(["features"] if selector.reads_features else [])]
+    wanted += sorted(s.name for s in stage.requires if s.reads is not TokenGrids and s.wanted_of(modality))
+    missing = [name for name in wanted if name not in present]
     if missing:
-        raise ConfigError(f"{selector.name} needs {', '.join(missing)}; got {', '.join(given) or 'no tensors'}.")
+        raise ConfigError(f"{selector.name} needs {', '.join(missing)}; got {', '.join(present) or 'no tensors'}.")
 
 
 def _grids(grid_thw: Tensor | Sequence[int] | Sequence[Sequence[int]] | None) -> tuple[Grid, ...]:
@@ -201,13 +151,12 @@ def _grids(grid_thw: Tensor | Sequence[int] | Sequence[Sequence[int]] | None) ->
     return tuple((t, h, w) for t, h, w in views.reshape(-1, 3).tolist())
 
 
-def _count_tokens(given: Mapping[str, Tensor], views: tuple[Grid, ...]) -> int:
+def _count_tokens(features: Tensor | None, given: Mapping[type[Signal], Tensor], views: tuple[Grid, ...]) -> int:
     """N, which every input that has a token axis must agree on."""
-    per_token = {name: axis for name, axis in _TOKEN_AXIS.items() if name in given}
-    scalars = [name for name in per_token if given[name].ndim == 0]
-    if scalars:
-        raise InputError(f"{', '.join(scalars)}: a scalar has no axis of N tokens.")
-    counts = {name: given[name].shape[axis] for name, axis in per_token.items()}
+    if features is not None and features.ndim == 0:
+        raise InputError("features: a scalar has no axis of N tokens.")
+    counts = {} if features is None else {"features": features.shape[0]}
+    counts |= {kind.name: count for kind, value in given.items() if (count := kind.count(value)) is not None}
     if views:
         counts["grid_thw"] = sum(t * h * w for t, h, w in views)
     if not counts:

@@ -33,12 +33,12 @@ def _distribution() -> ModuleType:
 
 
 def available() -> bool:
-    """Whether ``vtc-reference`` is installed."""
+    """Tell whether ``vtc-reference`` is installed."""
     return importlib.util.find_spec("vtc_reference") is not None
 
 
 def names() -> tuple[str, ...]:
-    """Names of the reference models.
+    """Return the names of the reference models.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def load(name: str = "llava", dtype: torch.dtype | None = None) -> tuple[Any, An
 
 
 def samples() -> list[Path]:
-    """Paths of the sample images that ship with the models.
+    """Return the paths of the sample images that ship with the models.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def samples() -> list[Path]:
 
 
 def clips() -> list[Path]:
-    """Paths of the sample clips that ship with the models: short videos for those that take them.
+    """Return the paths of the sample clips that ship with the models: short videos for those that take them.
 
     Raises
     ------

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ConfigError, UnsupportedMethodError, UnsupportedModelError, VtcError
 
-if TYPE_CHECKING:  # at run time the methods import this module while they are being defined
-    from .selectors.base import Selector
+if TYPE_CHECKING:  # it brings torch, which commands that only show their help do without
+    from .core.selector import Selector
 
-__all__ = ["adapters", "get_adapter", "get_selector", "register_adapter", "register_selector", "selectors"]
+__all__ = [
+    "adapters",
+    "get_adapter",
+    "get_selector",
+    "register_adapter",
+    "register_selector",
+    "selectors",
+]
 
 T = TypeVar("T", bound=type)
 
@@ -80,7 +87,7 @@ class _Registry:
 
 
 def _check_selector(cls: type) -> None:
-    from .selectors.base import Selector
+    from .core.selector import Selector
 
     if not issubclass(cls, Selector):
         raise ConfigError(f"{_path(cls)} must derive from Selector to be registered.")
@@ -105,7 +112,7 @@ _ADAPTERS = _Registry("model type", "vtc.adapters", UnsupportedModelError, lambd
 
 
 def register_selector(cls: T) -> T:
-    """Class decorator: make a `Selector` available under its `name`.
+    """Make a `Selector` available under its `name`; a class decorator.
 
     Raises
     ------
@@ -118,7 +125,7 @@ def register_selector(cls: T) -> T:
 
 
 def get_selector(name: str, **options: Any) -> Selector:
-    """The method `name` with `options`.
+    """Create the method `name` with `options`.
 
     Raises
     ------
@@ -137,12 +144,12 @@ def get_selector(name: str, **options: Any) -> Selector:
 
 
 def selectors() -> dict[str, type[Selector]]:
-    """All methods, those of other packages included: id to class, sorted."""
+    """Return all methods, those of other packages included: id to class, sorted."""
     return _SELECTORS.all()
 
 
 def register_adapter(*model_types: str) -> Callable[[T], T]:
-    """Class decorator: use this adapter for models whose `config.model_type` is one of `model_types`.
+    """Use this adapter for models whose `config.model_type` is one of `model_types`; a class decorator.
 
     Raises
     ------
@@ -161,7 +168,7 @@ def register_adapter(*model_types: str) -> Callable[[T], T]:
 
 
 def get_adapter(model_type: str) -> type[Any]:
-    """The adapter class for a `config.model_type`.
+    """Return the adapter class for a `config.model_type`.
 
     Raises
     ------
@@ -172,5 +179,5 @@ def get_adapter(model_type: str) -> type[Any]:
 
 
 def adapters() -> dict[str, type[Any]]:
-    """All adapters, those of other packages included: model type to class, sorted."""
+    """Return all adapters, those of other packages included: model type to class, sorted."""
     return _ADAPTERS.all()

@@ -211,7 +211,7 @@ class TestLists:
         ],
     )
     def test_places_of_several_stages_read_as_a_sentence(self, layers, text):
-        assert methods.where([vtc.Stage(layer=layer) for layer in layers]) == text
+        assert methods.where([vtc.Stage(vtc.DecoderLayer(n) if n else vtc.BeforeDecoder()) for n in layers]) == text
 
     def test_models_are_those_with_an_adapter(self, capsys):
         assert main(["models"]) == 0
@@ -241,7 +241,7 @@ for command in sys.argv[1:]:
         loaded = [name for name in ("torch", "transformers", "numpy", "PIL") if name in sys.modules]
         print(command, exit.code, loaded, file=sys.stderr)
 """
-        commands = ["", *(name for name in COMMANDS if name != "bench")]
+        commands = ["", *COMMANDS, "bench prefill", "bench overhead", "bench kernels"]
         result = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
         assert result.stderr.splitlines() == [f"{command} 0 []" for command in commands]
 

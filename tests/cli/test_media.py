@@ -83,10 +83,10 @@ def test_video_answers_and_draws(clip: Path, tmp_path: Path, capsys: pytest.Capt
     output = tmp_path / "kept.gif"
     asked = [str(clip), "what happens ?", "a b ?", "--fps", "4", "--keep-ratio", "0.5", "--max-new-tokens", "3"]
     assert main(["video", *asked, "-o", str(output)]) == 0
-    told = capsys.readouterr().out
-    assert "what happens ?" in told
-    assert re.search(r"8 frames, \d+ of \d+ visual tokens \(50\.0 %\) in 1 window\n", told)
-    assert "re-used: features, compressed KV prefix" in told
+    printed = capsys.readouterr().out
+    assert "what happens ?" in printed
+    assert re.search(r"8 frames, \d+ of \d+ visual tokens \(50\.0 %\) in 1 window\n", printed)
+    assert "re-used: features, compressed KV prefix" in printed
     with Image.open(output) as drawn:
         assert drawn.n_frames > 1
     assert main(["video", *asked, "--json", "--window", "4"]) == 0

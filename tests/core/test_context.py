@@ -3,8 +3,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtc.core.context import Need, Stage, VisualContext, VisualSegment
-from vtc.errors import ConfigError, InputError
+from tests.selectors.inputs import METHOD_SIGNALS, shape_of
+from vtc.core.context import VisualContext
+from vtc.core.signals import (
+    SHARED,
+    ClsAttention,
+    HiddenStates,
+    Origin,
+    PreProjector,
+    ReceivedAttention,
+    Signal,
+    TextAttention,
+    TextEmbeds,
+    VisionKeys,
+)
+from vtc.errors import InputError
+from vtc.selectors.aim import PageRank
+from vtc.selectors.atp import ModalityAttention
+from vtc.selectors.todre import AttentionExchange
+from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
+
+ALL = (*SHARED, *METHOD_SIGNALS)
 
 
 def context(n: int = 6, **fields: object) -> VisualContext:
@@ -12,13 +31,21 @@ def context(n: int = 6, **fields: object) -> VisualContext:
     return VisualContext(torch.randn(n, 4), 2, torch.Generator(), grids, **fields)  # type: ignore[arg-type]
 
 
-def test_needs_are_fields() -> None:
-    for need in Need:
-        assert getattr(context(), need.value) is None
-        with pytest.raises(InputError, match=f"needs {need.value}, which was not supplied"):
-            context().need(need)
-    keys = torch.randn(6, 2)
-    assert context(keys=keys).need(Need.KEYS) is keys
+def test_signals_are_found_by_type_and_by_parameters() -> None:
+    keys, one, two = torch.randn(6, 2), torch.rand(1, 2, 6), torch.rand(1, 2, 6)
+    it = context(signals={VisionKeys(): keys, ClsAttention((1,)): one, ClsAttention((2,)): two})
+    assert it[VisionKeys] is it[VisionKeys()] is keys
+    assert it[ClsAttention((1,))] is one
+    assert it[ClsAttention((2,))] is two
+    with pytest.raises(InputError, match="There are 2 signals cls_attention; name one by its parameters"):
+        it[ClsAttention]
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_signals_that_were_not_supplied_are_named(kind: type[Signal]) -> None:
+    for missing in (kind, kind()):
+        with pytest.raises(InputError, match=f"needs {kind.name}, which was not supplied; declare it in `requires`"):
+            context()[missing]
 
 
 def test_coords_run_over_views_frames_rows_columns() -> None:
@@ -37,40 +64,38 @@ def test_coords_run_over_views_frames_rows_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("kind", "shape"),
     [
-        ("cls_attention", (2, 2, 5)),
-        ("received_attention", (2, 6)),
-        ("attention", (6, 5)),
-        ("attention", (5, 6)),
-        ("keys", (5, 2)),
-        ("text_attention", (6, 2)),
-        ("clip_relevance", (5,)),
-        ("hidden_states", (6, 2, 2)),
-        ("context_relevance", (1, 6)),
-        ("entropy", (5,)),
-        ("modality_attention", (2, 5)),
-        ("pagerank", (6, 1)),
-        ("origin", (5, 6)),
+        (ClsAttention, (2, 2, 5)),
+        (ReceivedAttention, (2, 6)),
+        (VisionKeys, (5, 2)),
+        (PreProjector, (24, 2)),
+        (TextAttention, (6, 2)),
+        (HiddenStates, (6, 2, 2)),
+        (TextEmbeds, (6,)),
+        (ContextRelevance, (1, 6)),
+        (PixelEntropy, (5,)),
+        (ModalityAttention, (2, 5)),
+        (AttentionExchange, (1, 2)),
+        (PageRank, (6, 1)),
+        (Origin, (5, 6)),
     ],
 )
-def test_wrong_shapes_are_named(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=f"{name} must have"):
-        context(**{name: torch.rand(shape)}).check()
+def test_wrong_shapes_are_named(kind: type[Signal], shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=rf"{kind.name} must have .* got \({', '.join(map(str, shape))},?\) float32"):
+        context(signals={kind(): torch.rand(shape)}).check()
 
 
-@pytest.mark.parametrize("name", ["features", *(need.value for need in Need)])
+@pytest.mark.parametrize("kind", [None, *ALL], ids=lambda kind: "features" if kind is None else kind.name)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_that_are_none_are_named(name: str, value: float, dtype: torch.dtype) -> None:
-    shapes = {"cls_attention": (1, 1, 6), "received_attention": (1, 1, 6), "text_attention": (1, 1, 6)}
-    per_token = ("clip_relevance", "context_relevance", "entropy", "pagerank")
-    broken = torch.zeros(shapes.get(name, (6,) if name in per_token else (6, 6)), dtype=dtype)
-    broken.view(-1)[3] = value
-    it = context(group=torch.arange(6))
-    it.check()
-    setattr(it, name, broken)
-    with pytest.raises(InputError, match=f"^{name}: NaN or infinite"):
+def test_values_that_are_not_finite_are_named(kind: type[Signal] | None, value: float, dtype: torch.dtype) -> None:
+    broken = torch.zeros((6, 4) if kind is None else shape_of(kind, 6), dtype=dtype)
+    it = context(signals={} if kind is None else {kind(): broken}).check()
+    broken.view(-1)[1] = value
+    if kind is None:
+        it.features = broken
+    with pytest.raises(InputError, match=f"^{'features' if kind is None else kind.name}: NaN or infinite"):
         it.check()
 
 
@@ -79,40 +104,3 @@ def test_contradictions() -> None:
         context(grids=((1, 2, 2),)).check()
     with pytest.raises(InputError, match="empty"):
         context(0, grids=()).check()
-    with pytest.raises(InputError, match=r"needs group \(M,\), got None"):
-        context(pre_projector=torch.randn(24, 3)).check()
-
-
-def test_segment_counts_structural_tokens() -> None:
-    structural = torch.tensor([False, False, True, False, False, True])
-    segment = VisualSegment(0, 1, "image", torch.arange(3, 9), ((1, 2, 2),), structural)
-    assert (segment.n_tokens, segment.n_scored, segment.grid_thw) == (6, 4, (1, 2, 2))
-    tiles = VisualSegment(0, 0, "video", torch.arange(5), ((1, 2, 2), (1, 1, 1)), torch.zeros(5, dtype=torch.bool))
-    assert tiles.grid_thw == (1, 1, 5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"modality": "audio"}, "modality must be one of"),
-        ({"span": torch.arange(4.0)}, "span must be"),
-        ({"structural": torch.zeros(3, dtype=torch.bool)}, "structural must be"),
-        ({"structural": torch.zeros(4)}, "structural must be"),
-        ({"grids": ((1, 1, 3),)}, "hold 3 tokens, but 4 are non-structural"),
-    ],
-)
-def test_segment_is_validated(changes: dict[str, object], message: str) -> None:
-    parts: dict[str, object] = {
-        "modality": "image",
-        "span": torch.arange(4),
-        "grids": ((1, 2, 2),),
-        "structural": torch.zeros(4, dtype=torch.bool),
-    }
-    with pytest.raises(InputError, match=f"Visual segment 2 of row 1: .*{message}"):
-        VisualSegment(1, 2, **{**parts, **changes})  # type: ignore[arg-type]
-
-
-def test_stage_layer() -> None:
-    assert Stage().layer is None
-    with pytest.raises(ConfigError, match="got -1"):
-        Stage(layer=-1)

@@ -9,28 +9,37 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtc.core.selection import PackPlan, Selection
+from vtc.core.packing import PackPlan
+from vtc.core.selection import Selection
 from vtc.errors import ConfigError, InputError
 
 quick = settings(max_examples=80, deadline=None)
 
 
 @st.composite
-def selection_of(draw: st.DrawFn, n: int, weighted: bool | None = None) -> Selection:
-    """Any legal selection from n tokens: plain, mean-merging (weighted False) or weighted (True)."""
+def selection_of(draw: st.DrawFn, n: int, kinds: tuple[str, ...] = ("plain", "mean", "weighted")) -> Selection:
+    """Any legal selection from n tokens: plain, or merging by means or weights into up to three slots per token."""
     mask = draw(st.lists(st.booleans(), min_size=n, max_size=n))
     keep = [i for i in range(n) if mask[i]]
-    kind = draw(st.sampled_from(["plain", "mean", "weighted"])) if weighted is None else ("mean", "weighted")[weighted]
+    kind, width = draw(st.sampled_from(kinds)), draw(st.integers(1, 3)) if n else 1
     if kind == "plain":
         return Selection(n, torch.tensor(keep, dtype=torch.long))
-    slot = st.integers(-1, len(keep) - 1)
-    assign = [keep.index(i) if mask[i] else draw(slot) for i in range(n)]
-    weight = [draw(st.floats(-2, 2, width=32)) for _ in range(n)] if kind == "weighted" else None
+    rows = []
+    for i in range(n):
+        own = [keep.index(i)] if mask[i] else []
+        others = [slot for slot in range(len(keep)) if slot not in own]
+        size = draw(st.integers(0, min(width - len(own), len(others))))
+        slots = [*own, *draw(st.permutations(others))[:size]]
+        rows.append(draw(st.permutations([*slots, *[-1] * (width - len(slots))])))
+    assign = torch.tensor(rows, dtype=torch.long).view(n, width)
+    floats = st.floats(-2, 2, width=32)
+    weight = draw(st.lists(floats, min_size=n * width, max_size=n * width)) if kind == "weighted" else None
+    shape = (n,) if width == 1 else (n, width)
     return Selection(
         n,
         torch.tensor(keep, dtype=torch.long),
-        torch.tensor(assign, dtype=torch.long),
-        None if weight is None else torch.tensor(weight, dtype=torch.float32),
+        assign.view(shape),
+        None if weight is None else torch.tensor(weight, dtype=torch.float32).view(shape),
     )
 
 
@@ -49,10 +58,13 @@ def matrix(selection: Selection) -> torch.Tensor:
         for slot, token in enumerate(selection.keep.tolist()):
             dense[slot, token] = 1
         return dense
-    assign = selection.assign.tolist()
-    for token, slot in enumerate(assign):
-        if slot >= 0:
-            dense[slot, token] = selection.weight[token] if selection.weight is not None else 1 / assign.count(slot)
+    assign = selection.assign.view(selection.n, -1).tolist() if selection.n else []
+    members = [slot for slots in assign for slot in slots]
+    for token, slots in enumerate(assign):
+        for place, slot in enumerate(slots):
+            if slot >= 0:
+                weight = None if selection.weight is None else selection.weight[token].view(-1)[place]
+                dense[slot, token] = 1 / members.count(slot) if weight is None else weight
     return dense
 
 
@@ -74,12 +86,13 @@ def test_merge_is_its_matrix_and_so_is_its_gradient(selection: Selection) -> Non
 
 
 @quick
-@given(st.integers(0, 9).flatmap(lambda n: selection_of(n, weighted=False)))
+@given(st.integers(0, 9).flatmap(lambda n: selection_of(n, ("mean",))))
 def test_mean_merging_keeps_mass(selection: Selection) -> None:
     assert selection.assign is not None
     x = values(selection.n, 3)
     total = (selection.sizes[:, None] * selection.merge(x)).sum(0)
-    torch.testing.assert_close(total, x[selection.assign >= 0].sum(0), rtol=1e-6, atol=1e-6)
+    times = (selection.assign.view(selection.n, -1) >= 0).sum(1) if selection.n else torch.zeros(0)
+    torch.testing.assert_close(total, (times[:, None] * x).sum(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(matrix(selection).sum(1), torch.ones(selection.k, dtype=torch.float64))
 
 
@@ -95,10 +108,12 @@ def test_derived_views_agree(selection: Selection) -> None:
     y = values(selection.k, 2)
     spread = selection.unmerge(y)
     assert torch.equal(spread[selection.keep], y)
-    flows = mask if selection.assign is None else selection.assign >= 0
+    dense, slots = matrix(Selection(selection.n, selection.keep, selection.assign)), selection.slots
+    flows = slots >= 0
+    assert torch.equal(flows, (dense != 0).any(dim=0)), "a token without a slot is one that was dropped"
     assert bool((spread[~flows] == 0).all())
-    if selection.assign is not None:
-        assert torch.equal(spread[flows], y[selection.assign[flows]])
+    assert torch.equal(spread[flows], y[slots[flows]])
+    assert bool((dense[slots[flows], flows.nonzero().squeeze(1)] != 0).all())
 
 
 @quick
@@ -112,7 +127,10 @@ def test_then_composes_and_is_associative(chain: tuple[Selection, Selection, Sel
     assert left.keep.tolist() == [a.keep.tolist()[b.keep.tolist()[i]] for i in c.keep.tolist()]
     assert (left.assign is None) == (right.assign is None)
     if left.assign is not None and right.assign is not None:
-        assert torch.equal(left.assign, right.assign)
+        assert torch.equal(left.sizes, right.sizes)
+        if all(part.assign is None or part.assign.ndim == 1 for part in chain):
+            assert torch.equal(left.assign, right.assign)
+    torch.testing.assert_close(matrix(left), matrix(c) @ matrix(b) @ matrix(a), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(matrix(left), matrix(right), rtol=1e-5, atol=1e-5)
 
 
@@ -125,6 +143,32 @@ def test_json_round_trip_is_exact(selection: Selection) -> None:
         one, two = getattr(selection, name), getattr(again, name)
         assert (one is None) == (two is None)
         assert one is None or (one.dtype == two.dtype and torch.equal(one, two))
+
+
+@quick
+@given(st.lists(st.integers(0, 5).flatmap(selection_of), min_size=1, max_size=3))
+def test_concatenate_is_the_block_diagonal_matrix(parts: list[Selection]) -> None:
+    whole = Selection.concatenate(parts)
+    assert whole.n == sum(part.n for part in parts)
+    starts = [sum(part.n for part in parts[:place]) for place in range(len(parts))]
+    assert whole.keep.tolist() == [start + i for start, part in zip(starts, parts, strict=True) for i in part.keep]
+    assert (whole.assign is None) == all(part.assign is None for part in parts)
+    expected = torch.block_diag(*map(matrix, parts))
+    torch.testing.assert_close(matrix(whole), expected[: whole.k, : whole.n], rtol=1e-6, atol=1e-6)
+
+
+def test_a_token_of_several_slots() -> None:
+    # Tokens 0 and 2 stay; 1 is shared between them; 3 is dropped.
+    assign = torch.tensor([[0, -1], [1, 0], [-1, 1], [-1, -1]])
+    weight = torch.tensor([[1.0, 9.0], [0.25, 0.75], [9.0, 1.0], [9.0, 9.0]])
+    shared = Selection(4, torch.tensor([0, 2]), assign, weight)
+    assert shared.merge(torch.eye(4)).tolist() == [[1.0, 0.75, 0.0, 0.0], [0.0, 0.25, 1.0, 0.0]]
+    assert (shared.sizes.tolist(), shared.slots.tolist()) == ([2, 2], [0, 1, 1, -1])
+    joined = shared.then(Selection(2, torch.tensor([0]), torch.tensor([0, 0]), torch.tensor([1.0, 1.0])))
+    assert joined.merge(torch.eye(4)).tolist() == [[1.0, 1.0, 1.0, 0.0]]
+    assert joined.sizes.tolist() == [3], "both shares of token 1 come to the same slot: it counts once"
+    second = shared.then(Selection(2, torch.tensor([1])))
+    assert second.slots.tolist() == [-1, 0, 0, -1]
 
 
 @quick
@@ -175,12 +219,17 @@ def test_grid_mask_cuts_the_mask_into_views() -> None:
         ((4, [1, 4]), r"within 0\.\.3"),
         ((4, [[1]]), r"must be \(K,\) long"),
         ((4, [0.0, 1.0]), r"must be \(K,\) long"),
-        ((4, [0, 1], [0, 1, 0]), r"assign must be \(4,\) long"),
+        ((4, [0, 1], [0, 1, 0]), r"assign must be \(4,\) or \(4, A\) long"),
+        ((1, [], [[[-1]]]), r"assign must be \(1,\) or \(1, A\) long"),
+        ((1, [], [[]]), r"assign must be \(1,\) or \(1, A\) long"),
         ((4, [0, 1], [0, 1, 2, 0]), r"slots 0\.\.1 or -1"),
         ((4, [0, 1], [0, 1, -2, 0]), r"slots 0\.\.1 or -1"),
         ((4, [0, 1], [1, 0, 0, 0]), "every kept token to its own slot"),
         ((4, [0, 1], [0, -1, 1, 0]), "every kept token to its own slot"),
+        ((2, [0], [[-1, -1], [0, -1]]), "every kept token to its own slot"),
+        ((2, [0], [[0, -1], [0, 0]]), "no token to one slot twice"),
         ((2, [0], None, [1.0, 1.0]), "needs assign"),
+        ((2, [0], [[0, -1], [0, -1]], [1.0, 1.0]), r"weight must be \(2, 2\) float"),
         ((2, [0], [0, 0], [1.0]), r"weight must be \(2,\) float"),
         ((2, [0], [0, 0], [1, 1]), r"weight must be \(2,\) float"),
         ((2, [0], [0, 0], [1.0, float("nan")]), "NaN"),
@@ -188,8 +237,9 @@ def test_grid_mask_cuts_the_mask_into_views() -> None:
 )
 def test_construction_is_validated(arguments: tuple[object, ...], message: str) -> None:
     n, *tensors = arguments
+    given = [None if x is None else torch.tensor(x, dtype=None if x else torch.long) for x in tensors]  # type: ignore
     with pytest.raises(InputError, match=message):
-        Selection(n, *(None if value is None else torch.tensor(value) for value in tensors))  # type: ignore[arg-type]
+        Selection(n, *given)  # type: ignore[arg-type]
 
 
 def test_shape_errors() -> None:

@@ -110,7 +110,7 @@ def with_flash(family: tiny.Family) -> Any:
 )
 def test_flash_equals_masking(family: tiny.Family, method: Method, attention: str, flash: FlashCalls) -> None:
     # Flash kernels drop masked keys too, so the reference is the same model on sdpa.
-    case, twin = with_flash(family), sharp(family)
+    case, untouched = with_flash(family), sharp(family)
     for kind in ("single", "ragged"):
         inputs = case.batch(kind)
         flash.fixed = flash.packed = 0
@@ -118,7 +118,7 @@ def test_flash_equals_masking(family: tiny.Family, method: Method, attention: st
             ours = model.generate(**inputs, **SAY)
             report = vtc.report(model)
         assert flash.packed if kind == "ragged" else flash.fixed
-        expected = reference.Reference.of(twin.model, inputs, report)
+        expected = reference.Reference.of(untouched.model, inputs, report)
         theirs = expected.logits_along(reference.answers(ours, inputs))
         error = reference.max_error(reference.stacked_logits(ours), theirs)
         assert error <= tolerance(case), kind
@@ -142,14 +142,14 @@ def test_flash_chooses_as_sdpa_does(name: str, kind: str, flash: FlashCalls) -> 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_a_second_turn_on_flash(name: str, flash: FlashCalls) -> None:
     # Several new tokens on a cache with gaps: the place where packed sequences are suspected.
-    case, twin = with_flash(tiny.family(name)), sharp(tiny.family(name))
+    case, untouched = with_flash(tiny.family(name)), sharp(tiny.family(name))
     inputs = case.batch("single")
     asked = torch.randint(3, 290, (1, 6), generator=torch.Generator().manual_seed(5))
     with method("divprune+fastv").on(case.model) as model, torch.no_grad():
         cache = model(**inputs, use_cache=True)[CACHE]
         report = vtc.report(model)
         ours = model(input_ids=asked, **{CACHE: cache}).logits
-    masked = reference.Reference.of(twin.model, inputs, report)
+    masked = reference.Reference.of(untouched.model, inputs, report)
     # Following the question token by token; the first logits are the prompt's own.
     theirs = masked.logits_along(torch.cat([asked, asked[:, :1]], dim=1))[:, 1:]
     assert reference.max_error(ours, theirs) <= tolerance(case)
@@ -158,13 +158,13 @@ def test_a_second_turn_on_flash(name: str, flash: FlashCalls) -> None:
 @pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "idefics3"])
 def test_flex_prefill_equals_masking(name: str) -> None:
     # Without its compiler, which needs minutes on a CPU; the block masks are the same. (Decoding fails in torch.)
-    case, twin = build(tiny.family(name)), build(tiny.family(name))
+    case, untouched = build(tiny.family(name)), build(tiny.family(name))
     case.model.set_attn_implementation({"text_config": "flex_attention"})
     inputs = case.batch("ragged")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), method("divprune+fastv").on(case.model) as model:
         ours = model(**inputs, use_cache=False).logits
         report = vtc.report(model)
-    expected = reference.Reference.of(twin.model, inputs, report)
+    expected = reference.Reference.of(untouched.model, inputs, report)
     with torch.no_grad():
         theirs = expected.prefill().logits
     assert reference.max_error(ours[expected.visible], theirs[expected.visible]) <= 2 * tolerance(case)

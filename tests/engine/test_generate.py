@@ -107,13 +107,13 @@ def test_prompt_lookup(family: tiny.Family, method: Method) -> None:
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
-@pytest.mark.parametrize("draft", ["twin", "stranger", "compressed-twin"])
+@pytest.mark.parametrize("draft", ["copy", "stranger", "compressed-copy"])
 @over_representatives("divprune", "divprune+fastv")
 def test_assisted_decoding(family: tiny.Family, method: Method, draft: str) -> None:
-    # The twin's candidates are nearly all accepted, the stranger's nearly all rejected: both roads are walked.
+    # The copy's candidates are nearly all accepted, the stranger's nearly all rejected: both paths are walked.
     case = sharp(family)
     assistant = tiny.build(family.name, seed=1 if draft == "stranger" else 0, dtype=case.model.dtype).model
-    if draft == "compressed-twin":
+    if draft == "compressed-copy":
         method.compress(assistant)
     inputs = case.batch("single")
     mode = {**GREEDY, "assistant_model": assistant}

@@ -19,11 +19,13 @@ from tests.invariants.test_7_memory import squares
 from vtc import kernels
 from vtc.core.context import VisualContext
 from vtc.engine.cache import CACHE
-from vtc.engine.decoder import mean_logits
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.kernels import reference as specification
 from vtc.selectors import AimSelector, AtpSelector, ToDreSelector, VFlowOptSelector
-from vtc.selectors.atp import AtpModule, save_modules
+from vtc.selectors.aim import PageRank
+from vtc.selectors.atp import AtpModule, ModalityAttention, mean_logits, save_modules
+from vtc.selectors.todre import AttentionExchange
+from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 
 FAMILIES = ("llava", "llava_onevision", "llava_onevision_video", "qwen2_5_vl", "qwen2_5_vl_video", "internvl")
 MERGING = {
@@ -57,7 +59,7 @@ def generated(case: tiny.TinyCase, inputs: dict[str, Any], steps: int = 3, **mod
     return reference.stacked_logits(out)
 
 
-# --- laws ------------------------------------------------------------------------------------------------------------
+# --- invariants -------------------------------------------------------------------------------------------------------
 
 
 @over({label: case for label, case in METHODS.items() if case[1].get("pivot") != "random"})
@@ -130,8 +132,9 @@ def test_no_score_makes_a_square(name: str, method: str, options: dict[str, Any]
 
 
 def counts(model: Any) -> list[list[tuple[int | None, int, int]]]:
-    """Per segment: (layer, tokens before, tokens after) of every stage."""
-    return [[(layer, s.n, s.k) for layer, s in segment.selections] for segment in vtc.report(model).segments]
+    """Per segment: (decoder layer, tokens before, tokens after) of every stage."""
+    segments = vtc.report(model).segments
+    return [[(getattr(site, "layer", None), s.n, s.k) for site, s in segment.selections] for segment in segments]
 
 
 @over_families
@@ -166,12 +169,12 @@ def test_vflowopt_keeps_its_budget_on_average_over_layers(name: str, variant: st
         with vtc.compressed(case.model, "vflowopt", keep_ratio=budget, cell=2.0, variant=variant, recycle=recycle):
             case.model(**case.batch("ragged"))
             for segment in vtc.report(case.model).segments:
-                n, alive = segment.tokens_before - segment.structural, []
-                stages = {-1 if layer is None else layer: s.k for layer, s in segment.selections}
+                n, left = segment.tokens_before - segment.structural, []
+                stages = {getattr(site, "layer", -1): s.k for site, s in segment.selections}
                 for layer in range(len(case.model.get_decoder().layers)):
-                    alive.append(stages[max(at for at in stages if at <= layer)])
+                    left.append(stages[max(at for at in stages if at <= layer)])
                 # Each of the three counts is rounded, each rounding reaches the layers behind it.
-                assert abs(sum(alive) / len(alive) - budget * n) <= 1.5
+                assert abs(sum(left) / len(left) - budget * n) <= 1.5
 
 
 @over_families
@@ -197,7 +200,8 @@ def test_todre_decides_per_row() -> None:
     case = build(tiny.family("llava"))
     with spied(ToDreSelector) as seen, vtc.compressed(case.model, "todre", keep_ratio=0.5, tau=1e-6):
         case.model(**case.batch("ragged"))
-    ratios = sorted({float(ctx.attention_exchange.max()) for ctx in seen if ctx.attention_exchange is not None})
+    exits = [ctx for ctx in seen if ctx.site != vtc.BeforeDecoder()]
+    ratios = sorted({float(ctx[AttentionExchange].max()) for ctx in exits})
     assert len(ratios) == 2, "one per row, though the second row has two images"
     with vtc.compressed(case.model, "todre", keep_ratio=0.5, tau=sum(ratios) / 2) as model:
         case.model(**case.batch("ragged"))
@@ -274,7 +278,7 @@ def test_modality_attention_is_that_of_the_layer_before(name: str, text: str) ->
     options = {"exit_layer": 3, "pivot": "center", "text": text}
     with spied(ToDreSelector) as todre, vtc.compressed(case.model, "todre", keep_tokens=10**6, **options):
         case.model(**inputs)
-    exits = [ctx for ctx in todre if ctx.layer_idx == 3]
+    exits = [ctx for ctx in todre if ctx.site == vtc.DecoderLayer(3)]
     visual = visual_columns(case, inputs)
     mean = attentions[2].mean(1)
     segments = iter(zip(atp, exits, strict=True))
@@ -287,8 +291,8 @@ def test_modality_attention_is_that_of_the_layer_before(name: str, text: str) ->
         columns = visual[row].nonzero()[:, 0]
         while len(columns):
             about, leaving = next(segments)
-            torch.testing.assert_close(about.modality_attention, received[:, columns[: about.n]])
-            torch.testing.assert_close(leaving.attention_exchange, exchange)
+            torch.testing.assert_close(about[ModalityAttention], received[:, columns[: about.n]])
+            torch.testing.assert_close(leaving[AttentionExchange], exchange)
             columns = columns[about.n :]
 
 
@@ -308,7 +312,7 @@ def test_logits_may_count_instead_of_attention_received() -> None:
             model(**inputs)
             chosen.append(kept(vtc.report(model)))
     assert chosen[0] != chosen[1]
-    assert bool((seen[0].modality_attention[1] < 0).any()), "logits are no probabilities"
+    assert bool((seen[0][ModalityAttention][1] < 0).any()), "logits are no probabilities"
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "gemma3", "paligemma"])
@@ -322,7 +326,7 @@ def test_pagerank_is_that_of_the_layer_before(name: str) -> None:
     walk = {"temperature": 0.5, "iterations": 3, "damping": 0.1}
     with spied(AimSelector) as seen, vtc.compressed(case.model, "aim", keep_tokens=10**6, l1=1, l2=3, **walk):
         case.model(**inputs)
-    first = iter(ctx for ctx in seen if ctx.layer_idx == 2)
+    first = iter(ctx for ctx in seen if ctx.site == vtc.DecoderLayer(2))
     hidden = torch.finfo(torch.float32).min
     masked = logits[1].masked_fill(logits[1].isinf(), hidden)
     masked = masked.masked_fill(inputs["attention_mask"][:, None, :, None] == 0, hidden)
@@ -332,7 +336,7 @@ def test_pagerank_is_that_of_the_layer_before(name: str) -> None:
         columns = visual[row].nonzero()[:, 0]
         while len(columns):
             ctx = next(first)
-            torch.testing.assert_close(ctx.pagerank, expected[row, columns[: ctx.n]], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ctx[PageRank], expected[row, columns[: ctx.n]], rtol=1e-4, atol=1e-5)
             columns = columns[ctx.n :]
 
 
@@ -348,11 +352,11 @@ def test_context_relevance_and_entropy_are_those_of_the_tower() -> None:
         case.model(**inputs)
     patches = torch.nn.functional.unfold(pixels, 8, stride=8).transpose(1, 2).unflatten(2, (3, -1))
     entropy = kernels.patch_entropy(patches, torch.tensor([0.4, 0.5, 0.6]), torch.full((3,), 0.2))
-    first = [ctx for ctx in seen if ctx.layer_idx is None]
+    first = [ctx for ctx in seen if ctx.site == vtc.BeforeDecoder()]
     assert len(first) == len(pixels)
     for image, ctx in enumerate(first):
-        torch.testing.assert_close(ctx.context_relevance, specification.context_relevance_of(tower[image], 1.3, "sum"))
-        torch.testing.assert_close(ctx.entropy, entropy[image].softmax(0))
+        torch.testing.assert_close(ctx[ContextRelevance], specification.context_relevance_of(tower[image], 1.3, "sum"))
+        torch.testing.assert_close(ctx[PixelEntropy], entropy[image].softmax(0))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_vl_video", "internvl", "llava_onevision_video"])
@@ -375,8 +379,7 @@ def test_entropy_finds_the_noisy_corner(name: str) -> None:
         token = side + 1
     with spied(VFlowOptSelector) as seen, vtc.compressed(case.model, "vflowopt", keep_ratio=0.5, alpha=1.0):
         case.model(**{**inputs, key: pixels})
-    entropy = seen[0].entropy
-    assert entropy is not None
+    entropy = seen[0][PixelEntropy]
     per_frame = entropy.unflatten(0, (seen[0].grids[0][0], -1)) if pixels.dim() == 5 else entropy[None]
     assert per_frame.argmax(dim=1).tolist() == [token] * len(per_frame)
 
@@ -389,7 +392,7 @@ def test_tower_values_follow_tokens_into_the_decoder() -> None:
         selections = [selection for _, selection in vtc.report(model).segments[0].selections]
     assert len(selections) == 3 == len(seen)
     for before, selection, after in zip(seen, selections, seen[1:], strict=False):
-        assert torch.equal(after.context_relevance, before.context_relevance[selection.keep])
+        assert torch.equal(after[ContextRelevance], before[ContextRelevance][selection.keep])
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -411,10 +414,23 @@ def test_refusals_say_why() -> None:
         vtc.compress(siglip, "vflowopt", keep_tokens=8)
     with pytest.raises(ConfigError, match="aim: l1=7, but the decoder has layers 0 to 3"):
         vtc.compress(siglip, "aim", keep_ratio=0.5, l1=7)
+
+
+@torch.no_grad()
+def test_composed_methods_may_read_one_signal_in_two_ways() -> None:
+    # Each with its own threshold: both values are computed, and each method reads the one that it asked for.
+    case = build(tiny.family("llava_onevision"))
     once = vtc.CompressionConfig("vflowopt", keep_ratio=0.9, options={"t": 3.0, "r1": 0.9, "r2": 1, "r3": 1})
     thrice = vtc.CompressionConfig("vflowopt", keep_ratio=0.5, options={"t": 1.0})
-    with pytest.raises(UnsupportedMethodError, match="want different kinds of context_relevance"):
-        vtc.compress(siglip, [once, thrice])
+    seen = {}
+    for configs in ([once], [thrice], [once, thrice]):
+        with spied(VFlowOptSelector) as contexts, vtc.compressed(case.model, configs) as model:
+            model(**case.batch("single"))
+            selections = [selection for _, selection in vtc.report(model).segments[0].selections]
+        seen[len(configs), configs[-1].options["t"]] = [ctx[ContextRelevance] for ctx in contexts]
+    alone, composed = seen[1, 1.0][0], seen[2, 1.0]
+    assert torch.equal(composed[0], seen[1, 3.0][0])
+    assert torch.equal(composed[1], alone[selections[0].keep])
 
 
 def test_refusals_name_the_stand_ins() -> None:
@@ -432,7 +448,7 @@ def test_images_that_no_text_asks_about_are_refused(method: str) -> None:
     end = int((inputs["input_ids"][0] == tiny.IMAGE).nonzero()[-1]) + 1
     silent = {**inputs, **{name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}}
     with vtc.compressed(case.model, method, keep_ratio=0.5) as model:
-        with pytest.raises(InputError, match=rf'{method} asks how .* no text behind its first image; .*text="all"'):
+        with pytest.raises(InputError, match=rf'{method} needs .* no text behind its first image; .*text="all"'):
             model(**silent)
         model(**inputs)  # the refusal leaves nothing behind
     with vtc.compressed(case.model, method, keep_ratio=0.5, text="all") as model:
@@ -446,7 +462,7 @@ def test_methods_know_whether_an_image_is_alone() -> None:
     with spied(VFlowOptSelector) as seen, vtc.compressed(case.model, "vflowopt", keep_ratio=0.3) as model:
         model(**case.batch("ragged"))  # one image in the first row, two in the second
         merged = [segment.selections[0][1].assign is not None for segment in vtc.report(model).segments]
-    assert [ctx.companions for ctx in seen if ctx.layer_idx is None] == [0, 1, 1]
+    assert [ctx.other_visuals for ctx in seen if ctx.site == vtc.BeforeDecoder()] == [0, 1, 1]
     assert merged == [True, False, False]
 
 
@@ -456,7 +472,8 @@ def test_aim_reads_keys_of_images_alone() -> None:
         case = build(tiny.family(name))
         with spied(AimSelector) as seen, vtc.compressed(case.model, "aim", keep_ratio=0.5) as model:
             model(**case.batch("single"))
-        assert [ctx.keys is not None for ctx in seen if ctx.layer_idx is None] == [keys]
+        found = [{s.name for s in ctx.signals} for ctx in seen if ctx.site == vtc.BeforeDecoder()]
+        assert found == [{"keys"} if keys else set()]
 
 
 def test_composition_with_another_method() -> None:

@@ -119,3 +119,18 @@ def test_a_ready_made_mask() -> None:
             model(**inputs)
         with vtc.disabled(model):
             model(**inputs)
+
+
+@torch.no_grad()
+def test_another_feature_layer_than_was_planned_for() -> None:
+    case = build(tiny.family("llava"))
+    inputs = case.batch("single")
+    with vtc.compressed(case.model, "vtc-cls", keep_ratio=0.5, start_layer=1) as model:
+        model(**inputs)
+        with pytest.raises(vtc.StateError, match=r"tower layer 1, but .* call compress"):
+            model(**inputs, vision_feature_layer=-3)
+        model.config.vision_feature_layer = -3
+        with pytest.raises(vtc.StateError, match=r"tower layer 1, but .* call compress"):
+            model(**inputs)
+    with vtc.compressed(case.model, "vtc-cls", keep_ratio=0.5, start_layer=1) as model:
+        model(**inputs)

@@ -38,11 +38,11 @@ def test_counts_are_those_of_the_tensors(family: tiny.Family, method: Method, at
         scored = segment.tokens_before - segment.structural
         assert sum(t * h * w for t, h, w in segment.grids) == scored
         assert segment.selections
-        for place, (layer, selection) in enumerate(segment.selections):
+        for place, (site, selection) in enumerate(segment.selections):
             assert selection.n == scored
             if method.by_ratio:
                 assert selection.k == max(1, round(scored * ratios[place]))
-                assert (layer is None) == (not method.decoder or place < len(ratios) - 1)
+                assert (site == vtc.BeforeDecoder()) == (not method.decoder or place < len(ratios) - 1)
             scored = selection.k
         left = scored + segment.structural if scored else 0  # separators leave with the last token
         assert segment.tokens_after == left == len(segment.kept)

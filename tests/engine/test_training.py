@@ -95,10 +95,10 @@ def test_a_step_of_training_moves_the_kept(family: tiny.Family, method: Method) 
         first.backward()
         optimizer.step()
         second = float(model(**inputs, use_cache=False).loss.detach())
-    twin = sharp(family)
-    twin.model.load_state_dict(case.model.state_dict())
-    twin.model.train()
-    with method.on(twin.model) as model:
+    compressed = sharp(family)
+    compressed.model.load_state_dict(case.model.state_dict())
+    compressed.model.train()
+    with method.on(compressed.model) as model:
         fresh = float(model(**inputs, use_cache=False).loss.detach())
     assert second == fresh
     assert second < float(first.detach())

@@ -46,11 +46,11 @@ def test_a_copy_of_a_compressed_model_lives_its_own_life(family: tiny.Family, me
     method.compress(case.model)
     packed = answer(case.model, inputs)
 
-    twin = copy.deepcopy(case.model)
-    assert vtc.is_compressed(twin)
-    assert torch.equal(answer(twin, inputs), packed)
-    vtc.restore(twin)
-    assert torch.equal(answer(twin, inputs), plain)
+    copied = copy.deepcopy(case.model)
+    assert vtc.is_compressed(copied)
+    assert torch.equal(answer(copied, inputs), packed)
+    vtc.restore(copied)
+    assert torch.equal(answer(copied, inputs), plain)
     assert torch.equal(answer(case.model, inputs), packed)
 
     other = copy.deepcopy(case.model)
@@ -67,12 +67,12 @@ def test_a_copy_outlives_its_original() -> None:
     original = copy.deepcopy(case.model)
     method("divprune+fastv").compress(original)
     packed = answer(original, inputs)
-    twin = copy.deepcopy(original)
+    copied = copy.deepcopy(original)
     del original
     gc.collect()
-    assert torch.equal(answer(twin, inputs), packed)
-    vtc.restore(twin)
-    assert torch.equal(answer(twin, inputs), answer(case.model, inputs))
+    assert torch.equal(answer(copied, inputs), packed)
+    vtc.restore(copied)
+    assert torch.equal(answer(copied, inputs), answer(case.model, inputs))
 
 
 def test_a_forgotten_compressed_model_leaves_no_trace() -> None:

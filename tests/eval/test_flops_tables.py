@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import transformers
 
+from vtc.core.stage import ModelShape
 from vtc.report.flops import FLOPS_PER_MAC, DecoderShape
 from vtc.selectors import AimSelector
 from vtc.selectors.aim import retained
@@ -70,7 +71,7 @@ def test_every_row_of_the_tool(model: str, tokens: list[int], flops: float) -> N
 
 def aim_tokens(depth: int, entered: int, text: int, *, prune: bool = True) -> list[int]:
     """Tokens per layer of AIM's own counting, which prunes on entering layer l1 already, one layer early."""
-    selector = AimSelector().resolve(depth, 0.25)
+    selector = AimSelector().resolve(ModelShape(depth), 0.25)
     rates = [selector.rate(layer) if prune else 1.0 for layer in range(depth)]
     return [text + retained(entered, rate) for rate in rates]
 

@@ -24,6 +24,7 @@ from eval.reference.train.packing import IGNORE, Packer
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.scene import make_scene
 from eval.tasks.scenes.vocabulary import GRID
+from vtc.core.stage import ModelShape
 from vtc.selectors.atp import AtpModule, AtpSelector, load_modules, save_modules
 
 SCENES = 3
@@ -109,6 +110,6 @@ def test_losses_fall_and_every_module_learns(
 def test_the_modules_that_are_shipped_fit_the_reference() -> None:
     root = Path(__file__).parents[2]
     config = vtc.CompressionConfig.load(root / "eval" / "results" / "atp" / "trained.json")
-    selector = AtpSelector(modules=str(root / config.options["modules"])).resolve(6, None)
+    selector = AtpSelector(modules=str(root / config.options["modules"])).resolve(ModelShape(6), None)
     assert selector.layers == (0, 2, 4)
     assert {module.grid for module in load_modules(selector.modules)} == {GRID}

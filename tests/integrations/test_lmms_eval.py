@@ -98,8 +98,8 @@ def test_the_models_are_those_of_the_adapters(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_entry_point_names_what_exists() -> None:
-    told = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert '[project.entry-points."lmms_eval.models"]\nvtc = "vtc.integrations.lmms_eval:manifests"\n' in told
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[project.entry-points."lmms_eval.models"]\nvtc = "vtc.integrations.lmms_eval:manifests"\n' in project
     assert callable(plugin.manifests)
     with pytest.raises(AttributeError, match="VtcNothing"):
         plugin.VtcNothing  # noqa: B018
@@ -131,7 +131,7 @@ class Subject(plugin._Compressed, Base):
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is logged, without lmms-eval and its logger."""
     lines: list[str] = []
 
@@ -154,42 +154,42 @@ def requests() -> list[dict[str, Any]]:
     return [inputs, {"input_ids": text, "attention_mask": torch.ones_like(text)}, inputs]
 
 
-def test_what_is_kept_is_told(told: list[str]) -> None:
+def test_what_is_kept_is_logged(logged: list[str]) -> None:
     subject = Subject(vtc_method="divprune", vtc_keep_ratio=0.25)
     answers = subject.generate_until(requests())
     with vtc.compressed(tiny.build("llava").model, "divprune", keep_ratio=0.25) as model:
         assert torch.equal(answers[0], model.generate(**requests()[0], max_new_tokens=2, do_sample=False))
-    line, figures = told
+    line, figures = logged
     assert "method=divprune, keep_ratio=0.25" in line
     assert "kept 4.0 of 16.0 visual tokens per prompt (25.0 %" in line
     assert "in 2 prompts" in line  # the one of text alone has nothing to keep
     assert json.loads(figures)["additional_metrics"]["vtc_kept_share"] == 0.25
 
 
-def test_all_tokens_are_told_as_well(told: list[str]) -> None:
+def test_all_tokens_are_logged_as_well(logged: list[str]) -> None:
     Subject().generate_until(requests())
-    assert told == ["vtc: no vtc_method among the model arguments, so all visual tokens were kept"]
+    assert logged == ["vtc: no vtc_method among the model arguments, so all visual tokens were kept"]
 
 
-def test_our_errors_are_not_swallowed(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_errors_are_not_swallowed(logged: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     subject = Subject(vtc_method="divprune", vtc_keep_ratio=0.25)
     tried = []
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         tried.append(1)
         raise vtc.InputError("features are not finite")
 
-    monkeypatch.setattr("vtc.engine.engine.Engine._select", broken)
+    monkeypatch.setattr("vtc.engine.before_decoder.choose", broken)
     with pytest.raises(vtc.InputError, match="not finite"):
         subject.generate_until(requests())
     assert len(tried) == 1  # and nothing is tried after it
 
 
-def test_other_errors_are_counted(told: list[str]) -> None:
+def test_other_errors_are_counted(logged: list[str]) -> None:
     subject = Subject(vtc_method="divprune", vtc_keep_ratio=0.25)
     answers = subject.generate_until([*requests(), {"input_ids": None, "inputs_embeds": 3}])
     assert answers[-1] is None
-    assert told[-1].startswith("vtc: 1 batches could not be answered and may count as wrong; the first: ")
+    assert logged[-1].startswith("vtc: 1 batches could not be answered and may count as wrong; the first: ")
 
 
 def test_a_model_that_cannot_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The methods of the law matrix, and which of them apply to which family."""
+"""The methods of the invariant matrix, and which of them apply to which family."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPRESENTATIVES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
 """Bounds of logits that reach 10: in float32 the rounding of sums taken in another order, measured at up to 1.5e-5.
 
-In float64 nearly all of that is gone, but for transformers' own norms and rotations in float32, so that the laws can
+In float64 nearly all of that is gone, but for transformers' own norms and rotations in float32, so that invariants can
 be stated twenty times tighter. Eager attention is tested in float32: with padding its float64 masks overflow to NaN
 in the float32 softmax, compressed or not.
 """
@@ -91,6 +91,7 @@ def _one(method: str, keep_ratio: float, **options: Any) -> tuple[CompressionCon
 METHODS: tuple[Method, ...] = (
     Method("random", _one("random", 0.5), drawn=True),
     Method("uniform", _one("uniform", 0.5)),
+    Method("uniform at decoder:2", (CompressionConfig("uniform", keep_ratio=0.5, at="decoder:2"),), decoder=True),
     # The tiny towers have four layers, of which the third makes the features.
     Method("vtc-cls", _one("vtc-cls", 0.5, start_layer=1), needs_cls=True),
     Method("divprune", _one("divprune", 0.4)),

@@ -1,9 +1,9 @@
-"""Worst error of law 2 per family, as a Markdown table.
+"""Worst error of invariant 2 per family, as a Markdown table.
 
     python -m tests.invariants.measure_exactness --output exactness.md
 
 The compressed model beside the untouched one with the dropped tokens masked: largest absolute difference of the
-logits over all methods of the law matrix that apply and over the batch kinds, at prefill (all tokens that are left)
+logits over all applicable methods of the invariant matrix and all batch kinds, at prefill (all tokens that are left)
 and over the cached decode steps of a greedy generate(). What float32 allows stands beside it: how far the untouched
 model's own logits are from those of the same weights in float64.
 """

@@ -1,4 +1,4 @@
-"""Law 1: keeping everything is bit-identical to the untouched model."""
+"""Invariant 1: keeping everything is bit-identical to the untouched model."""
 
 from __future__ import annotations
 

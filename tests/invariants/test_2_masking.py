@@ -1,4 +1,4 @@
-"""Law 2: what is dropped is as if masked, at prefill and at every cached decode step.
+"""Invariant 2: what is dropped is as if masked, at prefill and at every cached decode step.
 
 The two sides share nothing but the report: see `tests.reference`.
 """

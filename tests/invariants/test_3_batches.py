@@ -1,4 +1,4 @@
-"""Law 3: a batch equals its rows run singly; order and padding side do not matter."""
+"""Invariant 3: a batch equals its rows run singly; order and padding side do not matter."""
 
 from __future__ import annotations
 

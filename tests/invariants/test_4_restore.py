@@ -1,4 +1,4 @@
-"""Law 4: restore() leaves everything as found, and so does an exception inside a call."""
+"""Invariant 4: restore() leaves everything as found, and so does an exception inside a call."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from tests import tiny
 from tests.invariants.matrix import METHODS, Method, build, method, over_matrix
 from vtc.core.context import VisualContext
 from vtc.core.selection import Selection
+from vtc.engine.install import engine_of
+from vtc.engine.state import current_call
 from vtc.selectors import Selector
 
 HOOK_TABLES = (
@@ -209,8 +211,8 @@ class FailingSelector(Selector):
 
     layer: int | None = None
 
-    def stages(self) -> tuple[vtc.Stage, ...]:
-        return (vtc.Stage(layer=self.layer),)
+    def stages(self, shape: Any = None, keep_ratio: float | None = None) -> tuple[vtc.Stage, ...]:
+        return (vtc.Stage(vtc.BeforeDecoder() if self.layer is None else vtc.DecoderLayer(self.layer)),)
 
     def select(self, ctx: VisualContext) -> Selection:
         self.fuse()
@@ -256,6 +258,7 @@ def test_an_exception_inside_a_call_leaves_nothing_behind(
     with pytest.raises(BoomError):
         call(model, inputs)
     fuse.lit = False
+    assert current_call(engine_of(model)) is None, "the state of a call ends with it"
 
     # The engine keeps its last report, so attribute values may change; hooks, modules and tables may not.
     broken = Snapshot.of(model)

@@ -1,4 +1,4 @@
-"""Law 5: two models, and two threads with two models, do not see each other."""
+"""Invariant 5: models do not see each other, and neither do threads, be it on two models or on one."""
 
 from __future__ import annotations
 
@@ -117,3 +117,27 @@ def test_state_resets_at_every_prefill() -> None:
     with method("divprune+fastv").on(case.model) as model:
         for inputs, expected in zip(batches + batches[::-1], alone + alone[::-1], strict=True):
             assert torch.equal(answer(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["divprune", "vtc-cls", "fastv", "divprune+fastv"])
+def test_threads_on_one_model(name: str) -> None:
+    case = build(tiny.family("llava"))
+    batches = [case.batch(kind) for kind in ("single", "ragged", "two_images", "no_image_row")]
+    with method(name).on(case.model) as model:
+        expected = [answer(model, inputs) for inputs in batches]
+        start, failures = threading.Barrier(len(batches)), []
+
+        def work(inputs: dict[str, Any], alone: torch.Tensor) -> None:
+            try:
+                start.wait(timeout=30)
+                for _ in range(4):
+                    assert torch.equal(answer(model, inputs), alone)
+            except BaseException as error:  # handed to the main thread
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=pair) for pair in zip(batches, expected, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures[0]

@@ -1,4 +1,4 @@
-"""Law 6: kept really are the best under the method's own score.
+"""Invariant 6: kept really are the best under the method's own score.
 
 The scores are recomputed here from eager attention of an untouched model.
 """
@@ -49,12 +49,12 @@ def scored_columns(case: tiny.TinyCase, inputs: dict[str, Any], report: Any) -> 
 def cls_scores(case: tiny.TinyCase, inputs: dict[str, Any], start_layer: int) -> Tensor:
     """(B, L): the method's score in the columns of the tokens that patches become, NaN elsewhere.
 
-    Weights come from eager attention of an untouched twin. Which patches a token is made of is asked of autograd: the
+    Weights come from eager attention of an untouched model. Which patches a token is made of is asked of autograd: the
     token depends on just these. That holds for tiles, unpadding, pooling and pixel shuffle alike.
     """
-    twin = build(case.family, "eager").model
-    modality, config = case.family.modality, twin.config
-    tower = getattr(twin.model, f"{modality}_tower", None) or twin.model.vision_tower
+    eager = build(case.family, "eager").model
+    modality, config = case.family.modality, eager.config
+    tower = getattr(eager.model, f"{modality}_tower", None) or eager.model.vision_tower
     attentions = [m for m in tower.modules() if type(m).__name__.endswith("Attention")]
     blocks = list(tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer)
     feature_layer = len(blocks) + config.vision_feature_layer  # -1 is the output of the last block
@@ -66,10 +66,10 @@ def cls_scores(case: tiny.TinyCase, inputs: dict[str, Any], start_layer: int) ->
         lambda m, a, out: features.append(out[0] if isinstance(out, tuple) else out)
     )
     embeds: list[Tensor] = []
-    twin.get_decoder().register_forward_pre_hook(
+    eager.get_decoder().register_forward_pre_hook(
         lambda m, a, kwargs: embeds.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    twin(**inputs)
+    eager(**inputs)
 
     patch_scores = sum(weights[layer][:, :, 0, 1:].mean(1) for layer in range(start_layer, feature_layer + 1))
     columns = (inputs["input_ids"] == getattr(config, f"{modality}_token_id")) & ~reference.structural_columns(
@@ -117,20 +117,20 @@ def test_vtc_cls_sums_the_layers_it_says(start_layer: int) -> None:
 @over_matrix(methods=(method("fastv"), method("divprune+fastv")), families=WITH_DECODER_STAGES)
 def test_fastv_keeps_what_the_last_query_looks_at(family: tiny.Family, method: Method, attention: str) -> None:
     case = build(family, attention)
-    twin = build(family, "eager")
+    eager = build(family, "eager")
     for kind in ("ragged", "right_padded", "no_image_row", "two_images"):
         inputs = case.batch(kind)
         report = report_of(case.model, method, inputs)
-        keep = reference.keep_masks(twin.model, inputs, report)
+        keep = reference.keep_masks(eager.model, inputs, report)
         before = {stage: mask for stage, mask in keep.items() if stage == reference.BEFORE_LM}
         with torch.no_grad():
-            out = reference.Reference(twin.model, inputs, before).prefill(output_attentions=True)
+            out = reference.Reference(eager.model, inputs, before).prefill(output_attentions=True)
         weights = out.attentions[1].mean(1)  # (B, L, L) of the layer before the stage
         real = inputs["attention_mask"].bool()
-        for segment, columns in scored_columns(twin, inputs, report):
+        for segment, columns in scored_columns(eager, inputs, report):
             row = segment.row
-            *earlier, (layer, selection) = segment.selections
-            assert layer == 2
+            *earlier, (site, selection) = segment.selections
+            assert site == vtc.DecoderLayer(2)
             for _, first in earlier:
                 columns = columns[first.keep]
             last = int(real[row].nonzero()[-1])
@@ -152,7 +152,7 @@ def test_the_model_chooses_as_the_open_door_does(family: tiny.Family, name: str)
         for segment, columns in scored_columns(case, inputs, report):
             assert sum(t * h * w for t, h, w in segment.grids) == len(columns)
             if name == "uniform" and len(segment.grids) > 1:
-                continue  # the door takes one grid
+                continue  # `vtc.select` takes one grid
             expected = vtc.select(
                 name,
                 features=embeds[segment.row, columns],

@@ -1,4 +1,4 @@
-"""Law 7: no N x N attention matrix is ever made for a score that needs only rows or column sums of it."""
+"""Invariant 7: no N x N attention matrix is ever made for a score that needs only rows or column sums of it."""
 
 from __future__ import annotations
 

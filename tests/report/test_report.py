@@ -28,6 +28,7 @@ from transformers import (
 
 from vtc.config import CompressionConfig
 from vtc.core.selection import Selection
+from vtc.core.sites import BeforeDecoder, DecoderLayer
 from vtc.errors import UnsupportedModelError
 from vtc.report.flops import DecoderShape
 from vtc.report.report import Report, SegmentReport
@@ -50,6 +51,8 @@ COUNTED = (
     Qwen3MoeConfig,
     Glm4vConfig,
 )
+
+BEFORE = BeforeDecoder()
 
 
 def tiny_text(config_class):
@@ -253,8 +256,8 @@ def build(**changes):
             structural=0,
             grids=((1, 2, 4),),
             selections=(
-                (None, Selection(n=8, keep=torch.tensor([0, 2, 4, 6]))),
-                (1, Selection(n=4, keep=torch.tensor([0, 3]))),
+                (BEFORE, Selection(n=8, keep=torch.tensor([0, 2, 4, 6]))),
+                (DecoderLayer(1), Selection(n=4, keep=torch.tensor([0, 3]))),
             ),
             kept=torch.tensor([0, 6]),
         ),
@@ -266,7 +269,7 @@ def build(**changes):
             tokens_after=3,
             structural=0,
             grids=((1, 2, 3),),
-            selections=((None, Selection(n=6, keep=torch.tensor([0, 1, 5]))),),
+            selections=((BEFORE, Selection(n=6, keep=torch.tensor([0, 1, 5]))),),
             kept=torch.tensor([0, 1, 5]),
         ),
     ]
@@ -321,7 +324,7 @@ class TestReport:
         data = json.loads(json.dumps(report.to_dict()))
         assert data["versions"]["transformers"] == transformers.__version__
         assert data["segments"][0]["kept"] == [0, 6]
-        assert data["segments"][0]["selections"][1]["layer"] == 1
+        assert data["segments"][0]["selections"][1]["site"] == "decoder:1"
         assert data["configs"][0]["method"] == "random"
         assert data["dtype"] == "bfloat16"
         assert data["prefill_flops_after"] == report.prefill_flops_after

@@ -7,7 +7,6 @@ through the model's own processing; what is drawn bright must then lie on the no
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,12 +20,17 @@ from PIL import Image
 import vtc
 from tests import tiny
 from vtc.core.selection import Selection
+from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
+from vtc.engine.install import engine_of
 from vtc.registry import _SELECTORS, get_adapter
 from vtc.report.report import Report, SegmentReport
 from vtc.report.visualize import _titled, animation, save_animation
+from vtc.selectors.vflowopt import PixelEntropy
 
 GREY, NOISY = 128, 10
 WIDTH, HEIGHT = 192, 128
+
+BEFORE = BeforeDecoder()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,13 +44,10 @@ def busiest() -> Any:
 
         name: ClassVar[str] = "busiest"
         paper: ClassVar[str] = "tests"
-        requires: ClassVar[frozenset[vtc.Need]] = frozenset({vtc.Need.ENTROPY})
-
-        def parameters(self, need: vtc.Need) -> Mapping[str, Any]:
-            return {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+        requires: ClassVar[tuple[vtc.Signal, ...]] = (PixelEntropy((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),)
 
         def score(self, ctx: vtc.VisualContext) -> torch.Tensor:
-            return ctx.need(vtc.Need.ENTROPY).float()
+            return ctx[PixelEntropy].float()
 
     yield
     _SELECTORS._classes.pop("busiest")
@@ -97,7 +98,7 @@ def reported(family: str, image: Image.Image, **config: Any) -> Report:
     pixels = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "image_sizes") if name in inputs}
     model = vtc.compress(case.model, "busiest", **config)
     with torch.no_grad():
-        encoded = model.model.get_image_features(**pixels, return_dict=True)._vtc_encoded
+        encoded = engine_of(model).encoded(model.model.get_image_features(**pixels, return_dict=True))
         count = len(encoded.features)
         # Tiles of Idefics3 stand apart in the prompt; the other families have one run.
         unit = encoded.layout.unit if family == "idefics3" else count
@@ -173,7 +174,7 @@ def test_tile_grids_are_those_of_the_processors() -> None:
 
 def by_hand(
     grids: tuple[tuple[int, int, int], ...],
-    selections: tuple[tuple[int | None, Selection], ...],
+    selections: tuple[tuple[Site, Selection], ...],
     modality: str = "image",
     model_type: str = "qwen2_vl",
 ) -> Report:
@@ -201,7 +202,7 @@ def grey(width: int, height: int) -> Image.Image:
 def test_each_range_of_layers_has_a_panel() -> None:
     first = Selection(16, torch.arange(8))
     second = Selection(8, torch.tensor([0, 1]))
-    report = by_hand(((1, 4, 4),), ((None, first), (2, second)))
+    report = by_hand(((1, 4, 4),), ((BEFORE, first), (DecoderLayer(2), second)))
     drawn = vtc.visualize(report, grey(64, 64), size=64, titles=False)
     assert drawn.size == (64 + 6 + 64, 64)
     before, after = bright(drawn.crop((0, 0, 64, 64))), bright(drawn.crop((70, 0, 134, 64)))
@@ -215,7 +216,7 @@ def test_each_range_of_layers_has_a_panel() -> None:
 
 def test_merged_tokens_have_the_colour_of_their_anchor() -> None:
     assign = torch.tensor([0, 0, 1, -1])
-    report = by_hand(((1, 2, 2),), ((None, Selection(4, torch.tensor([0, 2]), assign)),))
+    report = by_hand(((1, 2, 2),), ((BEFORE, Selection(4, torch.tensor([0, 2]), assign)),))
     pixels = np.asarray(vtc.visualize(report, grey(40, 40), size=40, titles=False)).astype(int)
     centre = {name: pixels[y, x] for name, (x, y) in {"anchor": (10, 10), "merged": (30, 10), "gone": (30, 30)}.items()}
     assert (centre["anchor"] == GREY).all()
@@ -230,7 +231,7 @@ def test_merged_tokens_have_the_colour_of_their_anchor() -> None:
 
 
 def test_what_the_model_never_saw_is_hatched() -> None:
-    report = by_hand(((1, 2, 2),), ((None, Selection.full(4)),), model_type="llava")
+    report = by_hand(((1, 2, 2),), ((BEFORE, Selection.full(4)),), model_type="llava")
     pixels = np.asarray(vtc.visualize(report, grey(80, 40), size=80, titles=False))
     assert len(np.unique(pixels[:, 5:15])) == 2
     assert (pixels[10, 30] == GREY).all()
@@ -238,7 +239,7 @@ def test_what_the_model_never_saw_is_hatched() -> None:
     assert (stretched[5:15, 5:15] == GREY).all()
     padded = np.asarray(
         vtc.visualize(
-            by_hand(((1, 2, 2),), ((None, Selection(4, torch.tensor([0]))),)),
+            by_hand(((1, 2, 2),), ((BEFORE, Selection(4, torch.tensor([0]))),)),
             grey(80, 40),
             size=80,
             fit="pad",
@@ -255,7 +256,7 @@ def test_a_processor_says_how_it_crops() -> None:
             size={"shortest_edge": 40}, crop_size={"height": 20, "width": 20}
         )
 
-    report = by_hand(((1, 2, 2),), ((None, Selection.full(4)),), model_type="llava")
+    report = by_hand(((1, 2, 2),), ((BEFORE, Selection.full(4)),), model_type="llava")
     pixels = np.asarray(vtc.visualize(report, grey(80, 40), size=80, titles=False, processor=Worker()))
     inside = (pixels == GREY).all(axis=2)
     assert inside[12:28, 32:48].all()
@@ -266,7 +267,7 @@ def test_a_processor_says_how_it_crops() -> None:
 @pytest.mark.parametrize(("frames", "per_token"), [(4, 1), (8, 2), (7, 2)])
 def test_frames_make_a_sheet_and_a_strip(frames: int, per_token: int, tmp_path: Path) -> None:
     keep = torch.tensor([4])  # the first cell of the second step in time
-    report = by_hand(((4, 2, 2),), ((None, Selection(16, keep)),), modality="video")
+    report = by_hand(((4, 2, 2),), ((BEFORE, Selection(16, keep)),), modality="video")
     shown = [grey(20, 20) for _ in range(frames)]
     strip = animation(report, shown, size=20, titles=False)
     assert len(strip) == frames
@@ -295,7 +296,9 @@ def test_layers_stand_once_above_a_sheet_and_joined_frames_say_so(monkeypatch: p
     module = sys.modules["vtc.report.visualize"]  # the package shows the function of that name
     monkeypatch.setattr(module, "_titled", lambda panel, parts: written.append(", ".join(parts)) or panel)
     keep = torch.tensor([4])
-    report = by_hand(((2, 2, 2),), ((None, Selection.full(8)), (1, Selection(8, keep))), modality="video")
+    report = by_hand(
+        ((2, 2, 2),), ((BEFORE, Selection.full(8)), (DecoderLayer(1), Selection(8, keep))), modality="video"
+    )
     vtc.visualize(report, [grey(20, 20)] * 4, size=20)
     first = ["frame 0, 4 of 4", "frame 1, same 4 of 4", "frame 2, 4 of 4", "frame 3, same 4 of 4"]
     then = ["frame 0, 0 of 4", "frame 1, same 0 of 4", "frame 2, 1 of 4", "frame 3, same 1 of 4"]
@@ -303,7 +306,7 @@ def test_layers_stand_once_above_a_sheet_and_joined_frames_say_so(monkeypatch: p
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    report = by_hand(((4, 2, 2),), ((None, Selection.full(16)),), modality="video")
+    report = by_hand(((4, 2, 2),), ((BEFORE, Selection.full(16)),), modality="video")
     with pytest.raises(vtc.InputError, match="4 steps in time, which 3 frames"):
         vtc.visualize(report, [grey(20, 20)] * 3)
     with pytest.raises(vtc.InputError, match="nothing about row 2"):
@@ -314,10 +317,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         vtc.visualize(report, np.zeros((4, 4, 3)))
     with pytest.raises(vtc.ConfigError, match="fit must be"):
         vtc.visualize(report, [grey(20, 20)] * 4, fit="zoom")
-    image = by_hand(((1, 2, 2),), ((None, Selection.full(4)),))
+    image = by_hand(((1, 2, 2),), ((BEFORE, Selection.full(4)),))
     with pytest.raises(vtc.InputError, match="1 images, but 2 pictures"):
         vtc.visualize(image, [grey(20, 20)] * 2)
     with pytest.raises(vtc.InputError, match="2 views"):
-        vtc.visualize(by_hand(((1, 2, 2), (1, 1, 1)), ((None, Selection.full(5)),)), grey(20, 20))
+        vtc.visualize(by_hand(((1, 2, 2), (1, 1, 1)), ((BEFORE, Selection.full(5)),)), grey(20, 20))
     with pytest.raises(vtc.ConfigError, match="written as"):
         save_animation([grey(2, 2)], tmp_path / "kept.bmp")

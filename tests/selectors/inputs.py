@@ -1,33 +1,33 @@
-"""Contexts with everything a method may ask for, so that every registered method can be put through the same tests."""
+"""Contexts holding the signals that a method requires, so that every registered method runs through the same tests."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from vtc.core.context import Grid, VisualContext, grid_origin
+from vtc.core.context import VisualContext
+from vtc.core.grids import Grid
+from vtc.core.observations import TokenGrids
+from vtc.core.signals import SHARED, Signal
 from vtc.selectors import Selector
+from vtc.selectors.aim import PageRank
+from vtc.selectors.atp import ModalityAttention
+from vtc.selectors.todre import AttentionExchange
+from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 
-WIDTH, HEADS, LAYERS, TEXT = 12, 2, 3, 5
-FLOATS = (
-    "features",
-    "cls_attention",
-    "received_attention",
-    "attention",
-    "keys",
-    "pre_projector",
-    "pixels",
-    "text_embeds",
-    "text_attention",
-    "clip_relevance",
-    "hidden_states",
-    "context_relevance",
-    "entropy",
-    "modality_attention",
-    "attention_exchange",
-    "pagerank",
-)
+SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6}
+"""Sizes of the named axes of signals; N is the number of tokens, and any other axis has two entries."""
+
+METHOD_SIGNALS = (PageRank, ModalityAttention, AttentionExchange, ContextRelevance, PixelEntropy)
+"""Signals that one method brings with it."""
+
+
+def shape_of(signal: Signal | type[Signal], n: int) -> tuple[int, ...]:
+    """Shape of the value of a signal for `n` tokens."""
+    return tuple({**SIZES, "N": n}.get(axis, 2) for axis in signal.axes)
 
 
 def make_context(
@@ -38,38 +38,32 @@ def make_context(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> VisualContext:
-    """Random tensors for the first stage of `selector`; the same seed gives the same values in every dtype."""
+    """Random values of all signals for the first stage of `selector`; one seed gives the same values in every dtype."""
     n = sum(math.prod(grid) for grid in grids)
     draw = torch.Generator().manual_seed(1000 + seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw).to(dtype)
-
-    def probabilities(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw).softmax(-1).to(dtype)
-
+    stage = selector.stages()[0]
+    required = {type(signal) for signal in stage.requires}
+    signals: dict[Signal, Tensor] = {}
+    for signal in (*stage.requires, *(kind() for kind in SHARED if kind not in required)):
+        if signal.reads is TokenGrids:
+            signals[signal] = signal.compute(TokenGrids(grids))
+        else:
+            value = torch.randn(*shape_of(signal, n), generator=draw)
+            # What ends in an axis of tokens is a probability, everything else a vector per token or text token.
+            signals[signal] = (value.softmax(-1) if signal.axes[-1] == "N" else value).to(dtype)
     return VisualContext(
-        features=normal(n, WIDTH),
+        features=torch.randn(n, SIZES["D"], generator=draw).to(dtype),
         budget=budget,
         generator=torch.Generator().manual_seed(seed),
         grids=grids,
         modality="video" if any(t > 1 for t, _, _ in grids) else "image",
-        layer_idx=selector.stages()[0].layer,
-        cls_attention=probabilities(LAYERS, HEADS, n),
-        received_attention=probabilities(LAYERS, HEADS, n),
-        attention=probabilities(n, n),
-        keys=normal(n, WIDTH),
-        pre_projector=normal(4 * n, WIDTH),
-        group=torch.arange(n).repeat_interleave(4),
-        pixels=normal(4 * n, 3 * 14 * 14),
-        text_embeds=normal(TEXT, WIDTH),
-        text_attention=probabilities(HEADS, TEXT, n),
-        clip_relevance=normal(n),
-        hidden_states=normal(n, WIDTH),
-        context_relevance=probabilities(n),
-        entropy=probabilities(n),
-        modality_attention=probabilities(2, n),
-        attention_exchange=torch.tensor([0.3, 0.0], dtype=dtype),
-        pagerank=probabilities(n),
-        origin=grid_origin(grids),
+        site=stage.site,
+        signals=signals,
     ).check()
+
+
+def replace_floats(context: VisualContext, change: Callable[[Tensor], Tensor]) -> VisualContext:
+    """Apply `change` to the features and to every floating-point signal of `context`, which is returned."""
+    context.features = change(context.features)
+    context.signals = {s: change(x) if x.is_floating_point() else x for s, x in context.signals.items()}
+    return context.check()

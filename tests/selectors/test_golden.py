@@ -1,4 +1,4 @@
-"""Against the authors' own functions; see tests/golden/README.md. Everything goes through the public door."""
+"""Against the authors' own functions; see tests/golden/README.md. Everything goes through `vtc.select`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from vtc.core.signals import ClsAttention
+from vtc.core.sites import DecoderLayer
+from vtc.core.stage import ModelShape
 from vtc.functional import select
 from vtc.kernels import farthest_point
 from vtc.registry import get_selector
@@ -40,7 +43,8 @@ def test_vtc_cls(name: str) -> None:
     golden = load(name)
     depth = golden["cls_rows"].shape[0]
     selector = get_selector("vtc-cls", start_layer=golden["start_layer"])
-    layers = selector.vision_layers(depth, feature_layer=depth - 2)
+    (signal,) = selector.stages(ModelShape(32, depth, depth - 2))[0].requires
+    layers = signal.vision_layers(depth, depth - 2)
     assert layers == tuple(range(depth))[golden["start_layer"] : depth - 1]  # counted from the end if negative
     rows = golden["cls_rows"][list(layers), 0, :, 1:]
     selection = select("vtc-cls", cls_attention=rows, keep_tokens=golden["token_num"])
@@ -64,7 +68,8 @@ def test_vtc_cls_all_equal_keeps_the_first() -> None:
 
 
 def test_vtc_cls_default_layers_are_the_released_ones() -> None:
-    assert VtcClsSelector().vision_layers(depth=24, feature_layer=22) == tuple(range(16, 23))
+    (stage,) = VtcClsSelector().stages(ModelShape(32, 24, 22))
+    assert stage.requires == (ClsAttention(tuple(range(16, 23))),)
 
 
 @pytest.mark.parametrize("name", [name for name in DIVPRUNE if "duplicates" not in name])
@@ -106,8 +111,8 @@ def test_fastv(prefix: str) -> None:
     golden = case(load("fastv.npz"), prefix)
     start, length = golden["image_start"], golden["image_len"]
     stage = get_selector("fastv", layer=golden["K"]).stages()[0]
-    assert stage.layer == golden["K"]
-    assert stage.layer - 1 == golden["layer_whose_attention_is_used"]
+    assert stage.site == DecoderLayer(golden["K"])
+    assert stage.site.layer - 1 == golden["layer_whose_attention_is_used"]
     rows = golden["attn_last_query"][0, :, None, start : start + length]
     selection = select("fastv", text_attention=rows, keep_ratio=1 - golden["R"], layer=golden["K"])
     assert selection.k == golden["n_image_kept"]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.selectors.inputs import make_context
-from vtc.core.context import Need
+from vtc.core.signals import ClsAttention, ReceivedAttention
+from vtc.core.stage import ModelShape
 from vtc.errors import ConfigError, InputError
 from vtc.functional import select
 from vtc.kernels import farthest_point, topk_indices
@@ -115,7 +116,7 @@ def test_vtc_cls_sums_layers_and_averages_heads() -> None:
     rows[1, :, 2] = 0.3  # 0.3
     rows[:, 1, 3] = 0.2  # 0.1 + 0.1
     context = make_context(get_selector("vtc-cls"), 2, ((1, 2, 2),))
-    context.cls_attention = rows
+    context.signals = {ClsAttention(): rows}
     selector = get_selector("vtc-cls")
     torch.testing.assert_close(selector.score(context), torch.tensor([0.0, 0.2, 0.3, 0.2]))  # type: ignore[attr-defined]
     assert selector.select(context).keep.tolist() == [1, 2], "1 and 3 tie: the lower index stays"
@@ -126,18 +127,19 @@ def test_vtc_cls_sums_layers_and_averages_heads() -> None:
     [(-8, 24, 22, range(16, 23)), (0, 4, 3, range(4)), (3, 4, 3, [3]), (-1, 4, 3, [3]), (-4, 4, 2, range(3))],
 )
 def test_vtc_cls_layers(start: int, depth: int, feature: int, layers: list[int]) -> None:
-    assert get_selector("vtc-cls", start_layer=start).vision_layers(depth, feature) == tuple(layers)
+    (stage,) = get_selector("vtc-cls", start_layer=start).stages(ModelShape(32, depth, feature))
+    assert stage.requires == (ClsAttention(tuple(layers)),)
 
 
 @pytest.mark.parametrize(("start", "depth", "feature"), [(-8, 4, 2), (3, 4, 2), (-1, 4, 2), (24, 24, 22)])
 def test_vtc_cls_layers_out_of_range(start: int, depth: int, feature: int) -> None:
     with pytest.raises(ConfigError, match=f"start_layer={start}.*must lie within"):
-        get_selector("vtc-cls", start_layer=start).vision_layers(depth, feature)
+        get_selector("vtc-cls", start_layer=start).stages(ModelShape(32, depth, feature))
 
 
 def test_vtc_cls_score_source_is_explicit() -> None:
-    assert get_selector("vtc-cls").stages()[0].requires == {Need.CLS_ATTENTION}
-    assert get_selector("vtc-cls", score_source="received").stages()[0].requires == {Need.RECEIVED_ATTENTION}
+    assert get_selector("vtc-cls").stages()[0].requires == (ClsAttention(),)
+    assert get_selector("vtc-cls", score_source="received").stages()[0].requires == (ReceivedAttention(),)
     rows = torch.rand(2, 2, 6)
     with pytest.raises(ConfigError, match="vtc-cls needs cls_attention; got received_attention"):
         select("vtc-cls", received_attention=rows, keep_tokens=2)
@@ -174,7 +176,6 @@ def test_fastv_layer_is_validated(layer: object) -> None:
 def test_nan_scores_name_the_method() -> None:
     selector = get_selector("vtc-cls")
     context = make_context(selector, 3)
-    assert context.cls_attention is not None
-    context.cls_attention[0, 0, 0] = torch.nan
+    context[ClsAttention][0, 0, 0] = torch.nan
     with pytest.raises(InputError, match=r"vtc-cls computed NaN scores.*cls_attention"):
         selector.select(context)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.selectors.inputs import make_context
-from vtc.bench._memory import peak_bytes
-from vtc.core.context import grid_origin
+from vtc.bench.memory import peak_bytes
+from vtc.core.observations import TokenGrids
 from vtc.errors import ConfigError
 from vtc.functional import select
 from vtc.registry import get_selector
@@ -54,7 +54,7 @@ def test_evs_by_hand() -> None:
     # Three frames of three places: the first place never changes, the second turns by 90 degrees, the third by 180.
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     x = torch.stack([a, a, a, a, b, -a, a, b, -a])
-    scores, first = change(x, grid_origin(((3, 1, 3),)))
+    scores, first = change(x, TokenGrids(((3, 1, 3),)).origin())
     assert first.tolist() == [True] * 3 + [False] * 6
     assert scores.tolist() == pytest.approx([0, 0, 0, 0, 1, 2, 0, 0, 0])
     assert select("evs", features=x, grid_thw=(3, 1, 3), keep_tokens=4).keep.tolist() == [0, 1, 2, 5]
@@ -73,7 +73,7 @@ def test_evs_holds_a_budget_below_one_frame(budget: int) -> None:
 
 def test_evs_compares_with_the_last_frame_that_still_has_the_place() -> None:
     # An earlier stage has dropped place 0 of frame 1, so frame 2 is compared with frame 0 there.
-    origin = grid_origin(((3, 1, 2),))[[0, 1, 3, 4, 5]]
+    origin = TokenGrids(((3, 1, 2),)).origin()[[0, 1, 3, 4, 5]]
     x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     scores, first = change(x, origin)
     assert first.tolist() == [True, True, False, False, False]
@@ -81,7 +81,7 @@ def test_evs_compares_with_the_last_frame_that_still_has_the_place() -> None:
 
 
 def test_evs_does_not_compare_tiles() -> None:
-    _, first = change(torch.randn(10, 4), grid_origin(((1, 2, 3), (1, 2, 2))))
+    _, first = change(torch.randn(10, 4), TokenGrids(((1, 2, 3), (1, 2, 2))).origin())
     assert first.all()
 
 

@@ -12,7 +12,7 @@ import torch
 import vtc
 from tests import tiny
 from vtc import reference
-from vtc.cli.app import main
+from vtc.cli import main
 from vtc.tuning import advise as module
 from vtc.tuning.advise import _Measured, _Tried
 
@@ -116,13 +116,13 @@ def test_the_break_even_follows_from_overhead_and_what_a_token_saves() -> None:
     found = measured(
         {("a", 0.5): (36, True), ("a", 0.25): (26, True), ("b", 0.5): (31, False), ("b", 0.25): (21, False)}
     )
-    told = found.advice(0.9, {})
-    assert told.saved_per_token == pytest.approx(0.4e-3)
-    overheads = {each.config.method: each.overhead for each in told.settings}
+    advice = found.advice(0.9, {})
+    assert advice.saved_per_token == pytest.approx(0.4e-3)
+    overheads = {each.config.method: each.overhead for each in advice.settings}
     assert overheads == {"a": pytest.approx(6e-3), "b": pytest.approx(1e-3)}
-    assert told.config == vtc.CompressionConfig("a", keep_ratio=0.25)
-    assert told.break_even == 20, "6 ms / (0.4 ms x 0.75)"
-    assert "a at 0.25 pays above 20 visual tokens (6.00 ms of overhead, 400.0 us saved" in str(told)
+    assert advice.config == vtc.CompressionConfig("a", keep_ratio=0.25)
+    assert advice.break_even == 20, "6 ms / (0.4 ms x 0.75)"
+    assert "a at 0.25 pays above 20 visual tokens (6.00 ms of overhead, 400.0 us saved" in str(advice)
     with_others = found.advice(0.9, {"c": "it needs what this model has not"})
     assert "left out: c: it needs what this model has not" in str(with_others)
 
@@ -184,12 +184,12 @@ def test_the_command_advises_and_writes_the_setting(tmp_path: Path, capsys: pyte
     samples.write_text(json.dumps(line) + "\n\n")
     command = ["advise", str(samples), "--methods", "divprune", "--keep-ratios", "0.5", "0.1", "--rounds", "1"]
     status = main([*command, "--max-new-tokens", "2", "-o", str(output)])
-    told = capsys.readouterr().out
-    assert "all tokens" in told
-    assert "divprune" in told
-    assert "break-even" in told
+    printed = capsys.readouterr().out
+    assert "all tokens" in printed
+    assert "divprune" in printed
+    assert "break-even" in printed
     # Whether anything is faster here is the machine's business.
-    assert (status == 0) == output.exists() == ("vtc.compress(model" in told)
+    assert (status == 0) == output.exists() == ("vtc.compress(model" in printed)
     if status == 0:
         assert vtc.CompressionConfig.load(output).method in ("divprune", "random", "uniform")
 

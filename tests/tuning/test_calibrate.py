@@ -13,9 +13,9 @@ pytest.importorskip("optuna")
 
 import vtc
 from tests import tiny
-from vtc.cli.app import main
+from vtc.cli import main
 from vtc.core.ranges import Choice, Each, Float, Int
-from vtc.registry import get_adapter, selectors
+from vtc.registry import selectors
 from vtc.tuning.calibrate import _Trial
 
 
@@ -32,7 +32,7 @@ def rows(case: tiny.TinyCase) -> list[dict[str, Any]]:
 
 
 def trial(case: tiny.TinyCase, rows: list[dict[str, Any]]) -> _Trial:
-    return _Trial(case.model, get_adapter("llava")(case.model), rows)
+    return _Trial(case.model, rows)
 
 
 def quiet(case: tiny.TinyCase, rows: list[dict[str, Any]], **more: Any) -> vtc.CompressionConfig:

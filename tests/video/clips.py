@@ -1,4 +1,4 @@
-"""Small video files for tests: every frame is told by its brightness."""
+"""Small video files for tests: brightness identifies every frame."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVELS = 12
 
 
 def frames(count: int, width: int = 64, height: int = 48) -> list[np.ndarray[Any, Any]]:
-    """`count` frames, brighter and brighter, the upper left quarter inverted so that up and left can be told."""
+    """`count` frames, brighter and brighter, the upper left quarter inverted so that orientation can be checked."""
     out = []
     for index in range(count):
         frame = np.full((height, width, 3), 20 + LEVELS * (index % 18), dtype=np.uint8)

@@ -3,7 +3,7 @@
     python -m tests.video.measure_memory [--seconds 60 300 900 3600] [--whole 60 300]
 
 Each row is a process of its own, so that its peak (the highest resident set that the kernel saw) is its own too. The
-second figure is with glibc's allocator told to hand large blocks back (`FIXED`): by itself it raises the size above
+second figure is with glibc's allocator set to return large blocks (`FIXED`): by itself it raises the size above
 which it does so as blocks are freed, and keeps what was freed for later. The model is a LLaVA-OneVision with random
 weights and 196 tokens per frame: memory is what is measured, and only how it grows says something about real models. A
 file of one frame per second is written for every length.

@@ -22,13 +22,13 @@ import vtc
 from tests import tiny
 from tests.tiny_processors import VIDEO_FAMILIES, processor
 from tests.video import clips
-from vtc import api
 from vtc.engine.cache import CACHE
+from vtc.engine.install import engine_of
 from vtc.video import windows as streaming
 from vtc.video.files import VideoFile
 from vtc.video.pipeline import VideoQAPipeline
 from vtc.video.prompt import VideoPrompt, _folded
-from vtc.video.windows import VideoBudget, watch
+from vtc.video.windows import VideoBudget, read_video
 
 FRAMES = 12
 QUESTION = "what happens in the clip ?"
@@ -72,7 +72,7 @@ def pipeline(built: Any, family: str, method: str = "evs", **arguments: Any) -> 
 def test_ids_and_features_are_those_of_the_whole_video(built: Any, clip: Path, family: str, window: int) -> None:
     model, words = built(family)
     with VideoFile(clip) as file, vtc.compressed(model, "uniform", keep_ratio=1.0):
-        engine = api._engine(model)
+        engine = engine_of(model)
         frames = file.read(range(FRAMES))
         prompt = VideoPrompt(words, engine, list(range(FRAMES)), 4.0, FRAMES)
         whole = words(
@@ -83,22 +83,22 @@ def test_ids_and_features_are_those_of_the_whole_video(built: Any, clip: Path, f
             return_tensors="pt",
         )
         parts = [frames[start : start + window] for start in range(0, FRAMES, window)]
-        watched = watch(engine, prompt, iter(parts), window, VideoBudget(keep_ratio=1.0))
+        video = read_video(engine, prompt, iter(parts), window, VideoBudget(keep_ratio=1.0))
         assert torch.equal(prompt.ids(QUESTION), whole["input_ids"])
         positions = prompt.positions(whole["input_ids"])
         given = {name: whole[name] for name in whole if name not in ("pixel_values", "pixel_values_videos")}
         given.pop("video_metadata", None)
         expected = model._prepare_position_ids_for_generation(given.pop("input_ids"), given)
         assert torch.equal(positions, expected)
-    assert sum(count for count, _, _ in watched.windows) == FRAMES
-    assert len(watched.windows) == FRAMES // window
-    assert watched.segment.tokens_after == watched.segment.tokens_before
+    assert sum(count for count, _, _ in video.windows) == FRAMES
+    assert len(video.windows) == FRAMES // window
+    assert video.segment.tokens_after == video.segment.tokens_before
     # Reading ahead and asking is reading at once: the next token's logits, and every key and value before it.
     with torch.no_grad():
         inputs = {name: value for name, value in whole.items() if name != "video_metadata"}
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        end = watched.prefix.shape[1]
-        for ours, theirs in zip(watched.cache.layers, output[CACHE].layers, strict=True):
+        end = video.prefix.shape[1]
+        for ours, theirs in zip(video.cache.layers, output[CACHE].layers, strict=True):
             if getattr(ours, "keys", None) is None:  # recurrent layers of the hybrid
                 continue
             for name in ("keys", "values"):
@@ -116,7 +116,7 @@ def test_one_window_answers_as_compress_and_generate_do(built: Any, clip: Path, 
     with VideoFile(clip) as file:
         frames = file.read(range(FRAMES))
     with vtc.compressed(model, method, keep_ratio=0.4):
-        prompt = VideoPrompt(words, api._engine(model), list(range(FRAMES)), 4.0, FRAMES)
+        prompt = VideoPrompt(words, engine_of(model), list(range(FRAMES)), 4.0, FRAMES)
         inputs = words(
             text=[prompt.text(QUESTION)],
             videos=[frames],
@@ -248,7 +248,7 @@ def test_an_earlier_compression_comes_back(built: Any, clip: Path) -> None:
     vtc.compress(model, "random", keep_ratio=0.3)
     try:
         pipeline(built, "qwen2_5_vl_video")(clip, QUESTION)
-        assert api._engine(model).configs[0].method == "random"
+        assert engine_of(model).plan.configs[0].method == "random"
     finally:
         vtc.restore(model)
 
@@ -289,9 +289,9 @@ def test_captions_are_asked_for_once(built: Any, clip: Path) -> None:
 
 def test_the_answer_survives_json_and_can_be_drawn(built: Any, clip: Path) -> None:
     answer = pipeline(built, "qwen2_5_vl_video", window=4)(clip, QUESTION)
-    told = json.loads(json.dumps(answer.to_dict()))
-    assert [frames for frames, _, _ in told["windows"]] == [4, 4, 4]
-    assert told["time_to_first_token"] == pytest.approx(answer.time_to_first_token)
+    data = json.loads(json.dumps(answer.to_dict()))
+    assert [frames for frames, _, _ in data["windows"]] == [4, 4, 4]
+    assert data["time_to_first_token"] == pytest.approx(answer.time_to_first_token)
     with VideoFile(clip) as file:
         frames = file.read(range(FRAMES))
     assert answer.report is not None
@@ -300,9 +300,9 @@ def test_the_answer_survives_json_and_can_be_drawn(built: Any, clip: Path) -> No
 
 
 def test_frames_are_let_go_of(built: Any, clip: Path) -> None:
-    """However many windows there are, the frames of two at most are alive."""
+    """However many windows there are, the frames of two at most are in memory."""
     model, words = built("llava_onevision_video")
-    alive: list[Any] = []
+    frames_made: list[Any] = []
     most = 0
 
     def windows() -> Any:
@@ -311,17 +311,17 @@ def test_frames_are_let_go_of(built: Any, clip: Path) -> None:
 
         for _ in range(10):
             frames = np.zeros((4, 48, 64, 3), dtype=np.uint8)
-            alive.append(weakref.ref(frames))
+            frames_made.append(weakref.ref(frames))
             gc.collect()
-            most = max(most, sum(ref() is not None for ref in alive))
+            most = max(most, sum(ref() is not None for ref in frames_made))
             yield frames
             del frames
 
     with vtc.compressed(model, "evs", keep_ratio=0.25):
-        engine = api._engine(model)
+        engine = engine_of(model)
         prompt = VideoPrompt(words, engine, list(range(40)), 4.0, 40)
-        watched = watch(engine, prompt, windows(), 4, VideoBudget(keep_ratio=0.25))
-    assert len(watched.windows) == 10
+        video = read_video(engine, prompt, windows(), 4, VideoBudget(keep_ratio=0.25))
+    assert len(video.windows) == 10
     assert most <= 2
 
 
@@ -337,11 +337,11 @@ def test_what_windows_leave_lies_together(built: Any, clip: Path, monkeypatch: p
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
 
 
-def test_blocks_of_the_shelf_are_as_large_as_they_need_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming._Shelf, "_BLOCK", 1000)
-    shelf = streaming._Shelf()
+def test_blocks_of_the_arena_are_as_large_as_they_need_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming._Arena, "_BLOCK", 1000)
+    arena = streaming._Arena()
     given = [torch.arange(n).to(kind) for n in (0, 7, 90, 3000) for kind in (torch.bool, torch.bfloat16, torch.long)]
-    placed = [shelf._placed(tensor) for tensor in given]
+    placed = [arena._copied(tensor) for tensor in given]
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(placed, given, strict=True))
 
 

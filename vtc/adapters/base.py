@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from vtc.core.context import Grid, Need
+from vtc.core.grids import Grid
+from vtc.core.signals import Signal
 from vtc.errors import UnsupportedModelError
 
 
@@ -116,30 +117,27 @@ class Adapter(ABC):
         """Return the 0-based tower layer whose output feeds the projector."""
         return len(self.tower_attentions(modality)) - 1
 
-    def supplies(self) -> frozenset[Need]:
-        """What selectors may require on this model."""
-        needs = {
-            Need.RECEIVED_ATTENTION,
-            Need.KEYS,
-            Need.CONTEXT_RELEVANCE,
-            Need.ENTROPY,
-            Need.TEXT_EMBEDS,
-            Need.TEXT_ATTENTION,
-            Need.MODALITY_ATTENTION,
-            Need.ATTENTION_EXCHANGE,
-            Need.PAGERANK,
-            Need.HIDDEN_STATES,
-            Need.ORIGIN,
-        }
-        if all(self.prefix_tokens(modality) for modality in self.modalities):
-            needs.add(Need.CLS_ATTENTION)
-        return frozenset(needs)
+    def tower_blocks(self, modality: str) -> list[nn.Module]:
+        """Return the tower's layers, first layer first: the modules around its `tower_attentions`.
 
-    def why_not(self, need: Need) -> str:
-        """One clause that says why `need` cannot be supplied."""
-        if need is Need.CLS_ATTENTION:
-            return f"{type(self.tower(self.modalities[0])).__name__} has no [CLS] token"
-        return f"the {self.config.model_type} adapter does not read it"
+        Raises
+        ------
+        UnsupportedModelError
+            The tower has none that can be recognised.
+        """
+        attentions = self.tower_attentions(modality)
+        for module in self.tower(modality).modules():
+            if isinstance(module, nn.ModuleList) and len(module) == len(attentions):
+                pairs = zip(module, attentions, strict=True)
+                if all(any(part is attention for part in block.modules()) for block, attention in pairs):
+                    return list(module)
+        raise UnsupportedModelError(f"no list of layers found in {type(self.tower(modality)).__name__}")
+
+    def why_not(self, signal: Signal, modality: str) -> str | None:
+        """Say in one clause why `signal` cannot be supplied for `modality`; None if it can."""
+        if signal.needs_cls and not self.prefix_tokens(modality):
+            return f"{type(self.tower(modality)).__name__} has no [CLS] token"
+        return None
 
     # -- one encoder call -----------------------------------------------------------------------------------------
 

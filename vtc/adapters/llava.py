@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vtc.adapters.base import Adapter, Layout, hidden_state_layer, parts_of, rows_of
-from vtc.core.context import Grid
+from vtc.core.grids import Grid
 from vtc.registry import register_adapter
 
 

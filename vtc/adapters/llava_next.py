@@ -10,7 +10,7 @@ from torch import nn
 
 from vtc.adapters.base import Layout, parts_of, rows_of
 from vtc.adapters.llava import CropAdapter
-from vtc.core.context import Grid
+from vtc.core.grids import Grid
 from vtc.errors import UnsupportedModelError
 from vtc.registry import register_adapter
 

@@ -10,7 +10,7 @@ from vtc import registry
 from vtc.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from vtc.core.context import Stage
+    from vtc.core.stage import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +22,17 @@ def run(_: argparse.Namespace) -> int:
     rows = []
     for name, cls in registry.selectors().items():
         stages = cls().stages()
-        needs = sorted({need.value for stage in stages for need in stage.requires})
+        needs = sorted({signal.name for stage in stages for signal in stage.requires})
         rows.append((name, where(stages), ", ".join(needs) or "-", cls.paper))
     print_table(("method", "where", "needs besides features", "from"), rows)
     return 0
 
 
 def where(stages: Sequence[Stage]) -> str:
-    """Where a method of these stages drops tokens, in words."""
-    layers = [str(stage.layer) for stage in stages if stage.layer is not None]
+    """Say in words where a method of these stages drops tokens."""
+    from vtc.core.sites import DecoderLayer
+
+    layers = [str(stage.site.layer) for stage in stages if isinstance(stage.site, DecoderLayer)]
     before = ["before the language model"] if len(layers) < len(stages) else []
     inside = [f"entering decoder layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"] if layers else []
     return " and ".join(before + inside)

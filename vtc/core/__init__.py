@@ -1,1 +1,1 @@
-"""Values and rules that know tensors and nothing of models: contexts, selections, packing, ranges of options."""
+"""Values and rules that know tensors and nothing of models: signals, sites, actions, contexts, selections, packing."""

@@ -1,4 +1,4 @@
-"""What a method's options may be when they are searched for."""
+"""Ranges: the values that an option of a method may take when `vtc.calibrate` searches for it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ class Float:
     high: float
     log: bool = False
 
-    def suggest(self, trial: Any, name: str) -> float:
-        """A value from an optuna trial."""
-        return float(trial.suggest_float(name, self.low, self.high, log=self.log))
-
 
 @dataclass(frozen=True)
 class Int:
@@ -28,10 +24,6 @@ class Int:
     low: int
     high: int
 
-    def suggest(self, trial: Any, name: str) -> int:
-        """A value from an optuna trial."""
-        return int(trial.suggest_int(name, self.low, self.high))
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -39,21 +31,13 @@ class Choice:
 
     values: tuple[Any, ...]
 
-    def suggest(self, trial: Any, name: str) -> Any:
-        """A value from an optuna trial."""
-        return trial.suggest_categorical(name, list(self.values))
-
 
 @dataclass(frozen=True)
 class Each:
-    """A tuple of `count` values, each of its own within `values`: one for every layer or place."""
+    """A tuple of `count` values, each within `values`: one for every layer or stage."""
 
     values: Float | Int | Choice
     count: int
-
-    def suggest(self, trial: Any, name: str) -> tuple[Any, ...]:
-        """Values from an optuna trial."""
-        return tuple(self.values.suggest(trial, f"{name}.{place}") for place in range(self.count))
 
 
 Range = Float | Int | Choice | Each

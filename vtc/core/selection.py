@@ -1,4 +1,4 @@
-"""What a selector answers (`Selection`), and what a batch of answers becomes (`PackPlan`): all ragged-batch logic."""
+"""`Selection`: what a selector answers. Which tokens stay, and where the others go."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import kernels
-from ..errors import ConfigError, InputError
-from .context import Grid
+from ..errors import InputError
+from .grids import Grid
 
-__all__ = ["PackPlan", "Selection"]
+__all__ = ["Selection"]
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which K of N tokens stay, and optionally where the others go.
+    """K of N tokens that stay, and optionally the slots that the others flow into.
 
     Attributes
     ----------
@@ -28,11 +29,14 @@ class Selection:
     keep
         (K,) long, ascending and unique: original index of the token that stands in each slot. Empty and full are legal.
     assign
-        (N,) long or None: slot in 0..K-1 that each token flows into, -1 for dropped. A kept token flows into its own
-        slot. None: nothing is merged.
+        (N,) long or None: slot in 0..K-1 that each token flows into, -1 for dropped; or (N, A): up to A slots per
+        token, -1 in the places that are left. A kept token flows into its own slot. None: nothing is merged.
     weight
-        (N,) float32 or None: coefficient of each token in its slot, ``merged[j] = sum of weight[i] * x[i]``. Used as it
-        is, not normalised, so that "target plus mean of the rest" can be said as well as a mean. None: plain mean.
+        As `assign`, float32, or None: coefficients, ``merged[j] = sum of weight[i] * x[i]`` over the tokens that flow
+        into slot j. Used as they are, not normalised, so that "target plus mean of the rest" can be said as well as a
+        mean. None: plain mean.
+
+    Together `assign` and `weight` are a sparse K x N matrix, and `then` multiplies two of them.
 
     Raises
     ------
@@ -58,18 +62,26 @@ class Selection:
             object.__setattr__(self, "weight", self.weight.float())
 
     def _check_assign(self, assign: Tensor) -> None:
-        if assign.shape != (self.n,) or assign.dtype != torch.long:
-            raise InputError(f"Selection.assign must be ({self.n},) long, got {tuple(assign.shape)} {assign.dtype}.")
+        if assign.ndim not in (1, 2) or len(assign) != self.n or 0 in assign.shape[1:] or assign.dtype != torch.long:
+            raise InputError(
+                f"Selection.assign must be ({self.n},) or ({self.n}, A) long, got {tuple(assign.shape)} {assign.dtype}."
+            )
         if not bool(((assign >= -1) & (assign < self.k)).all()):
             raise InputError(f"Selection.assign must hold slots 0..{self.k - 1} or -1, got {_preview(assign)}.")
-        if not torch.equal(assign[self.keep], self._slots()):
+        table = _table(assign)
+        if not bool((table[self.keep] == self._slots()[:, None]).any(dim=1).all()):
             raise InputError("Selection.assign must send every kept token to its own slot: assign[keep] == 0..K-1.")
+        if table.shape[1] > 1:
+            ordered = table.sort(dim=1).values
+            if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+                raise InputError("Selection.assign must send no token to one slot twice; add up the weights instead.")
 
     def _check_weight(self, weight: Tensor) -> None:
         if self.assign is None:
             raise InputError("Selection.weight says how tokens are merged, so it needs assign, which is None.")
-        if weight.shape != (self.n,) or not weight.is_floating_point():
-            raise InputError(f"Selection.weight must be ({self.n},) float, got {tuple(weight.shape)} {weight.dtype}.")
+        if weight.shape != self.assign.shape or not weight.is_floating_point():
+            expected = tuple(self.assign.shape)
+            raise InputError(f"Selection.weight must be {expected} float, got {tuple(weight.shape)} {weight.dtype}.")
         if not bool(torch.isfinite(weight).all()):
             raise InputError("Selection.weight has NaN or infinite entries.")
 
@@ -77,6 +89,24 @@ class Selection:
     def from_indices(cls, n: int, indices: Tensor) -> Selection:
         """Plain selection of distinct `indices` in any order."""
         return cls(n, indices.sort().values)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Selection]) -> Selection:
+        """Join selections of consecutive tokens into one."""
+        if len(parts) == 1:
+            return parts[0]
+        n, k, keep, assign, weight = 0, 0, [], [], []
+        width = max(part.matrix()[0].shape[1] for part in parts)
+        for part in parts:
+            slots, weights = part.matrix()
+            pad = (0, width - slots.shape[1])
+            keep.append(part.keep + n)
+            assign.append(F.pad(torch.where(slots >= 0, slots + k, slots), pad, value=-1))
+            weight.append(F.pad(weights, pad))
+            n, k = n + part.n, k + part.k
+        if all(part.assign is None for part in parts):
+            return cls(n, torch.cat(keep))
+        return cls(n, torch.cat(keep), _narrow(torch.cat(assign)), _narrow(torch.cat(weight)))
 
     @classmethod
     def full(cls, n: int, device: torch.device | str | None = None) -> Selection:
@@ -106,6 +136,17 @@ class Selection:
         assign = self._assign()
         return torch.bincount(assign[assign >= 0], minlength=self.k)
 
+    @property
+    def slots(self) -> Tensor:
+        """(N,) long: slot of each token, -1 if it was dropped; of several slots its own, or else the first."""
+        assign = self._assign()
+        first = (assign >= 0).int().argmax(dim=1, keepdim=True)
+        return assign.gather(1, first)[:, 0].index_copy(0, self.keep, self._slots())
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """Slots (N, A) and coefficients (N, A) of every token, spelled out also where nothing is merged."""
+        return self._assign(), self._weight()
+
     def merge(self, x: Tensor) -> Tensor:
         """Reduce any per-token tensor (N, ...) to the slots (K, ...).
 
@@ -122,12 +163,17 @@ class Selection:
             return x[self.keep.to(x.device)]
         if not x.is_floating_point():
             raise InputError(f"merge averages, which {x.dtype} cannot hold; index with selection.keep instead.")
-        return kernels.segment_merge(x, self.assign.to(x.device), self.k, self._weight().to(x.device))
+        assign, weight = (part.to(x.device).unbind(1) for part in self.matrix())
+        if len(assign) == 1:
+            return kernels.segment_merge(x, assign[0], self.k, weight[0])
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        sums = [kernels.segment_merge(wide, a, self.k, w) for a, w in zip(assign, weight, strict=True)]
+        return torch.stack(sums).sum(dim=0).to(x.dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (K, ...) back over the tokens (N, ...): each token gets its slot's value, dropped ones zero."""
+        """Spread (K, ...) back over the tokens (N, ...): each gets the value at `slots`, dropped ones zero."""
         _check_first_axis(y, self.k, "unmerge")
-        assign = self._assign().to(y.device)
+        assign = self.slots.to(y.device)
         out = y.new_zeros(self.n, *y.shape[1:])
         member = (assign >= 0).nonzero().squeeze(1)
         return out.index_copy(0, member, y[assign[member]])
@@ -160,14 +206,14 @@ class Selection:
         keep = self.keep[other.keep]
         if self.assign is None and other.assign is None:
             return Selection(self.n, keep)
-        first, second = self._assign(), other._assign()
-        member = first >= 0
-        slot = first.clamp(min=0)  # -1 would read the last slot; those entries are replaced below
+        (first, first_weight), (second, second_weight) = self.matrix(), other.matrix()
         if self.k == 0:
-            return Selection(self.n, keep, first)
-        assign = torch.where(member, second[slot], first)
-        weight = torch.where(member, self._weight() * other._weight()[slot], 0.0)
-        return Selection(self.n, keep, assign, weight)
+            return Selection(self.n, keep, _narrow(first))
+        member = (first >= 0)[:, :, None]
+        slot = first.clamp(min=0)  # -1 would read the last slot; those entries are replaced below
+        assign = torch.where(member, second[slot], -1).flatten(1)
+        weight = torch.where(member, first_weight[:, :, None] * second_weight[slot], 0.0).flatten(1)
+        return Selection(self.n, keep, *map(_narrow, _sum_repeated(assign, weight.masked_fill(assign < 0, 0.0))))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; `from_dict` restores them exactly (on the CPU)."""
@@ -193,153 +239,46 @@ class Selection:
         return torch.arange(self.k, device=self.keep.device)
 
     def _assign(self) -> Tensor:
-        """`assign`, spelled out if nothing is merged."""
         if self.assign is not None:
-            return self.assign
-        return torch.full((self.n,), -1, device=self.keep.device).index_copy(0, self.keep, self._slots())
+            return _table(self.assign)
+        return torch.full((self.n,), -1, device=self.keep.device).index_copy(0, self.keep, self._slots())[:, None]
 
     def _weight(self) -> Tensor:
-        """`weight`, spelled out if slots are plain means; what dropped tokens carry is never read."""
+        """Return the coefficients; those of dropped tokens are never read."""
         if self.weight is not None:
-            return self.weight
+            return _table(self.weight)
+        assign = self._assign()
         if self.k == 0:
-            return torch.zeros(self.n, device=self.keep.device)
-        return self.sizes.float().reciprocal()[self._assign().clamp(min=0)]
+            return torch.zeros(assign.shape, device=self.keep.device)
+        return self.sizes.float().reciprocal()[assign.clamp(min=0)]
 
 
-@dataclass(frozen=True, eq=False)
-class PackPlan:
-    """How a batch of rows with different numbers of kept tokens becomes one rectangle, and back.
+def _table(values: Tensor) -> Tensor:
+    """(N,) as (N, 1)."""
+    return values if values.ndim == 2 else values[:, None]
 
-    Attributes
-    ----------
-    index
-        (B, T) long: source column of every packed slot. Within a row all are distinct and kept ones are in original
-        order; padding slots point at some dropped column, so that every gather is in range.
-    mask
-        (B, T) bool: True for kept tokens, False for padding.
-    lengths
-        (B,) long: kept tokens per row; T is the largest.
-    source_length
-        L, columns before packing.
-    side
-        Where the padding goes: "left" right-aligns the tokens, as generation wants it; "right" left-aligns them.
-    """
 
-    index: Tensor
-    mask: Tensor
-    lengths: Tensor
-    source_length: int
-    side: str = "left"
+def _sum_repeated(assign: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables (N, A') in which no token goes to one slot twice: the weights of equal slots of a token are added."""
+    if assign.shape[1] == 1:
+        return assign, weight
+    first = (assign[:, :, None] == assign[:, None, :]).int().argmax(dim=2)  # of the places with the same slot
+    weight = torch.zeros_like(weight).scatter_add(1, first, weight)
+    assign = assign.masked_fill(first != torch.arange(assign.shape[1], device=assign.device), -1)
+    used = assign >= 0
+    order = used.int().argsort(dim=1, descending=True, stable=True)
+    order = order[:, : max(1, int(used.sum(dim=1).max()) if len(used) else 1)]
+    return assign.gather(1, order), weight.masked_fill(~used, 0.0).gather(1, order)
 
-    @classmethod
-    def from_keep(cls, keep: Tensor, side: str = "left") -> PackPlan:
-        """Plan from keep (B, L) bool: True for every token, of whatever kind, that stays.
 
-        Raises
-        ------
-        InputError
-            `keep` is not a two-axis boolean tensor.
-        ConfigError
-            `side` is neither "left" nor "right".
-        """
-        return cls.pack(keep, side=side)[0]
-
-    @classmethod
-    def pack(
-        cls,
-        keep: Tensor,
-        planes: Sequence[Tensor] = (),
-        dims: Sequence[int] = (),
-        *,
-        marks: Tensor | None = None,
-        marked: Sequence[Tensor] = (),
-        side: str = "left",
-    ) -> tuple[PackPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Make a plan and carry it out, in one operation.
-
-        Parameters
-        ----------
-        keep, side
-            As in `from_keep`.
-        planes, dims
-            What to pack, along which axes, each as in `take`.
-        marks
-            (B, L) bool: tokens that have a row in each of `marked`.
-        marked
-            Planes (marks, ...) of which the rows of kept tokens stay.
-
-        Returns
-        -------
-        plan, planes, marked
-
-        Raises
-        ------
-        InputError, ConfigError
-            As `from_keep` and `take`.
-        """
-        if keep.ndim != 2 or keep.dtype != torch.bool:
-            raise InputError(f"keep must be (B, L) bool, got {tuple(keep.shape)} {keep.dtype}.")
-        if side not in ("left", "right"):
-            raise ConfigError(f'side must be "left" or "right", got {side!r}.')
-        rows, length = keep.shape
-        for x, dim in zip(planes, dims, strict=True):
-            _check_plane(x, dim, rows, length)
-        packed = kernels.select_gather(keep, planes, dims, marks=marks, marked=marked, side=side)
-        return cls(packed.index, packed.mask, packed.lengths, length, side), packed.planes, packed.marked
-
-    def take(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Pack `x` along `dim`, whose batch axis is the one before: (B, L, ...) with 1, position ids (A, B, L) with 2.
-
-        A batch axis of size 1 is shared by all rows. What lands in padding slots is arbitrary but finite whenever `x`
-        is. Differentiable.
-
-        Returns
-        -------
-        Tensor
-            `x` with its batch axis of size B and axis `dim` of size T.
-
-        Raises
-        ------
-        InputError
-            The shape does not fit the plan.
-        """
-        _check_plane(x, dim, len(self.index), self.source_length)
-        return kernels.gather_planes(self.index, [x], [dim])[0]
-
-    def scatter(self, y: Tensor) -> Tensor:
-        """Undo `take`: (B, T, ...) to (B, L, ...), zero where a token was dropped. Differentiable.
-
-        Raises
-        ------
-        InputError
-            The shape does not fit the plan.
-        """
-        rows, width = self.index.shape
-        if y.ndim < 2 or y.shape[:2] != (rows, width):
-            raise InputError(f"Cannot scatter a tensor of shape {tuple(y.shape)}: expected ({rows}, {width}, ...).")
-        # The kept columns of all rows are distinct, so plain writing (no accumulation) is exact and deterministic.
-        starts = torch.arange(rows, device=self.index.device)[:, None] * self.source_length
-        flat, mask = (self.index + starts).flatten(), self.mask.flatten()
-        values = y.flatten(0, 1)
-        if not bool(mask.all()):
-            flat, values = flat[mask], values[mask.to(y.device)]
-        out = y.new_zeros(rows * self.source_length, *y.shape[2:])
-        return out.index_copy_(0, flat.to(y.device), values).unflatten(0, (rows, self.source_length))
+def _narrow(table: Tensor) -> Tensor:
+    """(N, 1) as (N,)."""
+    return table[:, 0] if table.shape[1] == 1 else table
 
 
 def _check_first_axis(x: Tensor, size: int, what: str) -> None:
     if x.ndim < 1 or x.shape[0] != size:
         raise InputError(f"{what} expects {size} entries along the first axis, got shape {tuple(x.shape)}.")
-
-
-def _check_plane(x: Tensor, dim: int, rows: int, length: int) -> None:
-    batch = x.shape[dim - 1] if 1 <= dim < x.ndim else -1
-    if batch not in (1, rows) or x.shape[dim] != length:
-        raise InputError(
-            f"Cannot pack a tensor of shape {tuple(x.shape)} along axis {dim}: expected batch {rows} (or 1) "
-            f"at axis {dim - 1} and length {length} at axis {dim}."
-        )
 
 
 def _preview(x: Tensor) -> str:

@@ -1,25 +1,25 @@
-"""Putting an already compressed piece of a conversation into a cache, without its full-length embeddings ever existing.
+"""Appending a piece of a conversation that is already shortened to a cache.
 
-The engine cuts a prompt while the model reads it, so the model has embedded all of it by then. A long video is encoded
-and cut in windows instead; what is left of it comes here, with a note of where each token stands in the full prompt.
-What the cache looks like afterwards is what it would look like after a compressed prefill.
+The engine shortens a prompt while the model reads it, so the model has embedded all of it by then. A long video is
+encoded and selected from in windows instead; what is left of it comes here, with a note of where each token stands in
+the full prompt. The cache then looks as it would after a compressed prefill.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vtc.engine.cache import CACHE, CacheRecord, record_of
-from vtc.engine.forward import Run
+from vtc.engine.engine import Engine
+from vtc.engine.state import ForwardState, Mode
 
-if TYPE_CHECKING:
-    from vtc.engine.engine import Engine
+__all__ = ["append"]
 
 
-def feed(
+def append(
     engine: Engine,
     cache: Any,
     embeds: torch.Tensor,
@@ -54,19 +54,19 @@ def feed(
     record = record_of(cache)
     if record is None:
         record = CacheRecord(0, [(0, keep.new_zeros(1, 0, dtype=torch.long))])
-    columns = torch.arange(record.logical, record.logical + keep.shape[1], device=embeds.device)[None]
-    run = Run(engine.kinds, cache, columns, record.logical, record)
-    (positions,), _ = run.pack(keep, [positions], [positions.dim() - 1])
-    run.write_record(engine.lease, record.shift)
+    source_index = torch.arange(record.logical, record.logical + keep.shape[1], device=embeds.device)[None]
+    forward = ForwardState(engine.layer_types, cache, source_index, record.logical, record, Mode.APPEND)
+    (positions,), _ = forward.pack(keep, [positions], [positions.dim() - 1])
+    forward.write_record(engine.owner, record.shift)
     arguments: dict[str, Any] = {
         "inputs_embeds": embeds,
-        "attention_mask": run.valid_keys(0).long(),
+        "attention_mask": forward.valid_keys(0).long(),
         "position_ids": positions,
         CACHE: cache,
         "use_cache": True,
     }
     if deepstack:
         arguments |= {"visual_pos_masks": visual, "deepstack_visual_embeds": list(deepstack)}
-    with engine.feeding(run):
+    with engine.appending(forward):
         hidden: torch.Tensor = engine.adapter.text_model(**arguments).last_hidden_state
     return hidden

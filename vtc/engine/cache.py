@@ -1,4 +1,4 @@
-"""A transformers cache that knows it holds fewer tokens than the prompt had.
+"""A transformers cache that holds fewer tokens than the prompt had, and knows it.
 
 transformers asks a cache two different questions through two different methods: how far the *conversation* has come
 (`get_seq_length`, from which positions and the slice of unseen tokens follow) and how many keys are *stored*
@@ -25,13 +25,13 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """The cache among a call's arguments, by either name: callers may still use the old one; None without one."""
+    """Return the cache among a call's arguments, by the new or the old name; None without one."""
     cache = arguments.get(CACHE)
     return arguments.get("past_key_values") if cache is None else cache
 
 
-class Lease:
-    """Whether the engine that filled a cache is still installed."""
+class Owner:
+    """The engine that filled a cache, as the cache knows it: `live` while it is installed."""
 
     def __init__(self) -> None:
         self.live = True
@@ -39,32 +39,32 @@ class Lease:
 
 @dataclass
 class CacheRecord:
-    """What was removed from one cache.
+    """Record of what was removed from one cache.
 
     Attributes
     ----------
     logical : int
         Tokens seen so far as the user counts them, dropped ones included.
-    groups : list of (start_layer, columns)
-        Decoder layers from `start_layer` on (until the next group) store the keys of `columns` (B, P): where each
-        stands in the uncompressed conversation, -1 for padding. Ascending in `start_layer`, the first is 0.
+    groups : list of (start_layer, source_index)
+        Decoder layers from `start_layer` on (until the next group) store P keys, of which `source_index` (B, P) says
+        where each stands in the uncompressed conversation, -1 for padding. Ascending in `start_layer`, the first is 0.
     shift : LongTensor (B,) or None
         With compact positions: how far each row's text positions moved down.
-    lease : Lease
-        Of the engine that masks this cache's padding.
+    owner : Owner
+        Whoever masks this cache's padding.
     """
 
     logical: int = 0
     groups: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     shift: torch.Tensor | None = None
-    lease: Lease = field(default_factory=Lease)
+    owner: Owner = field(default_factory=Owner)
 
     def keys_of(self, layer: int) -> torch.Tensor:
-        """Columns (B, P) of the group that `layer` belongs to."""
+        """Return the source index (B, P) of the keys that `layer` stores."""
         return next(keys for start, keys in reversed(self.groups) if start <= layer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
-        # A copied cache depends on the engine that filled it; a copied model has an engine and a lease of its own.
+        # A copied cache depends on the engine that filled it; a copied model has an engine of its own.
         return replace(self, groups=deepcopy(self.groups, memo), shift=deepcopy(self.shift, memo))
 
     def map(self, rows: Any) -> None:
@@ -86,7 +86,7 @@ class CompactedCache:
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         record = record_of(self)
-        if record is not None and not record.lease.live:
+        if record is not None and not record.owner.live:
             raise StateError(
                 "this cache was filled while the model was compressed and cannot be continued after restore(); "
                 "start with a new cache, or use vtc.disabled(model) to pause compression"
@@ -121,7 +121,7 @@ class CompactedCache:
 
 
 def record_of(cache: Any) -> CacheRecord | None:
-    """The record of a compacted cache, or None for any other cache and for no cache."""
+    """Return the record of a compacted cache, None for any other cache and for no cache."""
     return None if cache is None else cache.__dict__.get("_vtc_record")
 
 

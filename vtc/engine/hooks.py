@@ -1,4 +1,4 @@
-"""The places of a model where the engine reads and writes, installed on one instance and removed without a trace."""
+"""Hooks: how the engine stands in the way of one model instance, and how it leaves without a trace."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Hooks", "WrappedMethod"]
 
 
 class WrappedMethod:
@@ -25,11 +27,11 @@ class WrappedMethod:
         return self._around(self._original, args, kwargs)
 
 
-class Seams:
+class Hooks:
     """Everything that was installed on a model, and how to take it away."""
 
     def __init__(self) -> None:
-        self._hooks: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle] = []
         self._methods: list[tuple[nn.Module, str]] = []
 
     def wrap(self, owner: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -39,16 +41,16 @@ class Seams:
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before each forward."""
-        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Call `hook(module, args, output)` after each forward."""
-        self._hooks.append(module.register_forward_hook(hook))
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+        """Call `hook(module, args, output)` after each forward; if `always`, also when it raised."""
+        self._handles.append(module.register_forward_hook(hook, always_call=always))
 
     def remove(self) -> None:
         """Take everything away, in any state of the model; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
+        for handle in self._handles:
+            handle.remove()
         for owner, name in self._methods:
             owner.__dict__.pop(name, None)
-        self._hooks, self._methods = [], []
+        self._handles, self._methods = [], []

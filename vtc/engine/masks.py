@@ -12,8 +12,8 @@ from transformers.masking_utils import blockwise_overlay, create_causal_mask
 from vtc.engine.cache import CACHE
 
 
-class LayerKinds:
-    """What kinds of attention the decoder layers of a language model have.
+class LayerTypes:
+    """The types of attention of the decoder layers of a language model.
 
     Attributes
     ----------
@@ -37,10 +37,10 @@ class LayerKinds:
 
 
 def causal_mask(
-    kinds: LayerKinds,
+    types: LayerTypes,
     layer: int,
     hidden: torch.Tensor,
-    columns: torch.Tensor,
+    source_index: torch.Tensor,
     cache: Any,
     *,
     blocks: torch.Tensor | None = None,
@@ -50,12 +50,12 @@ def causal_mask(
 
     Parameters
     ----------
-    kinds : LayerKinds
+    types : LayerTypes
     layer : int
         Sizes are those of this layer's cache.
     hidden : Tensor (B, T, ...)
         Only its batch, length, dtype and device are used.
-    columns : LongTensor (B, P)
+    source_index : LongTensor (B, P)
         Where every key, past and current, stands in the uncompressed conversation; -1 for padding. A window reaches as
         far back as it would without compression.
     cache : Cache or None
@@ -65,30 +65,32 @@ def causal_mask(
         Length of the uncompressed conversation.
     """
     arguments: dict[str, Any] = {
-        "config": kinds.config,
+        "config": types.config,
         "inputs_embeds": hidden,
-        "attention_mask": (columns >= 0).long(),
+        "attention_mask": (source_index >= 0).long(),
         CACHE: cache,
         "layer_idx": layer,
     }
     if blocks is not None:
-        blocks = nn.functional.pad(blocks, (columns.shape[1] - blocks.shape[1], 0), value=-1)
-    window = kinds.windows[layer]
+        blocks = nn.functional.pad(blocks, (source_index.shape[1] - blocks.shape[1], 0), value=-1)
+    window = types.windows[layer]
     if window is None or seen <= window:
         return create_causal_mask(**arguments, block_sequence_ids=blocks)
-    room = columns.shape[1] if cache is None else max(columns.shape[1], int(cache.get_max_length(layer)) + 1)
+    length = source_index.shape[1]
+    if cache is not None:  # a static cache is longer than the keys that exist
+        length = max(length, int(cache.get_max_length(layer)) + 1)
     if blocks is not None:
-        arguments["or_mask_function"] = blockwise_overlay(_padded(blocks, room))
-    return create_causal_mask(**arguments, and_mask_function=_window(_padded(columns, room), window))
+        arguments["or_mask_function"] = blockwise_overlay(_padded(blocks, length))
+    return create_causal_mask(**arguments, and_mask_function=_window(_padded(source_index, length), window))
 
 
-def _padded(table: torch.Tensor, room: int) -> torch.Tensor:
-    """`table` (B, P), as long as the keys a static cache has room for."""
-    return nn.functional.pad(table, (0, max(0, room - table.shape[1])), value=-1)
+def _padded(table: torch.Tensor, length: int) -> torch.Tensor:
+    """`table` (B, P) with -1 behind it, up to `length` keys."""
+    return nn.functional.pad(table, (0, max(0, length - table.shape[1])), value=-1)
 
 
-def _window(columns: torch.Tensor, window: int) -> Callable[..., Any]:
+def _window(source_index: torch.Tensor, window: int) -> Callable[..., Any]:
     def near(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        return columns[batch, query] - columns[batch, key] < window
+        return source_index[batch, query] - source_index[batch, key] < window
 
     return near

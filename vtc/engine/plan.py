@@ -1,16 +1,35 @@
-"""The stages that a compression plans on one model, and what they want to be told together."""
+"""The plan of a compression: its stages in the order in which tokens meet them, checked against what the model has.
+
+Everything that can be refused is refused here, before the model is touched.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+from vtc.adapters.base import Adapter
 from vtc.budget import resolve_budget
 from vtc.config import CompressionConfig
-from vtc.core.context import Need
-from vtc.errors import UnsupportedMethodError
-from vtc.selectors.base import Selector
+from vtc.core.actions import Action
+from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText
+from vtc.core.selector import Selector
+from vtc.core.signals import Signal, VisionSignal
+from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
+from vtc.core.stage import ModelShape, Stage
+from vtc.errors import ConfigError, UnsupportedMethodError, UnsupportedModelError
+from vtc.registry import get_selector
+
+__all__ = ["Plan", "PlannedStage", "make_plan", "shape_of"]
+
+ACTIONS: dict[type[Site], frozenset[Action]] = {
+    BeforeDecoder: frozenset({Action.KEEP, Action.MERGE}),
+    DecoderLayer: frozenset({Action.KEEP}),
+}
+"""Actions that the engine can carry out at each kind of site; the other kinds do not work yet."""
+
+_IN_DECODER = (DecoderAttention, DecoderHidden)
 
 
 @dataclass(frozen=True)
@@ -19,42 +38,199 @@ class PlannedStage:
 
     config: CompressionConfig
     selector: Selector
-    layer: int | None
-    requires: frozenset[Need]
-    keep: float | None = None
-    images_only: frozenset[Need] = frozenset()
+    stage: Stage
+
+    @property
+    def site(self) -> Site:
+        """The site of the stage."""
+        return self.stage.site
 
     def budget(self, n: int) -> int:
-        """How many of `n` tokens may stay; a method that plans its stages itself may plan to keep none."""
-        if self.keep is not None:
-            return max(round(n * self.keep), 1 if self.layer is None else 0)
+        """Compute how many of `n` tokens may stay; a stage with a ratio of its own may keep none."""
+        if self.stage.keep is not None:
+            return max(round(n * self.stage.keep), 1 if isinstance(self.site, BeforeDecoder) else 0)
         return resolve_budget(n, self.config.keep_ratio, self.config.keep_tokens)
 
     @property
     def keep_ratio(self) -> float | None:
         """Fraction behind `budget`, if it is one."""
-        return self.config.keep_ratio if self.keep is None else self.keep
+        return self.config.keep_ratio if self.stage.keep is None else self.stage.keep
 
-    def wants(self, modality: str) -> frozenset[Need]:
-        """What it requires of an image or a video."""
-        return self.requires if modality == "image" else self.requires - self.images_only
-
-
-def wanted(stages: Sequence[PlannedStage], needs: frozenset[Need], modality: str | None = None) -> frozenset[Need]:
-    """Those of `needs` that some stage requires, of this modality if one is named."""
-    asked = (stage.requires if modality is None else stage.wants(modality) for stage in stages)
-    return frozenset(need for some in asked for need in some if need in needs)
+    def with_tokens(self, count: int | None) -> PlannedStage:
+        """Return the stage with a budget of `count` tokens instead of the configured one; None: as it is."""
+        if count is None:
+            return self
+        return replace(self, config=replace(self.config, keep_ratio=None, keep_tokens=count))
 
 
-def parameters_of(stages: Sequence[PlannedStage], need: Need) -> dict[str, Any]:
-    """How a value that is computed once for all stages is to be computed.
+@dataclass(frozen=True)
+class Plan:
+    """All stages of a compression.
+
+    Attributes
+    ----------
+    configs
+        As given.
+    stages
+        In the order in which tokens meet them.
+    shape
+        Of the model that the plan was made for.
+    """
+
+    configs: tuple[CompressionConfig, ...]
+    stages: tuple[PlannedStage, ...]
+    shape: ModelShape
+
+    @cached_property
+    def before_decoder(self) -> tuple[PlannedStage, ...]:
+        """Stages before the language model."""
+        return tuple(stage for stage in self.stages if isinstance(stage.site, BeforeDecoder))
+
+    @cached_property
+    def in_decoder(self) -> dict[int, PlannedStage]:
+        """Decoder layer to the stage on entering it."""
+        return {stage.site.layer: stage for stage in self.stages if isinstance(stage.site, DecoderLayer)}
+
+    @cached_property
+    def signals(self) -> tuple[Signal, ...]:
+        """Signals that the stages require, each once."""
+        return tuple(dict.fromkeys(signal for stage in self.stages for signal in stage.stage.requires))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a stage before the language model looks at the text."""
+        return any(signal.reads is PromptText for stage in self.before_decoder for signal in stage.stage.requires)
+
+    @property
+    def positions(self) -> str:
+        """Positions of kept tokens: "original" or "compact"."""
+        return self.configs[0].positions
+
+    @property
+    def structural(self) -> str:
+        """What happens to structural tokens: "keep" or "drop"."""
+        return self.configs[0].structural
+
+
+def shape_of(adapter: Adapter) -> ModelShape:
+    """Read the sizes of a model that methods plan with."""
+    depth = len(adapter.text_model.layers)
+    modality = adapter.modalities[0]
+    try:
+        layers = len(adapter.tower_attentions(modality))
+        return ModelShape(depth, layers, adapter.feature_layer(modality, {}))
+    except UnsupportedModelError:  # raised again where a method reads the tower's attention
+        return ModelShape(depth)
+
+
+def make_plan(configs: Sequence[CompressionConfig], adapter: Adapter) -> Plan:
+    """Plan a compression on one model.
 
     Raises
     ------
     UnsupportedMethodError
-        Two methods want it computed in different ways.
+        A method needs something that the model does not have, or cannot work at its site.
+    ConfigError
+        An option is wrong, or stages are not in order.
     """
-    asked = [dict(stage.selector.parameters(need)) for stage in stages if need in stage.requires]
-    if any(parameters != asked[0] for parameters in asked):
-        raise UnsupportedMethodError(f"the composed methods want different kinds of {need.value}: {asked}")
-    return asked[0]
+    shape = shape_of(adapter)
+    stages: list[PlannedStage] = []
+    for config in configs:
+        selector = get_selector(config.method, **config.options)
+        for stage in selector.stages():  # what neither a layer number nor a site can change is said first
+            _check_signals(selector, stage, adapter, settled=False)
+        selector = selector.resolve(shape, config.keep_ratio)
+        planned = selector.stages(shape, config.keep_ratio)
+        if config.site is not None:
+            planned = _placed(selector, planned, config.site)
+        for stage in planned:
+            _check_signals(selector, stage, adapter)
+            _check_site(selector, stage, adapter, shape)
+            stages.append(PlannedStage(config, selector, stage))
+    _check_order(stages)
+    if configs[0].positions == "compact":
+        if adapter.multi_axis_positions:
+            raise ConfigError(
+                f"positions='compact' has no meaning for the (t, h, w) positions of {adapter.config.model_type}; use "
+                "'original'"
+            )
+        if not any(isinstance(stage.site, BeforeDecoder) for stage in stages):
+            raise ConfigError("positions='compact' renumbers before the language model, but no stage works there")
+    return Plan(tuple(configs), tuple(stages), shape)
+
+
+def _placed(selector: Selector, planned: tuple[Stage, ...], site: Site) -> tuple[Stage, ...]:
+    """Move the one stage of a method to the site that the user names."""
+    if len(planned) != 1 or not selector.sites:
+        own = ", ".join(str(stage.site) for stage in planned)
+        raise UnsupportedMethodError(
+            f"{selector.name} cannot be placed at {str(site)!r}: it works at places of its own ({own or 'none'}); "
+            "leave `at` out"
+        )
+    if type(site) in ACTIONS and type(site) not in selector.sites:
+        kinds = ", ".join(f"{kind.word}:K" if kind is DecoderLayer else kind.word for kind in selector.sites)
+        raise UnsupportedMethodError(f"{selector.name} cannot work at {str(site)!r}; it can at: {kinds}")
+    return (replace(planned[0], site=site),)
+
+
+def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settled: bool = True) -> None:
+    """Refuse signals that the model does not have; if the stage is `settled`, also sites and layers without them."""
+    kind = adapter.config.model_type
+    for signal in stage.requires:
+        why = None
+        for modality in adapter.modalities:
+            if signal.wanted_of(modality):
+                why = why or adapter.why_not(signal, modality)
+        if settled and signal.reads in _IN_DECODER and not isinstance(stage.site, DecoderLayer):
+            why = f"it is read inside the decoder, not at {str(stage.site)!r}"
+        if settled and signal.reads is PromptText and not isinstance(stage.site, BeforeDecoder):
+            why = f"it is read before the decoder, not at {str(stage.site)!r}"
+        if why is not None:
+            options = [text for needed, text in selector.instead.items() if isinstance(signal, needed)]
+            instead = f"try {options[0]}, or see" if options else "see"
+            raise UnsupportedMethodError(
+                f"{selector.name} needs {signal.name}, which {kind} cannot give: {why}; {instead} "
+                "vtc.list_methods(model) for what works on this model"
+            )
+        for modality in adapter.modalities if settled else ():
+            if isinstance(signal, VisionSignal) and signal.wanted_of(modality):
+                depth = len(adapter.tower_attentions(modality))
+                signal.vision_layers(depth, adapter.feature_layer(modality, {}))
+
+
+def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: ModelShape) -> None:
+    """Refuse places where tokens cannot leave, and actions that cannot be carried out there."""
+    site, kind = stage.site, adapter.config.model_type
+    possible = ACTIONS.get(type(site))
+    if possible is None:
+        raise UnsupportedMethodError(
+            f"{selector.name} was placed at {str(site)!r}, but tokens cannot leave there yet; they can at 'decoder' "
+            "and 'decoder:K'"
+        )
+    if stage.action not in possible:
+        verbs = " or ".join(sorted(action.value for action in possible))
+        raise UnsupportedMethodError(
+            f"{selector.name} would {stage.action.value} tokens at {str(site)!r}, where they can only be acted on by: "
+            f"{verbs}"
+        )
+    if isinstance(site, DecoderLayer):
+        if adapter.decoder_stages_refused:
+            raise UnsupportedMethodError(
+                f"{selector.name} removes tokens inside the decoder, which {kind} cannot do: "
+                f"{adapter.decoder_stages_refused}"
+            )
+        if site.layer >= shape.decoder_layers:
+            raise ConfigError(
+                f"{selector.name} prunes at decoder layer {site.layer}; this model has layers 1 to "
+                f"{shape.decoder_layers - 1}"
+            )
+
+
+def _check_order(stages: Sequence[PlannedStage]) -> None:
+    order = [stage.site.order for stage in stages]
+    inside = [stage.site for stage in stages if isinstance(stage.site, DecoderLayer)]
+    if order != sorted(order) or len(set(inside)) < len(inside):
+        sites = ", ".join(str(stage.site) for stage in stages)
+        raise ConfigError(
+            f"stages must come in the order in which tokens meet them, one per decoder layer; got {sites}"
+        )

@@ -1,4 +1,4 @@
-"""Which column of a prompt is which token of which image, and what the stages decided about it.
+"""The images and videos of one prompt: their columns, their tokens, and what the stages decided.
 
 A prompt outlives one forward pass: it is read in chunks, repeated for beams, or fed again at every step where there is
 no cache. Decisions are therefore made once per prompt and looked up afterwards.
@@ -6,35 +6,53 @@ no cache. Decisions are therefore made once per prompt and looked up afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from vtc.adapters.base import Adapter, Layout
-from vtc.core.context import Grid, Need
+from vtc.core.grids import Grid
+from vtc.core.observations import TokenGrids
 from vtc.core.selection import Selection
+from vtc.core.signals import Signal
+from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
+from vtc.engine.encoder import Encoded
 from vtc.errors import InputError
 
+__all__ = ["Prompt", "Segment"]
 
-@dataclass(eq=False)
-class Encoded:
-    """One call of an encoder: feature rows (total, D), how they fall into segments, and what selectors asked for."""
-
-    modality: str
-    features: torch.Tensor
-    layout: Layout
-    needs: dict[Need, torch.Tensor]  # per feature row: (total, ...)
+_BEFORE = BeforeDecoder()
 
 
 @dataclass(eq=False)
 class Segment:
-    """One image or video of the prompt while stages work on it.
+    """One image or video of a prompt while stages work on it.
 
-    `columns` (n,) are its positions in the prompt, `alive` (K,) the scorable tokens that no stage has dropped yet, as
-    indices within the segment, `features` (K, D) their embeddings, merged ones included. `companions` counts the other
-    images and videos of the row. `anchors` and `anchor_features` are tokens and embeddings as the language model got
-    them, before stages inside it dropped some.
+    Attributes
+    ----------
+    row, index, modality
+        Batch row, order among the images and videos of the row, "image" or "video".
+    columns
+        (n,) its positions in the prompt.
+    grids
+        Views of the tokens that are kept, in token order.
+    structural
+        (n,) bool: newlines and separators, which no method scores.
+    features
+        (K, D) embeddings of the kept tokens, merged ones included.
+    signals
+        Values per kept token (K, ...), not yet in the form that methods see.
+    kept
+        (K,) scorable tokens that no stage has dropped so far, as indices within the segment.
+    other_visuals
+        How many other images and videos the row has.
+    merged
+        Whether a stage has merged tokens.
+    anchors, anchor_features
+        `kept` and `features` as the language model gets them, before stages inside it drop some.
+    selections
+        What the stages answered so far.
     """
 
     row: int
@@ -44,49 +62,45 @@ class Segment:
     grids: tuple[Grid, ...]
     structural: torch.Tensor
     features: torch.Tensor
-    needs: dict[Need, torch.Tensor]
-    alive: torch.Tensor
-    companions: int = 0
+    signals: dict[Signal, torch.Tensor]
+    kept: torch.Tensor
+    other_visuals: int = 0
     merged: bool = False
     anchors: torch.Tensor | None = None
     anchor_features: torch.Tensor | None = None
-    selections: list[tuple[int | None, Selection]] = field(default_factory=list)
+    selections: list[tuple[Site, Selection]] = field(default_factory=list)
 
     @property
-    def entered(self) -> int:
+    def tokens_at_input(self) -> int:
         """Scorable tokens that came, or will come, to the language model."""
-        kept = [selection.k for layer, selection in self.selections if layer is None]
+        kept = [selection.k for site, selection in self.selections if isinstance(site, BeforeDecoder)]
         return kept[-1] if kept else int((~self.structural).sum())
 
-    def apply(self, layer: int | None, selection: Selection) -> None:
-        """Keep what `selection`, which speaks about the tokens alive now, kept."""
-        self.selections.append((layer, selection))
-        if layer is None:
+    def add_grid_signals(self, signals: Sequence[Signal]) -> None:
+        """Compute those of `signals` that follow from the grids, while all tokens are there."""
+        raw = TokenGrids(self.grids, self.features.device)
+        self.signals |= {signal: signal.compute(raw) for signal in signals if signal.reads is TokenGrids}
+
+    def apply(self, site: Site, selection: Selection) -> None:
+        """Keep what `selection`, which was made from the tokens kept so far, kept."""
+        self.selections.append((site, selection))
+        before = isinstance(site, BeforeDecoder)
+        if before:
             self.merged |= selection.assign is not None
             self.features = self.anchor_features = selection.merge(self.features)
         else:
             self.features = self.features[selection.keep.to(self.features.device)]
-        keep = selection.keep.to(self.alive.device)
-        self.needs = {need: value[keep] for need, value in self.needs.items()}
-        self.alive = self.alive[keep]
-        if layer is None:
-            self.anchors = self.alive
+        keep = selection.keep.to(self.kept.device)
+        self.signals = {signal: value[keep] for signal, value in self.signals.items()}
+        self.kept = self.kept[keep]
+        if before:
+            self.anchors = self.kept
         self.grids = self.grids if selection.k == selection.n else ((1, 1, selection.k),)
-
-    def told(self, need: Need) -> torch.Tensor:
-        """What was read for `need`, for the tokens alive now, as a context has it."""
-        value = self.needs[need]
-        if need in (Need.ENTROPY, Need.ORIGIN):
-            return value
-        if need is Need.CONTEXT_RELEVANCE:  # (N,) of the last layer
-            return value[:, -1, 0]
-        # (N, d) of the last layer for keys, (layers, heads, N) for attention.
-        return value[:, -1] if need is Need.KEYS else value.permute(1, 2, 0)
 
     def merge(self, rows: torch.Tensor) -> torch.Tensor:
         """Reduce any values of the scorable tokens as the stages before the language model reduced the features."""
-        for layer, selection in self.selections:
-            rows = selection.merge(rows) if layer is None else rows
+        for site, selection in self.selections:
+            rows = selection.merge(rows) if isinstance(site, BeforeDecoder) else rows
         return rows
 
 
@@ -101,6 +115,9 @@ class Prompt:
         Tokens of the conversation that came before column 0.
     encoded : mapping of modality to Encoded
     adapter : Adapter
+    structural : {"keep", "drop"}
+    signals : sequence of Signal
+        Those that follow from grids are computed here.
 
     Raises
     ------
@@ -109,10 +126,17 @@ class Prompt:
     """
 
     def __init__(
-        self, ids: torch.Tensor, offset: int, encoded: Mapping[str, Encoded], adapter: Adapter, structural: str
+        self,
+        ids: torch.Tensor,
+        offset: int,
+        encoded: Mapping[str, Encoded],
+        adapter: Adapter,
+        structural: str,
+        signals: Sequence[Signal] = (),
     ) -> None:
-        self.offset = offset
+        self.ids, self.offset = ids, offset
         self.rows, self.columns = ids.shape
+        self.selector_ms = 0.0
         self.segments: list[Segment] = []
         self.visual: torch.Tensor = torch.zeros_like(ids, dtype=torch.bool)
         self.valid = torch.zeros_like(self.visual)  # filled as the columns come
@@ -124,60 +148,61 @@ class Prompt:
         for segment in sorted(self.segments, key=lambda s: (s.row, int(s.columns[0]))):
             segment.index = order[segment.row] = order.get(segment.row, -1) + 1
         for segment in self.segments:
-            segment.companions = order[segment.row]
+            segment.other_visuals = order[segment.row]
+            segment.add_grid_signals(signals)
         self.segments.sort(key=lambda s: (s.row, s.index))
         self.grids = [segment.grids for segment in self.segments]
         first = torch.ones_like(self.visual)
         if structural == "drop":
             for segment in self.segments:
                 first[segment.row, segment.columns[segment.structural]] = False
-        self._keep: dict[int, torch.Tensor] = {-1: first}
+        self._all = first
+        self._keep: dict[Site, torch.Tensor] = {}  # in the order of the sites
 
-    def see(self, columns: torch.Tensor) -> None:
+    def mark_seen(self, source_index: torch.Tensor) -> None:
         """Note which columns of the conversation, (S, T) with -1 for padding, really came."""
-        here = columns - self.offset
-        rows, at = torch.where((here >= 0) & (here < self.columns) & (columns >= 0))
+        here = source_index - self.offset
+        rows, at = torch.where((here >= 0) & (here < self.columns) & (source_index >= 0))
         self.valid[rows, here[rows, at]] = True
 
-    def decided(self, layer: int | None) -> bool:
-        """Whether the stage at `layer` has been here."""
-        return _key(layer) in self._keep and (layer is not None or self._before_done)
+    def decided(self, site: Site = _BEFORE) -> bool:
+        """Tell whether the stages at `site` have chosen."""
+        return site in self._keep
 
-    _before_done = False
+    def keep_at(self, site: Site = _BEFORE) -> torch.Tensor:
+        """Return (S, P) bool: columns that the stages up to and including `site` keep."""
+        earlier = [keep for decided, keep in self._keep.items() if decided.order <= site.order]
+        return earlier[-1] if earlier else self._all
 
-    def keep_at(self, layer: int | None) -> torch.Tensor:
-        """(S, P): columns that the stages up to and including `layer` keep."""
-        return self._keep[max(key for key in self._keep if key <= _key(layer))]
+    def keep_at_layer(self, layer: int) -> torch.Tensor:
+        """Return (S, P) bool: columns that decoder layer `layer` sees."""
+        return self.keep_at(DecoderLayer(layer) if layer else _BEFORE)
 
-    def decide(self, layer: int | None) -> None:
-        """Write down what the segments keep, now that the stage at `layer` has been applied to all of them."""
-        keep = self.keep_at(layer).clone()
+    def decide(self, site: Site = _BEFORE) -> None:
+        """Write down what the segments keep, now that the stages at `site` have been applied to all of them."""
+        keep = self.keep_at(site).clone()
         for segment in self.segments:
             # The newlines of an image of which nothing is left separate nothing.
-            gone = segment.columns if not len(segment.alive) else segment.columns[~segment.structural]
+            gone = segment.columns if not len(segment.kept) else segment.columns[~segment.structural]
             keep[segment.row, gone] = False
-            keep[segment.row, segment.columns[segment.alive]] = True
-        self._keep[_key(layer)] = keep
-        self._before_done |= layer is None
+            keep[segment.row, segment.columns[segment.kept]] = True
+        self._keep[site] = keep
 
     def kept(self, segment: Segment) -> torch.Tensor:
-        """Indices within the segment of the tokens that all stages kept, structural ones included."""
-        return self._keep[max(self._keep)][segment.row, segment.columns].nonzero()[:, 0]
+        """Return the indices within the segment of the tokens that all stages kept, structural ones included."""
+        keep = list(self._keep.values())[-1] if self._keep else self._all
+        return keep[segment.row, segment.columns].nonzero()[:, 0]
 
     def release(self) -> None:
-        """Let go of the features; the decisions stay for the report."""
+        """Free the features; the decisions stay for the report."""
         for segment in self.segments:
             segment.features = segment.features.new_empty(0)
             segment.anchor_features = None
-            segment.needs = {}
-
-
-def _key(layer: int | None) -> int:
-    return -1 if layer is None else layer
+            segment.signals = {}
 
 
 def _cut(where: torch.Tensor, encoded: Encoded) -> Iterator[Segment]:
-    """Segments of one modality, row by row; `where` (S, P) marks its placeholders."""
+    """Yield the segments of one modality, row by row; `where` (S, P) marks its placeholders."""
     layout, total = encoded.layout, encoded.features.shape[0]
     found = int(where.sum())
     if found != total:
@@ -205,14 +230,14 @@ def _cut(where: torch.Tensor, encoded: Encoded) -> Iterator[Segment]:
                 grids=grids,
                 structural=structural.to(columns.device),
                 features=encoded.features[rows][scorable],
-                needs={need: value[rows][scorable] for need, value in encoded.needs.items()},
-                alive=scorable.to(columns.device),
+                signals={signal: value[rows][scorable] for signal, value in encoded.signals.items()},
+                kept=scorable.to(columns.device),
             )
             columns, start = columns[length:], start + length
 
 
 def _lengths(columns: torch.Tensor, layout: Layout, part: int, modality: str, row: int) -> list[int]:
-    """How the placeholders of one row fall into segments."""
+    """Return the lengths of the segments of one row."""
     if layout.lengths is None:
         breaks = (columns.diff() != 1).nonzero()[:, 0] + 1
         runs = torch.tensor([0, *breaks.tolist(), len(columns)]).diff().tolist() if len(columns) else []

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from vtc.config import CompressionConfig
     from vtc.core.selection import Selection
+    from vtc.core.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,9 @@ class SegmentReport:
         Structural tokens among `tokens_before`.
     grids : tuple of (int, int, int)
         (t, h, w) of every view, in token order.
-    selections : tuple of (int or None, Selection)
-        Stage by stage, the decoder layer (None: before the language model) and the selection made there. Each
-        selection indexes the scorable tokens that entered its stage.
+    selections : tuple of (Site, Selection)
+        Stage by stage, the site and the selection made there. Each selection indexes the scorable tokens that entered
+        its stage.
     kept : torch.Tensor
         (tokens_after,) long, ascending: the indices within the segment of the tokens that remain after the last stage.
     """
@@ -54,7 +55,7 @@ class SegmentReport:
     tokens_after: int
     structural: int
     grids: tuple[tuple[int, int, int], ...]
-    selections: tuple[tuple[int | None, Selection], ...]
+    selections: tuple[tuple[Site, Selection], ...]
     kept: torch.Tensor
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class SegmentReport:
             "tokens_after": self.tokens_after,
             "structural": self.structural,
             "grids": [list(grid) for grid in self.grids],
-            "selections": [{"layer": layer, **selection.to_dict()} for layer, selection in self.selections],
+            "selections": [{"site": str(site), **selection.to_dict()} for site, selection in self.selections],
             "kept": self.kept.tolist(),
         }
 
@@ -329,8 +330,9 @@ def _listed(values: tuple[int, ...] | None) -> list[int] | None:
 
 def _described(config: CompressionConfig) -> str:
     keep = f"keep_ratio={config.keep_ratio:g}" if config.keep_ratio is not None else f"keep_tokens={config.keep_tokens}"
+    at = [] if config.at is None else [f"at={config.at}"]
     options = [f"{name}={value}" for name, value in config.options.items()]
-    return f"{config.method}({', '.join([keep, *options])})"
+    return f"{config.method}({', '.join([keep, *at, *options])})"
 
 
 def _layer_groups(values: Sequence[int]) -> list[tuple[str, int]]:

@@ -13,7 +13,7 @@ from vtc.errors import InputError
 from vtc.registry import get_adapter
 
 if TYPE_CHECKING:
-    from vtc.core.context import Grid
+    from vtc.core.grids import Grid
     from vtc.report.report import SegmentReport
 
 __all__ = ["FITS", "Box", "View", "views_of"]

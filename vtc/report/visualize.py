@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vtc.core.selection import Selection
+from vtc.core.sites import DecoderLayer, Site
 from vtc.errors import ConfigError, InputError
 from vtc.report.views import FITS, View, views_of
 
@@ -177,7 +178,7 @@ class _State:
 
 
 def _states(segments: Sequence[SegmentReport], depth: int) -> list[_State]:
-    borders = sorted({layer or 0 for segment in segments for layer, _ in segment.selections} | {0})
+    borders = sorted({_layer_of(site) for segment in segments for site, _ in segment.selections} | {0})
     ends = [*borders[1:], depth]
     states = []
     for start, end in zip(borders, ends, strict=True):
@@ -191,10 +192,15 @@ def _states(segments: Sequence[SegmentReport], depth: int) -> list[_State]:
 def _at(segment: SegmentReport, layer: int) -> Selection:
     """Compose the stages up to `layer` into one selection."""
     whole = Selection.full(sum(math.prod(grid) for grid in segment.grids))
-    for at, selection in segment.selections:
-        if (at or 0) <= layer:
+    for site, selection in segment.selections:
+        if _layer_of(site) <= layer:
             whole = whole.then(_on_cpu(selection))
     return whole
+
+
+def _layer_of(site: Site) -> int:
+    """Return the first decoder layer that no longer sees what left at `site`."""
+    return site.layer if isinstance(site, DecoderLayer) else 0
 
 
 def _on_cpu(selection: Selection) -> Selection:
@@ -265,7 +271,7 @@ class _Style:
         bright = selection.mask[tokens].numpy()
         if selection.assign is None or not selection.k:
             return cls(bright, np.zeros(count, dtype=bool), np.zeros((count, 3), dtype=np.float32))
-        slots = selection.assign[tokens].numpy()
+        slots = selection.slots[tokens].numpy()
         merged = selection.sizes.numpy() > 1
         tinted = (slots >= 0) & merged[slots.clip(min=0)]
         return cls(bright, tinted, _hues(slots.clip(min=0)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..core.selector import ScoreSelector, Selector
 from .aim import AimSelector
 from .atp import AtpSelector
-from .base import ScoreSelector, Selector
 from .divprune import DivPruneSelector
 from .evs import EvsSelector
 from .fastv import FastVSelector

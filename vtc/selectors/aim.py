@@ -11,15 +11,52 @@ from torch import Tensor
 
 from .. import kernels
 from ..budget import largest_remainder
-from ..core.context import Need, Stage, VisualContext
+from ..core.actions import Action
+from ..core.context import VisualContext
+from ..core.observations import DecoderAttention, Observation
 from ..core.ranges import Float, Int, Range
 from ..core.selection import Selection
+from ..core.selector import Selector
+from ..core.signals import Signal, VisionKeys
+from ..core.sites import DecoderLayer
+from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
-from .base import Selector
 from .schedule import at_depth, check_layer, check_number
 
 __all__ = ["AimSelector", "retained"]
+
+
+@dataclass(frozen=True)
+class PageRank(Signal):
+    """Stationary importance of every token in one decoder layer, (N,): a random walk along sharpened attention.
+
+    Parameters
+    ----------
+    temperature, iterations, damping
+        As in `kernels.pagerank`.
+    """
+
+    name: ClassVar[str] = "pagerank"
+    reads: ClassVar[type[Observation]] = DecoderAttention
+
+    temperature: float = 0.1
+    iterations: int = 5
+    damping: float = 0.0
+
+    def compute(self, raw: DecoderAttention) -> Tensor:
+        """(B, T)."""
+        return kernels.pagerank(
+            raw.queries,
+            raw.keys,
+            raw.scaling,
+            raw.visibility,
+            raw.valid,
+            known=raw.key_length,
+            temperature=self.temperature,
+            iterations=self.iterations,
+            damping=self.damping,
+        )
 
 
 @register_selector
@@ -81,7 +118,7 @@ class AimSelector(Selector):
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
-        """How sharp the walk is and how long; the schedule is the budget's."""
+        """Return ranges of the walk's parameters; the schedule follows from the budget."""
         return {"temperature": Float(0.01, 1.0, log=True), "iterations": Int(1, 10), "damping": Float(0.0, 0.3)}
 
     def __post_init__(self) -> None:
@@ -98,62 +135,59 @@ class AimSelector(Selector):
         check_number("aim", "temperature", self.temperature, 1e-6)
         check_number("aim", "damping", self.damping, 0, 1)
 
-    def resolve(self, depth: int | None, keep_ratio: float | None) -> AimSelector:
-        """With `l1` and `l2` of a decoder of this depth."""
-        if depth is None or (self.l1 is not None and self.l2 is not None):
+    def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> AimSelector:
+        """Set `l1` and `l2` for a decoder of this depth."""
+        if shape is None or (self.l1 is not None and self.l2 is not None):
             return self
+        depth = shape.decoder_layers
         released = {28: (14, 22), 32: (13, 21)}
         l1, l2 = released.get(depth, (at_depth(14, 28, depth), at_depth(22, 28, depth)))
         l1 = l1 if self.l1 is None else self.l1
         l2 = max(l2, l1 + 1) if self.l2 is None else self.l2
         return dataclasses.replace(self, l1=l1, l2=l2)
 
-    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
-        """Before the language model, and behind every layer from `l1` to `l2` - 1."""
-        keys = frozenset({Need.KEYS})
-        if self.metric == "features":
-            first = Stage()
-        else:
-            first = Stage(requires=keys, images_only=keys if self.metric == "released" else frozenset())
-        if depth is None or keep_ratio == 1 or not self.prune:
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Merge before the language model, and prune behind every layer from `l1` to `l2` - 1."""
+        first = Stage(requires=self._keys(shape), action=Action.MERGE)
+        if shape is None or keep_ratio == 1 or not self.prune:
             return (first,)
-        it = self.resolve(depth, keep_ratio)
+        depth = shape.decoder_layers
+        it = self.resolve(shape, keep_ratio)
         l1, l2 = it._schedule()
+        walk = PageRank(self.temperature, self.iterations, self.damping)
         if l1 >= depth:
             raise ConfigError(f"aim: l1={l1}, but the decoder has layers 0 to {depth - 1}.")
         inside = (
-            Stage(layer=layer + 1, requires=frozenset({Need.PAGERANK}), keep=it.rate(layer) / it.rate(layer - 1))
+            Stage(DecoderLayer(layer + 1), (walk,), keep=it.rate(layer) / it.rate(layer - 1))
             for layer in range(l1, min(l2, depth - 1))
         )
         return first, *inside
 
-    def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
-        """`key_layer`, if keys are the metric."""
+    def _keys(self, shape: ModelShape | None) -> tuple[Signal, ...]:
+        """Require the keys of `key_layer`, if they are the metric."""
         if self.metric == "features":
             return ()
-        layer = min(feature_layer + 1, depth - 1) if self.key_layer is None else self.key_layer
-        if layer >= depth:
-            raise ConfigError(f"aim: key_layer={layer}, but the tower has layers 0 to {depth - 1}.")
-        return (layer,)
-
-    def parameters(self, need: Need) -> dict[str, float]:
-        """Those of the random walk."""
-        if need is not Need.PAGERANK:
-            return {}
-        return {"temperature": self.temperature, "iterations": self.iterations, "damping": self.damping}
+        layer = self.key_layer
+        if shape is not None and shape.vision_layers is not None and shape.feature_layer is not None:
+            depth = shape.vision_layers
+            layer = min(shape.feature_layer + 1, depth - 1) if layer is None else layer
+            if layer >= depth:
+                raise ConfigError(f"aim: key_layer={layer}, but the tower has layers 0 to {depth - 1}.")
+        of = ("image",) if self.metric == "released" else ("image", "video")
+        return (VisionKeys(None if layer is None else (layer,), modalities=of),)
 
     def rate(self, layer: int) -> float:
-        """Fraction, of the tokens that entered the language model, that stays behind decoder layer `layer`."""
+        """Return the fraction of the tokens at the input of the language model that stays behind `layer`."""
         l1, l2 = self._schedule()
         return 1.0 if layer < l1 else max(0.0, 1 - (layer - l1 + 1) / (l2 - l1))
 
     def select(self, ctx: VisualContext) -> Selection:
         """Merge before the language model, prune inside."""
-        if ctx.layer_idx is None:
+        if not isinstance(ctx.site, DecoderLayer):
             return self._merge(ctx)
-        entered = ctx.n if ctx.entered is None else ctx.entered
-        count = min(ctx.n, retained(entered, self.rate(ctx.layer_idx - 1)))
-        return Selection(ctx.n, kernels.topk_indices(ctx.need(Need.PAGERANK).float(), count))
+        entered = ctx.n if ctx.tokens_at_input is None else ctx.tokens_at_input
+        count = min(ctx.n, retained(entered, self.rate(ctx.site.layer - 1)))
+        return Selection(ctx.n, kernels.topk_indices(ctx[PageRank].float(), count))
 
     def _schedule(self) -> tuple[int, int]:
         if self.l1 is None or self.l2 is None:
@@ -164,7 +198,7 @@ class AimSelector(Selector):
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
         by_keys = self.metric == "keys" or (self.metric == "released" and ctx.modality == "image")
-        metric = ctx.need(Need.KEYS) if by_keys else ctx.features
+        metric = ctx[VisionKeys] if by_keys else ctx.features
         sizes = [h * w for t, h, w in ctx.grids for _ in range(t)]
         shares = largest_remainder(ctx.budget, sizes)
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()[:-1]
@@ -185,7 +219,7 @@ class AimSelector(Selector):
 
 
 def retained(entered: int, rate: float) -> int:
-    """How many of `entered` tokens a rate keeps: cut off, not rounded.
+    """Compute how many of `entered` tokens a rate keeps: truncated, not rounded.
 
     The released code adds the number of protected tokens before it cuts, which swallows the last bits of the product;
     the small addend does the same.

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..core.context import Need, Stage, VisualContext
+from ..core.context import VisualContext
+from ..core.observations import DecoderAttention, Observation
 from ..core.ranges import Choice, Each, Float, Range
 from ..core.selection import Selection
+from ..core.selector import Selector
+from ..core.signals import Origin, Signal
+from ..core.sites import DecoderLayer, Site
+from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
-from .base import Selector
 from .schedule import at_depth, check_fraction, check_layer, check_number
 
 __all__ = [
@@ -34,6 +38,50 @@ __all__ = [
 ]
 
 _RELEASED = (4, 14, 24)  # of 32 layers: the modules stand behind these
+
+
+@dataclass(frozen=True)
+class ModalityAttention(Signal):
+    """Attention that every token receives from the text and from the visual tokens of its prompt, (2, N).
+
+    Averaged over heads and over the tokens that give it, in one decoder layer.
+
+    Parameters
+    ----------
+    text
+        "after": the text behind the first visual token counts; "all": the whole prompt's.
+    self_score
+        "received"; or "logits": the second row is the mean of a token's own logits for the visual tokens.
+    """
+
+    name: ClassVar[str] = "modality_attention"
+    reads: ClassVar[type[Observation]] = DecoderAttention
+    axes: ClassVar[tuple[str, ...]] = ("text, visual", "N")
+
+    text: str = "after"
+    self_score: str = "received"
+
+    def compute(self, raw: DecoderAttention) -> Tensor:
+        """(B, T, 2)."""
+        groups = raw.text_and_visual(self.text)
+        received = kernels.received_from(
+            raw.queries, raw.keys, raw.scaling, raw.visibility, groups, known=raw.key_length
+        )
+        if self.self_score == "logits":
+            current = raw.keys[:, :, raw.key_length - raw.queries.shape[2] : raw.key_length]
+            received[:, 1] = mean_logits(raw.queries, current, raw.scaling, groups[:, 1])
+        return received.transpose(1, 2)
+
+    def present(self, values: Tensor) -> Tensor:
+        """(N, 2) to (2, N)."""
+        return values.T
+
+
+def mean_logits(query: Tensor, key: Tensor, scaling: float, group: Tensor) -> Tensor:
+    """(B, Q): logits of queries (B, H, Q, d) for keys (B, Hkv, Q, d), averaged over heads and the `group` (B, Q)."""
+    weights = group / group.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (weights[:, None, None] @ key.float())[:, :, 0].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (query.float() @ mean[..., None])[..., 0].mean(dim=1) * scaling
 
 
 @register_selector
@@ -59,9 +107,9 @@ class AtpSelector(Selector):
         Decoder layers (0-based) behind which tokens are dropped, by that layer's attention; None: 4, 14 and 24 of 32,
         in proportion for other depths.
     theta_r, theta_s
-        Thresholds, one for all places or one each.
+        Thresholds, one for all stages or one each.
     stride
-        Of the sub-grid, over the grid that the image had before anything was dropped; one for all places or one each.
+        Of the sub-grid, over the grid that the image had before anything was dropped; one for all stages or one each.
     lambda_sample
         A token on the sub-grid has the spatial score ``1 - lambda_sample / stride ** 2``, others 0.
     scale
@@ -87,7 +135,8 @@ class AtpSelector(Selector):
 
     name: ClassVar[str] = "atp"
     paper: ClassVar[str] = "ATP-LLaVA, arXiv 2412.00447"
-    requires: ClassVar[frozenset[Need]] = frozenset({Need.MODALITY_ATTENTION, Need.ORIGIN})
+    requires: ClassVar[tuple[Signal, ...]] = (ModalityAttention(), Origin())
+    sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False
     adaptive: ClassVar[bool] = True
 
@@ -103,9 +152,9 @@ class AtpSelector(Selector):
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
-        """The thresholds of the training-free variant: of redundancy for each place, of the grid one for all."""
+        """Return ranges of the thresholds without modules: of redundancy one per stage, of the grid one for all."""
         return {
-            "theta_r": Each(Float(0.3, 0.8), len(cls().resolve(depth, keep_ratio).layers or ())),
+            "theta_r": Each(Float(0.3, 0.8), len(cls().resolve(ModelShape(depth), keep_ratio).layers or ())),
             "theta_s": Float(0.0, 1.0),
             "stride": Choice((2, 3, 4)),
             "lambda_sample": Float(0.5, 6.0),
@@ -138,12 +187,13 @@ class AtpSelector(Selector):
         if self.modules is not None:
             load_modules(self.modules)
 
-    def resolve(self, depth: int | None, keep_ratio: float | None) -> AtpSelector:
-        """With `layers` of a decoder of this depth, and as many thresholds as there are."""
+    def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> AtpSelector:
+        """Set `layers` for a decoder of this depth, and check the number of thresholds."""
         layers = self.layers
         if layers is None:
-            scaled = {at_depth(layer + 1, 32, depth or 32) - 1 for layer in _RELEASED}
-            layers = tuple(sorted({max(0, min(layer, (depth or 32) - 2)) for layer in scaled}))
+            depth = 32 if shape is None else shape.decoder_layers
+            scaled = {at_depth(layer + 1, 32, depth) - 1 for layer in _RELEASED}
+            layers = tuple(sorted({max(0, min(layer, depth - 2)) for layer in scaled}))
         for option in ("theta_r", "theta_s", "stride"):
             value = getattr(self, option)
             if isinstance(value, tuple) and len(value) != len(layers):
@@ -153,25 +203,21 @@ class AtpSelector(Selector):
             raise ConfigError(f"atp: {self.modules} holds {found} modules for the {len(layers)} layers {layers}.")
         return dataclasses.replace(self, layers=layers)
 
-    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
-        """Behind each of `layers`."""
-        if depth is not None and keep_ratio == 1:
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Drop tokens behind each of `layers`."""
+        if shape is not None and keep_ratio == 1:
             return ()
-        layers = self.resolve(depth, keep_ratio).layers or ()
+        layers = self.resolve(shape, keep_ratio).layers or ()
+        requires = (ModalityAttention(self.text, self.self_score), Origin())
         return tuple(
-            Stage(layer=layer + 1, requires=self.requires, keep=1.0 if place else None)
-            for place, layer in enumerate(layers)
+            Stage(DecoderLayer(layer + 1), requires, keep=1.0 if place else None) for place, layer in enumerate(layers)
         )
 
-    def parameters(self, need: Need) -> dict[str, str]:
-        """Which text counts, and how visual tokens do."""
-        return {"text": self.text, "self_score": self.self_score} if need is Need.MODALITY_ATTENTION else {}
-
     def select(self, ctx: VisualContext) -> Selection:
-        """What is above a threshold."""
-        place = self._place(ctx.layer_idx)
-        s_cross, s_self = ctx.need(Need.MODALITY_ATTENTION).float()
-        origin = ctx.need(Need.ORIGIN)
+        """Keep what is above a threshold."""
+        place = self._place(ctx.site)
+        s_cross, s_self = ctx[ModalityAttention].float()
+        origin = ctx[Origin]
         redundancy = redundancy_score(s_self, s_cross, scale=self.scale)
         spatial = spatial_score(origin, _at(self.stride, place), self.lambda_sample)
         theta_r, theta_s = self._thresholds(place, s_self, s_cross, origin)
@@ -179,12 +225,12 @@ class AtpSelector(Selector):
         count = min(max(1, int((above > 0).sum())), ctx.budget)
         return Selection(ctx.n, kernels.topk_indices(above, count))
 
-    def _place(self, layer_idx: int | None) -> int:
-        """Which of the modules stands before decoder layer `layer_idx`."""
+    def _place(self, site: Site) -> int:
+        """Return the index of the thresholds that belong to this site."""
         layers = self.layers or self.resolve(None, None).layers or ()
-        if layer_idx is None or layer_idx - 1 not in layers:
-            raise ConfigError(f"atp: drops tokens behind decoder layers {layers}, asked on entering layer {layer_idx}.")
-        return layers.index(layer_idx - 1)
+        if not isinstance(site, DecoderLayer) or site.layer - 1 not in layers:
+            raise ConfigError(f"atp: drops tokens behind decoder layers {layers}, asked at {site}.")
+        return layers.index(site.layer - 1)
 
     def _thresholds(self, place: int, s_self: Tensor, s_cross: Tensor, origin: Tensor) -> tuple[Any, Any]:
         if self.modules is None:
@@ -198,7 +244,7 @@ class AtpSelector(Selector):
 
 
 def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none", count: Tensor | int | None = None) -> Tensor:
-    """Mean of the attention received from visual tokens and from the text.
+    """Average the attention received from visual tokens and from the text.
 
     Parameters
     ----------
@@ -234,7 +280,7 @@ def spatial_score(origin: Tensor, stride: int, lambda_sample: float = 3.0) -> Te
 def soft_mask(
     redundancy: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Tensor, temperature: float = 10.0
 ) -> Tensor:
-    """What training uses for the hard choice: the larger of two sigmoids, above 1/2 exactly where a token stays.
+    """Replace the hard choice in training: the larger of two sigmoids, above 1/2 exactly where a token stays.
 
     Parameters
     ----------
@@ -256,20 +302,20 @@ def soft_mask(
 
 
 def depth_loss(masks: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-    """Sum over places of the fraction kept times the layer, averaged over the batch: deeper tokens cost more.
+    """Sum over stages the fraction kept times the layer, averaged over the batch: deeper tokens cost more.
 
     Parameters
     ----------
     masks
         (B, N) each, hard or soft, over all N tokens of an image.
     layers
-        Decoder layer of each place.
+        Decoder layer of each stage.
     """
     return torch.stack([mask.mean(dim=-1) * layer for mask, layer in zip(masks, layers, strict=True)]).sum(dim=0).mean()
 
 
 def target_loss(masks: Sequence[Tensor], target: float) -> Tensor:
-    """Distance of the number of tokens kept, averaged over places and batch, from `target`."""
+    """Return the distance of the mean number of kept tokens, over stages and batch, from `target`."""
     return (torch.stack([mask.sum(dim=-1) for mask in masks]).mean() - target).abs()
 
 
@@ -299,13 +345,13 @@ class AtpModule(nn.Module):
         self.head_s = nn.Linear(width, 1)
 
     def forward(self, s_self: Tensor, s_cross: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) and (B,) thresholds from scores (B, N) of tokens that stand at `origin` (N, 6)."""
+        """Compute (B,) and (B,) thresholds from scores (B, N) of tokens at `origin` (N, 6)."""
         scores = torch.stack([s_self, s_cross], dim=1).to(self.mix.weight.dtype)
         hidden = self.mix(self._square(scores, origin).flatten(1))
         return torch.sigmoid(self.head_r(hidden)).squeeze(-1), torch.sigmoid(self.head_s(hidden)).squeeze(-1)
 
     def _square(self, scores: Tensor, origin: Tensor) -> Tensor:
-        """(B, 2, grid, grid) of scores (B, 2, N), averaged over views and frames.
+        """Resample scores (B, 2, N) to (B, 2, grid, grid), averaged over views and frames.
 
         However many tokens there are and are left, the planes add up to `grid`: a sum over a plane has then about the
         size of its inputs' noise, and a step of training moves no threshold from one end to the other.
@@ -358,5 +404,5 @@ def _each(value: Any) -> tuple[Any, ...]:
 
 
 def _at(value: Any, place: int) -> Any:
-    """The value of one place, where each may have its own."""
+    """Return the value of one stage, where each may have its own."""
     return value[place] if isinstance(value, tuple) else value

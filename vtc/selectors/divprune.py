@@ -8,8 +8,8 @@ from typing import ClassVar
 from .. import kernels
 from ..core.context import VisualContext
 from ..core.selection import Selection
+from ..core.selector import Selector
 from ..registry import register_selector
-from .base import Selector
 
 __all__ = ["DivPruneSelector"]
 

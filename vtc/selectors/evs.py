@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.context import Need, VisualContext
+from ..core.context import VisualContext
 from ..core.selection import Selection
+from ..core.selector import Selector
+from ..core.signals import Origin, Signal
 from ..registry import register_selector
-from .base import Selector
 from .uniform import UniformSelector
 
 __all__ = ["EvsSelector"]
@@ -38,12 +39,12 @@ class EvsSelector(Selector):
 
     name: ClassVar[str] = "evs"
     paper: ClassVar[str] = "EVS, arXiv 2510.14624"
-    requires: ClassVar[frozenset[Need]] = frozenset({Need.ORIGIN})
+    requires: ClassVar[tuple[Signal, ...]] = (Origin(),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         budget = min(ctx.budget, ctx.n)
-        scores, first = change(ctx.features, ctx.need(Need.ORIGIN))
+        scores, first = change(ctx.features, ctx[Origin])
         whole = first.nonzero()[:, 0]
         if budget >= len(whole):
             scores = scores.masked_fill(first, torch.inf)
@@ -59,13 +60,13 @@ class EvsSelector(Selector):
 
 
 def change(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """How much each token differs from the one at its place in the frame before.
+    """Compute how much each token differs from the one at its place in the frame before.
 
     Parameters
     ----------
     x : Tensor (N, D)
     origin : Tensor (N, 6)
-        As in `VisualContext.origin`.
+        As the signal `Origin`.
 
     Returns
     -------

@@ -7,10 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..core.context import Need, Stage, VisualContext
+from ..core.context import VisualContext
+from ..core.selector import ScoreSelector
+from ..core.signals import Signal, TextAttention
+from ..core.sites import DecoderLayer, Site
+from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
-from .base import ScoreSelector
 
 __all__ = ["FastVSelector"]
 
@@ -40,7 +43,8 @@ class FastVSelector(ScoreSelector):
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "FastV, arXiv 2403.06764"
-    requires: ClassVar[frozenset[Need]] = frozenset({Need.TEXT_ATTENTION})
+    requires: ClassVar[tuple[Signal, ...]] = (TextAttention(),)
+    sites: ClassVar[tuple[type[Site], ...]] = (DecoderLayer,)
     reads_features: ClassVar[bool] = False
 
     layer: int = 2
@@ -51,10 +55,10 @@ class FastVSelector(ScoreSelector):
                 f"fastv: layer must be an integer of at least 1 (scores come from layer - 1), got {self.layer!r}."
             )
 
-    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, on entering decoder layer `layer`."""
-        return (Stage(layer=self.layer, requires=self.requires),)
+        return (Stage(DecoderLayer(self.layer), requires=self.requires),)
 
     def score(self, ctx: VisualContext) -> Tensor:
         """(N,) attention of the last query, averaged over heads."""
-        return ctx.need(Need.TEXT_ATTENTION)[:, -1].float().mean(dim=0)
+        return ctx[TextAttention][:, -1].float().mean(dim=0)

@@ -9,8 +9,8 @@ import torch
 
 from ..core.context import VisualContext
 from ..core.selection import Selection
+from ..core.selector import Selector
 from ..registry import register_selector
-from .base import Selector
 
 __all__ = ["RandomSelector"]
 

@@ -1,4 +1,4 @@
-"""Where in a decoder a method works and how much it keeps there: what the methods of several stages share."""
+"""Layers and ratios of methods with several stages, and the checks of their options."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["at_depth", "average_kept", "check_fraction", "check_layer", "check_n
 
 
 def at_depth(layer: int, of: int, depth: int) -> int:
-    """The layer of a decoder of `depth` layers that stands where `layer` stands in one of `of` layers."""
+    """Scale layer `layer` of a decoder of `of` layers to one of `depth` layers."""
     return round(layer * depth / of)
 
 
 def stretches(layers: Sequence[int], depth: int) -> list[int]:
-    """How many decoder layers run before the first stage inside, between stages, and behind the last."""
+    """Count the decoder layers before the first stage inside, between stages, and behind the last."""
     return [stop - start for start, stop in itertools.pairwise([0, *layers, depth])]
 
 
 def average_kept(ratios: Sequence[float], lengths: Sequence[int]) -> float:
-    """Fraction of the visual tokens that a layer sees on average.
+    """Compute the fraction of the visual tokens that a layer sees on average.
 
     Parameters
     ----------
@@ -32,10 +32,10 @@ def average_kept(ratios: Sequence[float], lengths: Sequence[int]) -> float:
     lengths
         How many layers run behind each stage, until the next.
     """
-    alive, total = 1.0, 0.0
+    kept, total = 1.0, 0.0
     for ratio, length in zip(ratios, lengths, strict=True):
-        alive *= ratio
-        total += alive * length
+        kept *= ratio
+        total += kept * length
     return total / sum(lengths)
 
 

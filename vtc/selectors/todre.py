@@ -10,18 +10,53 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.context import Need, Stage, VisualContext
+from ..core.context import VisualContext
+from ..core.observations import DecoderAttention, Observation
 from ..core.ranges import Choice, Float, Int, Range
 from ..core.selection import Selection
+from ..core.selector import Selector
+from ..core.signals import ClsAttention, ReceivedAttention, Signal
+from ..core.sites import BeforeDecoder, DecoderLayer
+from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
-from .base import Selector
 from .schedule import check_fraction, check_layer
 
 __all__ = ["ToDreSelector"]
 
-_PIVOTS = {"cls": Need.CLS_ATTENTION, "received": Need.RECEIVED_ATTENTION, "random": None, "center": None}
+_PIVOTS: dict[str, Signal | None] = {
+    "cls": ClsAttention((-1,)),
+    "received": ReceivedAttention((-1,)),
+    "random": None,
+    "center": None,
+}
 _DIVERSITY: dict[str, Callable[[Tensor, int, int], Tensor]] = {"sum": kernels.max_sum, "min": kernels.farthest_point}
+
+
+@dataclass(frozen=True)
+class AttentionExchange(Signal):
+    """Share of attention from the text to the visual tokens, and from these to the text, over the prompt, (2,).
+
+    Parameters
+    ----------
+    text
+        "after": the text behind the first visual token counts; "all": the whole prompt's.
+    """
+
+    name: ClassVar[str] = "attention_exchange"
+    reads: ClassVar[type[Observation]] = DecoderAttention
+    axes: ClassVar[tuple[str, ...]] = ("text to visual, visual to text",)
+    per_token: ClassVar[bool] = False
+
+    text: str = "after"
+
+    def compute(self, raw: DecoderAttention) -> Tensor:
+        """(B, 2)."""
+        groups = raw.text_and_visual(self.text)
+        received = kernels.received_from(
+            raw.queries, raw.keys, raw.scaling, raw.visibility, groups, known=raw.key_length
+        )
+        return (received * groups.flip(1)).sum(dim=2)
 
 
 @register_selector
@@ -65,8 +100,8 @@ class ToDreSelector(Selector):
 
     name: ClassVar[str] = "todre"
     paper: ClassVar[str] = "ToDRE, arXiv 2505.18757"
-    requires: ClassVar[frozenset[Need]] = frozenset({Need.CLS_ATTENTION})
-    instead: ClassVar[Mapping[Need, str]] = {Need.CLS_ATTENTION: 'pivot="random", "received" or "center"'}
+    requires: ClassVar[tuple[Signal, ...]] = (ClsAttention((-1,)),)
+    instead: ClassVar[Mapping[type[Signal], str]] = {ClsAttention: 'pivot="random", "received" or "center"'}
 
     pivot: str = "cls"
     diversity: str = "sum"
@@ -76,7 +111,7 @@ class ToDreSelector(Selector):
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
-        """Which distance counts, and when the visual tokens are dropped whole."""
+        """Return ranges of the distance, of the exit layer and of its threshold."""
         return {
             "diversity": Choice(("sum", "min")),
             "exit_layer": Int(max(1, depth // 2), depth - 1),
@@ -94,39 +129,31 @@ class ToDreSelector(Selector):
             check_layer("todre", "exit_layer", self.exit_layer, least=1)
         check_fraction("todre", "tau", self.tau)
 
-    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
-        """Before the language model, and on entering `exit_layer`."""
-        need = _PIVOTS[self.pivot]
-        first = Stage(requires=frozenset({need} if need else ()))
-        if depth is None or keep_ratio == 1 or self.tau == 0:
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Select before the language model, and drop all or nothing on entering `exit_layer`."""
+        pivot = _PIVOTS[self.pivot]
+        first = Stage(requires=() if pivot is None else (pivot,))
+        if shape is None or keep_ratio == 1 or self.tau == 0:
             return (first,)
-        layer = max(1, 7 * depth // 8) if self.exit_layer is None else self.exit_layer
-        return first, Stage(layer=layer, requires=frozenset({Need.ATTENTION_EXCHANGE}), keep=1.0)
-
-    def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
-        """The last one, if the pivot comes from attention."""
-        return (depth - 1,) if _PIVOTS[self.pivot] else ()
-
-    def parameters(self, need: Need) -> dict[str, str]:
-        """Which text is asked."""
-        return {"text": self.text} if need is Need.ATTENTION_EXCHANGE else {}
+        layer = max(1, 7 * shape.decoder_layers // 8) if self.exit_layer is None else self.exit_layer
+        return first, Stage(DecoderLayer(layer), (AttentionExchange(self.text),), keep=1.0)
 
     def select(self, ctx: VisualContext) -> Selection:
-        """The diverse subset; at stage 2 all or nothing."""
-        if ctx.layer_idx is None:
+        """Select the diverse subset; at stage 2 all or nothing."""
+        if isinstance(ctx.site, BeforeDecoder):
             spread = _DIVERSITY[self.diversity](ctx.features, min(ctx.budget, ctx.n), self._pivot(ctx))
             return Selection.from_indices(ctx.n, spread)
-        if bool((ctx.need(Need.ATTENTION_EXCHANGE).float() < self.tau).all()):
+        if bool((ctx[AttentionExchange].float() < self.tau).all()):
             return Selection.from_indices(ctx.n, torch.empty(0, dtype=torch.long, device=ctx.features.device))
         return Selection.full(ctx.n, ctx.features.device)
 
     def _pivot(self, ctx: VisualContext) -> int:
-        """Index of the first token."""
+        """Return the index of the first token."""
         t, h, w = ctx.grids[0]
         candidates = t * h * w if len(ctx.grids) == 2 else ctx.n  # a thumbnail comes before its tiles
-        need = _PIVOTS[self.pivot]
-        if need is not None:
-            scores = ctx.need(need)[-1].float().mean(dim=0)[:candidates]
+        pivot = _PIVOTS[self.pivot]
+        if pivot is not None:
+            scores = ctx[type(pivot)][-1].float().mean(dim=0)[:candidates]
             return int(scores.argmax())  # the first of equals
         if self.pivot == "random":
             return int(torch.randint(candidates, (1,), generator=ctx.generator))

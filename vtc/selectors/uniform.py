@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..budget import largest_remainder
-from ..core.context import Grid, VisualContext
+from ..core.context import VisualContext
+from ..core.grids import Grid
 from ..core.selection import Selection
+from ..core.selector import Selector
 from ..registry import register_selector
-from .base import Selector
 
 __all__ = ["UniformSelector"]
 

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.context import Need, Stage, VisualContext
+from ..core.actions import Action
+from ..core.context import VisualContext
+from ..core.observations import Observation, PatchPixels, VisionAttention
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
+from ..core.selector import Selector
+from ..core.signals import Signal, VisionSignal
+from ..core.sites import BeforeDecoder, DecoderLayer, Site
+from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
-from .base import Selector
 from .schedule import average_kept, check_fraction, check_layer, check_number, stretches
 
 __all__ = ["PRESETS", "VFlowOptSelector"]
@@ -28,7 +33,7 @@ _BUDGET_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Preset:
-    """What the authors' calibration found for one budget, on LLaVA-OneVision-7B: `alpha` was 0 throughout."""
+    """Result of the authors' calibration for one budget, on LLaVA-OneVision-7B; `alpha` was 0 throughout."""
 
     t: float
     cell: float
@@ -43,6 +48,66 @@ PRESETS: dict[float, Preset] = {
     0.1: Preset(39.26492840997221, 17.386981849158786, 0.11661529508161146, 1.0, 0.6011),
 }
 """Average fraction of tokens kept to the released settings for it."""
+
+
+@dataclass(frozen=True)
+class ContextRelevance(VisionSignal):
+    """Attention that every token receives from the context set, the tokens that receive most, (N,).
+
+    Parameters
+    ----------
+    t, reduction
+        As in `kernels.context_relevance`.
+    """
+
+    name: ClassVar[str] = "context_relevance"
+    reads: ClassVar[type[Observation]] = VisionAttention
+
+    t: float = 1.0
+    reduction: str = "sum"
+
+    def compute(self, raw: VisionAttention) -> Tensor:
+        """(B, M)."""
+        parts = [
+            kernels.context_relevance(
+                one.queries,
+                one.keys,
+                one.scaling,
+                one.mask,
+                t=self.t,
+                reduction=self.reduction,
+                prefix=one.prefix,
+            )
+            for one in raw.sequences()
+        ]
+        return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class PixelEntropy(Signal):
+    """Share of every token in the pixel entropy of its crop, (N,): `kernels.patch_entropy` through a softmax.
+
+    Parameters
+    ----------
+    mean, std
+        How the processor normalised pixels, one number or one per channel.
+    """
+
+    name: ClassVar[str] = "entropy"
+    reads: ClassVar[type[Observation]] = PatchPixels
+
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
+
+    def compute(self, raw: PatchPixels) -> Tensor:
+        """(B, M): B crops, or all crops as one where they enter the tower as one sequence."""
+        first = raw.crops[0]
+        mean, std = (
+            torch.as_tensor(value, dtype=torch.float32, device=first.device).expand(first.shape[-3 if raw.size else -2])
+            for value in (self.mean, self.std)
+        )
+        shares = [kernels.patch_entropy(crop, mean, std, size=raw.size).softmax(dim=0) for crop in raw.crops]
+        return torch.cat(shares)[None] if raw.packed else torch.stack(shares)
 
 
 @register_selector
@@ -91,7 +156,8 @@ class VFlowOptSelector(Selector):
 
     name: ClassVar[str] = "vflowopt"
     paper: ClassVar[str] = "VFlowOpt, arXiv 2508.05211"
-    requires: ClassVar[frozenset[Need]] = frozenset({Need.CONTEXT_RELEVANCE})
+    requires: ClassVar[tuple[Signal, ...]] = (ContextRelevance(),)
+    sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False
 
     t: float | None = None
@@ -109,7 +175,7 @@ class VFlowOptSelector(Selector):
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
-        """The authors' bounds, those of r1 and r2 in proportion to the budget; r3 follows."""
+        """Return the authors' bounds, those of r1 and r2 in proportion to the budget; r3 follows."""
         return {
             "t": Float(0.0, 50.0),
             "cell": Float(3.0, 24.0),
@@ -148,12 +214,13 @@ class VFlowOptSelector(Selector):
 
     # -- where and how many -------------------------------------------------------------------------------------------
 
-    def resolve(self, depth: int | None, keep_ratio: float | None) -> VFlowOptSelector:
-        """With `t` and `cell`, and on a model also `layers` and the r's, settled."""
+    def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> VFlowOptSelector:
+        """Set `t` and `cell`, and on a model also `layers` and the r's."""
         _, preset = _nearest(keep_ratio)
         settled: dict[str, Any] = {"t": preset.t if self.t is None else self.t}
         settled["cell"] = preset.cell if self.cell is None else self.cell
-        if depth is not None:
+        if shape is not None:
+            depth = shape.decoder_layers
             layers = self.layers or (max(1, depth // 3), max(2, depth // 3 * 2))
             if layers[1] >= depth:
                 raise ConfigError(f"vflowopt: layers={layers}, but the decoder has layers 0 to {depth - 1}.")
@@ -161,23 +228,19 @@ class VFlowOptSelector(Selector):
             settled["r1"], settled["r2"], settled["r3"] = self._ratios(keep_ratio, stretches(layers, depth))
         return dataclasses.replace(self, **settled)
 
-    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
-        """Before the language model, and on entering `layers`; all read the same map."""
-        needs = {Need.CONTEXT_RELEVANCE, *({Need.ENTROPY} if self.alpha else ())}
-        if depth is None:
-            return (Stage(requires=frozenset(needs)),)
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Work before the language model and on entering `layers`; all stages read the same map."""
+        requires = self._signals(shape)
+        if shape is None:
+            return (Stage(requires=requires, action=Action.MERGE),)
         settled = None not in (self.layers, self.r1, self.r2, self.r3)
-        it = self if settled else self.resolve(depth, keep_ratio)
-        places = (None, *(it.layers or ()))
-        kept = (it.r1, it.r2, it.r3)
-        return tuple(
-            Stage(layer=layer, requires=frozenset(needs), keep=ratio)
-            for layer, ratio in zip(places, kept, strict=True)
-            if layer is None or ratio != 1
-        )
+        it = self if settled else self.resolve(shape, keep_ratio)
+        kept = zip(it.layers or (), (it.r2, it.r3), strict=True)
+        inside = (Stage(DecoderLayer(layer), requires, keep=ratio) for layer, ratio in kept if ratio != 1)
+        return Stage(requires=requires, keep=it.r1, action=Action.MERGE), *inside
 
     def _ratios(self, keep_ratio: float | None, lengths: list[int]) -> tuple[float, float, float]:
-        """r1, r2, r3 whose average over the layers is `keep_ratio`."""
+        """Compute r1, r2, r3 whose average over the layers is `keep_ratio`."""
         given = (self.r1, self.r2, self.r3)
         if keep_ratio is None:
             raise ConfigError(
@@ -207,23 +270,21 @@ class VFlowOptSelector(Selector):
 
     # -- what is read -------------------------------------------------------------------------------------------------
 
-    def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
-        """`vision_layer`, or the feature layer."""
-        layer = feature_layer if self.vision_layer is None else self.vision_layer
-        if layer >= depth:
-            raise ConfigError(f"vflowopt: vision_layer={layer}, but the tower has layers 0 to {depth - 1}.")
-        return (layer,)
-
-    def parameters(self, need: Need) -> dict[str, Any]:
-        """Those of the map."""
-        if need is Need.CONTEXT_RELEVANCE:
-            return {"t": self._or_preset("t"), "reduction": "mean" if self.variant == "released" else "sum"}
-        return {"mean": self.mean, "std": self.std} if need is Need.ENTROPY else {}
+    def _signals(self, shape: ModelShape | None) -> tuple[Signal, ...]:
+        """Require the map, and the entropy of the pixels if it counts."""
+        layer = self.vision_layer
+        if shape is not None and shape.vision_layers is not None and layer is not None and layer >= shape.vision_layers:
+            raise ConfigError(
+                f"vflowopt: vision_layer={layer}, but the tower has layers 0 to {shape.vision_layers - 1}."
+            )
+        reduction = "mean" if self.variant == "released" else "sum"
+        relevance = ContextRelevance(None if layer is None else (layer,), t=self._or_preset("t"), reduction=reduction)
+        return (relevance, PixelEntropy(self.mean, self.std)) if self.alpha else (relevance,)
 
     def score(self, ctx: VisualContext) -> Tensor:
-        """(N,) importance of every token."""
-        scores = ctx.need(Need.CONTEXT_RELEVANCE).float()
-        return scores + self.alpha * ctx.need(Need.ENTROPY).float() if self.alpha else scores
+        """Compute (N,) importance of every token."""
+        scores = ctx[ContextRelevance].float()
+        return scores + self.alpha * ctx[PixelEntropy].float() if self.alpha else scores
 
     def _or_preset(self, option: str) -> float:
         """`t` or `cell`, of 25 % if it was left open and nobody called `resolve`."""
@@ -233,23 +294,23 @@ class VFlowOptSelector(Selector):
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def select(self, ctx: VisualContext) -> Selection:
-        """The most important tokens; before the language model, one more for every cell of an image."""
+        """Keep the most important tokens; before the language model, one more for every cell of an image."""
         scores = self.score(ctx)
         budget = max(1, ctx.n - self._dropped(ctx))
-        recycle = not ctx.companions if self.recycle is None else self.recycle
-        if ctx.layer_idx is None and ctx.modality == "image" and recycle and budget < ctx.n:
+        recycle = not ctx.other_visuals if self.recycle is None else self.recycle
+        if isinstance(ctx.site, BeforeDecoder) and ctx.modality == "image" and recycle and budget < ctx.n:
             return self._recycle(ctx, scores, budget)
         return Selection(ctx.n, kernels.topk_indices(scores, budget))
 
     def _dropped(self, ctx: VisualContext) -> int:
-        """How many tokens a stage drops, if it merges none."""
+        """Count the tokens that a stage drops, if it merges none."""
         if self.variant == "paper" or ctx.keep_ratio is None:
             return ctx.n - min(ctx.budget, ctx.n)
         return round(self._counted(ctx) * (1 - ctx.keep_ratio))
 
     def _counted(self, ctx: VisualContext) -> int:
         """Tokens that the released code counts; where several images come in one prompt it gives them no newlines."""
-        several = ctx.layer_idx is None and ctx.modality == "image" and ctx.companions
+        several = isinstance(ctx.site, BeforeDecoder) and ctx.modality == "image" and ctx.other_visuals
         return ctx.n if several else ctx.n + ctx.structural
 
     def _recycle(self, ctx: VisualContext, scores: Tensor, budget: int) -> Selection:
@@ -274,7 +335,7 @@ class VFlowOptSelector(Selector):
 
 
 def _count_for(cell: Tensor, budget: int) -> int | None:
-    """How many of the lowest tokens, whose `cell` comes in ascending order of importance, to recycle.
+    """Count the lowest tokens to recycle, whose `cell` comes in ascending order of importance.
 
     With every further one, one token less is left, unless it opens a new cell: so there is a count that leaves exactly
     `budget`, but for budgets of less than one token per cell: None.

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.context import Need, VisualContext
+from ..core.context import VisualContext
 from ..core.selection import Selection
+from ..core.selector import Selector
+from ..core.signals import Origin, Signal
 from ..errors import ConfigError
 from ..registry import register_selector
-from .base import Selector
 
 __all__ = ["VidCom2Selector"]
 
@@ -50,7 +51,7 @@ class VidCom2Selector(Selector):
 
     name: ClassVar[str] = "vidcom2"
     paper: ClassVar[str] = "VidCom2, arXiv 2505.14454"
-    requires: ClassVar[frozenset[Need]] = frozenset({Need.ORIGIN})
+    requires: ClassVar[tuple[Signal, ...]] = (Origin(),)
 
     temperature: float = 0.01
 
@@ -61,7 +62,7 @@ class VidCom2Selector(Selector):
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         budget = min(ctx.budget, ctx.n)
-        origin = ctx.need(Need.ORIGIN)
+        origin = ctx[Origin]
         _, frame = torch.unique(origin[:, 0] * (origin[:, 1].max() + 1) + origin[:, 1], return_inverse=True)
         to_video, to_frame = typicality(ctx.features, frame)
         scores = to_video + to_frame
@@ -74,9 +75,9 @@ class VidCom2Selector(Selector):
 
 
 def typicality(x: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarity of every token to the mean of the video and to the mean of its frame.
+    """Compute the similarity of every token to the mean of the video and to the mean of its frame.
 
-    Videos are long: `x` is gone through in blocks, and memory beside it is that of a block and of the frames' means.
+    Tokens are processed in blocks of fixed size to bound memory, which is that of a block and of the frames' means.
 
     Parameters
     ----------

@@ -8,15 +8,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..core.context import Need, Stage, VisualContext
+from ..core.context import VisualContext
 from ..core.ranges import Int, Range
+from ..core.selector import ScoreSelector
+from ..core.signals import ClsAttention, ReceivedAttention, Signal
+from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
-from .base import ScoreSelector
 
 __all__ = ["VtcClsSelector"]
 
-_SOURCES = {"cls": Need.CLS_ATTENTION, "received": Need.RECEIVED_ATTENTION}
+_SOURCES: dict[str, type[ClsAttention] | type[ReceivedAttention]] = {"cls": ClsAttention, "received": ReceivedAttention}
 
 
 @register_selector
@@ -50,7 +52,7 @@ class VtcClsSelector(ScoreSelector):
     name: ClassVar[str] = "vtc-cls"
     paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
     reads_features: ClassVar[bool] = False
-    instead: ClassVar[Mapping[Need, str]] = {Need.CLS_ATTENTION: 'score_source="received"'}
+    instead: ClassVar[Mapping[type[Signal], str]] = {ClsAttention: 'score_source="received"'}
 
     start_layer: int = -8
     score_source: str = "cls"
@@ -66,12 +68,15 @@ class VtcClsSelector(ScoreSelector):
         if self.score_source not in _SOURCES:
             raise ConfigError(f"vtc-cls: score_source must be one of {sorted(_SOURCES)}, got {self.score_source!r}.")
 
-    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
-        """Once, before the language model; what it needs depends on `score_source`."""
-        return (Stage(requires=frozenset({_SOURCES[self.score_source]})),)
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Once, before the language model, with the attention of layers `start_layer` to the feature layer."""
+        signal = _SOURCES[self.score_source]
+        if shape is None or shape.vision_layers is None or shape.feature_layer is None:
+            return (Stage(requires=(signal(),)),)
+        return (Stage(requires=(signal(self.layers(shape.vision_layers, shape.feature_layer)),)),)
 
-    def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
-        """Layers `start_layer` up to and including the feature layer."""
+    def layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
+        """Layers of the ensemble in a tower of `depth` layers."""
         start = self.start_layer + depth if self.start_layer < 0 else self.start_layer
         if not 0 <= start <= feature_layer:
             raise ConfigError(
@@ -83,4 +88,4 @@ class VtcClsSelector(ScoreSelector):
 
     def score(self, ctx: VisualContext) -> Tensor:
         """(N,) sum over layers of the mean over heads."""
-        return ctx.need(_SOURCES[self.score_source]).float().mean(dim=1).sum(dim=0)
+        return ctx[_SOURCES[self.score_source]].float().mean(dim=1).sum(dim=0)

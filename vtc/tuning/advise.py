@@ -1,4 +1,4 @@
-"""Which setting to use: methods and budgets tried on the user's own prompts, without labels.
+"""Find the setting to use: try methods and budgets on the user's own prompts, without labels.
 
 What is asked of a setting is that the model says with it what it says with all its tokens, and that it says so sooner.
 Both are measured, on the machine and the prompts that matter; no ground truth is needed, and none is claimed: agreement
@@ -30,8 +30,9 @@ from torch import nn
 from vtc import api
 from vtc.bench.timing import Case, Figures, Stopwatch, Timing, conditions, describe, interleave
 from vtc.config import CompressionConfig
+from vtc.engine.install import adapter_for
+from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
-from vtc.registry import get_adapter
 from vtc.tuning.samples import as_found, prompts
 
 __all__ = ["Advice", "AdvisedSetting", "advise"]
@@ -75,7 +76,7 @@ class AdvisedSetting:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to use, and all that was measured.
+    """The advised setting, and all that was measured.
 
     Attributes
     ----------
@@ -117,7 +118,7 @@ class Advice:
 
     @property
     def config(self) -> CompressionConfig | None:
-        """What `compress` takes: the chosen setting's, or None."""
+        """The configuration of the chosen setting for `compress`, or None."""
         return None if self.chosen is None else self.chosen.config
 
     def __str__(self) -> str:
@@ -190,7 +191,7 @@ def advise(
     seed: int = 0,
     progress: bool = True,
 ) -> Advice:
-    """The cheapest setting with which the model still says what it says with all its tokens.
+    """Find the cheapest setting with which the model gives the answers that it gives with all tokens.
 
     Every method at every ratio answers every prompt greedily; then times to the first token are taken, the uncompressed
     model's among them, in rounds that go through all settings in an order of their own. The model is left as it was
@@ -266,7 +267,7 @@ class _Measured:
         self.tried: dict[CompressionConfig, list[_Tried]] = {config: [] for config in configs}
 
     def add(self, model: nn.Module, prompt: Mapping[str, Any], max_new_tokens: int, rounds: int) -> None:
-        """Answers first, so that they warm up what is timed afterwards."""
+        """Answer the prompt with every setting, then time all of them; the answers warm up what is timed."""
         whole, whole_logp = _answer(model, prompt, max_new_tokens)
         answers = {}
         for config in self.tried:
@@ -331,7 +332,7 @@ class _Measured:
         )
 
     def _saving(self) -> tuple[float | None, dict[str, float]]:
-        """s, and c by method; nothing where no method dropped two different numbers of tokens."""
+        """Fit s, and c by method; nothing where no method dropped two different numbers of tokens."""
         points: dict[str, list[tuple[float, float]]] = {}
         for config, tried in self.tried.items():
             points.setdefault(config.method, []).extend((each.dropped, each.saving) for each in tried)
@@ -362,18 +363,17 @@ def _check(agreement: Any, keep_ratios: Sequence[float], max_new_tokens: int, ro
 def _configs(
     model: nn.Module, methods: Sequence[str] | None, keep_ratios: Sequence[float], seed: int
 ) -> tuple[list[CompressionConfig], dict[str, str]]:
-    """What is tried, and which methods cannot be; those that were named must be possible."""
+    """Return the configurations to try, and why other methods cannot be tried; named methods must be possible."""
     if isinstance(methods, str) or (methods is not None and not len(methods)):
         raise ConfigError(f"methods must be names of methods, or None for all, got {methods!r}")
-    target = api._unwrap(model)
-    adapter = get_adapter(str(target.config.model_type))(target)
+    adapter = adapter_for(model)
     found, left_out = [], {}
     names = dict.fromkeys([*_BASELINES, *(api.list_methods() if methods is None else methods)])
     for name in names:
         configs = [CompressionConfig(name, keep_ratio=float(ratio), seed=seed) for ratio in dict.fromkeys(keep_ratios)]
         try:
             for config in configs:
-                api._plan([config], adapter)
+                make_plan([config], adapter)
             found += configs
         except (UnsupportedMethodError, ConfigError) as error:
             if methods is not None:
@@ -384,7 +384,7 @@ def _configs(
 
 @torch.inference_mode()
 def _answer(model: Any, prompt: Mapping[str, Any], max_new_tokens: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens, and the log-probabilities (V,) of the first."""
+    """Return the greedy tokens, and the log-probabilities (V,) of the first."""
     out = model.generate(
         **prompt,
         do_sample=False,

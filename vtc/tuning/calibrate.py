@@ -7,11 +7,9 @@ search space.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,14 @@ from torch.nn import functional
 from vtc import api
 from vtc.config import CompressionConfig
 from vtc.core.ranges import Range
-from vtc.engine.tower import TowerMemory
+from vtc.core.selector import Selector
+from vtc.engine.encoder import EncoderMemory
+from vtc.engine.install import adapter_for, engine_of
+from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
-from vtc.registry import get_adapter, get_selector
-from vtc.selectors.base import Selector
+from vtc.registry import get_selector
 from vtc.tuning.samples import as_found, prompts
+from vtc.tuning.search import suggest
 
 __all__ = ["calibrate"]
 
@@ -53,7 +54,7 @@ def calibrate(
     progress: bool = True,
     **options: Any,
 ) -> CompressionConfig:
-    """The options of `method` that move the model's last prompt state least, as a configuration for `compress`.
+    """Find the options of `method` that move the model's last prompt state least; return a configuration.
 
     The method's defaults come first, so the result is never worse than they are, on these samples. Nothing is chosen
     that keeps more tokens, on average over layers and samples, than the defaults do; methods that decide themselves how
@@ -108,8 +109,7 @@ def calibrate(
         raise ConfigError(f"trials must be at least 1, got {trials}")
     if sampler not in _SAMPLERS:
         raise ConfigError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
-    target = api._unwrap(model)
-    adapter = get_adapter(str(target.config.model_type))(target)
+    adapter = adapter_for(model)
     selector = type(get_selector(method, **options))
     options = {**_normalisation(selector, processor), **options}
     ranges = dict(selector.search_space(len(adapter.text_model.layers), keep_ratio) if space is None else space)
@@ -126,13 +126,13 @@ def calibrate(
         budget = {"keep_tokens": _NO_CEILING} if selector.adaptive else {"keep_ratio": float(keep_ratio)}
         return CompressionConfig(method, seed=seed, options={**options, **found}, **budget)
 
-    api._plan([config({})], adapter)  # what no setting can change is told before anything runs
+    make_plan([config({})], adapter)  # refuse what no setting can change before anything runs
     encoded = prompts(processor, samples, model)
     study = _study(optuna, storage, f"{method}, keep {keep_ratio:g}, seed {seed}", _mark(encoded, options, ranges))
     # A sitting that goes on draws other numbers than the first did.
     study.sampler = _sampler(optuna, sampler, seed + len(study.trials))
     with as_found(model):
-        trial = _Trial(model, adapter, encoded)
+        trial = _Trial(model, encoded)
         base, kept = trial(config({}))
         allowed = float(keep_ratio) if selector.adaptive else kept
 
@@ -145,7 +145,7 @@ def calibrate(
         with _bar(trials, progress) as bar:
             waited, impossible = 0, None
             for asked in _asked(study, trials, bar):
-                found = {name: values.suggest(asked, name) for name, values in ranges.items()}
+                found = {name: suggest(asked, name, values) for name, values in ranges.items()}
                 try:
                     score = value(config(found))
                 except (ConfigError, UnsupportedMethodError) as error:  # a combination that is not possible
@@ -164,7 +164,7 @@ def calibrate(
     for done in study.trials:  # those of earlier sittings too
         if done.value is not None and done.value > best:
             fixed = optuna.trial.FixedTrial(done.params)
-            best, chosen = done.value, config({name: values.suggest(fixed, name) for name, values in ranges.items()})
+            best, chosen = done.value, config({name: suggest(fixed, name, values) for name, values in ranges.items()})
     if plot is not None:
         _plot(study, first, Path(plot))
     return chosen
@@ -176,26 +176,26 @@ class _Trial:
     The first trial encodes the images; the uncompressed model then answers once, from what was encoded.
     """
 
-    def __init__(self, model: nn.Module, adapter: Any, prompts: Sequence[Mapping[str, Any]]) -> None:
-        self.model, self.adapter, self.prompts = model, adapter, prompts
-        self.memories = [TowerMemory() for _ in prompts]
+    def __init__(self, model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> None:
+        self.model, self.prompts = model, prompts
+        self.memories = [EncoderMemory(observations=True) for _ in prompts]
         self.whole: list[torch.Tensor] = []
 
     def __call__(self, config: CompressionConfig) -> tuple[float, float]:
         states, shares = [], []
         with api.compressed(self.model, config):
-            tower = api._engine(self.model).tower
+            engine = engine_of(self.model)
             for prompt, memory in zip(self.prompts, self.memories, strict=True):
-                tower.memory = memory
-                states.append(_last_state(self.model, prompt))
+                with engine.remember(memory):
+                    states.append(_last_state(self.model, prompt))
                 report = api.report(self.model)
                 if not report.visual_tokens_before:
                     raise InputError("a sample has no image; calibration compares what is kept of images")
                 shares.append(report.average_visual_tokens / report.visual_tokens_before)
-        if not self.whole:
-            for prompt, memory in zip(self.prompts, self.memories, strict=True):
-                with _encoded(self.adapter, memory):
-                    self.whole.append(_last_state(self.model, prompt))
+            if not self.whole:
+                for prompt, memory in zip(self.prompts, self.memories, strict=True):
+                    with api.disabled(self.model), engine.remember(memory):
+                        self.whole.append(_last_state(self.model, prompt))
         cosines = [
             float(functional.cosine_similarity(state, whole, dim=-1))
             for state, whole in zip(states, self.whole, strict=True)
@@ -203,25 +203,9 @@ class _Trial:
         return statistics.fmean(cosines), statistics.fmean(shares)
 
 
-@contextmanager
-def _encoded(adapter: Any, memory: TowerMemory) -> Iterator[None]:
-    """While entered, images and videos are not encoded but remembered."""
-    names = []
-    for modality, output in memory.outputs.items():
-        name = f"get_{modality}_features"
-        original = getattr(adapter.base, name)
-        adapter.base.__dict__[name] = functools.wraps(original)(lambda *_, output=output, **__: output)
-        names.append(name)
-    try:
-        yield
-    finally:
-        for name in names:
-            adapter.base.__dict__.pop(name, None)
-
-
 @torch.inference_mode()
 def _last_state(model: nn.Module, prompt: Mapping[str, Any]) -> torch.Tensor:
-    """(D,) float32: what the head reads the first word of the answer from."""
+    """Return (D,) float32: the state from which the head reads the first word of the answer."""
     seen: list[torch.Tensor] = []
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, -1].float()))
@@ -233,7 +217,7 @@ def _last_state(model: nn.Module, prompt: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _normalisation(selector: type[Selector], processor: Any) -> dict[str, Any]:
-    """How the processor normalises pixels, for methods that undo it."""
+    """Return how the processor normalises pixels, for methods that undo it."""
     images = getattr(processor, "image_processor", None)
     found = {"mean": getattr(images, "image_mean", None), "std": getattr(images, "image_std", None)}
     known = selector.options()
@@ -258,7 +242,7 @@ def _sampler(optuna: Any, name: str, seed: int) -> Any:
 
 
 def _mark(prompts: Sequence[Mapping[str, Any]], options: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
-    """Tells one search from another: its samples, the options that stay, and what is searched."""
+    """Hash the samples, the fixed options and the ranges, which identify a search."""
     digest = hashlib.sha256(repr((sorted(options.items()), sorted(ranges.items()))).encode())
     for prompt in prompts:
         for name, value in sorted(prompt.items()):
@@ -269,7 +253,7 @@ def _mark(prompts: Sequence[Mapping[str, Any]], options: Mapping[str, Any], rang
 
 
 def _study(optuna: Any, storage: str | Path | None, name: str, mark: str) -> Any:
-    """A new search, or the one in the file that this call began."""
+    """Create a search, or load the one that the same call began."""
     study = optuna.create_study(
         direction="maximize", storage=_storage(optuna, storage), study_name=name, load_if_exists=True
     )

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc import api
+from vtc.engine.install import paused
 from vtc.errors import InputError
 
 __all__ = ["as_found", "prompts"]
 
 
 def prompts(processor: Any, samples: Sequence[Any], model: Any) -> list[dict[str, Any]]:
-    """Model inputs of one row each, on the model's device and in its precision.
+    """Make model inputs of one row each, on the model's device and in its precision.
 
     Parameters
     ----------
@@ -68,15 +68,11 @@ def _processed(processor: Any, number: int, sample: Any) -> Any:
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Take an earlier compression off, and be in evaluation mode, while entered."""
-    target = api._unwrap(model)
-    before, training = getattr(target, api._ATTRIBUTE, None), model.training
-    api.restore(model)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        if before is not None:
-            before.install()
-            setattr(target, api._ATTRIBUTE, before)
+    """Uninstall an earlier compression and set evaluation mode while entered."""
+    training = model.training
+    with paused(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)

@@ -1,4 +1,4 @@
-"""What the first bytes of a video file say: which kind of container it is, and how many bytes it has.
+"""Read the first bytes of a video file: its kind of container, and the number of bytes it announces.
 
 A cut Matroska file plays to where it ends and looks like a shorter video to every decoder. Its head knows better.
 """
@@ -16,7 +16,7 @@ _SEGMENT = b"\x18S\x80g"
 
 
 def container(head: bytes) -> str | None:
-    """Name of the kind by its first twelve bytes: "mp4" (QuickTime), "matroska" (WebM), "avi" or None for any other."""
+    """Name the kind by its first twelve bytes: "mp4" (QuickTime), "matroska" (WebM), "avi" or None for any other."""
     if head[:4] == b"\x1aE\xdf\xa3":
         return "matroska"
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -25,7 +25,7 @@ def container(head: bytes) -> str | None:
 
 
 def announced_bytes(path: Path) -> int | None:
-    """Bytes that the boxes, chunks or segments of a file add up to.
+    """Add up the bytes of the boxes, chunks or segments of a file.
 
     None where the container does not say: transport streams, live recordings, other kinds of files.
     """

@@ -40,7 +40,7 @@ _MAY_LACK = 0.02
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known about a video file once it is open.
+    """Facts about an open video file.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class VideoFile:
         self.info = VideoInfo(self.path, name, len(self.times), fps, duration, first.shape[1], first.shape[0])
 
     def read(self, indices: Sequence[int]) -> Frames:
-        """Frames (T, H, W, 3) as RGB, upright, at ascending `indices`.
+        """Read frames (T, H, W, 3) as RGB, upright, at ascending `indices`.
 
         Raises
         ------
@@ -127,12 +127,12 @@ class VideoFile:
         return np.stack(frames)
 
     def windows(self, indices: Sequence[int], size: int) -> Iterator[Frames]:
-        """The frames at `indices`, at most `size` in memory at a time."""
+        """Read the frames at `indices`, at most `size` in memory at a time."""
         for start in range(0, len(indices), size):
             yield self.read(indices[start : start + size])
 
     def pictures(self, times: Sequence[float], longest: int) -> list[Image]:
-        """The frames on screen at these ascending times, for drawing: their longer edge is `longest` pixels at most.
+        """Read the frames shown at these ascending times, for drawing, with at most `longest` pixels along an edge.
 
         Few of them are in memory at full size at a time.
         """
@@ -148,7 +148,7 @@ class VideoFile:
         return out
 
     def close(self) -> None:
-        """Let go of the file; does nothing the second time."""
+        """Close the file; a second call does nothing."""
         self._decoder.close()
 
     def __enter__(self) -> VideoFile:
@@ -172,10 +172,10 @@ def _look_at(path: Path) -> str | None:
         raise InputError(f"{path}: {error.strerror or error}.") from error
     if announced is None or size >= announced:
         return None
-    told = f"it is cut off: {announced - size:,} of the {announced:,} bytes that it announces are not there"
+    message = f"it is cut off: {announced - size:,} of the {announced:,} bytes that it announces are not there"
     if announced - size > _MAY_LACK * announced:
-        raise InputError(f"{path}: cannot be read as a video: {told}.")
-    return told
+        raise InputError(f"{path}: cannot be read as a video: {message}.")
+    return message
 
 
 def _open(path: Path, only: str | None, lacking: str | None) -> tuple[_Decoder, str, Frames]:
@@ -215,9 +215,9 @@ def _open(path: Path, only: str | None, lacking: str | None) -> tuple[_Decoder, 
 
 
 def _line(error: BaseException) -> str:
-    told = getattr(error, "strerror", None) or str(error)  # without the number and the name of the file
-    told = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", told.lstrip())  # where in decord's sources it happened, and when
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    message = getattr(error, "strerror", None) or str(error)  # without the number and the name of the file
+    message = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", message.lstrip())  # where in decord's sources it happened, and when
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
@@ -273,7 +273,7 @@ class _Av:
             self._stream.thread_type = "AUTO"
 
     def _read_pts(self) -> list[int]:
-        """When each frame is shown, in units of the stream, without decoding."""
+        """Return when each frame is shown, in units of the stream, without decoding."""
         packets = [packet for packet in self._container.demux(self._stream) if packet.size]
         pts = sorted({packet.pts for packet in packets if packet.pts is not None})
         if len(pts) * 2 < len(packets):  # containers that store decoding times only
@@ -282,13 +282,13 @@ class _Av:
         return pts
 
     def _rewind(self) -> None:
-        """To the first frame. Some containers cannot seek there, but every file can be opened again."""
+        """Go to the first frame. Some containers cannot seek there, but every file can be opened again."""
         self._container.close()
         self._open()
         self._frames = self._container.decode(self._stream)
 
     def _seek(self, pts: int) -> None:
-        """To a frame at `pts` or before; a container without an index may seek too far, and then from further back."""
+        """Go to a frame at `pts` or before; a seek without an index may go too far, and is repeated."""
         second = max(1, round(1 / self._stream.time_base))
         back = 0
         while pts - back > self._pts[0]:
@@ -340,7 +340,7 @@ class _TorchCodec:
         self.times: Times = self._read_times()
 
     def _read_times(self) -> Times:
-        """Times come with decoded frames only, so a constant rate is supposed and checked at a few."""
+        """Return all times. They come with decoded frames only, so a constant rate is assumed and checked at a few."""
         metadata = self._reader.metadata
         count = int(metadata.num_frames or 0)
         if not count:
@@ -370,7 +370,7 @@ _CLASSES: dict[str, Any] = {"decord": _Decord, "av": _Av, "torchcodec": _TorchCo
 
 
 def sample_by_fps(times: Times, duration: float, fps: float) -> list[int]:
-    """Index of the frame on screen at 0, 1 / fps, 2 / fps, ... seconds, each frame once.
+    """Return the index of the frame shown at 0, 1 / fps, 2 / fps, ... seconds, each frame once.
 
     Raises
     ------
@@ -386,7 +386,7 @@ def sample_by_fps(times: Times, duration: float, fps: float) -> list[int]:
 
 
 def sample_by_count(times: Times, duration: float, count: int) -> list[int]:
-    """Index of the frame on screen in the middle of `count` equal parts; fewer where the video has fewer frames.
+    """Return the index of the frame shown in the middle of each of `count` equal parts, or of every frame.
 
     Raises
     ------
@@ -403,7 +403,7 @@ def sample_by_count(times: Times, duration: float, count: int) -> list[int]:
 def sample_by_scenes(
     video: VideoFile, change: float = 0.1, *, fps: float = 4.0, window: int = 64, count: int | None = None
 ) -> list[int]:
-    """Index of the first frame of every scene.
+    """Return the index of the first frame of every scene.
 
     A scene begins where two frames, `1 / fps` seconds apart, differ by more than `change`: the mean absolute difference
     of their brightness, 0 to 1, in squares of 1/16 of the picture. With `count`, only the largest changes count.
@@ -432,7 +432,7 @@ def sample_by_scenes(
 
 
 def _thumbnail(frame: Frames, side: int = 16) -> npt.NDArray[np.float64]:
-    """(side, side) mean brightness of squares, 0 to 1."""
+    """Compute (side, side) mean brightness of squares, 0 to 1."""
     grey = frame.mean(axis=2) / 255
     rows, columns = (np.linspace(0, edge, min(side, edge) + 1).astype(int)[:-1] for edge in grey.shape)
     sums = np.add.reduceat(np.add.reduceat(grey, rows, axis=0), columns, axis=1)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, overload
 
 from vtc import api
+from vtc.core.sites import Site
 from vtc.engine.engine import Engine
+from vtc.engine.install import engine_of
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.video.files import VideoFile, sample_by_count, sample_by_fps, sample_by_scenes
 from vtc.video.prompt import VideoPrompt
 from vtc.video.session import SESSIONS, VideoAnswer, VideoSession
-from vtc.video.windows import TEXT_NEEDS, VideoBudget
+from vtc.video.windows import VideoBudget, streams
 
 __all__ = ["VideoAnswer", "VideoQAPipeline", "VideoSession"]
 
@@ -22,7 +24,7 @@ STRATEGIES = ("compress", "captions")
 
 
 class VideoQAPipeline:
-    """Answers questions about video files with an unmodified model, of which any length passes in bounded memory.
+    """Answer questions about video files of any length with an unmodified model, in bounded memory.
 
     The sampled frames are decoded, encoded and compressed in windows; the language model reads what stays, at the
     positions of the full prompt. Between calls the model is as it was found.
@@ -54,6 +56,8 @@ class VideoQAPipeline:
     max_new_tokens : int
     structural : {"keep", "drop"}
     seed : int
+    at : str or Site, optional
+        Where tokens leave, as in `vtc.compress`.
     progress : bool
         Show a bar on stderr.
     **options
@@ -84,12 +88,13 @@ class VideoQAPipeline:
         max_new_tokens: int = 64,
         structural: str = "keep",
         seed: int = 0,
+        at: str | Site | None = None,
         progress: bool = False,
         **options: Any,
     ) -> None:
         self.model, self.processor = model, processor
         self.budget = VideoBudget(keep_ratio, keep_tokens, per_window, per_frame)
-        self.config = self.budget.config(method, seed, structural, options)
+        self.config = self.budget.config(method, structural=structural, seed=seed, options=options, at=at)
         if strategy not in STRATEGIES:
             raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
         if fps is not None and (frames is not None or scenes is not None):
@@ -99,18 +104,18 @@ class VideoQAPipeline:
                 raise ConfigError(f"{name} must be an integer of 1 or more, got {value!r}.")
         self.strategy, self.decoder, self.max_new_tokens, self.progress = strategy, decoder, max_new_tokens, progress
         self.fps, self.frames, self.scenes = fps, frames, scenes
-        with self._engine() as engine:  # everything about the method that can be refused is refused here
+        with self.compressing() as engine:  # everything about the method that can be refused is refused here
             prompt = VideoPrompt(processor, engine, [0], 1.0, 1)
             prompt.text("?")
             self.window = -(-window // prompt.join) * prompt.join
-            needs = {need for stage in engine.before for need in stage.requires & TEXT_NEEDS}
-            self.streams = not engine.inside and not needs
+            self.streams = streams(engine)
             if not self.streams and not self.budget.whole:
                 raise UnsupportedMethodError(
                     f"{method} must see the whole video at once, so it cannot be given budgets per frame or window; "
                     "use keep_ratio or keep_tokens"
                 )
-            if self.budget.keep_tokens is not None and any(stage.keep is not None for stage in engine.before):
+            by_stage = any(stage.stage.keep is not None for stage in engine.plan.before_decoder)
+            if self.budget.keep_tokens is not None and by_stage:
                 raise UnsupportedMethodError(
                     f"{method} splits its budget over several stages as fractions; use keep_ratio with videos"
                 )
@@ -124,7 +129,7 @@ class VideoQAPipeline:
     def __call__(
         self, video: str | Path, question: str | list[str] | tuple[str, ...]
     ) -> VideoAnswer | list[VideoAnswer]:
-        """One answer for one question, a list for several; the video is read once.
+        """Return one answer for one question, a list for several; the video is read once.
 
         Raises
         ------
@@ -139,7 +144,7 @@ class VideoQAPipeline:
         return answers[0] if isinstance(question, str) else answers
 
     def watch(self, video: str | Path) -> VideoSession:
-        """Read a file, and be ready for questions about it; the file is closed again when this returns.
+        """Read a file and return a session for questions about it; the file is closed again when this returns.
 
         Raises
         ------
@@ -169,9 +174,10 @@ class VideoQAPipeline:
         return sample_by_fps(file.times, file.info.duration, 1.0 if self.fps is None else self.fps)
 
     @contextmanager
-    def _engine(self) -> Iterator[Engine]:
+    def compressing(self) -> Iterator[Engine]:
+        """Compress the model while entered, and return the engine."""
         with api.compressed(self.model, self.config):
-            yield api._engine(self.model)
+            yield engine_of(self.model)
 
     @contextmanager
     def _bar(self) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
-from vtc.core.context import Grid
+from vtc.core.grids import Grid
 from vtc.engine.engine import Engine
 from vtc.errors import InputError, UnsupportedModelError
 
@@ -61,7 +61,7 @@ class VideoPrompt:
         self.join = int(getattr(worker, "temporal_patch_size", 1) or 1)
 
     def metadata(self, frames: Sequence[int]) -> VideoMetadata:
-        """What the processor is told about frames of these numbers."""
+        """Describe frames of these numbers to the processor."""
         return VideoMetadata(
             total_num_frames=self.total, fps=self.fps, duration=self.total / self.fps, frames_indices=list(frames)
         )
@@ -69,7 +69,7 @@ class VideoPrompt:
     # -- text -----------------------------------------------------------------------------------------------------
 
     def text(self, question: str) -> str:
-        """The chat with one placeholder for the video.
+        """Return the chat with one placeholder for the video.
 
         Raises
         ------
@@ -98,7 +98,7 @@ class VideoPrompt:
         return text
 
     def ids(self, question: str) -> torch.Tensor:
-        """(1, P) ids of the full prompt: what the processor would make of all frames at once."""
+        """Return (1, P) ids of the full prompt, as the processor would make them of all frames at once."""
         if self.grid is None:
             shown = torch.zeros(()).expand(1, self.steps, *self.pixels)
             made: dict[str, Any] = {"pixel_values_videos": shown}
@@ -115,7 +115,7 @@ class VideoPrompt:
         return short.repeat_interleave(repeats)[None].to(self.engine.model.device)
 
     def positions(self, ids: torch.Tensor) -> torch.Tensor:
-        """Position ids (..., 1, P) of the full prompt, and what the model notes while it makes them."""
+        """Return position ids (..., 1, P) of the full prompt; the model notes what it needs for later steps."""
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if self.grid is not None:
             arguments["video_grid_thw"] = torch.tensor([self.grid], device=ids.device)
@@ -128,7 +128,7 @@ class VideoPrompt:
     # -- pixels ---------------------------------------------------------------------------------------------------
 
     def process(self, frames: np.ndarray[Any, Any], numbers: Sequence[int], seen: int) -> dict[str, torch.Tensor]:
-        """Tensors for the encoder from one window (T, H, W, 3); the first one settles the shape of a frame."""
+        """Make tensors for the encoder from one window (T, H, W, 3); the first window fixes the shape of a frame."""
         made = self._process(frames, numbers)
         if "video_grid_thw" in made:
             t, h, w = made["video_grid_thw"][0].tolist()
@@ -153,7 +153,7 @@ class VideoPrompt:
     def whole_steps(
         self, frames: np.ndarray[Any, Any], numbers: Sequence[int]
     ) -> tuple[np.ndarray[Any, Any], list[int]]:
-        """Frames and their numbers, the last repeated to fill its step: some processors refuse a single frame."""
+        """Return frames and numbers, the last repeated to fill its step: some processors refuse a single frame."""
         lacking = -len(frames) % self.join
         return np.concatenate([frames, *[frames[-1:]] * lacking]), [*numbers, *[numbers[-1]] * lacking]
 
@@ -169,7 +169,7 @@ class VideoPrompt:
         return {name: made[name] for name in ("pixel_values_videos", "video_grid_thw") if name in made}
 
     def encode(self, made: dict[str, torch.Tensor]) -> Any:
-        """The encoder's output for one window."""
+        """Return the encoder's output for one window."""
         base = self.engine.adapter.base
         if self.as_images:
             return base.get_image_features(made["pixel_values_videos"].flatten(0, 1), return_dict=True)
@@ -178,7 +178,7 @@ class VideoPrompt:
 
 
 def _folded(text: str, token: str) -> tuple[str, list[int]]:
-    """The text with one `token` for every run of them, and how long the runs were.
+    """Return the text with one `token` for every run of them, and the lengths of the runs.
 
     By splitting: a regular expression notes where it was at every repetition, which takes nine times the text.
     """

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,12 +14,13 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vtc.engine.cache import CACHE, record_of
+from vtc.engine.encoder import EncoderMemory
 from vtc.engine.engine import Engine
 from vtc.errors import InputError, UnsupportedMethodError
 from vtc.report.report import Report
 from vtc.video.files import VideoInfo
 from vtc.video.prompt import VideoPrompt
-from vtc.video.windows import Watched, watch
+from vtc.video.windows import ReadVideo, read_video
 
 if TYPE_CHECKING:
     from vtc.video.pipeline import VideoQAPipeline
@@ -33,7 +32,7 @@ _CAPTION = "Describe what happens in this clip in one sentence."
 
 @dataclass(frozen=True, eq=False)
 class VideoAnswer:
-    """One answer, and what it took.
+    """One answer, and what it cost.
 
     Attributes
     ----------
@@ -111,7 +110,7 @@ def _count(number: int, what: str) -> str:
 
 
 class VideoSession(ABC):
-    """A video that was read, to be asked about; made by `VideoQAPipeline.watch`.
+    """A video that was read and can be asked about; made by `VideoQAPipeline.watch`.
 
     Attributes
     ----------
@@ -158,7 +157,7 @@ class VideoSession(ABC):
         """Answer a question that says something."""
 
     def _prompt(self, engine: Engine, numbers: Sequence[int] | None = None) -> VideoPrompt:
-        """The prompt for frames at these places of the sample, by default all."""
+        """Return the prompt for some of the sampled frames, by default all."""
         times = self.times if numbers is None else self.times[list(numbers)]
         fps = self.info.fps or 1.0
         # Where the rate varies, the numbers that the frames would have at the mean rate: processors divide by it.
@@ -177,7 +176,7 @@ class VideoSession(ABC):
         windows: Sequence[tuple[int, int, int]],
         captions: Sequence[str] = (),
     ) -> VideoAnswer:
-        """What was said; the first answer pays for reading, those after it re-use what is `reusable`."""
+        """Make the answer; the first one includes the time of reading, later ones re-use what is `reusable`."""
         new = generated[:, prompt_length:]
         text: str = self.pipeline.processor.batch_decode(new, skip_special_tokens=True)[0]
         reading = self.seconds if not self.asked else dict.fromkeys(self.seconds, 0.0)
@@ -196,12 +195,12 @@ class VideoSession(ABC):
 
 
 class _Streamed(VideoSession):
-    """The compressed video lies in a cache that every question continues."""
+    """A compressed video in a cache that every question continues."""
 
     def _read(self, windows: Iterator[np.ndarray[Any, Any]], bar: Any) -> None:
         pipeline = self.pipeline
-        with pipeline._engine() as engine:
-            self.watched: Watched = watch(
+        with pipeline.compressing() as engine:
+            self.video: ReadVideo = read_video(
                 engine,
                 self._prompt(engine),
                 windows,
@@ -209,33 +208,33 @@ class _Streamed(VideoSession):
                 pipeline.budget,
                 None if bar is None else bar.update,
             )
-        self.seconds = self.watched.seconds
+        self.seconds = self.video.seconds
 
     def _ask(self, question: str) -> VideoAnswer:
-        pipeline, watched = self.pipeline, self.watched
-        ids = watched.prompt.ids(question)
-        if not torch.equal(ids[:, : watched.prefix.shape[1]], watched.prefix):
+        pipeline, video = self.pipeline, self.video
+        ids = video.prompt.ids(question)
+        if not torch.equal(ids[:, : video.prefix.shape[1]], video.prefix):
             raise InputError("The chat template writes the question before the video, so nothing could be read ahead.")
-        with pipeline._engine() as engine, torch.no_grad():
-            cache = deepcopy(watched.cache)
+        with pipeline.compressing() as engine, torch.no_grad():
+            cache = deepcopy(video.cache)
             record = record_of(cache)
             if record is not None:
-                record.lease = engine.lease  # the cache outlives the engine that filled it; this one is its equal
+                record.owner = engine.owner  # the cache outlives the engine that filled it, and this one equals that
             stopwatch = _Stopwatch(engine.model.device)
             output = engine.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 # Where the question stands depends on the video, which Qwen's models cannot see any more.
-                position_ids=watched.prompt.positions(ids),
+                position_ids=video.prompt.positions(ids),
                 **{CACHE: cache},
                 max_new_tokens=pipeline.max_new_tokens,
                 do_sample=False,
                 stopping_criteria=StoppingCriteriaList([stopwatch]),
             )
-            report = watched.report(engine, ids)
+            report = video.report(engine, ids)
         reusable = ("features", "compressed KV prefix")
         return self._answer(
-            question, output, ids.shape[1], stopwatch, report=report, reusable=reusable, windows=watched.windows
+            question, output, ids.shape[1], stopwatch, report=report, reusable=reusable, windows=video.windows
         )
 
 
@@ -253,13 +252,13 @@ class _Whole(VideoSession):
         began = time.perf_counter()
         (self.frames,) = windows
         self.seconds = {"decode": time.perf_counter() - began}
-        self._encoded: dict[str, Any] = {}
+        self._memory = EncoderMemory()
         if bar is not None:
             bar.update(len(self.frames))
 
     def _ask(self, question: str) -> VideoAnswer:
         pipeline = self.pipeline
-        with pipeline._engine() as engine, torch.no_grad():
+        with pipeline.compressing() as engine, torch.no_grad():
             prompt = self._prompt(engine)
             began = time.perf_counter()
             frames, numbers = prompt.whole_steps(self.frames, prompt.frames)
@@ -274,7 +273,7 @@ class _Whole(VideoSession):
             inputs = inputs.to(engine.model.device, engine.model.dtype)
             self.seconds["process"] = time.perf_counter() - began
             stopwatch = _Stopwatch(engine.model.device)
-            with _remembered(engine, "image" if prompt.as_images else "video", self._encoded):
+            with engine.remember(self._memory):
                 output = engine.model.generate(
                     **inputs,
                     max_new_tokens=pipeline.max_new_tokens,
@@ -290,7 +289,7 @@ class _Whole(VideoSession):
 
 
 class _Captioned(VideoSession):
-    """Every window in a sentence; the question is put to the sentences.
+    """One sentence per window; questions are asked about the sentences.
 
     References
     ----------
@@ -317,12 +316,12 @@ class _Captioned(VideoSession):
     def _ask(self, question: str) -> VideoAnswer:
         pipeline = self.pipeline
         lines = "\n".join(self.captions)
-        told = f"These sentences describe consecutive clips of a video.\n{lines}\n{question}"
-        content = [{"type": "text", "text": told}]
+        text = f"These sentences describe consecutive clips of a video.\n{lines}\n{question}"
+        content = [{"type": "text", "text": text}]
         chat = pipeline.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        with pipeline._engine() as engine, torch.no_grad():
+        with pipeline.compressing() as engine, torch.no_grad():
             inputs = pipeline.processor(text=[chat], return_tensors="pt").to(engine.model.device)
             stopwatch = _Stopwatch(engine.model.device)
             output = engine.model.generate(
@@ -351,7 +350,7 @@ SESSIONS: Mapping[str, Callable[..., VideoSession]] = {
 
 
 class _Stopwatch(StoppingCriteria):
-    """Never stops anything; notes when the first and the last token came."""
+    """Note when the first and the last token came; never stop generation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -366,22 +365,3 @@ class _Stopwatch(StoppingCriteria):
 
     def seconds(self) -> dict[str, float]:
         return {"first_token": self.marks[0] - self.began, "generate": self.marks[-1] - self.marks[0]}
-
-
-@contextmanager
-def _remembered(engine: Engine, modality: str, memory: dict[str, Any]) -> Iterator[None]:
-    """Encode once, whatever the number of calls of `generate` with the same pixels."""
-    base, name = engine.adapter.base, f"get_{modality}_features"
-    original = base.__dict__[name]  # the engine's own wrapper
-
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        if "output" not in memory:
-            memory["output"] = original(*args, **kwargs)
-        engine._encoded[modality] = memory["output"]._vtc_encoded
-        return memory["output"]
-
-    base.__dict__[name] = functools.update_wrapper(encode, original)  # transformers reads its signature
-    try:
-        yield
-    finally:
-        base.__dict__[name] = original

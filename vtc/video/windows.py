@@ -1,8 +1,8 @@
-"""A video of any length in bounded memory: windows of frames are encoded and cut, and only what stays is read.
+"""A video of any length in bounded memory: windows of frames are encoded, and only the tokens that stay are kept.
 
-`watch` drives an installed engine. Per window it makes pixels, runs the tower, lets the method choose and holds on to
-the kept features alone; then the language model reads these, at the positions that they have in the full prompt, into a
-cache that any number of questions can continue.
+`read_video` drives an installed engine. Per window it makes pixels, runs the tower, lets the method choose and keeps
+the chosen features alone; then the language model reads these, at the positions that they have in the full prompt, into
+a cache that any number of questions can continue.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from transformers.cache_utils import DynamicCache
 
 from vtc.budget import check_budget, largest_remainder
 from vtc.config import CompressionConfig
-from vtc.core.context import Grid, Need, grid_origin
+from vtc.core.grids import Grid
 from vtc.core.selection import Selection
-from vtc.engine.append import feed
+from vtc.core.signals import Signal
+from vtc.core.sites import BeforeDecoder
+from vtc.engine.append import append
+from vtc.engine.choose import choose
+from vtc.engine.encoder import Encoded
 from vtc.engine.engine import Engine
-from vtc.engine.plan import PlannedStage
-from vtc.engine.prompt import Encoded, Segment
+from vtc.engine.prompt import Segment
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.report.report import Report, SegmentReport
 from vtc.video.prompt import VideoPrompt
 
-__all__ = ["TEXT_NEEDS", "VideoBudget", "Watched", "watch"]
-
-TEXT_NEEDS = frozenset({Need.TEXT_EMBEDS, Need.TEXT_ATTENTION, Need.CLIP_RELEVANCE})
+__all__ = ["ReadVideo", "VideoBudget", "read_video", "streams"]
 
 
 @dataclass(frozen=True)
 class VideoBudget:
-    """How many tokens of a video stay; exactly one of the four is given.
+    """Budget of a video; exactly one of the four is given.
 
     Attributes
     ----------
@@ -73,20 +74,21 @@ class VideoBudget:
         return self.per_window is None and self.per_frame is None
 
     def shares(self, frames: Sequence[int]) -> list[int | None]:
-        """Tokens per window of so many frames each; None where the configuration's own ratio holds."""
+        """Return the tokens of each window, given its frames; None where the configuration's own ratio holds."""
         if self.keep_tokens is not None:
             return [*largest_remainder(self.keep_tokens, frames)]
         return [self.per_window] * len(frames)
 
-    def config(self, method: str, seed: int, structural: str, options: dict[str, Any]) -> CompressionConfig:
-        """What the engine is installed with; counts of windows replace its own as they come."""
-        count = self.keep_tokens or self.per_window or self.per_frame
-        return CompressionConfig(method, self.keep_ratio, count, structural=structural, seed=seed, options=options)
+    def config(self, method: str, **arguments: Any) -> CompressionConfig:
+        """Return the configuration of the engine; counts of windows replace its budget as they come."""
+        return CompressionConfig(
+            method, self.keep_ratio, self.keep_tokens or self.per_window or self.per_frame, **arguments
+        )
 
 
 @dataclass(eq=False)
 class _Piece:
-    """What is left of one window: `rows` of it are in the prompt, of which `kept` (K,) stay with these features."""
+    """The kept tokens of one window: `rows` tokens are in the prompt, `kept` (K,) of them stay with these features."""
 
     rows: int
     kept: torch.Tensor
@@ -97,11 +99,12 @@ class _Piece:
     structural: torch.Tensor
 
 
-class _Shelf:
-    """Where pieces are put: side by side in a few blocks of memory.
+class _Arena:
+    """A few blocks of memory that pieces are copied into, side by side.
 
-    A piece is small and stays, the tensors of the window around it are large and go. Left where it was made, it would
-    keep the C library from giving that memory back or using it for the next window: of an hour, 3 MiB pinned 300.
+    A piece is small and stays, the tensors of the window around it are large and are freed. Left where it was
+    allocated, it would keep the C library from returning that memory or using it for the next window: of an hour of
+    video, 3 MiB of pieces held 300 MiB.
     """
 
     _BLOCK = 1 << 22
@@ -111,31 +114,30 @@ class _Shelf:
         self._used = 0
 
     def put(self, piece: _Piece) -> _Piece:
-        """The same piece in its place; what is on a GPU has an allocator that does this by itself."""
+        """Copy a piece; tensors on a GPU have an allocator that does this by itself."""
         selection = piece.selection
-        merged = (None if part is None else self._placed(part) for part in (selection.assign, selection.weight))
+        merged = (None if part is None else self._copied(part) for part in (selection.assign, selection.weight))
         return replace(
             piece,
-            kept=self._placed(piece.kept),
-            features=self._placed(piece.features),
-            planes=[self._placed(plane) for plane in piece.planes],
-            structural=self._placed(piece.structural),
-            selection=Selection(selection.n, self._placed(selection.keep), *merged),
+            kept=self._copied(piece.kept),
+            features=self._copied(piece.features),
+            planes=[self._copied(plane) for plane in piece.planes],
+            structural=self._copied(piece.structural),
+            selection=Selection(selection.n, self._copied(selection.keep), *merged),
         )
 
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "cpu":
             return tensor
         start = -(-self._used // 64) * 64
         if start + tensor.nbytes > len(self._block):
             start, self._block = 0, torch.empty(max(self._BLOCK, tensor.nbytes), dtype=torch.uint8)
         self._used = start + tensor.nbytes
-        place = self._block[start : self._used].view(tensor.dtype).view(tensor.shape)
-        return place.copy_(tensor)
+        return self._block[start : self._used].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @dataclass(eq=False)
-class Watched:
+class ReadVideo:
     """A compressed video in a cache.
 
     Attributes
@@ -161,44 +163,26 @@ class Watched:
 
     def report(self, engine: Engine, ids: torch.Tensor) -> Report:
         """As `vtc.report`, of this video and one question's prompt (1, P)."""
-        import transformers
-
         before = ids.shape[1]
         after = before - self.segment.tokens_before + self.segment.tokens_after
-        return Report.build(
-            configs=engine.configs,
-            model_type=engine.model.config.model_type,
-            text_config=engine.text_config,
-            segments=[self.segment],
-            lengths_before=[before],
-            lengths_per_layer=[[after]] * engine.text_config.num_hidden_layers,
-            selector_ms=1e3 * self.seconds["select"],
-            dtype=engine.model.dtype,
-            transformers_version=transformers.__version__,
-        )
+        lengths = [[after]] * engine.plan.shape.decoder_layers
+        return engine.build_report([self.segment], [before], lengths, 1e3 * self.seconds["select"])
 
 
-def refuse_unless_streamable(engine: Engine) -> None:
-    """Raise `UnsupportedMethodError` where a method looks at the text or works inside the decoder."""
-    needs = {need for stage in engine.before for need in stage.requires & TEXT_NEEDS}
-    if engine.inside or needs:
-        why = "removes tokens inside the decoder" if engine.inside else "looks at the question"
-        raise UnsupportedMethodError(
-            f"{' then '.join(config.method for config in engine.configs)} {why}, so it must see the whole video and "
-            "the question at once: raise window= to the number of frames, or choose a method that works before the "
-            "decoder and without the text"
-        )
+def streams(engine: Engine) -> bool:
+    """Tell whether the methods need neither the text nor the decoder, so that a video can be read in windows."""
+    return not engine.plan.in_decoder and not engine.plan.reads_text
 
 
 @torch.no_grad()
-def watch(
+def read_video(
     engine: Engine,
     prompt: VideoPrompt,
     windows: Iterable[np.ndarray[Any, Any]],
     size: int,
     budget: VideoBudget,
     progress: Any = None,
-) -> Watched:
+) -> ReadVideo:
     """Read a video into a cache.
 
     Parameters
@@ -215,12 +199,18 @@ def watch(
     progress : callable, optional
         Called with the number of frames after every window.
     """
-    refuse_unless_streamable(engine)
+    if not streams(engine):
+        methods = " then ".join(config.method for config in engine.plan.configs)
+        why = "removes tokens inside the decoder" if engine.plan.in_decoder else "looks at the question"
+        raise UnsupportedMethodError(
+            f"{methods} {why}, so it must see the whole video and the question at once: raise window= to the number of "
+            "frames, or choose a method that works before the decoder and without the text"
+        )
     numbers = [prompt.frames[start : start + size] for start in range(0, len(prompt.frames), size)]
     shares = budget.shares([len(window) for window in numbers])
     seconds = dict.fromkeys(("decode", "process", "encode", "select", "prefill"), 0.0)
     pieces: list[_Piece] = []
-    shelf = _Shelf()
+    arena = _Arena()
     clock = _Clock(seconds, engine.model.device)
     for number, frames in enumerate(windows):
         clock.lap("decode")
@@ -229,19 +219,19 @@ def watch(
         output = prompt.encode(made)
         clock.lap("encode")
         last = number == len(numbers) - 1
-        pieces.append(shelf.put(_cut(engine, output, budget, shares[number], last)))
+        pieces.append(arena.put(_select(engine, output, budget, shares[number], last)))
         clock.lap("select")
         if progress is not None:
             progress(len(frames))
     ids = prompt.ids("?")
-    watched = _read(engine, prompt, pieces, ids, [len(window) for window in numbers])
+    read = _read(engine, prompt, pieces, ids, [len(window) for window in numbers])
     clock.lap("prefill")
-    watched.seconds = seconds
-    return watched
+    read.seconds = seconds
+    return read
 
 
 class _Clock:
-    """Adds what passes between laps to named sums."""
+    """Add the time between laps to named sums."""
 
     def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
         self.seconds, self.device = seconds, device
@@ -255,20 +245,21 @@ class _Clock:
         self.began = now
 
 
-def _cut(engine: Engine, output: Any, budget: VideoBudget, share: int | None, last: bool) -> _Piece:
+def _select(engine: Engine, output: Any, budget: VideoBudget, share: int | None, last: bool) -> _Piece:
     """Let the method choose among the tokens of one window, and keep nothing else."""
-    encoded: Encoded = output._vtc_encoded
-    engine._encoded.clear()
+    encoded: Encoded = engine.encoded(output)
     structural = encoded.layout.structural
     marks = structural.nonzero()[:, 0].tolist()
     if not last and marks == [len(structural) - 1]:
         structural = structural[:-1]  # a newline that ends a video ends the last window only
     rows = len(structural)
-    (t, h, w), *others = encoded.layout.grids[0] * ((rows // encoded.layout.unit) if _untold(encoded) else 1)
+    # Where the layout leaves it to the prompt how many tiles, here frames, belong together.
+    units = rows // encoded.layout.unit if encoded.layout.lengths is None else 1
+    (t, h, w), *others = encoded.layout.grids[0] * units
     grid: Grid = (t * (1 + len(others)), h, w)
     scorable = (~structural).nonzero()[:, 0]
     features = encoded.features[scorable]
-    needs = {need: value[scorable] for need, value in encoded.needs.items()}
+    signals = {signal: value[scorable] for signal, value in encoded.signals.items()}
 
     chosen: list[Selection] = []
     parts: list[torch.Tensor] = []
@@ -278,17 +269,17 @@ def _cut(engine: Engine, output: Any, budget: VideoBudget, share: int | None, la
         selection, merged = _choose(
             engine,
             features[place],
-            {need: value[place] for need, value in needs.items()},
+            {signal: value[place] for signal, value in signals.items()},
             (step // (h * w), h, w),
             int(structural.sum()),
             share,
         )
         chosen.append(selection)
         parts.append(merged)
-    selection = _joined(chosen)
+    selection = Selection.concatenate(chosen)
     kept = scorable[selection.keep.to(scorable.device)]
     rows_of_kept = torch.cat(parts)
-    if len(kept) and engine.structural == "keep" and bool(structural.any()):
+    if len(kept) and engine.plan.structural == "keep" and bool(structural.any()):
         extra = structural.nonzero()[:, 0]
         kept, order = torch.cat([kept, extra]).sort()
         rows_of_kept = torch.cat([rows_of_kept, encoded.features[extra].to(rows_of_kept.dtype)])[order]
@@ -299,26 +290,18 @@ def _cut(engine: Engine, output: Any, budget: VideoBudget, share: int | None, la
     return _Piece(rows, kept, rows_of_kept.to(engine.model.dtype), planes, grid, selection, structural)
 
 
-def _untold(encoded: Encoded) -> bool:
-    """Whether the layout leaves it to the prompt how many tiles, here frames, belong together."""
-    return encoded.layout.lengths is None
-
-
 def _choose(
     engine: Engine,
     features: torch.Tensor,
-    needs: dict[Need, torch.Tensor],
+    signals: dict[Signal, torch.Tensor],
     grid: Grid,
     structural: int,
     share: int | None,
 ) -> tuple[Selection, torch.Tensor]:
-    """Selection among (n, D) features by all stages before the decoder, and the features that stay."""
+    """Select among (n, D) features by all stages before the decoder; return the features that stay too."""
     n = len(features)
     if share == 0:
         return Selection(n, torch.zeros(0, dtype=torch.long, device=features.device)), features[:0]
-    columns = torch.arange(n, device=features.device)
-    if any(Need.ORIGIN in stage.requires for stage in engine.before):
-        needs = {**needs, Need.ORIGIN: grid_origin((grid,), features.device)}
     segment = Segment(
         row=0,
         index=0,
@@ -327,42 +310,21 @@ def _choose(
         grids=(grid,),
         structural=(torch.arange(n + structural, device=features.device) >= n),
         features=features,
-        needs=needs,
-        alive=columns,
+        signals=signals,
+        kept=torch.arange(n, device=features.device),
     )
-    for stage in engine.before:
-        engine._select(_with_count(stage, share), segment, {})
+    segment.add_grid_signals(engine.plan.signals)
+    for stage in engine.plan.before_decoder:
+        choose(stage.with_tokens(share), segment, structural=engine.plan.structural)
     whole = Selection.full(n, features.device)
     for _, selection in segment.selections:
         whole = whole.then(selection)
     return whole, segment.features
 
 
-def _with_count(stage: PlannedStage, share: int | None) -> PlannedStage:
-    if share is None:
-        return stage
-    return replace(stage, config=replace(stage.config, keep_ratio=None, keep_tokens=share))
-
-
-def _joined(parts: Sequence[Selection]) -> Selection:
-    """Selections of consecutive tokens as one."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.cumsum([0, *(part.n for part in parts)]).tolist()
-    keep = torch.cat([part.keep + start for part, start in zip(parts, starts, strict=False)])
-    if all(part.assign is None for part in parts):
-        return Selection(starts[-1], keep)
-    slots = np.cumsum([0, *(part.k for part in parts)]).tolist()
-    assigned = []
-    for part, slot in zip(parts, slots, strict=False):
-        own = part._assign()
-        assigned.append(torch.where(own >= 0, own + slot, own))
-    return Selection(starts[-1], keep, torch.cat(assigned), torch.cat([part._weight() for part in parts]))
-
-
 def _read(
     engine: Engine, prompt: VideoPrompt, pieces: Sequence[_Piece], ids: torch.Tensor, frames: Sequence[int]
-) -> Watched:
+) -> ReadVideo:
     """Put text and pieces into a new cache, up to the end of the video."""
     where = (ids[0] == prompt.token_id).nonzero()[:, 0]
     rows = sum(piece.rows for piece in pieces)
@@ -387,9 +349,9 @@ def _read(
     embeds[visual] = torch.cat([piece.features for piece in pieces]).to(embeds)
     planes = [torch.cat(layer).to(embeds) for layer in zip(*(piece.planes for piece in pieces), strict=True)]
     cache = DynamicCache(config=engine.text_config)
-    feed(engine, cache, embeds[None], keep, positions, visual=visual[None], deepstack=planes)
+    append(engine, cache, embeds[None], keep, positions, visual=visual[None], deepstack=planes)
 
-    selection = _joined([piece.selection for piece in pieces])
+    selection = Selection.concatenate([piece.selection for piece in pieces])
     structural = torch.cat([piece.structural for piece in pieces])
     t = sum(piece.grid[0] for piece in pieces)
     segment = SegmentReport(
@@ -400,8 +362,8 @@ def _read(
         tokens_after=len(kept),
         structural=int(structural.sum()),
         grids=((t, *pieces[0].grid[1:]),),
-        selections=((None, selection),),
+        selections=((BeforeDecoder(), selection),),
         kept=kept,
     )
     counts = [(count, piece.rows, len(piece.kept)) for count, piece in zip(frames, pieces, strict=True)]
-    return Watched(prompt, cache, prefix, segment, counts)
+    return ReadVideo(prompt, cache, prefix, segment, counts)

@@ -1,4 +1,4 @@
-"""What is particular to ToDRE, ATP, AIM and VFlowOpt, beyond their golden vectors."""
+"""ToDRE, ATP, AIM and VFlowOpt, which work at several sites, beyond their golden vectors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtc import kernels
-from vtc.core.context import Grid, Need, VisualContext, grid_coords, grid_origin
+from vtc.core.context import VisualContext
+from vtc.core.grids import Grid, grid_coords
+from vtc.core.observations import TokenGrids
 from vtc.core.selection import Selection
+from vtc.core.signals import ClsAttention, Origin, VisionKeys
+from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
+from vtc.core.stage import ModelShape, Stage
 from vtc.errors import ConfigError
 from vtc.functional import select
 from vtc.registry import get_selector
@@ -21,6 +26,7 @@ from vtc.selectors import AimSelector, AtpSelector, VFlowOptSelector
 from vtc.selectors.aim import retained
 from vtc.selectors.atp import (
     AtpModule,
+    ModalityAttention,
     depth_loss,
     load_modules,
     redundancy_score,
@@ -30,10 +36,16 @@ from vtc.selectors.atp import (
     target_loss,
 )
 from vtc.selectors.schedule import at_depth, average_kept, stretches
+from vtc.selectors.todre import AttentionExchange
+from vtc.selectors.vflowopt import PRESETS, ContextRelevance, PixelEntropy
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sites(stages: tuple[Stage, ...]) -> list[Site]:
+    return [stage.site for stage in stages]
 
 
 def shares(n: int, seed: int = 0) -> torch.Tensor:
@@ -96,8 +108,8 @@ def test_schedule_arithmetic() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(4, 96), st.floats(0.02, 1.0))
 def test_vflowopt_stages_average_to_any_budget(depth: int, keep_ratio: float) -> None:
-    stages = VFlowOptSelector().resolve(depth, keep_ratio).stages(depth, keep_ratio)
-    layers = [stage.layer for stage in stages if stage.layer is not None]
+    stages = VFlowOptSelector().resolve(ModelShape(depth), keep_ratio).stages(ModelShape(depth), keep_ratio)
+    layers = [stage.site.layer for stage in stages if isinstance(stage.site, DecoderLayer)]
     assert all(stage.keep is not None and 0 < stage.keep <= 1 for stage in stages)
     average = average_kept([stage.keep or 0.0 for stage in stages], stretches(layers, depth))
     assert average == pytest.approx(keep_ratio, abs=1e-6)
@@ -106,26 +118,29 @@ def test_vflowopt_stages_average_to_any_budget(depth: int, keep_ratio: float) ->
 def test_vflowopt_impossible_budgets_are_refused() -> None:
     for options in ({"r1": 0.1}, {"r1": 1.0, "r2": 1.0}, {"r1": 0.9, "r2": 0.9, "r3": 0.9}, {"r1": 0.0}):
         with pytest.raises(ConfigError, match=r"do not keep 0\.5 of the tokens on average over 9 \+ 9 \+ 10 layers"):
-            VFlowOptSelector(**options).resolve(28, 0.5)
+            VFlowOptSelector(**options).resolve(ModelShape(28), 0.5)
     with pytest.raises(ConfigError, match="needs keep_ratio, not keep_tokens"):
-        VFlowOptSelector().resolve(28, None)
+        VFlowOptSelector().resolve(ModelShape(28), None)
     with pytest.raises(ConfigError, match=r"layers=\(9, 28\), but the decoder has layers 0 to 27"):
-        VFlowOptSelector(layers=(9, 28)).resolve(28, 0.5)
+        VFlowOptSelector(layers=(9, 28)).resolve(ModelShape(28), 0.5)
 
 
 def test_vflowopt_keeping_everything_is_one_stage() -> None:
-    (stage,) = VFlowOptSelector().resolve(28, 1.0).stages(28, 1.0)
-    assert (stage.layer, stage.keep) == (None, 1.0)
+    (stage,) = VFlowOptSelector().resolve(ModelShape(28), 1.0).stages(ModelShape(28), 1.0)
+    assert (stage.site, stage.keep) == (BeforeDecoder(), 1.0)
 
 
 def test_vflowopt_entropy_is_asked_for_only_if_it_counts() -> None:
-    assert VFlowOptSelector().stages()[0].requires == {Need.CONTEXT_RELEVANCE}
-    assert VFlowOptSelector(alpha=-0.1).stages()[0].requires == {Need.CONTEXT_RELEVANCE, Need.ENTROPY}
-    assert VFlowOptSelector().parameters(Need.CONTEXT_RELEVANCE)["reduction"] == "sum"
-    assert VFlowOptSelector(variant="released", t=3).parameters(Need.CONTEXT_RELEVANCE) == {
-        "t": 3,
-        "reduction": "mean",
-    }
+    (relevance,) = VFlowOptSelector().stages()[0].requires
+    assert relevance == ContextRelevance(t=PRESETS[0.25].t, reduction="sum")
+    pixels = {"mean": (0.4, 0.5, 0.6), "std": 0.25}
+    assert VFlowOptSelector(alpha=-0.1, **pixels).stages()[0].requires == (relevance, PixelEntropy(**pixels))
+    assert VFlowOptSelector(variant="released", t=3).stages()[0].requires == (ContextRelevance(t=3, reduction="mean"),)
+    for vision_layer, layers in ((None, (22,)), (3, (3,))):
+        stages = VFlowOptSelector(vision_layer=vision_layer).stages(ModelShape(28, 24, 22), 0.5)
+        assert all(signal.vision_layers(24, 22) == layers for stage in stages for signal in stage.requires)
+    with pytest.raises(ConfigError, match="vision_layer=24, but the tower has layers 0 to 23"):
+        VFlowOptSelector(vision_layer=24).stages(ModelShape(28, 24, 22), 0.5)
 
 
 def recycled(scores: torch.Tensor, grids: tuple[Grid, ...], budget: int, cell: float, **options: Any) -> Selection:
@@ -165,7 +180,7 @@ def test_vflowopt_weights_are_shares_of_importance() -> None:
     assert even.weight.tolist() == [0.25] * 4, "a cell of no importance is averaged"
 
 
-def test_vflowopt_does_not_merge_videos_or_where_told_not_to() -> None:
+def test_vflowopt_does_not_merge_videos_or_without_recycling() -> None:
     scores = shares(16)
     best = kernels.topk_indices(scores, 6)
     for grids, options in ((((4, 2, 2),), {}), (((1, 4, 4),), {"recycle": False})):
@@ -174,22 +189,22 @@ def test_vflowopt_does_not_merge_videos_or_where_told_not_to() -> None:
         assert torch.equal(selection.keep, best)
 
 
-def test_vflowopt_leaves_images_in_company_unmerged() -> None:
+def test_vflowopt_leaves_several_images_unmerged() -> None:
     scores = shares(16)
     best = kernels.topk_indices(scores, 6).sort().values
-    alone, together, told = (
+    alone, together, forced = (
         recycled(scores, ((1, 4, 4),), 6, 2.0, **options)
-        for options in ({}, {"companions": 1}, {"companions": 1, "recycle": True})
+        for options in ({}, {"other_visuals": 1}, {"other_visuals": 1, "recycle": True})
     )
     assert together.assign is None
     assert torch.equal(together.keep, best)
     assert alone.assign is not None
-    assert told.assign is not None
-    # 16 + 2 newlines: alone 18 are counted, in company 16.
+    assert forced.assign is not None
+    # 16 + 2 newlines: alone 18 are counted, beside another image 16.
     ratio = {"keep_ratio": 0.3, "variant": "released", "recycle": False, "structural": 2}
     counts = [
-        select("vflowopt", context_relevance=scores, grid_thw=(1, 4, 4), companions=companions, **ratio).k
-        for companions in (0, 1)
+        select("vflowopt", context_relevance=scores, grid_thw=(1, 4, 4), other_visuals=other_visuals, **ratio).k
+        for other_visuals in (0, 1)
     ]
     assert counts == [16 - round(18 * 0.7), 16 - round(16 * 0.7)]
 
@@ -289,24 +304,37 @@ def test_aim_compares_images_by_keys_and_frames_by_themselves() -> None:
 def test_aim_schedules() -> None:
     assert [retained(98, rate / 8) for rate in range(8, -1, -1)] == [98, 85, 73, 61, 49, 36, 24, 12, 0]
     assert retained(10, 1 - 7 / 10) == 3, "0.3 * 10 falls short of 3 in its last bits only"
-    for depth, places in ((28, (14, 22)), (32, (13, 21)), (36, (18, 28)), (4, (2, 3)), (2, (1, 2))):
-        selector = AimSelector().resolve(depth, 0.25)
-        assert (selector.l1, selector.l2) == places
-    assert AimSelector(l1=20).resolve(28, 0.25).l2 == 22
-    assert AimSelector(l1=25).resolve(28, 0.25).l2 == 26
-    assert [stage.layer for stage in AimSelector(l1=21, l2=29).stages(28, 0.25)] == [None, *range(22, 28)]
-    assert AimSelector().stages(28, 1.0) == AimSelector(prune=False).stages(28, 0.25) == AimSelector().stages()
+    for depth, layers in ((28, (14, 22)), (32, (13, 21)), (36, (18, 28)), (4, (2, 3)), (2, (1, 2))):
+        selector = AimSelector().resolve(ModelShape(depth), 0.25)
+        assert (selector.l1, selector.l2) == layers
+    assert AimSelector(l1=20).resolve(ModelShape(28), 0.25).l2 == 22
+    assert AimSelector(l1=25).resolve(ModelShape(28), 0.25).l2 == 26
+    inside = [DecoderLayer(layer) for layer in range(22, 28)]
+    assert sites(AimSelector(l1=21, l2=29).stages(ModelShape(28), 0.25)) == [BeforeDecoder(), *inside]
+    assert (
+        AimSelector().stages(ModelShape(28), 1.0)
+        == AimSelector(prune=False).stages(ModelShape(28), 0.25)
+        == AimSelector().stages()
+    )
     with pytest.raises(ConfigError, match="give l1 and l2"):
         AimSelector().rate(14)
 
 
 def test_aim_keys_come_from_the_layer_that_reads_the_features() -> None:
-    assert AimSelector(metric="keys").vision_layers(24, 22) == (23,)
-    assert AimSelector(metric="keys").vision_layers(26, 25) == (25,)
-    assert AimSelector(metric="keys", key_layer=3).vision_layers(24, 22) == (3,)
-    assert AimSelector(metric="features").vision_layers(24, 22) == ()
+    def layers(depth: int, feature_layer: int, **options: Any) -> list[tuple[int, ...]]:
+        stage = AimSelector(**options).stages(ModelShape(32, depth, feature_layer), 0.25)[0]
+        assert all(isinstance(signal, VisionKeys) for signal in stage.requires)
+        return [signal.vision_layers(depth, feature_layer) for signal in stage.requires]
+
+    assert layers(24, 22, metric="keys") == [(23,)]
+    assert layers(26, 25, metric="keys") == [(25,)]
+    assert layers(24, 22, metric="keys", key_layer=3) == [(3,)]
+    assert layers(24, 22, metric="features") == []
     with pytest.raises(ConfigError, match="key_layer=24, but the tower has layers 0 to 23"):
-        AimSelector(metric="keys", key_layer=24).vision_layers(24, 22)
+        layers(24, 22, metric="keys", key_layer=24)
+    for metric, modalities in (("released", ("image",)), ("keys", ("image", "video"))):
+        (signal,) = AimSelector(metric=metric).stages()[0].requires
+        assert [signal.wanted_of(modality) for modality in ("image", "video")] == [True, len(modalities) == 2]
 
 
 # --- todre -----------------------------------------------------------------------------------------------------------
@@ -350,13 +378,19 @@ def test_todre_pivots() -> None:
 
 
 def test_todre_stages() -> None:
-    assert [stage.layer for stage in get_selector("todre").stages(32, 0.1)] == [None, 28]
-    assert [stage.layer for stage in get_selector("todre").stages(28, 0.1)] == [None, 24]
-    for stages in (get_selector("todre").stages(32, 1.0), get_selector("todre", tau=0).stages(32, 0.1)):
-        assert [stage.layer for stage in stages] == [None]
-    assert get_selector("todre").vision_layers(24, 22) == (23,)
-    assert get_selector("todre", pivot="center").vision_layers(24, 22) == ()
-    assert get_selector("todre", pivot="center").stages()[0].requires == frozenset()
+    for depth, layer in ((32, 28), (28, 24)):
+        stages = get_selector("todre").stages(ModelShape(depth), 0.1)
+        assert sites(stages) == [BeforeDecoder(), DecoderLayer(layer)]
+        assert stages[1].requires == (AttentionExchange(),)
+    for stages in (
+        get_selector("todre").stages(ModelShape(32), 1.0),
+        get_selector("todre", tau=0).stages(ModelShape(32), 0.1),
+    ):
+        assert sites(stages) == [BeforeDecoder()]
+    (signal,) = get_selector("todre").stages()[0].requires
+    assert isinstance(signal, ClsAttention)
+    assert signal.vision_layers(24, 22) == (23,)
+    assert get_selector("todre", pivot="center").stages()[0].requires == ()
 
 
 @pytest.mark.parametrize(("exchange", "left"), [((0.05, 0.0), 0), ((0.05, 0.2), 6), ((0.1, 0.0), 6), ((0.3, 0.3), 6)])
@@ -366,8 +400,8 @@ def test_todre_leaves_only_if_both_ratios_are_low(exchange: tuple[float, float],
         budget=6,
         generator=torch.Generator(),
         grids=((1, 2, 3),),
-        layer_idx=28,
-        attention_exchange=torch.tensor(exchange),
+        site=DecoderLayer(28),
+        signals={AttentionExchange(): torch.tensor(exchange)},
     )
     assert get_selector("todre").select(context).k == left
 
@@ -403,16 +437,17 @@ def test_atp_relative_scale_adapts_to_the_picture() -> None:
     assert kept == [3, 15]
 
 
-def test_atp_places_by_depth_and_their_own_thresholds() -> None:
-    assert AtpSelector().resolve(32, 0.5).layers == (4, 14, 24)
-    assert AtpSelector().resolve(28, 0.5).layers == (3, 12, 21)
-    assert AtpSelector().resolve(4, 0.5).layers == (0, 1, 2)
-    stages = AtpSelector().stages(32, 0.5)
-    assert [(stage.layer, stage.keep) for stage in stages] == [(5, None), (15, 1.0), (25, 1.0)]
-    assert AtpSelector().stages(32, 1.0) == ()
+def test_atp_layers_by_depth_and_their_own_thresholds() -> None:
+    assert AtpSelector().resolve(ModelShape(32), 0.5).layers == (4, 14, 24)
+    assert AtpSelector().resolve(ModelShape(28), 0.5).layers == (3, 12, 21)
+    assert AtpSelector().resolve(ModelShape(4), 0.5).layers == (0, 1, 2)
+    stages = AtpSelector().stages(ModelShape(32), 0.5)
+    assert sites(stages) == [DecoderLayer(5), DecoderLayer(15), DecoderLayer(25)]
+    assert [stage.keep for stage in stages] == [None, 1.0, 1.0]
+    assert AtpSelector().stages(ModelShape(32), 1.0) == ()
     with pytest.raises(ConfigError, match="theta_r has 2 values for the 3 layers"):
-        AtpSelector(theta_r=(0.1, 0.2)).resolve(32, 0.5)
-    selector = AtpSelector(theta_r=(0.0, 0.5, 1.0), theta_s=1.0).resolve(32, 0.5)
+        AtpSelector(theta_r=(0.1, 0.2)).resolve(ModelShape(32), 0.5)
+    selector = AtpSelector(theta_r=(0.0, 0.5, 1.0), theta_s=1.0).resolve(ModelShape(32), 0.5)
     counts = []
     for layer in (5, 15, 25):
         scores = torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -421,18 +456,17 @@ def test_atp_places_by_depth_and_their_own_thresholds() -> None:
             budget=4,
             generator=torch.Generator(),
             grids=((1, 2, 2),),
-            layer_idx=layer,
-            modality_attention=scores.expand(2, -1),
-            origin=grid_origin(((1, 2, 2),)),
+            site=DecoderLayer(layer),
+            signals={ModalityAttention(): scores.expand(2, -1), Origin(): TokenGrids(((1, 2, 2),)).origin()},
         )
         counts.append(selector.select(context).k)
     assert counts == [4, 2, 1]
-    with pytest.raises(ConfigError, match=r"behind decoder layers \(4, 14, 24\), asked on entering layer 6"):
-        selector.select(VisualContext(torch.empty(1, 0), 1, torch.Generator(), ((1, 1, 1),), layer_idx=6))
+    with pytest.raises(ConfigError, match=r"behind decoder layers \(4, 14, 24\), asked at decoder:6"):
+        selector.select(VisualContext(torch.empty(1, 0), 1, torch.Generator(), ((1, 1, 1),), site=DecoderLayer(6)))
 
 
 def test_atp_soft_mask_is_hard_at_one_half() -> None:
-    redundancy, spatial = draw(3, 9).sigmoid(), spatial_score(grid_origin(((1, 3, 3),)), 2)
+    redundancy, spatial = draw(3, 9).sigmoid(), spatial_score(TokenGrids(((1, 3, 3),)).origin(), 2)
     theta_r, theta_s = torch.tensor([0.3, 0.5, 0.7]), torch.tensor([0.1, 0.5, 0.9])
     hard = (redundancy > theta_r[:, None]) | (spatial > theta_s[:, None])
     for temperature in (10.0, 100.0):
@@ -448,7 +482,7 @@ def test_atp_losses() -> None:
 def test_atp_tokens_that_are_gone_are_like_tokens_without_attention() -> None:
     # Training keeps the tokens and zeroes their scores; in use they are not there.
     torch.manual_seed(0)
-    module, origin = AtpModule(grid=4, width=4), grid_origin(((1, 4, 4),))
+    module, origin = AtpModule(grid=4, width=4), TokenGrids(((1, 4, 4),)).origin()
     s_self, s_cross = draw(2, 16).softmax(-1)
     left = draw(16, seed=1) > 0
     zeroed, gone = (s_self * left, s_cross * left), (s_self[left], s_cross[left])
@@ -464,7 +498,7 @@ def test_atp_tokens_that_are_gone_are_like_tokens_without_attention() -> None:
 
 def test_atp_modules_are_differentiable_and_follow_the_origin(tmp_path: Path) -> None:
     module = AtpModule(grid=3, width=4)
-    origin = grid_origin(((1, 3, 3),))
+    origin = TokenGrids(((1, 3, 3),)).origin()
     scores = draw(2, 9).softmax(-1).requires_grad_()
     theta_r, theta_s = module(scores, scores, origin)
     assert theta_r.shape == theta_s.shape == (2,)
@@ -474,7 +508,7 @@ def test_atp_modules_are_differentiable_and_follow_the_origin(tmp_path: Path) ->
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     again, _ = module(scores[:, order], scores[:, order], origin[order])
     torch.testing.assert_close(again, theta_r)
-    larger = grid_origin(((2, 6, 6), (1, 4, 8)))
+    larger = TokenGrids(((2, 6, 6), (1, 4, 8))).origin()
     assert module(shares(len(larger))[None], shares(len(larger))[None], larger)[0].shape == (1,)
 
     path = str(tmp_path / "modules.pt")
@@ -483,7 +517,7 @@ def test_atp_modules_are_differentiable_and_follow_the_origin(tmp_path: Path) ->
     assert torch.equal(loaded(scores, scores, origin)[0], theta_r.detach())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with pytest.raises(ConfigError, match="holds 1 modules for the 3 layers"):
-        AtpSelector(modules=path).resolve(32, 0.5)
+        AtpSelector(modules=path).resolve(ModelShape(32), 0.5)
     selection = atp(shares(9), (1, 3, 3), modules=path, layers=(4,))
     theta_r, theta_s = loaded(shares(9)[None], shares(9)[None], origin)
     expected = (redundancy_score(shares(9), shares(9), "relative") > theta_r) | (spatial_score(origin, 2) > theta_s)

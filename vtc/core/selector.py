@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,16 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.context import Need, Stage, VisualContext
-from ..core.ranges import Range
-from ..core.selection import Selection
 from ..errors import InputError
+from .context import VisualContext
+from .ranges import Range
+from .selection import Selection
+from .signals import Signal
+from .sites import BeforeDecoder, DecoderLayer, Site
+from .stage import ModelShape, Stage
 
 __all__ = ["ScoreSelector", "Selector"]
-
-_TOWER_ATTENTION = frozenset(
-    {Need.CLS_ATTENTION, Need.RECEIVED_ATTENTION, Need.ATTENTION, Need.KEYS, Need.CONTEXT_RELEVANCE}
-)
 
 
 class Selector(ABC):
@@ -38,64 +36,45 @@ class Selector(ABC):
     paper
         Where the method comes from.
     requires
-        What it must be given besides the features. Methods for which this depends on their options override `stages`.
+        Signals that it must be given besides the features. Methods for which this depends on their options override
+        `stages`.
+    sites
+        Kinds of sites where a user may place it with ``at=``, as long as it has one stage and its signals can be read
+        there.
     reads_features
         False if it works without the features. Only `vtc.select` asks, where the caller may have none.
     adaptive
         True if the method itself decides how many tokens stay; the budget is then at most a ceiling.
     instead
-        Options to propose where a model cannot give something that the method needs.
+        Options to propose where a model cannot supply a signal.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    requires: ClassVar[frozenset[Need]] = frozenset()
+    requires: ClassVar[tuple[Signal, ...]] = ()
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer)
     reads_features: ClassVar[bool] = True
     adaptive: ClassVar[bool] = False
-    instead: ClassVar[Mapping[Need, str]] = {}
+    instead: ClassVar[Mapping[type[Signal], str]] = {}
 
-    def stages(self, depth: int | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
-        """Where tokens are removed; by default once, before the language model.
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Return the stages of the method in the order of their sites; by default one, before the language model.
 
         Parameters
         ----------
-        depth
-            Decoder layers of the model; None: no model, only the first stage is asked for.
+        shape
+            Sizes of the model; None: no model, only the first stage is asked for.
         keep_ratio
             Fraction that the configuration keeps; None if it names a count.
         """
         return (Stage(requires=self.requires),)
 
-    def resolve(self, depth: int | None, keep_ratio: float | None) -> Selector:
+    def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> Selector:
         """Settle options that were left open, for one model and budget; by default there are none.
 
-        Parameters as in `stages`. What comes back is asked for the stages, and chooses.
+        Parameters as in `stages`. The result is asked for the stages, and selects.
         """
         return self
-
-    def plan(self, depth: int, keep_ratio: float | None) -> tuple[Stage, ...]:
-        """`stages` on one model; an override may leave out the parameters that its stages do not depend on."""
-        known = inspect.signature(self.stages).parameters
-        given: dict[str, Any] = {"depth": depth, "keep_ratio": keep_ratio}
-        return self.stages(**{name: value for name, value in given.items() if name in known})
-
-    def parameters(self, need: Need) -> Mapping[str, Any]:
-        """Arguments of the computation behind `need`, where it has some."""
-        return {}
-
-    def vision_layers(self, depth: int, feature_layer: int) -> tuple[int, ...]:
-        """Layers of the vision tower (0-based) whose attention or keys the method wants, in the order it wants them.
-
-        Parameters
-        ----------
-        depth
-            Number of layers of the tower.
-        feature_layer
-            Layer whose output feeds the projector; by default the one that is tapped, if anything of the tower is
-            needed.
-        """
-        needed = frozenset().union(*(stage.requires for stage in self.stages()))
-        return (feature_layer,) if needed & _TOWER_ATTENTION else ()
 
     @abstractmethod
     def select(self, ctx: VisualContext) -> Selection:
@@ -139,8 +118,6 @@ class ScoreSelector(Selector):
         """
         scores = self.score(ctx)
         if bool(torch.isnan(scores).any()):
-            raise InputError(f"{self.name} computed NaN scores; its inputs ({sorted(self._inputs())}) are broken.")
+            inputs = sorted({signal.name for stage in self.stages() for signal in stage.requires}) or ["features"]
+            raise InputError(f"{self.name} computed NaN scores; its inputs ({inputs}) are broken.")
         return Selection(ctx.n, kernels.topk_indices(scores, min(ctx.budget, ctx.n)))
-
-    def _inputs(self) -> set[str]:
-        return {need.value for stage in self.stages() for need in stage.requires} or {"features"}

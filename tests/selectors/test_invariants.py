@@ -1,12 +1,15 @@
-"""What holds for every registered method: a new one is put through all of this by registering."""
+"""Invariants of every registered method; registering a method puts it through all of them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.selectors.inputs import FLOATS, make_context
+from tests.selectors.inputs import make_context, replace_floats
 from vtc.core.selection import Selection
+from vtc.core.signals import HiddenStates, VisionKeys
+from vtc.core.sites import Site
+from vtc.core.stage import ModelShape
 from vtc.registry import get_selector, selectors
 from vtc.selectors import ScoreSelector, Selector
 
@@ -18,6 +21,7 @@ GRIDS = {
     "tiles": ((1, 4, 4), (1, 2, 5), (1, 1, 3)),
     "one token": ((1, 1, 1),),
 }
+CLIP_VICUNA = ModelShape(decoder_layers=32, vision_layers=24, feature_layer=22)
 
 
 def assert_budget(selector: Selector, selection: Selection, budget: int = 9) -> None:
@@ -47,12 +51,13 @@ def test_same_seed_same_selection(method: str) -> None:
 def test_no_side_effects(method: str) -> None:
     selector = get_selector(method)
     context = make_context(selector, 9)
-    before = {name: getattr(context, name).clone() for name in FLOATS}
+    values = {"features": context.features, **{signal.name: value for signal, value in context.signals.items()}}
+    before = {name: value.clone() for name, value in values.items()}
     state = torch.get_rng_state()
     selector.select(context)
     assert torch.equal(torch.get_rng_state(), state), "a selector draws from ctx.generator only"
     for name, value in before.items():
-        assert torch.equal(getattr(context, name), value), f"{name} was modified"
+        assert torch.equal(values[name], value), f"{name} was modified"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,9 +65,7 @@ def test_no_side_effects(method: str) -> None:
 def test_half_precision_is_computed_in_float32(method: str, dtype: torch.dtype) -> None:
     selector = get_selector(method)
     half = make_context(selector, 9, dtype=dtype)
-    wide = make_context(selector, 9, dtype=dtype)
-    for name in FLOATS:
-        setattr(wide, name, getattr(wide, name).float())
+    wide = replace_floats(make_context(selector, 9, dtype=dtype), torch.Tensor.float)
     assert torch.equal(selector.select(half).keep, selector.select(wide).keep)
     if isinstance(selector, ScoreSelector):
         assert torch.equal(selector.score(half), selector.score(wide))
@@ -72,27 +75,25 @@ def test_half_precision_is_computed_in_float32(method: str, dtype: torch.dtype) 
 def test_large_half_precision_features_stay_finite(method: str) -> None:
     selector = get_selector(method)
     context = make_context(selector, 9, dtype=torch.float16)
-    for name in ("features", "keys", "hidden_states"):
-        setattr(context, name, torch.full_like(getattr(context, name), 6e4) * torch.sign(getattr(context, name)))
+    context.features = 6e4 * context.features.sign()
+    large = {s: 6e4 * x.sign() for s, x in context.signals.items() if isinstance(s, (VisionKeys, HiddenStates))}
+    assert len(large) == 2
+    context.signals = {**context.signals, **large}
     assert_budget(selector, selector.select(context.check()))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_tokens_are_legal(method: str) -> None:
     selector = get_selector(method)
-    context = make_context(selector, 9)
-    for name in FLOATS:
-        setattr(context, name, torch.ones_like(getattr(context, name)))
-    assert_budget(selector, selector.select(context.check()))
+    context = replace_floats(make_context(selector, 9), torch.ones_like)
+    assert_budget(selector, selector.select(context))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_tokens_are_legal(method: str) -> None:
     selector = get_selector(method)
-    context = make_context(selector, 9)
-    for name in FLOATS:
-        setattr(context, name, torch.zeros_like(getattr(context, name)))
-    assert_budget(selector, selector.select(context.check()))
+    context = replace_floats(make_context(selector, 9), torch.zeros_like)
+    assert_budget(selector, selector.select(context))
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if issubclass(selectors()[m], ScoreSelector)])
@@ -113,7 +114,11 @@ def test_metadata(method: str) -> None:
     assert cls.paper
     assert cls.__name__.endswith("Selector")
     assert (cls.__doc__ or "").strip()
-    assert all(stage.layer is None or stage.layer >= 0 for stage in cls().stages())
-    assert set(cls().vision_layers(depth=24, feature_layer=22)) <= set(range(24))
+    stages = cls().resolve(CLIP_VICUNA, 0.5).stages(CLIP_VICUNA, 0.5)
+    orders = [stage.site.order for stage in stages]
+    assert all(isinstance(stage.site, Site) for stage in stages)
+    assert orders == sorted(set(orders)), "in the order in which tokens get there"
+    layers = [signal.vision_layers(24, 22) for stage in stages for signal in stage.requires]
+    assert all(set(read) <= set(range(24)) for read in layers)
     assert cls() == get_selector(method)
     assert hash(cls()) == hash(get_selector(method))

@@ -1,4 +1,4 @@
-"""The founding methods against the authors' own functions, or an independent reading; see tests/golden/README.md.
+"""AIM, VFlowOpt, ToDRE and ATP against the authors' functions, or a second reading; see tests/golden/README.md.
 
 Where a file tests a whole selection it goes through `select` or the selector; where it tests a part, through the public
 kernel. Files about ties and NaN are checked by the properties that must hold.
@@ -15,15 +15,19 @@ from torch import Tensor
 
 from tests.selectors.test_golden import GOLDEN, load
 from vtc import kernels
-from vtc.core.context import VisualContext, grid_origin
+from vtc.core.context import VisualContext
+from vtc.core.observations import TokenGrids
 from vtc.core.selection import Selection
+from vtc.core.sites import BeforeDecoder, DecoderLayer
+from vtc.core.stage import ModelShape
 from vtc.functional import select
 from vtc.kernels import reference
 from vtc.registry import get_selector
 from vtc.selectors import AimSelector
-from vtc.selectors.aim import retained
+from vtc.selectors.aim import PageRank, retained
 from vtc.selectors.atp import redundancy_score, soft_mask, spatial_score
-from vtc.selectors.vflowopt import PRESETS, VFlowOptSelector
+from vtc.selectors.todre import AttentionExchange
+from vtc.selectors.vflowopt import PRESETS, ContextRelevance, PixelEntropy, VFlowOptSelector
 
 
 def names(prefix: str, *, without: tuple[str, ...] = ()) -> list[str]:
@@ -151,11 +155,11 @@ def test_aim_importance_of_padding_is_nothing() -> None:
 def test_aim_schedule() -> None:
     golden = load("aim_schedule.npz")
     for depth, expected in ((28, golden["qwen2_28_layers"]), (32, golden["llama_32_layers"])):
-        selector = AimSelector().resolve(depth, 0.25)
+        selector = AimSelector().resolve(ModelShape(depth), 0.25)
         assert [selector.rate(layer) for layer in range(depth)] == pytest.approx(expected.tolist())
-        inside = selector.stages(depth, 0.25)[1:]
+        inside = selector.stages(ModelShape(depth), 0.25)[1:]
         first = int((expected < 1).nonzero()[0])
-        assert [stage.layer for stage in inside] == list(range(first + 1, first + 9))
+        assert [stage.site for stage in inside] == [DecoderLayer(layer) for layer in range(first + 1, first + 9)]
         left = torch.tensor([stage.keep for stage in inside]).cumprod(0)
         torch.testing.assert_close(left, torch.arange(7, -1, -1) / 8)
 
@@ -183,7 +187,7 @@ def test_aim_prune(name: str) -> None:
     golden = load(name)
     rates = golden["retain_rate"].tolist()
     visual = golden["boundaries"][:, 1] - golden["boundaries"][:, 0]
-    released = rates == [AimSelector().resolve(28, 0.25).rate(layer) for layer in range(len(rates))]
+    released = rates == [AimSelector().resolve(ModelShape(28), 0.25).rate(layer) for layer in range(len(rates))]
     mask = golden["attention_mask_in"]
     for layer, rate in enumerate(rates):
         logits = masked(golden["base_logits"][layer], mask)
@@ -225,11 +229,11 @@ def pick(authors: Pruned, count: int, rate: float, layer: int, entered: int, rel
         budget=count,
         generator=torch.Generator(),
         grids=((1, 1, len(scores)),),
-        layer_idx=layer + 1,
-        entered=entered,
-        pagerank=scores,
+        site=DecoderLayer(layer + 1),
+        tokens_at_input=entered,
+        signals={PageRank(): scores},
     )
-    return AimSelector().resolve(28, 0.25).select(context)
+    return AimSelector().resolve(ModelShape(28), 0.25).select(context)
 
 
 # --- vflowopt --------------------------------------------------------------------------------------------------------
@@ -267,8 +271,7 @@ def test_vflowopt_importance(name: str) -> None:
             budget=1,
             generator=torch.Generator(),
             grids=((1, 1, len(relevance)),),
-            context_relevance=relevance,
-            entropy=entropy[image],
+            signals={ContextRelevance(): relevance, PixelEntropy(): entropy[image]},
         )
         score = VFlowOptSelector(alpha=golden["alpha"], variant="released").score(context)
         close(score, golden["importance"][image])
@@ -374,9 +377,9 @@ def test_vflowopt_inside(name: str) -> None:
             budget=round(len(left) * ratio),
             generator=torch.Generator(),
             grids=((1, 1, len(left)),),
-            layer_idx=9 * stage,
+            site=DecoderLayer(9 * stage),
             keep_ratio=ratio,
-            context_relevance=scores[left],
+            signals={ContextRelevance(): scores[left]},
         )
         left = left[get_selector("vflowopt", variant="released").select(context).keep]
         text = golden["seq_len"] - len(scores)
@@ -395,13 +398,17 @@ def test_vflowopt_released_settings_average_to_their_budget(budget: float) -> No
     average = (9 * preset.r1 + 9 * preset.r1 * preset.r2 + 10 * preset.r1 * preset.r2 * preset.r3) / 28
     assert average == pytest.approx(budget, abs=1e-3)
     for variant, tolerance in (("released", 1e-3), ("paper", 1e-9)):
-        stages = get_selector("vflowopt", variant=variant).resolve(28, budget).stages(28, budget)
-        assert [stage.layer for stage in stages] == [None, 9, 18] if preset.r2 < 1 else [None, 18]
-        alive, mean, edges = 1.0, 0.0, [*(stage.layer or 0 for stage in stages), 28]
-        for stage, begin, end in zip(stages, edges[:-1], edges[1:], strict=True):
+        stages = (
+            get_selector("vflowopt", variant=variant).resolve(ModelShape(28), budget).stages(ModelShape(28), budget)
+        )
+        sites = [stage.site for stage in stages]
+        layers = [9, 18] if preset.r2 < 1 else [18]
+        assert sites == [BeforeDecoder(), *map(DecoderLayer, layers)]
+        left, mean = 1.0, 0.0
+        for stage, begin, end in zip(stages, [0, *layers], [*layers, 28], strict=True):
             assert stage.keep is not None
-            alive *= stage.keep
-            mean += alive * (end - begin) / 28
+            left *= stage.keep
+            mean += left * (end - begin) / 28
         assert mean == pytest.approx(budget, abs=tolerance)
 
 
@@ -438,8 +445,8 @@ def test_todre_exit(name: str) -> None:
         budget=16,
         generator=torch.Generator(),
         grids=((1, 4, 4),),
-        layer_idx=28,
-        attention_exchange=exchange,
+        site=DecoderLayer(28),
+        signals={AttentionExchange(): exchange},
     )
     assert get_selector("todre").select(context).k == (0 if bool((expected < 0.1).all()) else 16)
 
@@ -452,7 +459,7 @@ def test_atp_equations(name: str) -> None:
     golden = load(name)
     visual, text = golden["vision_index"], golden["text_index"]
     side = round(len(visual) ** 0.5)
-    origin = grid_origin(((1, side, side),))
+    origin = TokenGrids(((1, side, side),)).origin()
     spatial = spatial_score(origin, golden["stride"], golden["lambda_sample"])
     close(spatial, golden["s_spatial"])
     for row, attention in enumerate(golden["attn"].mean(1)):

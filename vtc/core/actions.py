@@ -1,0 +1,23 @@
+"""Actions: what happens to the tokens that a method does not keep as they are."""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["Action"]
+
+
+class Action(str, enum.Enum):
+    """Operation of a stage. Methods declare it, so that impossible sites are refused before a model is touched."""
+
+    KEEP = "keep"
+    """Keep K of N tokens and drop the others."""
+
+    MERGE = "merge"
+    """Replace N tokens by K weighted sums of them: a sparse K x N matrix, see `Selection`."""
+
+    EVICT = "evict"
+    """Remove entries from key-value caches, per layer and optionally per head."""
+
+    RESAMPLE = "resample"
+    """Replace N tokens by the outputs of a module."""

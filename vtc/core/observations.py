@@ -1,0 +1,194 @@
+"""Observations: the raw values of a running model that signals are computed from.
+
+The list is closed: the engine supplies these, on every family, and nothing else. Letters: B crops or rows, H heads,
+Hkv key heads, M patches of a crop (prefix tokens such as [CLS] in front), T current tokens of a decoder pass, P keys of
+a decoder layer, d head width, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..errors import InputError
+from .grids import Grid, grid_coords
+
+__all__ = [
+    "DecoderAttention",
+    "DecoderHidden",
+    "Observation",
+    "PatchPixels",
+    "PromptText",
+    "TokenGrids",
+    "VisionAttention",
+    "VisionHidden",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Base of all observations."""
+
+
+# -- while images and videos are encoded -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class VisionAttention(Observation):
+    """One call of the attention of one layer of the vision tower, after normalisation and rotation.
+
+    Attributes
+    ----------
+    queries, keys, values
+        (B, H, M, d), (B, Hkv, M, d) and (B, Hkv, M, d).
+    scaling
+        Factor of the logits.
+    mask
+        (B, 1, M or 1, M) bool: which keys a query may attend to; None: all.
+    cu_seqlens
+        (S + 1,) int: borders of the sequences (images, windows) that are packed into one; None: a crop is a sequence.
+    prefix
+        How many leading tokens of a crop are no patches: [CLS], registers.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    prefix: int = 0
+
+    def sequences(self) -> Iterator[VisionAttention]:
+        """The packed sequences one by one, each as a call of its own."""
+        if self.cu_seqlens is None:
+            yield self
+            return
+        lengths = self.cu_seqlens.diff().tolist()
+        parts = (x.split(lengths, dim=2) for x in (self.queries, self.keys, self.values))
+        for queries, keys, values in zip(*parts, strict=True):
+            yield VisionAttention(queries, keys, values, self.scaling, prefix=self.prefix)
+
+
+@dataclass(frozen=True, eq=False)
+class VisionHidden(Observation):
+    """What one layer of the vision tower returned: `hidden` (B, M, D)."""
+
+    hidden: Tensor
+    prefix: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PatchPixels(Observation):
+    """The pixels that the vision tower was given, crop by crop, as the processor normalised them.
+
+    Attributes
+    ----------
+    crops
+        (C, H, W) each, with the patch size in `size`; or (M, C, P) each, patches of P pixels in the order in which they
+        enter the tower, with `size` None.
+    size
+        (height, width) of a patch, or None.
+    packed
+        Whether the crops enter the tower as one sequence.
+    """
+
+    crops: tuple[Tensor, ...]
+    size: tuple[int, int] | None
+    packed: bool
+
+
+# -- once it is known which tokens of a prompt are visual ------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGrids(Observation):
+    """Views (t, rows, columns) of one image or video, in token order, before any stage dropped tokens."""
+
+    grids: tuple[Grid, ...]
+    device: torch.device | str | None = None
+
+    def origin(self) -> Tensor:
+        """(N, 6) long: (view, t, row, column) of every token, and the rows and columns of its view."""
+        coords = grid_coords(self.grids, self.device)
+        sizes = torch.tensor([(h, w) for _, h, w in self.grids], device=coords.device)
+        return torch.cat([coords, sizes[coords[:, 0]]], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptText(Observation):
+    """The text tokens of the prompt that an image or video stands in: `ids` (T,) and input embeddings (T, D)."""
+
+    ids: Tensor
+    embeddings: Tensor
+
+
+# -- while the language model runs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderAttention(Observation):
+    """The attention of the decoder layer in front of a site, when a whole prompt is read.
+
+    Attributes
+    ----------
+    queries, keys, values
+        (B, H, T, d), (B, Hkv, P', d) and (B, Hkv, P', d) with P' >= P: static
+        caches are longer than the keys that exist.
+    scaling
+        Factor of the logits.
+    visibility
+        Which of the P keys each query may attend to.
+    key_length
+        P: keys that exist; the last T of them belong to the current tokens.
+    valid
+        (B, T) bool: current tokens that are no padding.
+    text, visual
+        (B, T) bool: tokens of the prompt that are text, and those that are visual.
+    last
+        (B,) long: place of the last token of the prompt among the current tokens.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    visibility: kernels.VisibilityMask
+    key_length: int
+    valid: Tensor
+    text: Tensor
+    visual: Tensor
+    last: Tensor
+
+    def text_and_visual(self, text: str) -> Tensor:
+        """(B, 2, T) bool: the text that counts, and the visual tokens.
+
+        Parameters
+        ----------
+        text
+            "after": what stands behind the first visual token; "all": the whole prompt's.
+
+        Raises
+        ------
+        InputError
+            A row with visual tokens has no such text.
+        """
+        chosen = self.text & (self.visual.cumsum(dim=1) > 0) if text == "after" else self.text
+        silent = (self.visual.any(dim=1) & ~chosen.any(dim=1)).nonzero()[:, 0]
+        if len(silent):
+            lacks = (
+                'text behind its first image; put the question there, or give text="all"' if text == "after" else "text"
+            )
+            raise InputError(f"row {int(silent[0])} of the prompt has no {lacks}")
+        return torch.stack([chosen, self.visual], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderHidden(Observation):
+    """Hidden states of all current tokens on entering the decoder layer of a site: `hidden` (B, T, D)."""
+
+    hidden: Tensor

@@ -1,0 +1,233 @@
+"""Before the language model: the stages there choose, and embeddings, positions and mask become shorter.
+
+`before_decoder` is the transition of a forward pass from "everything is here" to "what stays is packed". It is called
+for every pass of the language model, so also for chunks of a prompt and for decode steps behind a compressed one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from vtc.core.observations import PromptText
+from vtc.core.signals import Signal
+from vtc.engine.cache import CACHE, CacheRecord, cache_in, record_of
+from vtc.engine.choose import choose
+from vtc.engine.compression import Compression
+from vtc.engine.plan import PlannedStage
+from vtc.engine.prompt import Prompt, Segment
+from vtc.engine.state import CallState, ForwardState
+from vtc.errors import InputError, UnsupportedMethodError
+
+__all__ = ["before_decoder", "require_whole_prompt"]
+
+
+def before_decoder(
+    compression: Compression, call: CallState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Shorten what the language model is about to read, and leave the state of the pass on `call`.
+
+    Returns
+    -------
+    The arguments of the language model; None if they stay as they are.
+    """
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        return None
+    cache = cache_in(kwargs)
+    record = record_of(cache)
+    if record is None and not call.inputs.encoded:
+        if compression.enabled and (cache is None or not cache.is_initialized):
+            _note_text(compression, call, embeds)
+        return None
+    _refuse_custom_mask(compression, call, kwargs.get("attention_mask"))
+    forward = _start(compression, call, embeds, cache, record)
+    keep = forward.valid
+    kwargs = dict(kwargs)
+    if call.inputs.encoded:
+        prompt = _find_prompt(compression, call, forward)
+        _select(compression, forward, prompt, embeds)
+        keep = forward.keeping(prompt.keep_at())
+        if any(segment.merged for segment in prompt.segments):
+            kwargs["inputs_embeds"] = embeds = _write_merged(forward, prompt, embeds)
+    dropped = not torch.equal(keep, forward.valid)
+    if not dropped and record is None:
+        # Nothing changes before the first layer: the model does what it always does; decoder stages may drop later.
+        call.forward = forward if compression.plan.in_decoder else None
+        return args, kwargs
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = (torch.arange(forward.length, device=embeds.device) + forward.past)[None]
+    shift = forward.history.shift
+    if compression.plan.positions == "compact" or shift is not None:
+        positions, shift = _compact(forward, positions, keep, shift)
+    if dropped:
+        embeds, positions = _pack(forward, keep, embeds, positions, kwargs)
+    if forward.cache is None and _uses_cache(compression, kwargs):
+        kwargs.pop("past_key_values", None)  # the old name of an explicit None
+        forward.cache = kwargs[CACHE] = DynamicCache(config=compression.text_config)
+    forward.write_record(compression.owner, shift)
+    kwargs["position_ids"] = positions
+    # Never None while positions have gaps and there is no cache: that reads as several packed sequences.
+    kwargs["attention_mask"] = _first_mask(compression, forward, embeds, kwargs.get("attention_mask"))
+    call.forward = forward
+    return args, kwargs
+
+
+def require_whole_prompt(forward: ForwardState, stage: PlannedStage) -> None:
+    """Raise UnsupportedMethodError where a method that needs the whole prompt gets a piece of it."""
+    if not forward.brings_all():
+        raise UnsupportedMethodError(
+            f"{stage.selector.name} needs the whole prompt at once, for its text or inside the decoder, but "
+            "prefill_chunk_size brings it in pieces; prefill in one piece or choose a method that does not need it"
+        )
+
+
+def _note_text(compression: Compression, call: CallState, embeds: torch.Tensor) -> None:
+    """Note a prompt without images, so that the report does not show the prompt before it."""
+    ids = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=embeds.device)
+    compression.last = Prompt(ids, 0, {}, compression.adapter, compression.plan.structural)
+    mask = call.inputs.mask
+    compression.last.valid |= True if mask is None else mask.bool().to(embeds.device)
+
+
+def _refuse_custom_mask(compression: Compression, call: CallState, mask: Any) -> None:
+    given = mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2)
+    if given and call.prompt_ids is None and not compression.adapter.builds_masks:
+        raise InputError(
+            "a ready-made attention mask cannot be shortened with the prompt; pass the 2-D attention_mask of the "
+            "processor, or run inside vtc.disabled(model)"
+        )
+
+
+def _start(
+    compression: Compression, call: CallState, embeds: torch.Tensor, cache: Any, record: CacheRecord | None
+) -> ForwardState:
+    """Create the state of a pass in which every token is still present."""
+    batch, length = embeds.shape[:2]
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    mask = call.inputs.mask
+    source_index = (torch.arange(length, device=embeds.device) + past).expand(batch, length)
+    if mask is not None:
+        if mask.shape[1] < length:
+            raise InputError(f"attention_mask has {mask.shape[1]} columns for {length} new tokens")
+        source_index = source_index.masked_fill(~mask[:, -length:].bool().to(embeds.device), -1)
+    if record is None:
+        seen = torch.arange(past, device=embeds.device).expand(batch, past)
+        if mask is not None and mask.shape[1] >= past + length:
+            seen = seen.masked_fill(~mask[:, :past].bool().to(embeds.device), -1)
+        record = CacheRecord(past, [(0, seen)])
+    forward = ForwardState(compression.layer_types, cache, source_index, past, record)
+    if call.inputs.blocks is not None:
+        forward.blocks = call.inputs.blocks[:, -length:]
+    return forward
+
+
+def _find_prompt(compression: Compression, call: CallState, forward: ForwardState) -> Prompt:
+    """Find out which of the current tokens are which visual tokens."""
+    device = forward.source_index.device
+    if call.prompt is None or call.prompt_ids is None:
+        encoded = {modality: found or call.encoded[modality] for modality, found in call.inputs.encoded.items()}
+        if call.prompt_ids is None:
+            ids, offset, valid = call.inputs.ids, forward.past, None
+        else:
+            ids, offset, valid = call.prompt_ids, call.prompt_offset, call.prompt_valid
+        if ids is None:
+            raise InputError("images were passed without input_ids or inputs_embeds that say where they belong")
+        plan = compression.plan
+        call.prompt = Prompt(ids.to(device), offset, encoded, compression.adapter, plan.structural, plan.signals)
+        if valid is not None:
+            call.prompt.valid |= valid.to(device)
+        compression.last = call.prompt
+    if len(forward.source_index) % call.prompt.rows:
+        raise InputError(f"{len(forward.source_index)} rows cannot come from a prompt of {call.prompt.rows}")
+    forward.attach_prompt(call.prompt)
+    return call.prompt
+
+
+def _select(compression: Compression, forward: ForwardState, prompt: Prompt, embeds: torch.Tensor) -> None:
+    """Let the stages before the language model choose, once per prompt."""
+    if prompt.decided():
+        return
+    for stage in compression.plan.before_decoder:
+        text_signals = [signal for signal in stage.stage.requires if signal.reads is PromptText]
+        if text_signals:
+            require_whole_prompt(forward, stage)
+        for segment in prompt.segments:
+            extra = _text_values(text_signals, forward, prompt, segment, embeds) if text_signals else {}
+            prompt.selector_ms += choose(stage, segment, extra, structural=compression.plan.structural)
+    prompt.decide()
+
+
+def _text_values(
+    signals: list[Signal], forward: ForwardState, prompt: Prompt, segment: Segment, embeds: torch.Tensor
+) -> dict[Signal, torch.Tensor]:
+    """Compute signals of the text of the row of a segment."""
+    row = forward.first_row(segment.row)
+    columns = forward.prompt_columns()[row]
+    text = (columns >= 0) & ~prompt.visual[segment.row][columns.clamp(min=0)]
+    raw = PromptText(prompt.ids[segment.row][columns[text]], embeds[row, text].detach())
+    return {signal: signal.compute(raw) for signal in signals}
+
+
+def _write_merged(forward: ForwardState, prompt: Prompt, embeds: torch.Tensor) -> torch.Tensor:
+    """Write merged tokens over their anchors."""
+    embeds = embeds.clone()
+    repeats = len(forward.source_index) // prompt.rows
+    for segment in prompt.segments:
+        if not segment.merged or segment.anchors is None or segment.anchor_features is None:
+            continue
+        for row in range(segment.row * repeats, (segment.row + 1) * repeats):
+            scorable = forward.find(row, segment.columns[~segment.structural])
+            # Those of the stages before the language model: without a cache the prompt comes again, when decoder
+            # stages have dropped some.
+            anchors = forward.find(row, segment.columns[segment.anchors])
+            here = anchors >= 0
+            features = segment.anchor_features
+            if bool((scorable >= 0).all()):  # merged from the live rows, for their gradients
+                features = segment.merge(embeds[row, scorable])
+            embeds[row, anchors[here]] = features[here].to(embeds.dtype)
+    return embeds
+
+
+def _compact(
+    forward: ForwardState, positions: torch.Tensor, keep: torch.Tensor, shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count positions over kept tokens only; return them and the shift at the end of each row."""
+    moved = (forward.valid & ~keep).long().cumsum(dim=1)
+    if shift is not None:
+        moved = moved + shift[:, None]
+    return (positions.expand(len(keep), -1) - moved).clamp(min=0), moved[:, -1]
+
+
+def _pack(
+    forward: ForwardState, keep: torch.Tensor, embeds: torch.Tensor, positions: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack embeddings and positions; set the embeddings and the planes of deepstack in `kwargs`."""
+    planes, dims = [embeds, positions], [1, positions.dim() - 1]
+    marks, marked = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds") or ()
+    if marks is not None:
+        planes, dims = [*planes, marks & keep.to(marks.device)], [*dims, 1]
+    packed, rows = forward.pack(keep, planes, dims, marks, marked)
+    kwargs["inputs_embeds"] = packed[0]
+    if marks is not None:
+        # Padding slots point at dropped columns, where `keep` has taken the marks away.
+        kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"] = packed[2], list(rows)
+    return packed[0], packed[1]
+
+
+def _uses_cache(compression: Compression, kwargs: dict[str, Any]) -> bool:
+    text = compression.adapter.text_model
+    if text.training and getattr(text, "gradient_checkpointing", False):
+        return False
+    use_cache = kwargs.get("use_cache")
+    return bool(getattr(compression.text_config, "use_cache", False) if use_cache is None else use_cache)
+
+
+def _first_mask(compression: Compression, forward: ForwardState, embeds: torch.Tensor, given: Any) -> Any:
+    """Return what the language model builds its masks from, or replacements where the outer model builds them."""
+    if not compression.adapter.builds_masks:
+        return forward.valid_keys(0).long()
+    return dict.fromkeys(given) if isinstance(given, dict) else forward.mask(0, embeds)

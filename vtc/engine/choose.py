@@ -1,0 +1,69 @@
+"""Choosing: one stage of a method, shown what is left of one image or video."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from vtc.core.context import VisualContext
+from vtc.core.selection import Selection
+from vtc.core.signals import Signal
+from vtc.core.sites import BeforeDecoder
+from vtc.engine.plan import PlannedStage
+from vtc.engine.prompt import Segment
+from vtc.errors import UnsupportedMethodError
+
+__all__ = ["choose"]
+
+
+def choose(
+    stage: PlannedStage,
+    segment: Segment,
+    extra: Mapping[Signal, torch.Tensor] | None = None,
+    *,
+    structural: str = "keep",
+) -> float:
+    """Let a stage choose among the tokens that are left of a segment, and apply its answer.
+
+    Parameters
+    ----------
+    stage, segment
+    extra
+        Signals that are not on the segment: those of its text, and of the decoder, (K, ...) where they are per token.
+    structural
+        Whether structural tokens stay beside the scored ones.
+
+    Returns
+    -------
+    float
+        Milliseconds that the method took.
+    """
+    if not len(segment.kept):  # an earlier stage has dropped the whole image
+        segment.apply(stage.site, Selection.full(0, segment.kept.device))
+        return 0.0
+    raw = {**segment.signals, **(extra or {})}
+    context = VisualContext(
+        features=segment.features,
+        budget=stage.budget(len(segment.kept)),
+        generator=torch.Generator().manual_seed(stage.config.seed),
+        grids=segment.grids,
+        modality=segment.modality,
+        site=stage.site,
+        keep_ratio=stage.keep_ratio,
+        structural=int(segment.structural.sum()) if structural == "keep" else 0,
+        other_visuals=segment.other_visuals,
+        tokens_at_input=None if isinstance(stage.site, BeforeDecoder) else segment.tokens_at_input,
+        signals={signal: signal.present(raw[signal]) for signal in stage.stage.requires if signal in raw},
+    )
+    with torch.no_grad():
+        began = time.perf_counter()
+        selection = stage.selector.select(context.check())
+        spent = 1e3 * (time.perf_counter() - began)
+    if selection.assign is not None and not isinstance(stage.site, BeforeDecoder):
+        raise UnsupportedMethodError(
+            f"{stage.selector.name} merged tokens at {str(stage.site)!r} though its stage declares {stage.stage.action}"
+        )
+    segment.apply(stage.site, selection)
+    return spent

@@ -1,0 +1,133 @@
+"""Inside the language model: on entering a layer its stage chooses, and hidden states and rotary tables become shorter.
+
+A stage at layer k may read the attention of layer k - 1, which is recorded while that layer runs. Layers behind a stage
+get masks and rotary tables of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vtc import kernels
+from vtc.core.observations import DecoderAttention, DecoderHidden
+from vtc.core.signals import Signal
+from vtc.core.sites import DecoderLayer
+from vtc.engine.before_decoder import require_whole_prompt
+from vtc.engine.cache import cache_in
+from vtc.engine.choose import choose
+from vtc.engine.compression import Compression
+from vtc.engine.plan import PlannedStage
+from vtc.engine.prompt import Prompt
+from vtc.engine.recorder import record_once
+from vtc.engine.state import ForwardState
+from vtc.errors import InputError, StateError
+
+__all__ = ["enter_layer"]
+
+
+def enter_layer(
+    compression: Compression, forward: ForwardState, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Drop tokens on entering decoder layer `layer`, and correct what the layer is called with.
+
+    Returns
+    -------
+    The arguments of the layer; None if they stay as they are.
+    """
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if forward.cache is None:
+        forward.cache = cache_in(kwargs)
+    if forward.prompt is not None:
+        stage, following = (compression.plan.in_decoder.get(place) for place in (layer, layer + 1))
+        if stage is not None:
+            hidden = _prune(compression, stage, layer, forward, forward.prompt, hidden)
+        if following is not None and not forward.prompt.decided(following.site):
+            _record(compression, following, layer, forward)
+    if not forward.touched:
+        return None
+    kwargs = {**kwargs, "position_ids": None}  # flash attention would read gaps as packed sequences
+    if forward.layer_plans:
+        kwargs["position_embeddings"] = forward.rotary(layer, kwargs["position_embeddings"])
+    if forward.needs_mask(layer) or compression.adapter.builds_masks:
+        kwargs["attention_mask"] = forward.mask(layer, hidden)
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+def _prune(
+    compression: Compression,
+    stage: PlannedStage,
+    layer: int,
+    forward: ForwardState,
+    prompt: Prompt,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    """Return hidden states (B, T, D) without the tokens that the stage on entering `layer` drops."""
+    known = dict(forward.layer_plans).get(layer)
+    if known is not None:  # gradient checkpointing runs a layer again
+        return known.take(hidden)
+    site = DecoderLayer(layer)
+    if not prompt.decided(site):
+        require_whole_prompt(forward, stage)
+        values = _values(stage, layer, forward, hidden)
+        for segment in prompt.segments:
+            row = forward.first_row(segment.row)
+            places = forward.find(row, segment.columns[segment.kept])
+            extra = {s: value[row][places] if s.per_token else value[row] for s, value in values.items()}
+            prompt.selector_ms += choose(stage, segment, extra, structural=compression.plan.structural)
+        prompt.decide(site)
+    keep = forward.keeping(prompt.keep_at(site))
+    if torch.equal(keep, forward.valid):
+        return hidden
+    hidden = forward.pack_at(layer, keep, hidden)
+    forward.write_record(compression.owner, forward.shift)
+    return hidden
+
+
+def _values(stage: PlannedStage, layer: int, forward: ForwardState, hidden: torch.Tensor) -> dict[Signal, torch.Tensor]:
+    """Compute the decoder signals that a stage on entering `layer` requires, for all current tokens.
+
+    Raises
+    ------
+    StateError
+        The layer before ran without its attention being seen.
+    """
+    recorded = forward.records.pop(layer - 1, None)
+    values: dict[Signal, torch.Tensor] = dict(recorded or {})
+    for signal in stage.stage.requires:
+        if signal.reads is DecoderAttention and recorded is None:
+            raise StateError(
+                f"decoder layer {layer - 1} ran without its attention being seen; was its attention implementation "
+                "registered after compress()? call compress() again"
+            )
+        if signal.reads is DecoderHidden:
+            values[signal] = signal.compute(DecoderHidden(hidden.detach()))
+    return values
+
+
+def _record(compression: Compression, following: PlannedStage, layer: int, forward: ForwardState) -> None:
+    """Record the attention of this layer, if the stage behind it requires a signal of it."""
+    signals = [signal for signal in following.stage.requires if signal.reads is DecoderAttention]
+    if not signals:
+        return
+    require_whole_prompt(forward, following)
+    keys = forward.keys_of(layer)
+    visibility = kernels.VisibilityMask(forward.source_index, keys, forward.types.windows[layer], forward.blocks)
+    columns, visual = forward.prompt_columns(), forward.visual()
+    valid, text = forward.valid, (columns >= 0) & ~visual
+
+    def record(query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]) -> None:
+        raw = DecoderAttention(
+            query, key, value, scaling, visibility, keys.shape[1], valid, text, visual, columns.argmax(dim=1)
+        )
+        try:
+            forward.records[layer] = {signal: signal.compute(raw) for signal in signals}
+        except InputError as error:
+            names = ", ".join(signal.name for signal in signals)
+            raise InputError(f"{following.selector.name} needs {names}, but {error}") from error
+
+    record_once(compression.adapter.decoder_attention(layer), record)
