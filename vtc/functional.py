@@ -52,8 +52,9 @@ def select(
     grid_thw
         (t, h, w) of the tokens, or one such triple per view; default (1, 1, N).
     signals
-        What the method requires, by the type of the signal: ``{ClsAttention: rows}``. The class of each signal says
-        what its tensor holds. What follows from `grid_thw` need not be given.
+        What the method requires, by the type of the signal: ``{ClsAttention: rows}``, or by the signal itself where
+        the method requires several of one type. The class of each signal says what its tensor holds. What follows from
+        `grid_thw` need not be given.
     structural
         How many newline tokens stay beside the N, for methods that count them in their budget.
     other_visuals
@@ -82,15 +83,14 @@ def select(
     stage = selector.stages()[0]
     views = _grids(grid_thw)
     modality = "video" if any(t > 1 for t, _, _ in views) else "image"
-    _check_given(selector, stage, modality, features, given)
-    n = _count_tokens(features, given, views)
-    tensors = [*([] if features is None else [features]), *given.values()]
+    values = _by_requirement(selector, stage, given)
+    _check_given(selector, stage, modality, features, values)
+    n = _count_tokens(features, values, views)
+    tensors = [*([] if features is None else [features]), *values.values()]
     device = tensors[0].device if tensors else torch.device("cpu")
     grids = views or ((1, 1, n),)
-    known = {type(signal): signal for signal in stage.requires}
-    values = {known.get(kind) or kind(): value for kind, value in given.items()}
     for signal in stage.requires:
-        if signal.reads is TokenGrids and type(signal) not in given:
+        if signal.reads is TokenGrids and signal not in values:
             values[signal] = signal.compute(TokenGrids(grids, device))
     context = VisualContext(
         features=torch.empty(n, 0, device=device) if features is None else features,
@@ -109,8 +109,8 @@ def select(
 
 def _split(
     method: str, signals: Mapping[type[Signal] | Signal, Tensor], named: Mapping[str, Any]
-) -> tuple[dict[type[Signal], Tensor], Selector]:
-    """Signals by type, and the method with what is left of `named` as its options."""
+) -> tuple[dict[type[Signal] | Signal, Tensor], Selector]:
+    """Signals as they were given, and the method with what is left of `named` as its options."""
     shared = {kind.name: kind for kind in SHARED}
     tensors = {name for name, value in named.items() if name in shared or isinstance(value, Tensor)}
     selector = get_selector(method, **{name: value for name, value in named.items() if name not in tensors})
@@ -118,22 +118,42 @@ def _split(
     unknown = sorted(tensors - set(by_name))
     if unknown:
         raise ConfigError(f"{method} reads no signal {', '.join(unknown)}; by name it takes {', '.join(by_name)}.")
-    given = {by_name[name]: named[name] for name in sorted(tensors) if named[name] is not None}
+    given: dict[type[Signal] | Signal, Tensor] = {
+        by_name[name]: named[name] for name in sorted(tensors) if named[name] is not None
+    }
     for key, value in signals.items():
         kind = key if isinstance(key, type) else type(key)
         if not issubclass(kind, Signal):
             raise ConfigError(f"signals maps types of signals to tensors, got the key {key!r}.")
-        given[kind] = value
+        given[key] = value
     return given, selector
 
 
+def _by_requirement(
+    selector: Selector, stage: Stage, given: Mapping[type[Signal] | Signal, Tensor]
+) -> dict[Signal, Tensor]:
+    """Assign the tensors to the required signals; those of a type that is not required stay beside them."""
+    values: dict[Signal, Tensor] = {}
+    for key, value in given.items():
+        kind = key if isinstance(key, type) else type(key)
+        required = [signal for signal in stage.requires if type(signal) is kind]
+        if len(required) > 1 and key not in required:
+            raise ConfigError(f"{selector.name} needs several signals {kind.name}; give each by itself: {required}.")
+        signal = key() if isinstance(key, type) else key
+        values[required[0] if len(required) == 1 else signal] = value
+    return values
+
+
 def _check_given(
-    selector: Selector, stage: Stage, modality: str, features: Tensor | None, given: Mapping[type[Signal], Tensor]
+    selector: Selector, stage: Stage, modality: str, features: Tensor | None, values: Mapping[Signal, Tensor]
 ) -> None:
-    present = [*([] if features is None else ["features"]), *(kind.name for kind in given)]
-    wanted = [*(["features"] if selector.reads_features else [])]
-    wanted += sorted(s.name for s in stage.requires if s.reads is not TokenGrids and s.wanted_of(modality))
-    missing = [name for name in wanted if name not in present]
+    present = [*([] if features is None else ["features"]), *(signal.name for signal in values)]
+    missing = ["features"] if selector.reads_features and features is None else []
+    missing += sorted(
+        signal.name
+        for signal in stage.requires
+        if signal.reads is not TokenGrids and signal.wanted_of(modality) and signal not in values
+    )
     if missing:
         raise ConfigError(f"{selector.name} needs {', '.join(missing)}; got {', '.join(present) or 'no tensors'}.")
 
@@ -151,12 +171,12 @@ def _grids(grid_thw: Tensor | Sequence[int] | Sequence[Sequence[int]] | None) ->
     return tuple((t, h, w) for t, h, w in views.reshape(-1, 3).tolist())
 
 
-def _count_tokens(features: Tensor | None, given: Mapping[type[Signal], Tensor], views: tuple[Grid, ...]) -> int:
+def _count_tokens(features: Tensor | None, values: Mapping[Signal, Tensor], views: tuple[Grid, ...]) -> int:
     """N, which every input that has a token axis must agree on."""
     if features is not None and features.ndim == 0:
         raise InputError("features: a scalar has no axis of N tokens.")
     counts = {} if features is None else {"features": features.shape[0]}
-    counts |= {kind.name: count for kind, value in given.items() if (count := kind.count(value)) is not None}
+    counts |= {signal.name: count for signal, value in values.items() if (count := signal.count(value)) is not None}
     if views:
         counts["grid_thw"] = sum(t * h * w for t, h, w in views)
     if not counts:

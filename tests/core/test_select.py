@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
+from vtc import registry
+from vtc.core.context import VisualContext
+from vtc.core.selector import ScoreSelector
+from vtc.core.signals import ClsAttention, Signal
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.functional import select
 
@@ -75,3 +82,34 @@ def test_method_option_and_budget_errors() -> None:
 def test_no_graph_is_kept() -> None:
     x = torch.randn(6, 3, requires_grad=True)
     assert not select("divprune", features=x, keep_tokens=2).keep.requires_grad
+
+
+def test_several_signals_of_one_type_are_given_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = ClsAttention((0,)), ClsAttention((1,))
+
+    @dataclass(frozen=True)
+    class Difference(ScoreSelector):
+        name: ClassVar[str] = "difference"
+        paper: ClassVar[str] = "none"
+        requires: ClassVar[tuple[Signal, ...]] = (first, second)
+        reads_features: ClassVar[bool] = False
+
+        def score(self, ctx: VisualContext) -> torch.Tensor:
+            return (ctx[second] - ctx[first])[0, 0]
+
+    monkeypatch.setitem(registry._SELECTORS._classes, "difference", Difference)
+    one, two = torch.tensor([[[0.1, 0.2, 0.7]]]), torch.tensor([[[0.3, 0.3, 0.4]]])
+    assert select("difference", signals={first: one, second: two}, keep_tokens=1).keep.tolist() == [0]
+    assert select("difference", signals={first: two, second: one}, keep_tokens=1).keep.tolist() == [2]
+    with pytest.raises(ConfigError, match="difference needs cls_attention; got cls_attention"):
+        select("difference", signals={first: one}, keep_tokens=1)
+    for ambiguous in ({"signals": {ClsAttention: one}}, {"cls_attention": one}):
+        with pytest.raises(ConfigError, match=r"several signals cls_attention; give each by itself: .*\(0,\).*\(1,\)"):
+            select("difference", keep_tokens=1, **ambiguous)
+
+
+def test_a_signal_of_other_parameters_serves_where_one_is_required() -> None:
+    rows = torch.rand(2, 2, 6)
+    by_name = select("vtc-cls", cls_attention=rows, keep_tokens=2)
+    for key in (ClsAttention, ClsAttention((21, 22))):
+        assert torch.equal(select("vtc-cls", signals={key: rows}, keep_tokens=2).keep, by_name.keep)
