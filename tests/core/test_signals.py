@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -174,6 +175,20 @@ def test_text_attention_is_the_row_of_the_last_token(past: int, room: int) -> No
     assert values.shape == (2, 8, 4, 1)
     torch.testing.assert_close(values[..., 0], whole_of(raw, past)[:, :, 7].transpose(1, 2))
     assert torch.equal(TextAttention().present(values[0]), values[0].permute(1, 2, 0))
+
+
+@CONVERSATIONS
+@pytest.mark.parametrize(("window", "blocks"), [(3, False), (2, True)], ids=["window", "window-and-blocks"])
+def test_text_attention_sees_what_its_layer_sees(past: int, room: int, window: int, blocks: bool) -> None:
+    raw = decoder(past, room)
+    # The prompt ends with a picture, whose tokens see each other across the window.
+    block = torch.tensor([[-1] * 4 + [0] * 4]).expand(2, 8) if blocks else None
+    visibility = dataclasses.replace(raw.visibility, window=window, blocks=block)
+    raw = dataclasses.replace(raw, visibility=visibility)
+    allowed = torch.zeros(past + 8, dtype=torch.bool)
+    allowed[-4 if blocks else -window :] = True
+    expected = softmax(raw.queries[:, :, 7:], raw.keys[:, :, : past + 8], raw.scaling, allowed)[:, :, 0, past:]
+    torch.testing.assert_close(TextAttention().compute(raw)[..., 0], expected.transpose(1, 2))
 
 
 @CONVERSATIONS

@@ -297,11 +297,9 @@ class TextAttention(Signal):
         """(B, T, H, 1): one query."""
         heads, current = raw.queries.shape[1:3]
         row = raw.last[:, None, None, None].expand(-1, heads, 1, raw.queries.shape[-1])
-        exists = torch.zeros(raw.keys.shape[0], raw.keys.shape[2], dtype=torch.bool, device=raw.keys.device)
-        exists[:, : raw.key_length] = raw.visibility.key_positions >= 0
-        past = raw.key_length - current
-        causal = torch.arange(raw.keys.shape[2], device=raw.keys.device) <= (raw.last + past)[:, None]
-        allowed = (exists & causal)[:, None, None]
+        width, past = raw.keys.shape[2], raw.key_length - current
+        rows = enumerate(raw.last.tolist())
+        allowed = torch.cat([raw.visibility.row(b)(slice(last, last + 1), width) for b, last in rows])
         attention = kernels.attention_rows(raw.queries.gather(2, row), raw.keys, raw.scaling, allowed)
         return attention[..., past : raw.key_length].permute(0, 3, 1, 2)
 
