@@ -54,8 +54,9 @@ def before_decoder(
             kwargs["inputs_embeds"] = embeds = _write_merged(forward, prompt, embeds)
     dropped = not torch.equal(keep, forward.valid)
     if not dropped and record is None:
-        # Nothing changes before the first layer: the model does what it always does; decoder stages may drop later.
-        call.forward = forward if compression.plan.in_decoder else None
+        # Nothing changes before the first layer: the model does what it always does; later stages may drop tokens.
+        later = compression.plan.in_decoder or compression.plan.after_prefill
+        call.forward = forward if later else None
         return args, kwargs
     positions = kwargs.get("position_ids")
     if positions is None:

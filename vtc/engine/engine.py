@@ -6,7 +6,8 @@ Its hooks follow a call of the model in this order, and each says which transiti
 2. `around_encode`: images and videos are encoded, and features, grids and signals of the tower are read off;
 3. `before_text`: the stages before the language model choose; embeddings, positions and mask become shorter;
 4. `before_layer`: decoder stages choose; hidden states and rotary tables become shorter, later masks are built anew;
-5. `after_text`: hidden states are put back where the caller expects them, zeros where tokens were dropped;
+5. `after_text`: stages at the cache choose and entries leave; hidden states are put back where the caller expects them,
+   zeros where tokens were dropped;
 6. `after_base` closes the state of a call that was a bare forward pass.
 
 Positions are those of the full prompt unless compact ones are asked for: nothing moves for the tokens that stay.
@@ -27,6 +28,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter
 from vtc.core.observations import DecoderAttention, VisionAttention
+from vtc.core.sites import CacheAfterPrefill
+from vtc.engine.after_prefill import after_prefill
 from vtc.engine.before_decoder import before_decoder
 from vtc.engine.cache import Owner, cache_in, record_of
 from vtc.engine.compression import Compression
@@ -189,7 +192,10 @@ class Engine(Compression):
             )
         depth = self.plan.shape.decoder_layers
         lengths = [(valid & prompt.keep_at_layer(layer)).sum(dim=1).tolist() for layer in range(depth)]
-        return self.build_report(segments, valid.sum(dim=1).tolist(), lengths, prompt.selector_ms)
+        stored = None
+        if prompt.decided(CacheAfterPrefill()):  # every layer stores what is left behind all sites
+            stored = [(valid & prompt.keep_at(CacheAfterPrefill())).sum(dim=1).tolist()] * depth
+        return self.build_report(segments, valid.sum(dim=1).tolist(), lengths, prompt.selector_ms, stored)
 
     def build_report(
         self,
@@ -197,6 +203,7 @@ class Engine(Compression):
         lengths_before: Sequence[int],
         lengths_per_layer: Sequence[Sequence[int]],
         selector_ms: float,
+        stored_per_layer: Sequence[Sequence[int]] | None = None,
     ) -> Report:
         """Build a report of this model and configuration; arguments as in `Report.build`."""
         import transformers
@@ -208,6 +215,7 @@ class Engine(Compression):
             segments=segments,
             lengths_before=lengths_before,
             lengths_per_layer=lengths_per_layer,
+            stored_per_layer=stored_per_layer,
             selector_ms=selector_ms,
             dtype=self.model.dtype,
             transformers_version=transformers.__version__,
@@ -367,11 +375,12 @@ class Engine(Compression):
         return original(hidden, marks, plane, **kwargs)
 
     def after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Put hidden states back at their places."""
+        """Let the stages at the cache choose, and put hidden states back at their places."""
         call = current_call(self)
         forward = None if call is None else call.forward
         if call is None or not isinstance(forward, ForwardState) or forward.mode is Mode.APPEND:
             return None
+        after_prefill(self, forward, output)
         if forward.prompt is not None and call.prompt_ids is None:
             forward.prompt.release()
             call.encoded = {}

@@ -16,8 +16,9 @@ from vtc.core.actions import Action
 from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText
 from vtc.core.selector import Selector
 from vtc.core.signals import Signal, VisionSignal
-from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
+from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Site
 from vtc.core.stage import ModelShape, Stage
+from vtc.engine.masks import LayerTypes
 from vtc.errors import ConfigError, UnsupportedMethodError, UnsupportedModelError
 from vtc.registry import get_selector
 
@@ -26,6 +27,7 @@ __all__ = ["Plan", "PlannedStage", "make_plan", "shape_of"]
 ACTIONS: dict[type[Site], frozenset[Action]] = {
     BeforeDecoder: frozenset({Action.KEEP, Action.MERGE}),
     DecoderLayer: frozenset({Action.KEEP}),
+    CacheAfterPrefill: frozenset({Action.EVICT}),
 }
 """Actions that the engine can carry out at each kind of site; the other kinds do not work yet."""
 
@@ -90,6 +92,11 @@ class Plan:
     def in_decoder(self) -> dict[int, PlannedStage]:
         """Decoder layer to the stage on entering it."""
         return {stage.site.layer: stage for stage in self.stages if isinstance(stage.site, DecoderLayer)}
+
+    @cached_property
+    def after_prefill(self) -> tuple[PlannedStage, ...]:
+        """Stages at the key-value cache, once the prompt was read."""
+        return tuple(stage for stage in self.stages if isinstance(stage.site, CacheAfterPrefill))
 
     @cached_property
     def signals(self) -> tuple[Signal, ...]:
@@ -170,7 +177,8 @@ def _placed(selector: Selector, planned: tuple[Stage, ...], site: Site) -> tuple
     if type(site) in ACTIONS and type(site) not in selector.sites:
         kinds = ", ".join(f"{kind.word}:K" if kind is DecoderLayer else kind.word for kind in selector.sites)
         raise UnsupportedMethodError(f"{selector.name} cannot work at {str(site)!r}; it can at: {kinds}")
-    return (replace(planned[0], site=site),)
+    action = Action.EVICT if isinstance(site, CacheAfterPrefill) else planned[0].action
+    return (replace(planned[0], site=site, action=action),)
 
 
 def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settled: bool = True) -> None:
@@ -204,8 +212,8 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
     possible = ACTIONS.get(type(site))
     if possible is None:
         raise UnsupportedMethodError(
-            f"{selector.name} was placed at {str(site)!r}, but tokens cannot leave there yet; they can at 'decoder' "
-            "and 'decoder:K'"
+            f"{selector.name} was placed at {str(site)!r}, but tokens cannot leave there yet; they can at 'decoder', "
+            "'decoder:K' and 'cache'"
         )
     if stage.action not in possible:
         verbs = " or ".join(sorted(action.value for action in possible))
@@ -213,17 +221,23 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
             f"{selector.name} would {stage.action.value} tokens at {str(site)!r}, where they can only be acted on by: "
             f"{verbs}"
         )
-    if isinstance(site, DecoderLayer):
-        if adapter.decoder_stages_refused:
-            raise UnsupportedMethodError(
-                f"{selector.name} removes tokens inside the decoder, which {kind} cannot do: "
-                f"{adapter.decoder_stages_refused}"
-            )
-        if site.layer >= shape.decoder_layers:
-            raise ConfigError(
-                f"{selector.name} prunes at decoder layer {site.layer}; this model has layers 1 to "
-                f"{shape.decoder_layers - 1}"
-            )
+    if isinstance(site, (DecoderLayer, CacheAfterPrefill)) and adapter.decoder_stages_refused:
+        raise UnsupportedMethodError(
+            f"{selector.name} removes tokens inside the decoder, which {kind} cannot do: "
+            f"{adapter.decoder_stages_refused}"
+        )
+    windows = LayerTypes(adapter.text_model.config).shortest is not None
+    if isinstance(site, CacheAfterPrefill) and (adapter.builds_masks or windows):
+        raise UnsupportedMethodError(
+            f"{selector.name} was placed at {str(site)!r}, but {kind} "
+            + ("slides windows over its caches" if windows else "lets images see each other in both directions")
+            + ", where entries cannot be evicted exactly; use 'decoder' or 'decoder:K'"
+        )
+    if isinstance(site, DecoderLayer) and site.layer >= shape.decoder_layers:
+        raise ConfigError(
+            f"{selector.name} prunes at decoder layer {site.layer}; this model has layers 1 to "
+            f"{shape.decoder_layers - 1}"
+        )
 
 
 def _check_order(stages: Sequence[PlannedStage]) -> None:

@@ -208,6 +208,16 @@ class ForwardState:
             raise RuntimeError("no prompt was attached")
         return self.valid & ((columns < 0) | keep[self.prompt_row[:, None], columns.clamp(min=0)])
 
+    def keeping_of(self, source_index: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Return (B, P) bool: keys at `source_index` (B, P) that a decision about the prompt (S, P') keeps."""
+        prompt = self._prompt()
+        columns = source_index - prompt.offset
+        outside = (columns < 0) | (columns >= prompt.columns)
+        if self.prompt_row is None:
+            raise RuntimeError("no prompt was attached")
+        kept = keep[self.prompt_row[:, None], columns.clamp(0, prompt.columns - 1)]
+        return (source_index >= 0) & (outside | kept)
+
     def visual(self) -> torch.Tensor:
         """Return (B, T) bool: current tokens that are visual tokens of the prompt."""
         columns = self.prompt_columns()

@@ -29,7 +29,7 @@ from vtc.report.report import Report
 __all__ = ["compression", "manifests"]
 
 _PREFIX = "vtc_"
-_SHARED = ("method", "keep_ratio", "keep_tokens", "positions", "structural", "seed")
+_SHARED = ("method", "keep_ratio", "keep_tokens", "positions", "structural", "seed", "at")
 
 
 def manifests() -> list[Any]:

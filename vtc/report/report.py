@@ -141,6 +141,7 @@ class Report:
         selector_ms: float,
         dtype: torch.dtype,
         transformers_version: str,
+        stored_per_layer: Sequence[Sequence[int]] | None = None,
     ) -> Report:
         """Compute the report of one prefill.
 
@@ -162,6 +163,8 @@ class Report:
         dtype : torch.dtype
             Of the decoder.
         transformers_version : str
+        stored_per_layer : sequence of sequence of int, optional
+            (L, B) tokens per row whose keys and values stay in the cache, if fewer than the layer saw.
 
         Raises
         ------
@@ -193,7 +196,7 @@ class Report:
             flops_after=_layer_flops(shape, lengths_per_layer),
             head_flops=None if shape is None else rows * shape.head_flops(),
             kv_bytes_before=_layer_kv_bytes(shape, uncompressed, dtype),
-            kv_bytes_after=_layer_kv_bytes(shape, lengths_per_layer, dtype),
+            kv_bytes_after=_layer_kv_bytes(shape, stored_per_layer or lengths_per_layer, dtype),
             flops_note=note,
             selector_ms=selector_ms,
             dtype=dtype,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vtc.core.selection import Selection
-from vtc.core.sites import DecoderLayer, Site
+from vtc.core.sites import CacheAfterPrefill, DecoderLayer, Site
 from vtc.errors import ConfigError, InputError
 from vtc.report.views import FITS, View, views_of
 
@@ -178,7 +178,8 @@ class _State:
 
 
 def _states(segments: Sequence[SegmentReport], depth: int) -> list[_State]:
-    borders = sorted({_layer_of(site) for segment in segments for site, _ in segment.selections} | {0})
+    sites = [site for segment in segments for site, _ in segment.selections if _seen_by_layers(site)]
+    borders = sorted({_layer_of(site) for site in sites} | {0})
     ends = [*borders[1:], depth]
     states = []
     for start, end in zip(borders, ends, strict=True):
@@ -193,9 +194,14 @@ def _at(segment: SegmentReport, layer: int) -> Selection:
     """Compose the stages up to `layer` into one selection."""
     whole = Selection.full(sum(math.prod(grid) for grid in segment.grids))
     for site, selection in segment.selections:
-        if _layer_of(site) <= layer:
+        if _seen_by_layers(site) and _layer_of(site) <= layer:
             whole = whole.then(_on_cpu(selection))
     return whole
+
+
+def _seen_by_layers(site: Site) -> bool:
+    """Tell whether layers see fewer tokens behind `site`; what leaves a cache has been seen by all of them."""
+    return not isinstance(site, CacheAfterPrefill)
 
 
 def _layer_of(site: Site) -> int:

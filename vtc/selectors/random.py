@@ -10,6 +10,7 @@ import torch
 from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.selector import Selector
+from ..core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Site
 from ..registry import register_selector
 
 __all__ = ["RandomSelector"]
@@ -25,6 +26,7 @@ class RandomSelector(Selector):
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline; uniform sampling without replacement"
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer, CacheAfterPrefill)
     reads_features: ClassVar[bool] = False
 
     def select(self, ctx: VisualContext) -> Selection:

@@ -14,6 +14,7 @@ from ..core.context import VisualContext
 from ..core.grids import Grid
 from ..core.selection import Selection
 from ..core.selector import Selector
+from ..core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Site
 from ..registry import register_selector
 
 __all__ = ["UniformSelector"]
@@ -38,6 +39,7 @@ class UniformSelector(Selector):
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "baseline; strided sampling of the token grid"
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer, CacheAfterPrefill)
     reads_features: ClassVar[bool] = False
 
     def select(self, ctx: VisualContext) -> Selection:

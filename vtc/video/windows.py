@@ -171,7 +171,7 @@ class ReadVideo:
 
 def streams(engine: Engine) -> bool:
     """Tell whether the methods need neither the text nor the decoder, so that a video can be read in windows."""
-    return not engine.plan.in_decoder and not engine.plan.reads_text
+    return not engine.plan.in_decoder and not engine.plan.after_prefill and not engine.plan.reads_text
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def read_video(
     """
     if not streams(engine):
         methods = " then ".join(config.method for config in engine.plan.configs)
-        why = "removes tokens inside the decoder" if engine.plan.in_decoder else "looks at the question"
+        why = "looks at the question" if engine.plan.reads_text else "removes tokens inside the decoder or its caches"
         raise UnsupportedMethodError(
             f"{methods} {why}, so it must see the whole video and the question at once: raise window= to the number of "
             "frames, or choose a method that works before the decoder and without the text"
