@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,12 +34,21 @@ T = TypeVar("T", bound=type)
 class _Registry:
     """One table of names, filled by the decorators in the package `group` and by the entry points of the same name.
 
-    The name of an entry point is the id, so that a package is loaded only when its id is asked for.
+    The name of an entry point is the id, so that a package is loaded only when its id is asked for. `check` is made of
+    every class, when it is decorated; `probe` may use the class and is made of loaded ones, whose module is complete.
     """
 
-    def __init__(self, what: str, group: str, miss: type[VtcError], check: Callable[[type], None]) -> None:
-        self.what, self.group, self.miss, self.check = what, group, miss, check
+    def __init__(
+        self,
+        what: str,
+        group: str,
+        miss: type[VtcError],
+        check: Callable[[type], None],
+        probe: Callable[[type], None] = lambda cls: None,
+    ) -> None:
+        self.what, self.group, self.miss, self.check, self.probe = what, group, miss, check, probe
         self._classes: dict[str, type] = {}
+        self._warned: set[str] = set()
 
     def add(self, name: str, cls: type) -> None:
         self.check(cls)
@@ -52,7 +62,10 @@ class _Registry:
     def get(self, name: str) -> type:
         importlib.import_module(self.group)
         if name not in self._classes:
-            self._load(point for point in self._entry_points() if point.name == name)
+            failures = self._load(point for point in self._entry_points() if point.name == name)
+            if failures and name not in self._classes:
+                raise failures[0][1]
+            self._warn_of(failures)
         if name not in self._classes:
             names = self.names()
             close = difflib.get_close_matches(str(name).lower(), names, n=1)
@@ -61,8 +74,9 @@ class _Registry:
         return self._classes[name]
 
     def all(self) -> dict[str, type]:
+        """All classes that can be had; entry points that cannot are named in a warning, once in a process."""
         importlib.import_module(self.group)
-        self._load(point for point in self._entry_points() if point.name not in self._classes)
+        self._warn_of(self._load(self._entry_points()))
         return dict(sorted(self._classes.items()))
 
     def names(self) -> list[str]:
@@ -71,19 +85,43 @@ class _Registry:
     def _entry_points(self) -> Iterable[importlib.metadata.EntryPoint]:
         return importlib.metadata.entry_points(group=self.group)
 
-    def _load(self, points: Iterable[importlib.metadata.EntryPoint]) -> None:
+    def _load(self, points: Iterable[importlib.metadata.EntryPoint]) -> list[tuple[str, ConfigError]]:
+        """Add the classes of these entry points; return those that cannot be added, and why."""
+        failures = []
         for point in points:
+            where = f"{point.name} = {point.value}"
+            known = set(self._classes)
             try:
-                loaded = point.load()
+                self._add_loaded(point.name, _load_point(point))
             except Exception as error:
-                raise ConfigError(
-                    f"The entry point {point.name} = {point.value} of {self.group} cannot be loaded: {error}"
-                ) from error
-            if not inspect.isclass(loaded):
-                raise ConfigError(
-                    f"The entry point {point.name} = {point.value} of {self.group} must name a class, found {loaded!r}."
-                )
-            self.add(point.name, loaded)
+                for name in set(self._classes) - known:  # what registered itself before the failure
+                    del self._classes[name]
+                failure = ConfigError(f"The entry point {where} of {self.group} cannot be loaded: {error}")
+                failure.__cause__ = error
+                failures.append((where, failure))
+        return failures
+
+    def _add_loaded(self, name: str, loaded: Any) -> None:
+        if not inspect.isclass(loaded):
+            raise ConfigError(f"it must name a class, found {loaded!r}.")
+        self.check(loaded)
+        self.probe(loaded)
+        self.add(name, loaded)
+
+    def _warn_of(self, failures: Iterable[tuple[str, ConfigError]]) -> None:
+        for where, failure in failures:
+            if where not in self._warned:
+                self._warned.add(where)
+                warnings.warn(f"{failure} It is left out.", UserWarning, stacklevel=4)
+
+
+def _load_point(point: importlib.metadata.EntryPoint) -> Any:
+    try:
+        return point.load()
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # sys.exit() at import ends the package, not this program
+        raise ConfigError(f"{type(error).__name__} while it was imported: {error}") from error
 
 
 def _check_selector(cls: type) -> None:
@@ -101,14 +139,34 @@ def _check_selector(cls: type) -> None:
             raise ConfigError(f"{_path(cls)} must set the class attribute {attribute!r} to a string.")
     if bare := [option for option, default in cls.options().items() if default is dataclasses.MISSING]:
         raise ConfigError(f"{_path(cls)}: the options {bare} need (immutable) defaults.")
+    _check_concrete(cls)
+
+
+def _probe_selector(cls: type) -> None:
+    try:
+        cls().stages()
+    except Exception as error:
+        raise ConfigError(f"{_path(cls)} has no stages with its default options: {error!r}") from error
+
+
+def _check_adapter(cls: type) -> None:
+    # By name: this module is below the adapters, which are being imported when theirs are checked.
+    if not issubclass(cls, importlib.import_module("vtc.adapters.base").Adapter):
+        raise ConfigError(f"{_path(cls)} must derive from vtc.adapters.base.Adapter to be registered.")
+    _check_concrete(cls)
+
+
+def _check_concrete(cls: type) -> None:
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise ConfigError(f"{_path(cls)} must define {', '.join(missing)}.")
 
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-_SELECTORS = _Registry("method", "vtc.selectors", UnsupportedMethodError, _check_selector)
-_ADAPTERS = _Registry("model type", "vtc.adapters", UnsupportedModelError, lambda cls: None)
+_SELECTORS = _Registry("method", "vtc.selectors", UnsupportedMethodError, _check_selector, _probe_selector)
+_ADAPTERS = _Registry("model type", "vtc.adapters", UnsupportedModelError, _check_adapter)
 
 
 def register_selector(cls: T) -> T:
