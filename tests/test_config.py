@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
+import errno
 import json
+import os
 import pickle
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,8 +150,6 @@ def test_load_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"broken\.json.*names no method"):
         CompressionConfig.load(tmp_path / "broken.json")
-    with pytest.raises(FileNotFoundError):
-        CompressionConfig.load(tmp_path / "none.json")
 
 
 # --- budgets ---------------------------------------------------------------------------------------------------------
@@ -203,3 +207,113 @@ def test_largest_remainder_ties_and_errors() -> None:
 def test_errors_are_value_errors() -> None:
     assert issubclass(VtcError, ValueError)
     assert all(issubclass(error, VtcError) for error in (ConfigError, InputError))
+
+
+# --- odd values -----------------------------------------------------------------------------------------------------
+class Colour(str, enum.Enum):
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    LOW = 3
+
+
+def test_numbers_of_numpy_are_stored_as_pythons_own() -> None:
+    options = {
+        "a": np.float32(0.5), "b": np.int64(3), "c": np.bool_(True), "d": np.str_("x"), "e": [np.float16(0.25)],
+        "f": Colour.RED, "g": Level.LOW, "h": Fraction(1, 4), "i": np.array(7), "j": {"k": np.uint8(1)},
+    }  # fmt: skip
+    config = CompressionConfig("m", keep_ratio=np.float32(0.25), seed=np.int64(3), options=options)  # type: ignore[arg-type]
+    plain = CompressionConfig(
+        "m",
+        keep_ratio=0.25,
+        seed=3,
+        options={"a": 0.5, "b": 3, "c": True, "d": "x", "e": [0.25], "f": "red", "g": 3, "h": 0.25, "i": 7,
+                 "j": {"k": 1}},
+    )  # fmt: skip
+    assert config == plain
+    assert repr(config) == repr(plain), "their types too"
+    assert CompressionConfig.from_json(config.to_json()) == plain
+    count = CompressionConfig("m", keep_tokens=np.int64(4), at=DecoderLayer(np.int64(3)))  # type: ignore[arg-type]
+    assert repr(count) == repr(CompressionConfig("m", keep_tokens=4, at="decoder:3"))
+    assert resolve_budget(8, np.float64(0.5)) == resolve_budget(8, None, np.int8(4)) == 4
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+LOOP: list[Any] = []
+LOOP.append(LOOP)
+
+
+ODD: dict[str, Any] = {
+    "loop": LOOP, "deep": nested(40), "deeper": nested(100_000), "long": 10**5000, "low": -(2**63) - 1,
+    "nan": np.float64("nan"), "inf": np.inf, "complex64": np.complex64(1j), "complex": 1j, "set": {1, 2},
+    "array": np.zeros(2), "decimal": Decimal("1"), "bytes": b"bytes", "date": np.datetime64("2020"), "type": type,
+    "fraction": Fraction(10**400), "object": object(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_json_cannot_hold_is_named(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"options\.x(\.y)?: .*(cannot be written to JSON|levels)") as caught:
+        CompressionConfig("m", keep_ratio=0.5, options={"x": ODD[kind]})
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind in ODD if kind != "low"), "mapping"])
+@pytest.mark.parametrize("name", ["method", "keep_ratio", "keep_tokens", "seed", "positions", "structural", "at"])
+def test_odd_values_of_every_field_are_refused(name: str, kind: str) -> None:
+    budget = {} if name in ("keep_ratio", "keep_tokens") else {"keep_ratio": 0.5}
+    with pytest.raises(ConfigError, match=r"must|exactly one") as caught:
+        CompressionConfig.from_dict({"method": "m", **budget, name: ODD.get(kind, {})})
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "levels"),
+        (b'{"method": "m", "keep_ratio": 0.5, "options": {"x": ' + b"[" * 500 + b"]" * 500 + b"}}", "levels"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "digits"),
+        (b"\xff\xfe{}", "JSON"),
+        (b'{"method": "\xff"}', "utf-8"),
+        (b"\0", "JSON"),
+        (b"", "JSON"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
+        CompressionConfig.load(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=message):
+        CompressionConfig.from_json(content)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for name, message in (("none.json", "no such file"), (".", "this is a folder"), ("a\0b", "null")):
+        with pytest.raises(ConfigError, match=message):
+            CompressionConfig.load(os.path.join(tmp_path, name))
+    with pytest.raises(ConfigError, match="text of JSON, got None"):
+        CompressionConfig.from_json(None)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FULL.save(tmp_path / "config.json")
+
+    def fill(path: Path, *_: Any, **__: Any) -> None:
+        with path.open("w") as file:
+            file.write("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fill)
+        for name in ("config.json", "other.json"):
+            with pytest.raises(OSError, match=f"No space.*{name}"):
+                CompressionConfig("m", keep_ratio=0.5).save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert CompressionConfig.load(tmp_path / "config.json") == FULL

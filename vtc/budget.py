@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import ConfigError, InputError
+from .plain import integer, real, shown
 
-__all__ = ["check_budget", "largest_remainder", "resolve_budget"]
+__all__ = ["check_budget", "check_seed", "largest_remainder", "resolve_budget"]
 
 
-def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
-    """Raise unless exactly one of the two is given and it lies in its range.
+def check_budget(keep_ratio: Any, keep_tokens: Any) -> tuple[float | None, int | None]:
+    """Raise unless exactly one of the two is given and it lies in its range; return both as Python's own numbers.
 
     Parameters
     ----------
@@ -26,17 +27,37 @@ def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
         Both or neither given, wrong type, out of range.
     """
     if (keep_ratio is None) == (keep_tokens is None):
-        given = "neither" if keep_ratio is None else f"keep_ratio={keep_ratio!r} and keep_tokens={keep_tokens!r}"
+        given = "neither"
+        if keep_ratio is not None:
+            given = f"keep_ratio={shown(keep_ratio)} and keep_tokens={shown(keep_tokens)}"
         raise ConfigError(f"Give exactly one of keep_ratio and keep_tokens; got {given}.")
     if keep_ratio is not None:
-        if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)):
-            raise ConfigError(f"keep_ratio must be a number in (0, 1], got {keep_ratio!r}.")
-        if not (math.isfinite(keep_ratio) and 0 < keep_ratio <= 1):
-            raise ConfigError(f"keep_ratio is the fraction kept and must lie in (0, 1], got {keep_ratio!r}.")
-    elif isinstance(keep_tokens, bool) or not isinstance(keep_tokens, int):
-        raise ConfigError(f"keep_tokens must be an integer of at least 1, got {keep_tokens!r}.")
-    elif keep_tokens < 1:
-        raise ConfigError(f"keep_tokens must be at least 1, got {keep_tokens}.")
+        ratio = real(keep_ratio)
+        if ratio is None:
+            raise ConfigError(f"keep_ratio must be a number in (0, 1], got {shown(keep_ratio)}.")
+        if not 0 < ratio <= 1:
+            raise ConfigError(f"keep_ratio is the fraction kept and must lie in (0, 1], got {shown(ratio)}.")
+        return ratio, None
+    tokens = integer(keep_tokens)
+    if tokens is None:
+        raise ConfigError(f"keep_tokens must be an integer of at least 1, got {shown(keep_tokens)}.")
+    if not 1 <= tokens < 2**63:
+        raise ConfigError(f"keep_tokens must be at least 1, and an integer of 64 bits, got {shown(tokens)}.")
+    return None, tokens
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed as an int.
+
+    Raises
+    ------
+    ConfigError
+        It is no integer in 0..2**63-1.
+    """
+    found = integer(seed)
+    if found is None or not 0 <= found < 2**63:
+        raise ConfigError(f"seed must be an integer in 0..2**63-1, got {shown(seed)}.")
+    return found
 
 
 def resolve_budget(n: int, keep_ratio: float | None = None, keep_tokens: int | None = None) -> int:
@@ -52,7 +73,7 @@ def resolve_budget(n: int, keep_ratio: float | None = None, keep_tokens: int | N
     InputError
         There are no tokens to keep (`n` < 1).
     """
-    check_budget(keep_ratio, keep_tokens)
+    keep_ratio, keep_tokens = check_budget(keep_ratio, keep_tokens)
     if n < 1:
         raise InputError(f"There are no visual tokens to select from (n={n}).")
     wanted = keep_tokens if keep_tokens is not None else round(n * keep_ratio)  # type: ignore[operator]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ._version import package_version
-from .budget import check_budget
+from .budget import check_budget, check_seed
 from .core.sites import Site, parse_site
 from .errors import ConfigError
+from .files import write_text
+from .plain import parse_json, plain, shown
 
 __all__ = ["CompressionConfig"]
 
@@ -61,19 +63,19 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not self.method:
-            raise ConfigError(f"method must be the id of a method, got {self.method!r}.")
-        check_budget(self.keep_ratio, self.keep_tokens)
-        if self.positions not in POSITIONS:
-            raise ConfigError(f"positions must be one of {POSITIONS}, got {self.positions!r}.")
-        if self.structural not in STRUCTURAL:
-            raise ConfigError(f"structural must be one of {STRUCTURAL}, got {self.structural!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be an integer in 0..2**63-1, got {self.seed!r}.")
-        if self.at is not None:
-            object.__setattr__(self, "at", str(parse_site(self.at)))
+            raise ConfigError(f"method must be the id of a method, got {shown(self.method)}.")
+        ratio, tokens = check_budget(self.keep_ratio, self.keep_tokens)
+        for name, allowed in (("positions", POSITIONS), ("structural", STRUCTURAL)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise ConfigError(f"{name} must be one of {allowed}, got {shown(value)}.")
+        at = None if self.at is None else str(parse_site(self.at))
         if not isinstance(self.options, Mapping):
-            raise ConfigError(f"options must be a mapping from option names to values, got {self.options!r}.")
-        object.__setattr__(self, "options", _plain(self.options, "options"))
+            raise ConfigError(f"options must be a mapping from option names to values, got {shown(self.options)}.")
+        own = {"keep_ratio": ratio, "keep_tokens": tokens, "seed": check_seed(self.seed), "at": at}
+        own |= {name: plain(getattr(self, name), name) for name in ("method", "positions", "structural", "options")}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
 
     @property
     def site(self) -> Site | None:
@@ -99,9 +101,11 @@ class CompressionConfig:
         unknown = sorted(map(str, set(data) - {"version", *known}))
         if unknown:
             stamp = data.get("version", "unknown")
-            raise ConfigError(f"Unknown keys {unknown} in a configuration of version {stamp}. Known keys: {known}.")
+            raise ConfigError(
+                f"Unknown keys {shown(unknown)} in a configuration of version {shown(stamp)}. Known keys: {known}."
+            )
         if "method" not in data:
-            raise ConfigError(f"The configuration names no method; found the keys {sorted(data)}.")
+            raise ConfigError(f"The configuration names no method; found the keys {shown(sorted(map(str, data)))}.")
         return cls(**{name: data[name] for name in known if name in data})
 
     def to_json(self) -> str:
@@ -109,44 +113,39 @@ class CompressionConfig:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> CompressionConfig:
+    def from_json(cls, text: str | bytes) -> CompressionConfig:
         """Read what `to_json` returned; raise `ConfigError` for what is not JSON."""
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise ConfigError(f"A configuration is read from a text of JSON, got {shown(text)}.")
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ConfigError as error:
             raise ConfigError(f"The configuration is not valid JSON: {error}.") from error
         return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write `to_json` to a file, in full or not at all (see `vtc.files.replacing`)."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressionConfig:
-        """Read what `save` wrote; a `ConfigError` names the file."""
+        """Read what `save` wrote; a `ConfigError` names the file: it is missing, unreadable, or no configuration."""
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_bytes()
+        except FileNotFoundError as error:
+            raise ConfigError(f"{os.fspath(path)}: no such file.") from error
+        except IsADirectoryError as error:
+            raise ConfigError(f"{os.fspath(path)}: this is a folder, not the file of a configuration.") from error
+        except (OSError, ValueError) as error:  # ValueError: also of a path with a null character
+            raise ConfigError(f"{os.fspath(path)!r}: {getattr(error, 'strerror', None) or error}.") from error
+        try:
+            return cls.from_json(text)
         except ConfigError as error:
             raise ConfigError(f"{os.fspath(path)}: {error}") from error
 
 
-def _plain(value: Any, where: str) -> Any:
-    """A private copy made of JSON's types, sequences as tuples, so that equality survives a round trip."""
-    if isinstance(value, Mapping):
-        if bad := [key for key in value if not isinstance(key, str)]:
-            raise ConfigError(f"{where}: keys must be strings, got {bad[0]!r}.")
-        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(item, where) for item in value)
-    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and abs(value) < float("inf")):
-        return value
-    raise ConfigError(
-        f"{where}: {value!r} cannot be written to JSON; use strings, finite numbers, booleans or sequences."
-    )
-
-
 def _listed(value: Any) -> Any:
-    """`_plain` undone: JSON's own types."""
+    """`plain` undone: JSON's own types."""
     if isinstance(value, Mapping):
         return {key: _listed(item) for key, item in value.items()}
     return [_listed(item) for item in value] if isinstance(value, tuple) else value

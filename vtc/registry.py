@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ConfigError, UnsupportedMethodError, UnsupportedModelError, VtcError
+from .plain import plain, shown
 
 if TYPE_CHECKING:  # it brings torch, which commands that only show their help do without
     from .core.selector import Selector
@@ -192,13 +193,15 @@ def get_selector(name: str, **options: Any) -> Selector:
     ConfigError
         An option is unknown or invalid.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"method must be the id of a method, got {shown(name)}.")
     cls: type[Selector] = _SELECTORS.get(name)
     known = cls.options()
     unknown = sorted(set(options) - set(known))
     if unknown:
         listed = ", ".join(f"{option}={default!r}" for option, default in known.items()) or "none"
         raise ConfigError(f"{name} has no option {', '.join(map(repr, unknown))}. Its options and defaults: {listed}.")
-    return cls(**options)
+    return cls(**plain(options, name))
 
 
 def selectors() -> dict[str, type[Selector]]:

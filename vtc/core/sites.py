@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
+from ..plain import integer, shown
 
 __all__ = [
     "SITES",
@@ -56,11 +57,13 @@ class _LayerSite(Site):
     layer: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < self.first:
+        layer = integer(self.layer)
+        if layer is None or not self.first <= layer < 2**63:
             raise ConfigError(
-                f"The layer of {self.word}:K is an integer of at least {self.first}, got {self.layer!r}."
+                f"The layer of {self.word}:K is an integer of at least {self.first}, got {shown(self.layer)}."
                 + (' On entering layer 0 tokens leave at "decoder".' if self.first else "")
             )
+        object.__setattr__(self, "layer", layer)
 
     def __str__(self) -> str:
         return f"{self.word}:{self.layer}"
@@ -139,7 +142,7 @@ def parse_site(at: Any) -> Site:
         if at in _PLAIN:
             return _PLAIN[at]()
         word, _, number = at.partition(":")
-        if word in _LAYERED and number.isdecimal():
+        if word in _LAYERED and number.isdecimal() and len(number) < 10:
             return _LAYERED[word](int(number))
     words = ", ".join([*_PLAIN, *(f"{word}:K" for word in _LAYERED)])
-    raise ConfigError(f"at must be a site or one of the words {words} (K a layer), got {at!r}.")
+    raise ConfigError(f"at must be a site or one of the words {words} (K a layer), got {shown(at)}.")

@@ -28,6 +28,7 @@ from vtc.engine.encoder import Encoded
 from vtc.engine.engine import Engine
 from vtc.engine.prompt import Segment
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
+from vtc.plain import shown
 from vtc.report.report import Report, SegmentReport
 from vtc.video.prompt import VideoPrompt
 
@@ -60,13 +61,14 @@ class VideoBudget:
         if len(given) != 1:
             raise ConfigError(
                 "Give exactly one of keep_ratio, keep_tokens, per_window and per_frame; got "
-                f"{', '.join(f'{name}={value!r}' for name, value in given.items()) or 'none'}."
+                f"{', '.join(f'{name}={shown(value)}' for name, value in given.items()) or 'none'}."
             )
         name, value = next(iter(given.items()))
         try:
-            check_budget(value if name == "keep_ratio" else None, None if name == "keep_ratio" else value)
+            found = check_budget(value if name == "keep_ratio" else None, None if name == "keep_ratio" else value)
         except ConfigError as error:
             raise ConfigError(str(error).replace("keep_tokens", name)) from error
+        object.__setattr__(self, name, next(number for number in found if number is not None))
 
     @property
     def whole(self) -> bool:
