@@ -13,6 +13,7 @@ import functools
 import html
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import vtc
 import vtc.reference
+from vtc.chat import image_inputs
+from vtc.console import finish
 
 EXAMPLES = (
     (6, "What is left of the cup?", "vtc-cls", 0.25),
@@ -120,13 +123,11 @@ def compare(
     vtc.VtcError
         There is no picture or no question, or the model cannot run the method.
     """
-    if image is None or not question.strip():
+    if image is None or not (question or "").strip():
         raise vtc.InputError("Give a picture and a question.")
     image = image.convert("RGB")
     model, processor = models.load(name)
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device, model.dtype)
+    inputs = image_inputs(processor, [image], question).to(model.device, model.dtype)
     _run(model, processor, inputs, 1)  # what is slow the first time only
     full = _run(model, processor, inputs)
     with vtc.compressed(model, method, keep_ratio=keep_ratio):
@@ -152,7 +153,7 @@ def compare_video(
     """As `compare`, for a video file: the full answer, the compressed one, and a sheet unless frames are too many."""
     from vtc.video import VideoFile
 
-    if not video or not question.strip():
+    if not video or not (question or "").strip():
         raise vtc.InputError("Give a video and a question.")
     model, processor = models.load(name)
     answers = []
@@ -245,7 +246,11 @@ def asked_for(name: str, method: str, keep_ratio: float, question: str) -> str:
     return f"<b>{html.escape(name)}, {method}, keep ratio {keep_ratio:g}:</b> {html.escape(question)}"
 
 
-def refused(error: vtc.VtcError, folder: Path | None = None) -> Shown:
+MISTAKES = (vtc.VtcError, OSError, MemoryError, torch.OutOfMemoryError)
+"""What the page tells of a picture, a question or a machine; anything else is a fault of the program."""
+
+
+def refused(error: BaseException, folder: Path | None = None) -> Shown:
     """The reason in place of answers, which would be those of an earlier question; without the upload's `folder`."""
     reason = str(error).replace(f"{folder}{os.sep}", "") if folder else str(error)
     box = "border:1px solid #b91c1c;border-radius:4px;padding:8px;color:#b91c1c"
@@ -259,7 +264,7 @@ def build(models: Models) -> Any:
     def about_image(name: str, method: str, keep_ratio: float, image: Image.Image | None, question: str) -> Shown:
         try:
             made = compare(models, name, image, question, method, keep_ratio)
-        except vtc.VtcError as error:
+        except MISTAKES as error:
             return refused(error)
         measured = summary(made.report, made.full.first_token, made.compressed.first_token)
         said = asked_for(name, method, keep_ratio, question)
@@ -276,7 +281,7 @@ def build(models: Models) -> Any:
     ) -> Shown:
         try:
             full, answer, drawn = compare_video(models, name, video, question, method, keep_ratio, fps, progress=True)
-        except vtc.VtcError as error:
+        except MISTAKES as error:
             return refused(error, Path(video).parent if video else None)
         said = asked_for(name, method, keep_ratio, question)
         if answer.report is None:  # only captions have none
@@ -364,6 +369,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
     folders = {name: Path(folder) for name, _, folder in (model.partition("=") for model in args.model)}
+    for name, folder in folders.items():
+        if not name or folder == Path() or not folder.is_dir():
+            raise vtc.ConfigError(f"--model takes NAME=FOLDER, the folder of a checkpoint, got {name}={folder}.")
     build(Models(folders)).launch(server_name=args.host, server_port=args.port, share=False, **_fonts())
 
 
@@ -376,4 +384,4 @@ def _fonts() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("app", main))

@@ -12,6 +12,7 @@ The picture at the top of README:
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import vtc
 import vtc.reference
+from vtc.chat import check_question
+from vtc.console import finish
+from vtc.files import check_writable, replacing
 
 SAMPLE, QUESTION = 6, "What is left of the cup?"
 LINE, GAP = 18, 6
@@ -37,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("methods.png"))
     args = parser.parse_args(argv)
 
+    check_writable(args.output)
     model, processor = vtc.reference.load("llava")
+    check_question(processor, args.question)
     image = Image.open(args.image or vtc.reference.samples()[SAMPLE]).convert("RGB")
     inputs = ask(processor, image, args.question)
     able = [name for name, note in vtc.list_methods(model).items() if not note.startswith("not on this model")]
@@ -52,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             kept += f", mean {report.average_visual_tokens:.0f}"
         panels.append(captioned(drawn, [f"{name}: {kept}", text]))
         print(f"{name:12} {kept:24} {text}")
-    sheet(panels, args.columns).quantize(255, dither=Image.Dither.NONE).save(args.output, optimize=True)
+    with replacing(args.output) as file:
+        sheet(panels, args.columns).quantize(255, dither=Image.Dither.NONE).save(file, optimize=True)
     print(f"{args.question}  ->  {args.output}")
 
 
@@ -93,4 +100,4 @@ def sheet(panels: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("compare_methods", main))

@@ -9,6 +9,7 @@ Without a file, a ball is drawn that rolls past a box.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtc
 import vtc.reference
+from vtc.console import finish
+from vtc.files import check_writable
 from vtc.report.visualize import animation, save_animation
 from vtc.video import VideoFile
 
@@ -37,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("kept.gif"))
     args = parser.parse_args(argv)
 
+    check_writable(args.output)
     model, processor = load(args.model, args.random_weights)
     with tempfile.TemporaryDirectory() as folder:
         video = args.video or rolling_ball(Path(folder) / "ball.mp4")
@@ -83,4 +87,4 @@ def rolling_ball(path: Path, count: int = 24, width: int = 160, height: int = 96
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("video_qa", main))

@@ -13,7 +13,6 @@ table.csv and plots; `table` does only the last of these.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,18 +24,20 @@ import vtc
 from eval import comparison, readme, runner, sweep, tasks, timing
 from eval.models import Loaded
 from eval.sweep import Job
+from vtc.console import finish
+from vtc.plain import parse_json
 
 _KEEP = (0.5, 0.25, 0.11, 0.056)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 2 after a one-line message about a mistake in the arguments or the input."""
-    args = _parser().parse_args(argv)
-    try:
+    """Run one command; return 2 after a one-line message about what a user can mend, as `vtc` does."""
+
+    def work() -> int:
+        args = _parser().parse_args(argv)
         return int(args.run(args))
-    except vtc.VtcError as error:
-        print(f"eval: error: {error}", file=sys.stderr)
-        return 2
+
+    return finish("eval", work)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,8 +157,8 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not (equals and dot and option):
             raise vtc.ConfigError(f"--option takes METHOD.NAME=VALUE, got {text!r}")
         try:
-            found.setdefault(method, {})[option] = json.loads(value)
-        except json.JSONDecodeError:
+            found.setdefault(method, {})[option] = parse_json(value)
+        except vtc.ConfigError:
             found.setdefault(method, {})[option] = value
     return found
 

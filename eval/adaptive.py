@@ -25,6 +25,7 @@ from eval.conditions import conditions
 from eval.tasks.base import Sample
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.scene import Scene, make_scene
+from vtc.files import check_writable, write_text
 
 
 def covered(scene: Scene) -> int:
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     configs = [vtc.CompressionConfig.load(path) for path in arguments.configs]
     arguments.out.mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.out / "table.md")
     loaded = models.load(arguments.model)
     plain, full = extremes(arguments.drawn, arguments.group, arguments.seed)
     scenes = [*plain, *full]
@@ -108,9 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     text = table([path.stem for path in arguments.configs], counts, cover, arguments.group)
     notes = "\n".join(f"- {name}: {value}" for name, value in stated.items())
-    (arguments.out / "table.md").write_text(
-        f"# Kept of plain and of full scenes\n\n{text}\n\n{notes}\n", encoding="utf-8"
-    )
+    write_text(arguments.out / "table.md", f"# Kept of plain and of full scenes\n\n{text}\n\n{notes}\n")
     print(text)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from eval.runs import BASELINES, BLIND, BOUNDS, FULL
+from vtc.files import replacing
 
 _AXES = (
     ("kept", "visual tokens kept, mean over layers", "score-by-tokens.png"),
@@ -111,6 +112,7 @@ def _pyplot() -> Any:
 
 
 def _saved(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)
     _pyplot().close(figure)
     return path

@@ -9,6 +9,7 @@ import pandas as pd
 import vtc
 from eval import tables
 from eval.runs import BASELINES, BLIND, BOUNDS, FULL
+from vtc.files import write_text
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "README.md"
@@ -63,7 +64,7 @@ def write(page: Path = PAGE) -> None:
         The page has no such marks.
     """
     before, _, after = _parts(page.read_text(encoding="utf-8"))
-    page.write_text(before + block() + after, encoding="utf-8")
+    write_text(page, before + block() + after)
 
 
 def current(page: Path = PAGE) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vtc import InputError
+from vtc.files import cut_incomplete_line
 
 Row = dict[str, Any]
 
@@ -44,7 +45,7 @@ class ResultsLog:
         self.rows: list[Row] = []
         identity = json.loads(json.dumps(identity))
         if path.exists():
-            _cut_incomplete_line(path)
+            cut_incomplete_line(path)
         for file in _files(path.parent, path.name.split(".")[0]):
             self._recover(file, identity)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +121,6 @@ def read(path: Path, kind: str = "rows") -> tuple[list[Row], list[Row]]:
 
 def _files(folder: Path, kind: str) -> list[Path]:
     return sorted(file for file in folder.glob(f"{kind}*.jsonl") if file.name.split(".")[0] == kind)
-
-
-def _cut_incomplete_line(path: Path) -> None:
-    text = path.read_bytes()
-    complete = text.rfind(b"\n") + 1
-    if complete < len(text):
-        with path.open("r+b") as file:
-            file.truncate(complete)
 
 
 def _parse(path: Path) -> Iterator[tuple[Row | None, Row | None]]:

@@ -16,6 +16,7 @@ from eval.models import Loaded
 from eval.results_log import ResultsLog, Row
 from eval.runs import Run, supported_runs, sweep_runs
 from eval.tasks.base import Sample, Task
+from vtc.files import write_text
 
 GENERATED_LIMIT = 200
 """Default number of samples of a generated task, which could go on without end."""
@@ -186,8 +187,8 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Write table.md, table.csv and plots."""
-        self.frame.to_csv(folder / "table.csv", index=False, float_format="%.6g")
-        (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
+        write_text(folder / "table.csv", self.frame.to_csv(index=False, float_format="%.6g"))
+        write_text(folder / "table.md", self.markdown())
         plots.against_cost(self.frame, folder, self.title)
         if not self.kinds.empty:
             plots.bars(self.kinds, self.frame, folder / "score-by-kind.png", self.title)
@@ -262,10 +263,10 @@ def overview(parts: Sequence[Results], folder: Path) -> str:
     scores = scores.reindex(dict.fromkeys(run for part in parts for run in part.frame["run"]))
     frame = pd.concat([part.frame for part in parts]).drop_duplicates("run")
     folder.mkdir(parents=True, exist_ok=True)
-    scores.to_csv(folder / "table.csv", float_format="%.6g")
+    write_text(folder / "table.csv", scores.to_csv(float_format="%.6g"))
     links = "\n".join(f"- [{task}]({task}/table.md), with intervals, times and conditions" for task in scores.columns)
     model = parts[0].conditions["model"]
     text = f"# {model}: scores by task\n\n{tables.pivot_markdown(scores)}\n\n{links}\n"
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    write_text(folder / "table.md", text)
     plots.bars(scores, frame, folder / "score-by-task.png", model)
     return text

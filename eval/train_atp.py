@@ -37,6 +37,7 @@ from eval.reference.train.packing import IGNORE, PackedText, Packer
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.vocabulary import GRID
 from vtc import ModelShape
+from vtc.files import check_writable
 from vtc.selectors.atp import (
     AtpModule,
     AtpSelector,
@@ -237,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--soft", action="store_true", help="use soft masks in the forward pass")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    check_writable(arguments.out)
     torch.manual_seed(arguments.seed)
     model, processor = vtc.reference.load("llava")
     options = AtpSelector()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vtc
-from vtc import files, video
+from vtc import chat, console, files, plain, video
 from vtc.selectors import atp
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +23,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom to the top: a part may import the parts of earlier lines, and itself.
 LEVELS = (
     ("errors", "_version"),
-    ("files", "plain"),
+    ("console", "files", "plain"),
+    ("chat",),
     ("budget", "kernels"),
     ("core",),
     ("config", "registry", "reference"),
@@ -39,9 +40,11 @@ LEVELS = (
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 # They know tensors and configurations: not even a function of theirs may import transformers.
-WITHOUT_TRANSFORMERS = ("errors", "budget", "kernels", "core", "config", "registry", "selectors", "functional")
+WITHOUT_TRANSFORMERS = ("errors", "chat", "budget", "kernels", "core", "config", "registry", "selectors", "functional")
 WITHOUT_TORCH = (
     "errors",
+    "chat",
+    "console",
     "_version",
     "budget",
     "config",
@@ -196,7 +199,8 @@ def test_programs_use_public_names_only(room):
     allowed = {"vtc", "vtc.reference", *(f"vtc.{name}" for name in vtc.__all__)}
     allowed |= {"vtc.report.flops", "vtc.report.flops.DecoderShape"}
     allowed |= {"vtc.report.visualize", "vtc.report.visualize.animation", "vtc.report.visualize.save_animation"}
-    allowed |= {"vtc.files", *(f"vtc.files.{name}" for name in files.__all__)}
+    for module in (chat, console, files, plain):
+        allowed |= {module.__name__, *(f"{module.__name__}.{name}" for name in module.__all__)}
     allowed |= {"vtc.video", *(f"vtc.video.{name}" for name in video.__all__)}
     allowed |= {"vtc.selectors.atp", *(f"vtc.selectors.atp.{name}" for name in atp.__all__)}  # what is trained
     for path in sorted((ROOT / room).rglob("*.py")):

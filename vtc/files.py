@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["check_writable", "replacing", "write_text"]
+__all__ = ["check_writable", "cut_incomplete_line", "replacing", "write_text"]
 
 
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
@@ -85,6 +85,15 @@ def check_writable(*paths: str | os.PathLike[str]) -> None:
             seen[target] = path
 
 
+def cut_incomplete_line(path: Path) -> None:
+    """Cut off what follows the last line break of a file, which an interrupted writer has left."""
+    text = path.read_bytes()
+    complete = text.rfind(b"\n") + 1
+    if complete < len(text):
+        with path.open("r+b") as file:
+            file.truncate(complete)
+
+
 def _begin(path: str | os.PathLike[str]) -> tuple[Path | None, Path]:
     """The file that is meant, links followed, and an empty temporary one; None and `path` for a device or a pipe."""
     name = os.fspath(path)
@@ -104,7 +113,8 @@ def _begin(path: str | os.PathLike[str]) -> tuple[Path | None, Path]:
             return None, Path(name)
         target = Path(os.path.realpath(name))
         if not target.parent.is_dir():
-            raise InputError(f"{name}: the folder {target.parent} does not exist.")
+            folder = target.parent if Path(name).parent.is_dir() else Path(name).parent
+            raise InputError(f"{name}: the folder {folder} does not exist.")
         temporary = target.with_name(f".vtc-{secrets.token_hex(4)}{target.suffix}")
         # Not tempfile's, which nobody but the owner could read: the permissions are those of any new file.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

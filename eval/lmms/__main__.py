@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 from eval.tasks.scenes.writer import write
+from vtc.files import write_text
 
 HERE = Path(__file__).parent
 
@@ -26,8 +26,8 @@ def main() -> None:
     written = write(folder, "test", arguments.n)
     questions = json.dumps(str(folder / "questions.jsonl"))  # a YAML string, whatever is in the path
     task = (HERE / "task.yaml").read_text(encoding="utf-8").replace("QUESTIONS", questions)
-    (folder / "vtc_scenes.yaml").write_text(task, encoding="utf-8")
-    shutil.copy(HERE / "utils.py", folder)
+    write_text(folder / "utils.py", (HERE / "utils.py").read_text(encoding="utf-8"))
+    write_text(folder / "vtc_scenes.yaml", task)
     print(f"vtc_scenes in {folder}: {arguments.n} images and {written} questions")
 
 

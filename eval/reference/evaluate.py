@@ -32,6 +32,7 @@ from eval.tasks.base import Sample
 from eval.tasks.clips.questions import KINDS as CLIP_KINDS
 from eval.tasks.generated import ClipsTask, ScenesTask
 from eval.tasks.scenes.vocabulary import KINDS as SCENE_KINDS
+from vtc.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = tuple(dict.fromkeys([*SCENE_KINDS, *CLIP_KINDS]))
@@ -157,9 +158,9 @@ def main() -> None:
     result = accuracy(arguments.model, questions(arguments.task, arguments.sources))
     arguments.out.mkdir(parents=True, exist_ok=True)
     stem = arguments.out / f"{arguments.model}-{arguments.task}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(stem.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     text = f"# {arguments.model}: accuracy on {arguments.task}\n\n{markdown(result)}"
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_text(stem.with_suffix(".md"), text)
     print(text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.tasks import get_task, names
+from vtc.files import write_text
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
 _HEAD = "| task | shows | files | from | licence |\n|---|---|---|---|---|\n"
@@ -19,4 +20,4 @@ def with_table(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8")))

@@ -199,7 +199,8 @@ def test_a_search_in_which_nothing_is_possible_says_so(case: tiny.TinyCase, rows
         ({"samples": [("picture",)]}, vtc.InputError, "sample 0"),
         ({"samples": [{"input_ids": torch.zeros(1, 3)}]}, vtc.InputError, "no image"),
         ({"samples": [{"input_ids": torch.zeros(2, 3)}]}, vtc.InputError, "one row"),
-        ({"storage": "nowhere/trials.log"}, vtc.InputError, "folder does not exist"),
+        ({"storage": "nowhere/trials.log"}, vtc.InputError, "nowhere does not exist"),
+        ({"plot": "."}, vtc.InputError, "is a folder"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
 )

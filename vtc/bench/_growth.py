@@ -21,6 +21,7 @@ from vtc.bench._ops import OPS, Draw
 from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import CLOCKS, markdown_table, megabytes, repeated, seconds
 from vtc.errors import ConfigError
+from vtc.files import replacing
 
 __all__ = ["SIZES", "exponent", "measure", "plot", "run", "table"]
 
@@ -187,4 +188,5 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         axes.remove()
     figure.supxlabel("tokens")
     figure.suptitle("seconds (blue, left) and peak MB (orange, right); vtc solid, the baseline dashed", fontsize=11)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)

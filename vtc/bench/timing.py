@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtc._version import package_version
+from vtc.errors import ConfigError
+from vtc.files import check_writable, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +160,22 @@ def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmu
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results and conditions there")
 
 
+def check_timing(args: argparse.Namespace, *outputs: Path | None) -> None:
+    """Refuse rounds that measure nothing, and files that cannot be written later: --json and `outputs`.
+
+    Raises
+    ------
+    ConfigError
+        A number of rounds is too small.
+    InputError
+        A file cannot be written.
+    """
+    for name, value, least in (("repeats", args.repeats, 1), ("warmup", args.warmup, 0)):
+        if value < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {value}.")
+    check_writable(*(path for path in (args.json, *outputs) if path is not None))
+
+
 def conditions(**more: Any) -> dict[str, Any]:
     """Return versions, machine and the given facts about the run as JSON types."""
     import torch
@@ -238,5 +256,5 @@ def describe(stated: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result with its conditions as indented JSON."""
-    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a result with its conditions as indented JSON, in full or not at all."""
+    write_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")

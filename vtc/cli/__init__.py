@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 import vtc
-from vtc.errors import VtcError
+from vtc.console import finish
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
@@ -42,21 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 2 for a mistake in the arguments or the input, reported on stderr in one line.
+        Exit status: 0, or 2 for a mistake in the arguments or the input, a file that cannot be written or too little
+        memory, reported on stderr in one line; 130 after an interruption.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv).parse_args(argv)
-    try:
+    given = sys.argv[1:] if argv is None else argv
+
+    def work() -> int:
+        args = build_parser(given).parse_args(given)
         status: int = args.run(args)
-        sys.stdout.flush()
         return status
-    except VtcError as error:
-        print(f"vtc: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader (head, a pager) has gone. Python flushes once more on its way out; that must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+    return finish("vtc", work)
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:

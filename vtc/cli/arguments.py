@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
 from vtc import registry
+from vtc.chat import image_inputs
 from vtc.errors import ConfigError, InputError
+from vtc.files import check_writable
+from vtc.plain import parse_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,8 +90,8 @@ def option(text: str) -> tuple[str, Any]:
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
+        return name, parse_json(value)
+    except ConfigError:
         return name, value
 
 
@@ -129,12 +131,11 @@ def check_output(path: Path, suffixes: tuple[str, ...] | None = None) -> None:
     ConfigError
         It is a picture, and its suffix is none of `suffixes`.
     InputError
-        Its folder does not exist.
+        It is a folder, or in a folder that does not exist or cannot be written to.
     """
     if suffixes is not None and path.suffix.lower() not in suffixes:
         raise ConfigError(f"{path}: the picture is written as {', '.join(suffixes)}.")
-    if not path.resolve().parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist.")
+    check_writable(path)
 
 
 def open_image(path: Path) -> Image:
@@ -200,6 +201,8 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(device).type == "meta":
+            raise ConfigError("--device meta: tensors there have no values, so nothing can be computed; use cpu.")
         return model.to(device).eval(), processor
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise ConfigError(f"--device {device}: {_first_line(error)}") from error
@@ -213,7 +216,7 @@ def _load_folder(folder: Path) -> tuple[Any, Any]:
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a broken checkpoint can raise anything: it is code, JSON and tensors of others
         raise InputError(f"{folder}: cannot be loaded as an image-text-to-text model: {_first_line(error)}") from error
     return model, processor
 
@@ -228,12 +231,6 @@ def prepare(model: Any, processor: Any, image: Image, question: str) -> Any:
     Raises
     ------
     InputError
-        The processor has no chat template.
+        The processor has no chat template, or does not take this picture or question.
     """
-    if not getattr(processor, "chat_template", None):
-        raise InputError(
-            f"{type(processor).__name__} has no chat template, so the question cannot be put to the model."
-        )
-    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
-    return processor(images=[image], text=[prompt], return_tensors="pt").to(model.device, model.dtype)
+    return image_inputs(processor, [image], question).to(model.device, model.dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 import vtc
 from vtc import registry
 from vtc.cli import arguments, samples
+from vtc.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,26 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, and write the best configuration."""
     registry.get_selector(args.method, **dict(args.options))
-    for path in (args.output, args.plot, args.storage):
-        if path is not None:
-            arguments.check_output(path)
+    check_writable(*(path for path in (args.output, args.plot, args.storage) if path is not None))
     given = samples.read(args)
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
-    config = vtc.calibrate(
-        model,
-        processor,
-        samples.encode(given, processor),
-        keep_ratio=args.keep_ratio,
-        method=args.method,
-        trials=args.trials,
-        sampler=args.sampler,
-        seed=args.seed,
-        patience=args.patience,
-        storage=args.storage,
-        plot=args.plot,
-        **dict(args.options),
-    )
+    from vtc.tuning.calibrate import PlotError
+
+    failure = None
+    try:
+        config = vtc.calibrate(
+            model,
+            processor,
+            samples.encode(given, processor),
+            keep_ratio=args.keep_ratio,
+            method=args.method,
+            trials=args.trials,
+            sampler=args.sampler,
+            seed=args.seed,
+            patience=args.patience,
+            storage=args.storage,
+            plot=args.plot,
+            **dict(args.options),
+        )
+    except PlotError as error:
+        config, failure = error.config, error
     config.save(args.output)
     print(f"{args.output}: {config.method} {dict(config.options) or 'with its defaults'}")
     print(f'use it: vtc.compress(model, vtc.CompressionConfig.load("{args.output}"))')
+    if failure is not None:
+        raise failure
     return 0

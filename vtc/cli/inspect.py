@@ -7,6 +7,7 @@ from pathlib import Path
 
 import vtc
 from vtc.cli import arguments
+from vtc.files import replacing
 
 FITS = ("crop", "pad", "stretch")
 """`vtc.report.views.FITS`, repeated because that module imports numpy."""
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         model(**inputs, logits_to_keep=1)
         report = vtc.report(model)
     drawn = vtc.visualize(report, image, processor=processor, fit=args.fit, size=args.size)
-    drawn.save(args.output)
+    with replacing(args.output) as file:
+        drawn.save(file)
     print(report)
     print(f"\n{args.output}: {drawn.width} x {drawn.height}")
     return 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from vtc.chat import chat, processing
 from vtc.cli import arguments
 from vtc.errors import ConfigError, InputError
+from vtc.plain import parse_json
 
 _FORM = '{"image": PATH, "question": TEXT} or {"video": PATH, "question": TEXT}'
 
@@ -69,19 +70,19 @@ def _video_inputs(sample: dict[str, Any], processor: Any) -> Any:
 
     if not all(getattr(processor, name, None) for name in ("video_processor", "video_token")):
         raise InputError(f"{type(processor).__name__} takes no videos; see the column 'inputs' of `vtc models`.")
-    content = [{"type": "video"}, {"type": "text", "text": sample["question"]}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = chat(processor, ["video"], sample["question"])
     fps, frames = sample["info"].fps or 1.0, sample["info"].frames
     shown = VideoMetadata(
         total_num_frames=frames, fps=fps, duration=frames / fps, frames_indices=[int(i) for i in sample["picked"]]
     )
-    inputs = processor(
-        text=[text],
-        videos=[sample["frames"]],
-        do_sample_frames=False,
-        video_metadata=[shown],
-        return_tensors="pt",
-    )
+    with processing(processor, f"a video of {len(sample['frames'])} frames"):
+        inputs = processor(
+            text=[text],
+            videos=[sample["frames"]],
+            do_sample_frames=False,
+            video_metadata=[shown],
+            return_tensors="pt",
+        )
     inputs.pop("video_metadata", None)
     return inputs
 
@@ -89,18 +90,22 @@ def _video_inputs(sample: dict[str, Any], processor: Any) -> Any:
 def _lines(path: Path) -> list[tuple[str, Path, str]]:
     """Kind, file and question of each line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}.") from error
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}.") from error
+    except ValueError as error:  # no UTF-8, or a name with a null character
+        raise InputError(f"{str(path)!r}: {error}.") from error
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            sample = json.loads(line)
+            sample = parse_json(line)
             (kind,) = {"image", "video"} & set(sample)
-            found.append((kind, path.parent / sample[kind], str(sample["question"])))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            if not isinstance(sample["question"], str):
+                raise TypeError
+            found.append((kind, path.parent / sample[kind], sample["question"]))
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}, line {number}: expected {_FORM}, got {line[:80]!r}.") from error
     if not found:
         raise InputError(f"{path}: no samples in it.")

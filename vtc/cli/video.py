@@ -14,6 +14,7 @@ import vtc
 from vtc import registry
 from vtc.cli import arguments
 from vtc.errors import ConfigError
+from vtc.files import replacing
 
 _REFERENCE_MODEL = "reference:qwen2_5_vl"
 """The reference model that takes videos."""
@@ -108,7 +109,9 @@ def _draw(args: argparse.Namespace, report: vtc.Report, processor: Any, times: S
         frames = file.pictures(times, size)
     if sheet:
         titles = size >= 96  # below, they are wider than their panel
-        vtc.visualize(report, frames, processor=processor, size=size, titles=titles).save(args.output)
+        drawn = vtc.visualize(report, frames, processor=processor, size=size, titles=titles)
+        with replacing(args.output) as file:
+            drawn.save(file)
     else:
         rate = len(times) / max(times[-1] - times[0], 1e-9) if len(times) > 1 else 1.0
         save_animation(animation(report, frames, processor=processor, size=size), args.output, fps=min(rate, 10.0))

@@ -16,6 +16,7 @@ import torch
 from vtc.core.selection import Selection
 from vtc.core.sites import CacheAfterPrefill, DecoderLayer, Site
 from vtc.errors import ConfigError, InputError
+from vtc.files import replacing
 from vtc.report.views import FITS, View, views_of
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def save_animation(frames: Sequence[Image], path: str | Path, fps: float = 2.0) 
     if not fps > 0:
         raise ConfigError(f"fps must be positive, got {fps}.")
     first, *rest = frames
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    with replacing(path) as file:
+        first.save(file, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
 def _prepare(

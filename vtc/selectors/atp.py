@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..core.signals import Origin, Signal
 from ..core.sites import DecoderLayer, Site
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
+from ..files import replacing
 from ..registry import register_selector
 from .schedule import at_depth, check_fraction, check_layer, check_number
 
@@ -371,7 +373,10 @@ class AtpModule(nn.Module):
 def save_modules(modules: Sequence[AtpModule], path: str | Path) -> None:
     """Write trained modules, first place first, to a file that `AtpSelector(modules=...)` reads."""
     records = [{"grid": module.grid, "width": module.width, "state": module.state_dict()} for module in modules]
-    torch.save({"format": "vtc-atp-1", "modules": records}, path)
+    written = io.BytesIO()  # torch's own writer reports a full disk as an error of its own
+    torch.save({"format": "vtc-atp-1", "modules": records}, written)
+    with replacing(path) as file:
+        file.write_bytes(written.getvalue())
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,11 +25,13 @@ from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
+from vtc.files import check_writable, cut_incomplete_line, replacing
+from vtc.plain import parse_json
 from vtc.registry import get_selector
 from vtc.tuning.samples import as_found, prompts
 from vtc.tuning.search import suggest
 
-__all__ = ["calibrate"]
+__all__ = ["PlotError", "calibrate"]
 
 _NO_CEILING = 2**31 - 1  # tokens per image: adaptive methods then keep what their thresholds say
 _SAMPLERS = ("tpe", "gp", "random")
@@ -98,9 +100,11 @@ def calibrate(
     ConfigError
         There is nothing to search, none of the settings tried is possible, an argument is wrong, or optuna is missing.
     InputError
-        There are no samples, or one has no image.
+        There are no samples, or one has no image; `plot` or `storage` cannot be written, or `storage` is another file.
     UnsupportedMethodError
         The model cannot be compressed by this method at all.
+    PlotError
+        An `OSError` whose `config` is the result: the disk was full when the picture was written.
     """
     optuna = _optuna()
     if not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio < 1:
@@ -126,6 +130,7 @@ def calibrate(
         budget = {"keep_tokens": _NO_CEILING} if selector.adaptive else {"keep_ratio": float(keep_ratio)}
         return CompressionConfig(method, seed=seed, options={**options, **found}, **budget)
 
+    check_writable(*(path for path in (plot, storage) if path is not None))
     make_plan([config({})], adapter)  # refuse what no setting can change before anything runs
     encoded = prompts(processor, samples, model)
     study = _study(optuna, storage, f"{method}, keep {keep_ratio:g}, seed {seed}", _mark(encoded, options, ranges))
@@ -166,8 +171,25 @@ def calibrate(
             fixed = optuna.trial.FixedTrial(done.params)
             best, chosen = done.value, config({name: suggest(fixed, name, values) for name, values in ranges.items()})
     if plot is not None:
-        _plot(study, first, Path(plot))
+        try:
+            _plot(study, first, Path(plot))
+        except OSError as error:
+            raise PlotError(chosen, error) from error
     return chosen
+
+
+class PlotError(OSError):
+    """The picture of a search could not be written.
+
+    Attributes
+    ----------
+    config
+        What the search found.
+    """
+
+    def __init__(self, config: CompressionConfig, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror, error.filename)
+        self.config = config
 
 
 class _Trial:
@@ -272,9 +294,22 @@ def _storage(optuna: Any, path: str | Path | None) -> Any:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    if not Path(path).resolve().parent.is_dir():
-        raise InputError(f"{path}: the folder does not exist")
+    _check_journal(Path(path))
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _check_journal(path: Path) -> None:
+    """Cut off a line that an interruption left incomplete; refuse a file that holds anything but trials."""
+    if not path.exists():
+        return
+    cut_incomplete_line(path)
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            found = parse_json(line)
+        except ConfigError:
+            found = None
+        if not isinstance(found, dict) or "op_code" not in found:
+            raise InputError(f"{path}, line {number}: this is no file of trials; give the name of one, or a new name")
 
 
 def _asked(study: Any, trials: int, bar: Any) -> Iterator[Any]:
@@ -310,4 +345,5 @@ def _plot(study: Any, default: float, path: Path) -> None:
     axes.set(xlabel="trial", ylabel="cosine to the uncompressed model", title=study.study_name)
     axes.set_ylim(max(min(values), default - 3 * (max(best) - default) - 0.02), max(best) + 0.005)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)

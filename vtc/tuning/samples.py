@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtc.chat import image_inputs
 from vtc.engine.install import paused
 from vtc.errors import InputError
 
@@ -61,9 +62,10 @@ def _processed(processor: Any, number: int, sample: Any) -> Any:
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if processor is None or not images or any(image is None for image in images) or not isinstance(question, str):
         raise InputError(f"sample {number}: pairs need a processor, at least one image and a question in words")
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=images, text=[text], return_tensors="pt")
+    try:
+        return image_inputs(processor, images, question)
+    except InputError as error:
+        raise InputError(f"sample {number}: {error}") from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
+from vtc.chat import chat
 from vtc.core.grids import Grid
 from vtc.engine.engine import Engine
 from vtc.errors import InputError, UnsupportedModelError
@@ -74,26 +75,14 @@ class VideoPrompt:
         Raises
         ------
         InputError
-            The processor has no chat template, or its template leaves the video out.
+            The processor has no chat template, its template leaves the video out, or the question holds placeholders.
         """
-        if not getattr(self.processor, "chat_template", None):
-            raise InputError(
-                f"{type(self.processor).__name__} has no chat template, so the question cannot be put to the model."
-            )
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        text: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = chat(self.processor, ["video"], question)
         token = self.processor.video_token
         if token not in text:
             raise InputError(
                 f"The chat template of this {type(self.processor).__name__} leaves videos out: it makes no {token!r} "
                 "of one, so the model takes pictures only."
-            )
-        if text.count(token) > 1:
-            raise InputError(
-                f"The prompt has {text.count(token)} placeholders {token!r} for one video: the question must not "
-                "contain the placeholder."
             )
         return text
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from vtc.chat import chat
 from vtc.engine.cache import CACHE, record_of
 from vtc.engine.encoder import EncoderMemory
 from vtc.engine.engine import Engine
@@ -317,12 +318,9 @@ class _Captioned(VideoSession):
         pipeline = self.pipeline
         lines = "\n".join(self.captions)
         text = f"These sentences describe consecutive clips of a video.\n{lines}\n{question}"
-        content = [{"type": "text", "text": text}]
-        chat = pipeline.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        prompt = chat(pipeline.processor, [], text)
         with pipeline.compressing() as engine, torch.no_grad():
-            inputs = pipeline.processor(text=[chat], return_tensors="pt").to(engine.model.device)
+            inputs = pipeline.processor(text=[prompt], return_tensors="pt").to(engine.model.device)
             stopwatch = _Stopwatch(engine.model.device)
             output = engine.model.generate(
                 **inputs,

@@ -31,6 +31,7 @@ from eval.tasks.clips.clip import Clip
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.scene import make_scene
 from eval.tasks.scenes.vocabulary import KINDS
+from vtc.files import replacing
 
 PRACTICE = (*KINDS, "relation", "relation", "relation", "extreme", "place", "digit", "digit", "digit", "reading")
 """Kinds of question in training on scenes: what takes longest to learn is asked more often."""
@@ -109,7 +110,8 @@ def fit(
             if step % 50 == 0:
                 print(f"step {step}, {used:.0f} s, answer loss {np.mean(history[-50:]):.3f}", flush=True)
         state = {"model": packed.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state | {"step": step, "used": used, "epoch": epoch}, checkpoint)
+        with replacing(checkpoint) as file:
+            torch.save(state | {"step": step, "used": used, "epoch": epoch}, file)
     return history
 
 

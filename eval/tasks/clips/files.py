@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from eval.tasks.clips.clip import FPS, make_clip
 from eval.tasks.clips.questions import ask
 from eval.tasks.scenes.sources import Split
+from vtc.files import replacing
 
 
 def write_mp4(path: Path, frames: NDArray[np.uint8], fps: int = FPS) -> None:
     """Encode ``frames (T, H, W, 3)`` as H.264; deterministic for one version of the encoder."""
-    with av.open(str(path), "w") as container:
+    with replacing(path) as file, av.open(str(file), "w") as container:
         stream: Any = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.options = {"crf": "16", "preset": "veryfast", "threads": "1"}
@@ -54,7 +55,7 @@ def write_task(folder: Path, split: Split, count: int, *, seed: int = 0, per_cli
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     total = 0
-    with (folder / "questions.jsonl").open("w") as lines:
+    with replacing(folder / "questions.jsonl") as file, file.open("w", encoding="utf-8") as lines:
         for index in range(count):
             clip = make_clip(split, seed, index)
             name = f"videos/{split}_{seed}_{index:05d}.mp4"

@@ -11,6 +11,7 @@ from PIL import Image
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.scene import Scene, make_scene
 from eval.tasks.scenes.sources import Split
+from vtc.files import replacing
 
 
 def record(scene: Scene) -> list[dict[str, Any]]:
@@ -41,11 +42,12 @@ def write(folder: Path, split: Split, count: int, *, seed: int = 0, per_scene: i
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     written = 0
-    with open(folder / "questions.jsonl", "w", encoding="utf-8") as lines:
+    with replacing(folder / "questions.jsonl") as file, file.open("w", encoding="utf-8") as lines:
         for index in range(count):
             scene = make_scene(split, seed, index)
             name = f"images/{split}-{seed}-{index:05d}.png"
-            Image.fromarray(scene.image).save(folder / name)
+            with replacing(folder / name) as picture:
+                Image.fromarray(scene.image).save(picture)
             things = record(scene)
             for number, question in enumerate(ask(scene, per_scene)):
                 line = {
