@@ -71,5 +71,7 @@ def processing(processor: Any, what: str) -> Iterator[None]:
     """Turn what a processor raises into an `InputError` that names `what` it was given."""
     try:
         yield
+    except InputError:
+        raise
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
         raise InputError(f"{type(processor).__name__} does not take {what}: {error or type(error).__name__}") from error

@@ -183,7 +183,7 @@ def register_selector(cls: T) -> T:
     return cls
 
 
-def get_selector(name: str, **options: Any) -> Selector:
+def get_selector(name: str, /, **options: Any) -> Selector:
     """Create the method `name` with `options`.
 
     Raises
@@ -201,7 +201,12 @@ def get_selector(name: str, **options: Any) -> Selector:
     if unknown:
         listed = ", ".join(f"{option}={default!r}" for option, default in known.items()) or "none"
         raise ConfigError(f"{name} has no option {', '.join(map(repr, unknown))}. Its options and defaults: {listed}.")
-    return cls(**plain(options, name))
+    try:
+        return cls(**plain(options, name))
+    except VtcError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:  # a value of a type that the method does not foresee
+        raise ConfigError(f"{name} does not take the options {shown(options)}: {error}.") from error
 
 
 def selectors() -> dict[str, type[Selector]]:

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtc._version import package_version
+from vtc.budget import check_budget
 from vtc.errors import ConfigError
 from vtc.files import check_writable, write_text
+from vtc.registry import get_selector
 
 if TYPE_CHECKING:
     import torch
@@ -161,19 +163,51 @@ def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmu
 
 
 def check_timing(args: argparse.Namespace, *outputs: Path | None) -> None:
-    """Refuse rounds that measure nothing, and files that cannot be written later: --json and `outputs`.
+    """Refuse numbers that measure nothing, and files that cannot be written later: --json and `outputs`.
 
     Raises
     ------
     ConfigError
-        A number of rounds is too small.
+        A number is too small, or the device does not exist.
     InputError
         A file cannot be written.
     """
-    for name, value, least in (("repeats", args.repeats, 1), ("warmup", args.warmup, 0)):
-        if value < least:
-            raise ConfigError(f"--{name} must be at least {least}, got {value}.")
+    least = {"repeats": 1, "warmup": 0, "layers": 1, "visual_tokens": 1, "text_tokens": 1, "steps": 1}
+    for name, lowest in least.items():
+        for value in _given(args, name):
+            if value < lowest:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}.")
+    for ratio in _given(args, "keep_ratio"):
+        check_budget(ratio, None)
+    for method in _given(args, "method"):
+        get_selector(method)
+    check_device(args.device)
     check_writable(*(path for path in (args.json, *outputs) if path is not None))
+
+
+def _given(args: argparse.Namespace, name: str) -> list[Any]:
+    """The values of an argument that a command may not have, or may not have been given."""
+    value = getattr(args, name, None)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def check_device(device: str) -> None:
+    """Refuse a torch device on which nothing can be computed here.
+
+    Raises
+    ------
+    ConfigError
+        It does not exist, or is no device.
+    """
+    import torch
+
+    try:
+        if torch.device(device).type == "meta":
+            raise ConfigError("--device meta: tensors there have no values, so nothing can be computed; use cpu.")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"--device {device}: {reason}") from error
 
 
 def conditions(**more: Any) -> dict[str, Any]:

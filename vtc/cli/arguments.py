@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import vtc
 from vtc import registry
+from vtc.bench.timing import check_device
 from vtc.chat import image_inputs
 from vtc.errors import ConfigError, InputError
 from vtc.files import check_writable
@@ -189,6 +190,9 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     source, _, reference_name = name.partition(":")
     if source == "reference":
         from vtc import reference
@@ -198,14 +202,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         model, processor = _load_folder(Path(name))
     if dtype != "auto":
         model = model.to(getattr(torch, dtype))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if torch.device(device).type == "meta":
-            raise ConfigError("--device meta: tensors there have no values, so nothing can be computed; use cpu.")
-        return model.to(device).eval(), processor
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise ConfigError(f"--device {device}: {_first_line(error)}") from error
+    return model.to(device).eval(), processor
 
 
 def _load_folder(folder: Path) -> tuple[Any, Any]:

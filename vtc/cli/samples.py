@@ -102,8 +102,8 @@ def _lines(path: Path) -> list[tuple[str, Path, str]]:
         try:
             sample = parse_json(line)
             (kind,) = {"image", "video"} & set(sample)
-            if not isinstance(sample["question"], str):
-                raise TypeError
+            if not isinstance(sample["question"], str) or "\0" in sample[kind]:
+                raise ValueError
             found.append((kind, path.parent / sample[kind], sample["question"]))
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}, line {number}: expected {_FORM}, got {line[:80]!r}.") from error

@@ -10,12 +10,17 @@ import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
-from vtc.chat import chat
+from vtc.chat import chat, processing
 from vtc.core.grids import Grid
 from vtc.engine.engine import Engine
 from vtc.errors import InputError, UnsupportedModelError
 
-__all__ = ["VideoPrompt"]
+__all__ = ["VideoPrompt", "described"]
+
+
+def described(frames: np.ndarray[Any, Any]) -> str:
+    """Say what frames (T, H, W, 3) are, for messages."""
+    return f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} pixels"
 
 
 @dataclass(eq=False)
@@ -148,13 +153,14 @@ class VideoPrompt:
 
     def _process(self, frames: np.ndarray[Any, Any], numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         frames, numbers = self.whole_steps(frames, numbers)
-        made = self.worker(
-            [frames],
-            do_sample_frames=False,
-            video_metadata=[self.metadata(numbers)],
-            return_tensors="pt",
-            input_data_format="channels_last",
-        )
+        with processing(self.worker, described(frames)):
+            made = self.worker(
+                [frames],
+                do_sample_frames=False,
+                video_metadata=[self.metadata(numbers)],
+                return_tensors="pt",
+                input_data_format="channels_last",
+            )
         return {name: made[name] for name in ("pixel_values_videos", "video_grid_thw") if name in made}
 
     def encode(self, made: dict[str, torch.Tensor]) -> Any:

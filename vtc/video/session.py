@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from vtc.chat import chat
+from vtc.chat import chat, processing
 from vtc.engine.cache import CACHE, record_of
 from vtc.engine.encoder import EncoderMemory
 from vtc.engine.engine import Engine
 from vtc.errors import InputError, UnsupportedMethodError
 from vtc.report.report import Report
 from vtc.video.files import VideoInfo
-from vtc.video.prompt import VideoPrompt
+from vtc.video.prompt import VideoPrompt, described
 from vtc.video.windows import ReadVideo, read_video
 
 if TYPE_CHECKING:
@@ -263,13 +263,14 @@ class _Whole(VideoSession):
             prompt = self._prompt(engine)
             began = time.perf_counter()
             frames, numbers = prompt.whole_steps(self.frames, prompt.frames)
-            inputs = pipeline.processor(
-                text=[prompt.text(question)],
-                videos=[frames],
-                do_sample_frames=False,
-                video_metadata=[prompt.metadata(numbers)],
-                return_tensors="pt",
-            )
+            with processing(pipeline.processor, described(frames)):
+                inputs = pipeline.processor(
+                    text=[prompt.text(question)],
+                    videos=[frames],
+                    do_sample_frames=False,
+                    video_metadata=[prompt.metadata(numbers)],
+                    return_tensors="pt",
+                )
             inputs.pop("video_metadata", None)
             inputs = inputs.to(engine.model.device, engine.model.dtype)
             self.seconds["process"] = time.perf_counter() - began
