@@ -37,7 +37,7 @@ def integer(value: Any) -> int | None:
     return int(value)
 
 
-def real(value: Any) -> float | None:
+def real(value: Any) -> int | float | None:
     """Return a real number of any type, NumPy's too, as a float, integers as int; None for everything else."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
@@ -49,7 +49,7 @@ def real(value: Any) -> float | None:
         return float("inf")
 
 
-def plain(value: Any, where: str, depth: int = 0) -> Any:
+def plain(value: Any, where: str, *, strict: bool = True, depth: int = 0) -> Any:
     """Return a private copy made of JSON's types, sequences as tuples, so that equality survives a round trip.
 
     Parameters
@@ -59,6 +59,8 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
         these.
     where
         What messages call it.
+    strict
+        Whether to refuse what JSON cannot hold; otherwise that stays as it is.
     depth
         Levels above it.
 
@@ -77,15 +79,18 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         if bad := [key for key in value if not isinstance(key, str)]:
             raise ConfigError(f"{where}: keys must be strings, got {shown(bad[0])}.")
-        return {str(key): plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {str(key): plain(item, f"{where}.{key}", strict=strict, depth=depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(plain(item, where, depth + 1) for item in value)
+        return tuple(plain(item, where, strict=strict, depth=depth + 1) for item in value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return str(value)
     number = real(value)
-    if number is None or (abs(number) >= _LARGEST if isinstance(number, int) else not math.isfinite(number)):
+    large = isinstance(number, int) and abs(number) >= _LARGEST
+    if not strict and not large:
+        return value if number is None else number
+    if number is None or large or not math.isfinite(number):
         raise ConfigError(
             f"{where}: {shown(value)} cannot be written to JSON; use strings, finite numbers, integers of 64 bits, "
             "booleans or sequences."

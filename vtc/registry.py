@@ -202,7 +202,7 @@ def get_selector(name: str, /, **options: Any) -> Selector:
         listed = ", ".join(f"{option}={default!r}" for option, default in known.items()) or "none"
         raise ConfigError(f"{name} has no option {', '.join(map(repr, unknown))}. Its options and defaults: {listed}.")
     try:
-        return cls(**plain(options, name))
+        return cls(**plain(options, name, strict=False))
     except VtcError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:  # a value of a type that the method does not foresee

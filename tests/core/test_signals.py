@@ -274,7 +274,7 @@ def test_names_are_distinct() -> None:
 
 @pytest.mark.parametrize("signal", ALL, ids=lambda signal: signal.name)
 def test_shapes_are_checked_and_tell_n(signal: type[Signal]) -> None:
-    sizes = [7 if name == "N" else 3 for name in signal.axes]
+    sizes = [7 if name == "N" else int(name) if name.isdecimal() else 3 for name in signal.axes]
     value = torch.zeros(sizes)
     signal().check(value, 7)
     assert signal.count(value) == (7 if "N" in signal.axes else None)

@@ -15,6 +15,8 @@ from .sites import BeforeDecoder, Site
 
 __all__ = ["VisualContext"]
 
+_LARGEST = 1e15
+
 
 @dataclass(eq=False)
 class VisualContext:
@@ -115,9 +117,13 @@ def _check_finite(values: Mapping[str, Tensor]) -> None:
     # A tensor is finite exactly if its extremes are (NaN wins both), and finding them allocates nothing.
     device = next(iter(present.values())).device
     extremes = [torch.stack(value.aminmax()).to(device, torch.float32) for value in present.values()]
-    finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()  # one transfer: a GPU is waited for once
+    # Methods square features and sum the squares in float32.
+    limits = torch.tensor([_LARGEST if name == "features" else torch.inf for name in present], device=device)
+    # NaN is below no limit. One transfer: a GPU is waited for once.
+    finite = (torch.stack(extremes).abs() < limits[:, None]).all(dim=1).tolist()
     bad = [name for name, good in zip(present, finite, strict=True) if not good]
     if bad:
         raise InputError(
-            f"{', '.join(bad)}: NaN or infinite values. Check the image, and the precision of the vision tower."
+            f"{', '.join(bad)}: NaN or infinite values, or features above {_LARGEST:g}. Check the image, and the "
+            "precision of the vision tower."
         )

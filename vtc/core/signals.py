@@ -66,7 +66,7 @@ class Signal(ABC):
     reads
         The observation that `compute` is given.
     axes
-        Names of the axes of what methods see; "N" are the tokens.
+        Names of the axes of what methods see; "N" are the tokens, and a number is the size itself.
     per_token
         False if there is one value for the whole image or video instead of one per token.
     needs_cls
@@ -104,10 +104,12 @@ class Signal(ABC):
     def check(self, value: Tensor, n: int) -> None:
         """Raise InputError unless `value` has the form of `axes` with N = `n`."""
         where = tuple(axis for axis, name in enumerate(self.axes) if name == "N")
-        if value.ndim != len(self.axes) or any(value.shape[axis] != n for axis in where):
+        sizes = {axis: int(name) for axis, name in enumerate(self.axes) if name.isdecimal()} | dict.fromkeys(where, n)
+        if value.ndim != len(self.axes) or any(value.shape[axis] != size for axis, size in sizes.items()):
             found = f"{tuple(value.shape)} {value.dtype}".replace("torch.", "")
             expected = f" with N={n} at {where}" if where else ""
-            raise InputError(f"{self.name} must have {len(self.axes)} axes{expected}, got {found}.")
+            named = f" ({', '.join(self.axes)})"
+            raise InputError(f"{self.name} must have {len(self.axes)} axes{expected}{named}, got {found}.")
 
     @classmethod
     def count(cls, value: Tensor) -> int | None:
