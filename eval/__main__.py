@@ -25,6 +25,7 @@ from eval import comparison, readme, runner, sweep, tasks, timing
 from eval.models import Loaded
 from eval.sweep import Job
 from vtc.console import finish
+from vtc.files import check_writable
 from vtc.plain import parse_json
 
 _KEEP = (0.5, 0.25, 0.11, 0.056)
@@ -134,6 +135,9 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     ]
     for job in jobs:
         job.prepare()
+    for job in jobs:
+        job.out.mkdir(parents=True, exist_ok=True)
+        check_writable(job.out / "rows.jsonl", job.out / "table.md")
     return jobs
 
 

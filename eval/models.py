@@ -50,7 +50,7 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu", attention: s
         try:
             model = AutoModelForImageTextToText.from_pretrained(name, local_files_only=True, dtype=precision)
             processor = AutoProcessor.from_pretrained(name, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a broken checkpoint can raise anything
             raise vtc.InputError(f"{name}: cannot be loaded as an image-text-to-text model: {error}") from error
     if attention is not None:
         try:
@@ -58,6 +58,8 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu", attention: s
         except (ImportError, ValueError) as error:
             raise vtc.ConfigError(f"--attention {attention}: {error}") from error
     processor.tokenizer.padding_side = "left"
+    if device.partition(":")[0] == "meta":
+        raise vtc.ConfigError("--device meta: tensors there have no values, so nothing can be answered; use cpu")
     try:
         model = model.to(_local_device(device)).eval()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device

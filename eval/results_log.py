@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtc import InputError
+from vtc import ConfigError, InputError
 from vtc.files import cut_incomplete_line
+from vtc.plain import parse_json
 
 Row = dict[str, Any]
 
@@ -112,6 +113,8 @@ def read(path: Path, kind: str = "rows") -> tuple[list[Row], list[Row]]:
                 headers.append(header)
             if row is not None:
                 rows[row["run"], row["sample"]] = row
+    if not headers:
+        raise InputError(f"{path}: the files are empty; `python -m eval run --out {path}` fills them")
     if len({json.dumps(header["identity"], sort_keys=True) for header in headers}) != 1:
         raise InputError(f"{path}: the files hold rows of different evaluations, which cannot be put into one table")
     runs = [run["name"] for header in headers for run in header["conditions"].get("runs", ())]
@@ -124,14 +127,16 @@ def _files(folder: Path, kind: str) -> list[Path]:
 
 
 def _parse(path: Path) -> Iterator[tuple[Row | None, Row | None]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, text in enumerate(lines, 1):
-            if not text.endswith("\n"):
+            if not text.endswith(b"\n"):
                 return  # incomplete; its measurement is made again
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
+                line = parse_json(text)
+            except ConfigError as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error}); the file was changed by hand") from error
+            if not isinstance(line, dict) or not {"identity", "run", "cell"} & set(line):
+                raise InputError(f"{path}, line {number}: neither a header nor a row; choose another output folder")
             yield (_header(line), None) if "conditions" in line else (None, _row(line))
 
 

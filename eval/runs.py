@@ -122,6 +122,8 @@ def sweep_runs(
     if unknown:
         raise vtc.ConfigError(f"unknown method(s) {', '.join(unknown)}; there are: {', '.join(known)}")
     names = list(dict.fromkeys([*BASELINES, *names, *(BOUNDS if bounds else ())]))
+    if wrong := [budget for budget in keep if not 0 < budget < 2**31 or (budget > 1 and budget != int(budget))]:
+        raise vtc.ConfigError(f"--keep takes fractions up to 1 and counts above it, got {', '.join(map(str, wrong))}")
     runs = [FULL, BLIND]
     for name in names:
         for budget in keep:

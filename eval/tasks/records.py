@@ -11,7 +11,6 @@ import binascii
 import contextlib
 import functools
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import vtc
+from vtc.plain import parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -180,8 +180,8 @@ class StoredPicture:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(path.read_bytes())
+    except vtc.ConfigError as error:
         raise vtc.InputError(f"{path}: not JSON: {error}") from error
 
 
@@ -195,14 +195,14 @@ def _from_json(path: Path, key: str | None) -> list[dict[str, Any]]:
 
 
 def _from_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = parse_json(line)
+            except vtc.ConfigError as error:
                 raise vtc.InputError(f"{path}, line {number}: not JSON: {error}") from error
             if not isinstance(record, dict):
-                raise vtc.InputError(f"{path}, line {number}: expected an object, got {line[:60]}")
+                raise vtc.InputError(f"{path}, line {number}: expected an object, got {line[:60]!r}")
             yield record
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -113,7 +114,8 @@ def test_a_later_session_adds_other_runs(loaded: models.Loaded, samples: Sequenc
     assert sizes == {"all tokens": 6, "uniform 0.25": 6, "random 0.25": 2, "divprune 0.25": 6}
 
 
-def test_a_killed_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_an_ended_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path, sent: int, status: int) -> None:
     command = ["run", "--limit", "6", "--methods", "uniform", "--keep", "0.25", "--batch-size", "2", "--out"]
     killed = tmp_path / "killed"
     rows = killed / "rows.jsonl"
@@ -121,7 +123,7 @@ def test_a_killed_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path)
         [sys.executable, "-m", "eval", *command, str(killed)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     ) as process:
         deadline = time.time() + 500  # ten seconds, unless the machine is very busy
         # Ten rows are the middle of the first batch: six runs of two samples each.
@@ -130,7 +132,12 @@ def test_a_killed_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path)
                 break
             time.sleep(0.01)
         ended = process.poll() is not None
-        process.kill()  # SIGKILL: nothing in the process can prepare for it
+        process.send_signal(sent)  # SIGKILL: nothing in the process can prepare for it
+        assert process.stderr is not None
+        said = process.stderr.read().decode().replace("\r", "\n").splitlines()
+    assert process.returncode == status
+    assert status < 0 or said[-1] == "eval: interrupted"
+    assert not any("Traceback" in line for line in said)
     assert not ended, "it ended before it could be killed"
     assert time.time() < deadline, "too busy a machine: not ten rows in 500 seconds"
     before = rows.read_text().splitlines()
