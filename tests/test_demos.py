@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,29 @@ def test_the_page_in_a_browser(app: Any, tmp_path: Path) -> None:
         made.close()
     outside = [url for url in asked_for if not url.startswith(("data:", "blob:", "http://127.0.0.1:"))]
     assert outside == []
+
+
+@pytest.mark.parametrize("question", ["<image>", "", None])
+def test_the_page_tells_what_is_wrong_with_a_question(question: str | None) -> None:
+    app = pytest.importorskip("demos.app")
+    picture = Image.new("RGB", (64, 48))
+    with pytest.raises(vtc.InputError, match="question"):
+        app.compare(app.Models(), "llava", picture, question, "random", 0.5)
+
+
+def test_mistakes_in_a_demo_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no picture")
+    for command, message in (
+        (["compare_methods.py", str(tmp_path / "gone.png")], "No such file"),
+        (["compare_methods.py", str(tmp_path / "notes.png")], "cannot identify image file"),
+        (["compare_methods.py", "-o", str(tmp_path)], "this is a folder"),
+        (["video_qa.py", "-o", str(tmp_path / "gone" / "kept.gif")], "does not exist"),
+        (["app.py", "--model", "nonsense"], "NAME=FOLDER"),
+    ):
+        path = Path(__file__).parent.parent / "demos" / command[0]
+        run = subprocess.run(
+            [sys.executable, str(path), *command[1:]], capture_output=True, text=True, cwd=path.parents[1]
+        )
+        assert run.returncode == 2
+        assert message in run.stderr.splitlines()[-1]
+        assert "Traceback" not in run.stderr
