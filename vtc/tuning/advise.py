@@ -33,6 +33,7 @@ from vtc.config import CompressionConfig
 from vtc.engine.install import adapter_for
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
+from vtc.plain import real, shown
 from vtc.tuning.samples import as_found, prompts
 
 __all__ = ["Advice", "AdvisedSetting", "advise"]
@@ -346,14 +347,14 @@ class _Measured:
 
 
 def _check(agreement: Any, keep_ratios: Sequence[float], max_new_tokens: int, rounds: int) -> None:
-    if not isinstance(agreement, (int, float)) or isinstance(agreement, bool) or not 0 < agreement <= 1:
-        raise ConfigError(f"agreement must lie above 0 and at most at 1, got {agreement!r}")
+    if not 0 < (real(agreement) or 0) <= 1:
+        raise ConfigError(f"agreement must lie above 0 and at most at 1, got {shown(agreement)}")
     if not len(keep_ratios):
         raise ConfigError("keep_ratios is empty; give at least one fraction, and two to learn the break-even")
     for ratio in keep_ratios:
-        if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+        if not 0 < (real(ratio) or 0) < 1:
             raise ConfigError(
-                f"keep_ratios must lie between 0 and 1, got {ratio!r}; keeping all is what is compared with"
+                f"keep_ratios must lie between 0 and 1, got {shown(ratio)}; keeping all is what is compared with"
             )
     for name, value in (("max_new_tokens", max_new_tokens), ("rounds", rounds)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

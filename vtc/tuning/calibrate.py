@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from vtc import api
+from vtc.budget import check_seed
 from vtc.config import CompressionConfig
 from vtc.core.ranges import Range
 from vtc.core.selector import Selector
@@ -26,7 +27,7 @@ from vtc.engine.install import adapter_for, engine_of
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
 from vtc.files import check_writable, cut_incomplete_line, replacing
-from vtc.plain import parse_json
+from vtc.plain import integer, parse_json, real, shown
 from vtc.registry import get_selector
 from vtc.tuning.samples import as_found, prompts
 from vtc.tuning.search import suggest
@@ -107,10 +108,14 @@ def calibrate(
         An `OSError` whose `config` is the result: the disk was full when the picture was written.
     """
     optuna = _optuna()
-    if not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio < 1:
-        raise ConfigError(f"keep_ratio must lie between 0 and 1, got {keep_ratio!r}; keeping all needs no calibration")
-    if trials < 1:
-        raise ConfigError(f"trials must be at least 1, got {trials}")
+    if not 0 < (real(keep_ratio) or 0) < 1:
+        raise ConfigError(
+            f"keep_ratio must lie between 0 and 1, got {shown(keep_ratio)}; keeping all needs no calibration"
+        )
+    keep_ratio, seed = float(keep_ratio), check_seed(seed)
+    for name, count in (("trials", trials), ("patience", patience)):
+        if not (name == "patience" and count is None) and (integer(count) or 0) < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, got {shown(count)}")
     if sampler not in _SAMPLERS:
         raise ConfigError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
     adapter = adapter_for(model)
@@ -260,7 +265,7 @@ def _optuna() -> Any:
 
 def _sampler(optuna: Any, name: str, seed: int) -> Any:
     kinds = {"tpe": "TPESampler", "gp": "GPSampler", "random": "RandomSampler"}
-    return getattr(optuna.samplers, kinds[name])(seed=seed)
+    return getattr(optuna.samplers, kinds[name])(seed=seed % 2**32)  # as many as NumPy takes
 
 
 def _mark(prompts: Sequence[Mapping[str, Any]], options: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
