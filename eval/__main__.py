@@ -136,9 +136,14 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     for job in jobs:
         job.prepare()
     for job in jobs:
-        job.out.mkdir(parents=True, exist_ok=True)
-        check_writable(job.out / "rows.jsonl", job.out / "table.md")
+        _check_folder(job.out)
     return jobs
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, without making it: other mistakes may be found later."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    check_writable(folder / "rows.jsonl" if there == folder else there / folder.relative_to(there).parts[0])
 
 
 def _data(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:

@@ -110,7 +110,7 @@ def test_a_sweep_contains_the_baselines() -> None:
     [
         (["--task", "nonsense"], "no task is called 'nonsense'"),
         (["--methods", "nonsense"], "unknown method"),
-        (["--keep", "-1"], "keep_ratio"),
+        (["--keep", "-1"], "--keep takes fractions"),
         (["--limit", "0"], "--limit"),
         (["--batch-size", "0"], "--batch-size"),
         (["--option", "fastv=3"], "METHOD.NAME=VALUE"),

@@ -193,5 +193,6 @@ def test_output_folders_are_checked_before_a_model_is_loaded(
     (tmp_path / "file").touch()
     assert main(["run", "--model", "nowhere", "--limit", "1", "--methods", "random", "--out", place]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"eval: error: {place.split('/below')[0]}")
+    assert place in error
+    assert error.startswith("eval: error: ")
     assert error.count("\n") == 1
