@@ -12,7 +12,17 @@ import vtc.report  # noqa: F401  # Bound once, here: importing it later would sh
 from vtc._version import __version__
 
 if TYPE_CHECKING:
-    from vtc.api import compress, compressed, disabled, is_compressed, list_methods, report, restore, supported_models
+    from vtc.api import (
+        compress,
+        compressed,
+        disabled,
+        is_compressed,
+        list_methods,
+        report,
+        reports,
+        restore,
+        supported_models,
+    )
     from vtc.config import CompressionConfig
     from vtc.core.actions import Action
     from vtc.core.context import VisualContext
@@ -126,6 +136,7 @@ __all__ = [
     "register_adapter",
     "register_selector",
     "report",
+    "reports",
     "restore",
     "select",
     "supported_models",
@@ -140,6 +151,7 @@ _HOME = {
         "is_compressed",
         "list_methods",
         "report",
+        "reports",
         "restore",
         "supported_models",
     ),

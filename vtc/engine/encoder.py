@@ -21,7 +21,7 @@ from vtc.adapters.base import Adapter, Layout, rows_of
 from vtc.core.observations import Observation, PatchPixels, VisionAttention, VisionHidden
 from vtc.core.signals import Signal, VisionSignal
 from vtc.engine.plan import Plan
-from vtc.engine.recorder import recording
+from vtc.engine.recorder import UNSEEN, recording
 from vtc.errors import InputError, StateError
 
 __all__ = ["Encoded", "Encoder", "EncoderMemory"]
@@ -276,10 +276,7 @@ class Encoder:
         for layer in layers:
             parts = found.get((signal, layer))
             if not parts:
-                raise StateError(
-                    "the tower ran without its attention being seen; was its attention implementation registered after "
-                    "compress()? call compress() again"
-                )
+                raise StateError(f"the tower ran without its attention being seen: {UNSEEN}")
             # Packed towers take their images one by one; together they are one crop.
             per_layer.append((torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])[:, prefix:])
         stacked = torch.stack(per_layer, dim=2)  # (crops, M, L, ...)
