@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     model, processor = vtc.reference.load("llava")
-    image = Image.open(args.image or vtc.reference.samples()[SAMPLE]).convert("RGB")
+    image = vtc.open_image(args.image or vtc.reference.samples()[SAMPLE])
     inputs = ask(processor, image, args.question)
     able = [name for name, note in vtc.list_methods(model).items() if not note.startswith("not on this model")]
     panels = [captioned(fitted(image, args.size), ["all tokens", answer(model, processor, inputs)])]

@@ -23,8 +23,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom to the top: a part may import the parts of earlier lines, and itself.
 LEVELS = (
     ("errors", "_version"),
-    ("budget", "kernels"),
-    ("core",),
+    ("budget", "kernels", "limits"),
+    ("core", "pictures"),
     ("config", "registry", "reference"),
     ("selectors",),
     ("adapters", "functional", "report.flops"),
@@ -38,8 +38,14 @@ LEVELS = (
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 # They know tensors and configurations: not even a function of theirs may import transformers.
-WITHOUT_TRANSFORMERS = ("errors", "budget", "kernels", "core", "config", "registry", "selectors", "functional")
-WITHOUT_TORCH = ("errors", "_version", "budget", "config", "core.sites", "core.actions", "core.ranges")
+WITHOUT_TRANSFORMERS = (
+    *("errors", "budget", "limits", "pictures", "kernels"),
+    *("core", "config", "registry", "selectors", "functional"),
+)
+WITHOUT_TORCH = (
+    *("errors", "_version", "budget", "limits", "pictures", "config"),
+    *("core.sites", "core.actions", "core.ranges"),
+)
 
 
 def module_of(path: Path) -> str:

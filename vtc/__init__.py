@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         VtcError,
     )
     from vtc.functional import select
+    from vtc.pictures import open_image
     from vtc.registry import register_adapter, register_selector
     from vtc.report.report import Report, SegmentReport
     from vtc.report.visualize import visualize
@@ -133,6 +134,7 @@ __all__ = [
     "disabled",
     "is_compressed",
     "list_methods",
+    "open_image",
     "register_adapter",
     "register_selector",
     "report",
@@ -201,6 +203,7 @@ _HOME = {
         "VtcError",
     ),
     "vtc.functional": ("select",),
+    "vtc.pictures": ("open_image",),
     "vtc.registry": ("register_adapter", "register_selector"),
     "vtc.report.report": ("Report", "SegmentReport"),
     "vtc.report.visualize": ("visualize",),

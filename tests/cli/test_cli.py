@@ -12,6 +12,7 @@ import transformers
 from PIL import Image
 
 import vtc
+from tests import odd_pictures
 from vtc.cli import COMMANDS, inspect, main, methods
 from vtc.report.views import FITS
 
@@ -151,6 +152,20 @@ class TestAsk:
         message = failure(capsys, "ask", path, "what?")
         assert str(path) in message
         assert "truncated" in message
+
+    def test_picture_is_upright_and_of_8_bits(self, tmp_path, monkeypatch, capsys):
+        seen = []
+        monkeypatch.setattr("vtc.cli.arguments.load_model", lambda *_: (None, None))
+
+        def prepare(model, processor, image, question):
+            seen.append(image)
+            raise vtc.InputError("enough")
+
+        monkeypatch.setattr("vtc.cli.arguments.prepare", prepare)
+        path = odd_pictures.write(tmp_path / "photo.png")
+        for command in (["ask", path, "what?"], ["inspect", path, "-o", tmp_path / "kept.png"]):
+            assert "enough" in failure(capsys, *command)
+        assert [odd_pictures.is_right(image) for image in seen] == [True, True]
 
     def test_folder_that_does_not_exist(self, photo, tmp_path, capsys):
         folder = tmp_path / "nowhere"

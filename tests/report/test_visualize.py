@@ -18,7 +18,7 @@ import transformers
 from PIL import Image
 
 import vtc
-from tests import tiny
+from tests import odd_pictures, tiny
 from vtc.core.selection import Selection
 from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
 from vtc.engine.install import engine_of
@@ -280,6 +280,18 @@ def test_frames_make_a_sheet_and_a_strip(frames: int, per_token: int, tmp_path: 
         save_animation(strip, tmp_path / name)
         with Image.open(tmp_path / name) as read:
             assert read.n_frames >= 2
+
+
+def test_pictures_are_drawn_as_the_processor_saw_them(tmp_path: Path) -> None:
+    """Processors do not turn pictures, so the drawing must not: patches would stand elsewhere."""
+    path = odd_pictures.write(tmp_path / "photo.png")
+    report = by_hand(((1, 2, 2),), ((BEFORE, Selection.full(4)),), model_type="qwen2_vl")
+    upright = vtc.visualize(report, vtc.open_image(path), size=32, titles=False)
+    assert upright.size == odd_pictures.SIZE
+    with Image.open(path) as opened:
+        lying = vtc.visualize(report, opened, size=32, titles=False)
+    assert lying.size == odd_pictures.SIZE[::-1]
+    assert lying.getpixel((28, 12)) == upright.getpixel((12, 28)) == (128, 128, 128), "16 bits are not white"
 
 
 def test_titles_fit_above_what_they_name() -> None:

@@ -137,33 +137,6 @@ def check_output(path: Path, suffixes: tuple[str, ...] | None = None) -> None:
         raise InputError(f"{path}: the folder {path.parent} does not exist.")
 
 
-def open_image(path: Path) -> Image:
-    """A picture in RGB, decoded in full.
-
-    Raises
-    ------
-    ConfigError
-        Pillow is not installed.
-    InputError
-        The file is missing, broken, or no picture.
-    """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise ConfigError('Reading pictures needs pillow: pip install "vtc[vision]".') from error
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")  # decodes it, so that a truncated file is refused here
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file.") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: a folder, not a picture.") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a picture that pillow can read.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # pillow's PNG reader raises SyntaxError
-        raise InputError(f"{path}: {error}.") from error
-
-
 # -------------------------------------------------------------------------------------------------------------- models
 
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     config = arguments.configuration(args, positions=args.positions)
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
-    image = arguments.open_image(args.image)
+    image = vtc.open_image(args.image)
 
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     inputs = arguments.prepare(model, processor, image, args.question)

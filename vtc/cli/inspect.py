@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw the picture and print the report."""
     config = arguments.configuration(args, seed=args.seed)
     arguments.check_output(args.output, (".png", ".jpg", ".jpeg", ".webp"))
-    image = arguments.open_image(args.image)
+    image = vtc.open_image(args.image)
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     inputs = arguments.prepare(model, processor, image, args.question)
 

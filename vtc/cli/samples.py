@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vtc.cli import arguments
+import vtc
 from vtc.errors import ConfigError, InputError
 
 _FORM = '{"image": PATH, "question": TEXT} or {"video": PATH, "question": TEXT}'
@@ -42,7 +42,7 @@ def read(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for kind, path, question in _lines(args.samples)[: args.limit]:
         if kind == "image":
-            found.append({"question": question, "image": arguments.open_image(path)})
+            found.append({"question": question, "image": vtc.open_image(path)})
             continue
         with VideoFile(path) as file:
             picked = sample_by_count(file.times, file.info.duration, args.frames)

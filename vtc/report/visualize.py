@@ -16,6 +16,7 @@ import torch
 from vtc.core.selection import Selection
 from vtc.core.sites import CacheAfterPrefill, DecoderLayer, Site
 from vtc.errors import ConfigError, InputError
+from vtc.pictures import to_rgb
 from vtc.report.views import FITS, View, views_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def visualize(
         From `vtc.report(model)`.
     pictures : PIL.Image, array (H, W, 3) of uint8, or a sequence of them
         The picture; or one per image of the row, in order; or the frames of the video, as the processor was given them.
+        Processors do not turn pictures as their EXIF orientation says, so neither does this; `vtc.open_image` makes
+        pictures that need no turning.
     row : int
         Row of the batch.
     index : int, optional
@@ -387,7 +390,7 @@ def _images(pictures: Any) -> list[Image]:
     images = []
     for picture in [pictures] if single else pictures:
         if isinstance(picture, Pillow.Image):
-            images.append(picture.convert("RGB"))
+            images.append(to_rgb(picture))  # as it lies: the model's processor did not turn it either
             continue
         array = picture.cpu().numpy() if isinstance(picture, torch.Tensor) else np.asarray(picture)
         if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
