@@ -19,6 +19,7 @@ __all__ = [
     "MAX_NEW_TOKENS",
     "MAX_PANEL",
     "MAX_PIXELS",
+    "MAX_ROUNDS",
     "MIN_PANEL",
     "check_count",
     "check_fps",
@@ -35,6 +36,9 @@ MAX_DRAWN_PIXELS = 2**28
 
 MAX_NEW_TOKENS = 100_000
 """Tokens of one answer."""
+
+MAX_ROUNDS = 10_000
+"""Timed or tried repetitions of one thing."""
 
 MAX_FRAMES = 100_000
 """Frames asked for by number, of a video or of one window: at one per second, 28 hours."""

@@ -186,7 +186,9 @@ class TestAsk:
         assert "keep_ratio" in failure(capsys, "ask", photo, "what?", f"--keep-ratio={value}")
 
     def test_length_of_the_answer_out_of_range(self, photo, capsys):
-        assert "--max-new-tokens" in failure(capsys, "ask", photo, "what?", "--max-new-tokens", "0")
+        for value in (0, -1, 10**9):
+            message = failure(capsys, "ask", photo, "what?", f"--max-new-tokens={value}")
+            assert f"--max-new-tokens must be an integer from 1 to 100,000, got {value}." in message
 
     def test_ratio_and_count_together(self, photo, capsys):
         with pytest.raises(SystemExit) as caught:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vtc.bench.timing import CLOCKS, add_timing_arguments, conditions, describe, write_json
+from vtc.bench.timing import CLOCKS, add_timing_arguments, check_sizes, conditions, describe, write_json
 from vtc.errors import ConfigError
 
 OPERATIONS = (
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables and write JSON if requested."""
+    check_sizes(args)
     _check(args)
     from vtc.bench import _compare, _growth, _video
 

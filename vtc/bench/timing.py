@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtc._version import package_version
+from vtc.budget import check_budget
+from vtc.errors import ConfigError
+from vtc.limits import MAX_NEW_TOKENS, MAX_ROUNDS, check_count
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,18 @@ Figures = dict[str, float]
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """Wall-clock time, or processor time of this process, summed over its threads."""
+
+_SIZES = {
+    "repeats": (1, MAX_ROUNDS),
+    "warmup": (0, MAX_ROUNDS),
+    "layers": (1, 128),
+    "visual_tokens": (1, 100_000),
+    "text_tokens": (1, 100_000),
+    "steps": (1, MAX_NEW_TOKENS),
+}
+"""Least and most of the sizes that benchmarks have, by the names of their arguments."""
+
+_DAY = 86_400
 
 _MIN_SECONDS = 0.02
 """Length to which the runs of short work are extended by repetition."""
@@ -156,6 +171,27 @@ def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmu
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype, help=f"({dtype})")
     parser.add_argument("--device", default="cpu", help="(cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results and conditions there")
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Refuse sizes that no machine ends with, before a model is built.
+
+    Raises
+    ------
+    ConfigError
+        A size, a fraction or a number of seconds among the arguments is out of its range; the message names both.
+    """
+    given = vars(args)
+    for name, (least, most) in _SIZES.items():
+        values = given.get(name)
+        for value in values if isinstance(values, list) else [] if values is None else [values]:
+            check_count(f"--{name.replace('_', '-')}", value, most, least=least)
+    ratios = given.get("keep_ratio")
+    for ratio in ratios if isinstance(ratios, list) else [] if ratios is None else [ratios]:
+        check_budget(ratio, None)
+    seconds = given.get("most_seconds")
+    if seconds is not None and not 0 < seconds <= _DAY:
+        raise ConfigError(f"--most-seconds must be positive and at most {_DAY:,}, a day, got {seconds}.")
 
 
 def conditions(**more: Any) -> dict[str, Any]:

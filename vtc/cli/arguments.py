@@ -137,6 +137,23 @@ def check_output(path: Path, suffixes: tuple[str, ...] | None = None) -> None:
         raise InputError(f"{path}: the folder {path.parent} does not exist.")
 
 
+def save(drawn: Image, path: Path) -> None:
+    """Write a picture.
+
+    Raises
+    ------
+    InputError
+        It cannot be written there: its format holds no picture of that size, or the disk is full.
+    """
+    try:
+        drawn.save(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: a picture of {drawn.width} x {drawn.height} cannot be written: {error}. JPEG holds up to 65,500 "
+            "pixels along an edge and WebP up to 16,383, PNG more."
+        ) from error
+
+
 # -------------------------------------------------------------------------------------------------------------- models
 
 

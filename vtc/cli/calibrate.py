@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import vtc
-from vtc import registry
+from vtc import limits, registry
 from vtc.cli import arguments, samples
 
 
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.output, args.plot, args.storage):
         if path is not None:
             arguments.check_output(path)
+    limits.check_count("--trials", args.trials, limits.MAX_ROUNDS)
     given = samples.read(args)
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     config = vtc.calibrate(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import vtc
+from vtc import limits
 from vtc.errors import ConfigError, InputError
 
 _FORM = '{"image": PATH, "question": TEXT} or {"video": PATH, "question": TEXT}'
@@ -35,10 +36,9 @@ def read(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     from vtc.video import VideoFile, sample_by_count
 
-    for name in ("limit", "frames"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {args.limit}.")
+    limits.check_count("--frames", args.frames, limits.MAX_FRAMES)
     found = []
     for kind, path, question in _lines(args.samples)[: args.limit]:
         if kind == "image":

@@ -25,6 +25,7 @@ from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
+from vtc.limits import MAX_ROUNDS, check_count
 from vtc.registry import get_selector
 from vtc.tuning.samples import as_found, prompts
 from vtc.tuning.search import suggest
@@ -105,8 +106,9 @@ def calibrate(
     optuna = _optuna()
     if not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio < 1:
         raise ConfigError(f"keep_ratio must lie between 0 and 1, got {keep_ratio!r}; keeping all needs no calibration")
-    if trials < 1:
-        raise ConfigError(f"trials must be at least 1, got {trials}")
+    check_count("trials", trials, MAX_ROUNDS)
+    if patience is not None:
+        check_count("patience", patience, MAX_ROUNDS)
     if sampler not in _SAMPLERS:
         raise ConfigError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
     adapter = adapter_for(model)
