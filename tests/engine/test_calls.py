@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import functools
 import queue
 import threading
@@ -18,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 import vtc
 from tests import tiny
 from tests.invariants.matrix import build, method
+from vtc import registry
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 KINDS = ("single", "ragged", "two_images", "no_image_row", "text_only")
@@ -90,6 +92,38 @@ def test_threads_get_their_own_answers_and_reports(family: str, name: str) -> No
                 assert kept(vtc.report(model)) == expected[which][1]
 
         run_at_once(*[functools.partial(work, index) for index in range(3)])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
+def test_threads_do_not_see_each_others_towers(family: str) -> None:
+    # One method reads pixels and queries of the tower, the other hidden states.
+    @dataclasses.dataclass(frozen=True)
+    class Brightest(vtc.ScoreSelector):
+        name, paper = "brightest", "a test"
+        requires = (vtc.PreProjector(layers=(0, 1)),)
+
+        def score(self, ctx: vtc.VisualContext) -> torch.Tensor:
+            return ctx[vtc.PreProjector].float().sum(dim=1)
+
+    vtc.register_selector(Brightest)
+    try:
+        for config in (
+            vtc.CompressionConfig("vflowopt", keep_ratio=0.4, options={"t": 1.2, "cell": 2.0}),
+            vtc.CompressionConfig("brightest", keep_ratio=0.4),
+        ):
+            case = build(tiny.family(family))
+            batches = [case.batch(kind) for kind in ("single", "ragged", "two_images")]
+            with vtc.compressed(case.model, config) as model, torch.no_grad():
+                expected = [model(**inputs).logits for inputs in batches]
+
+                def work(index: int, model: Any, batches: list[Any], expected: list[torch.Tensor]) -> None:
+                    for _ in range(15):
+                        with torch.no_grad():
+                            assert torch.equal(model(**batches[index]).logits, expected[index])
+
+                run_at_once(*[functools.partial(work, index, model, batches, expected) for index in range(3)])
+    finally:
+        registry._SELECTORS._classes.pop("brightest")
 
 
 def test_threads_are_not_made_to_wait_for_each_other() -> None:

@@ -90,6 +90,7 @@ class Engine(Compression):
             if hasattr(self.model, "generate"):
                 self._hooks.wrap(self.model, "generate", self.around_generate)
                 self._hooks.wrap(self.model, "prepare_inputs_for_generation", self.around_prepare)
+            self.encoder.install(self._hooks)
             self._hooks.before(text, self.before_text)
             self._hooks.after(text, self.after_text)
             if hasattr(text, "_deepstack_process"):
@@ -355,9 +356,11 @@ class Engine(Compression):
         return shortened
 
     def before_layer(
-        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Let the stage on entering a layer choose, and give the layer the mask and tables that it needs."""
+        if kwargs is None:  # another thread is just putting the hook here, for its own sake
+            return None
         call = current_call(self)
         forward = self._replayed(kwargs) if call is None else call.forward
         if forward is None:
