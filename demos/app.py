@@ -114,18 +114,18 @@ class _FirstToken(StoppingCriteria):
 
 
 def compare(
-    models: Models, name: str, image: Image.Image | None, question: str, method: str, keep_ratio: float
+    models: Models, name: str, image: str | Image.Image | None, question: str, method: str, keep_ratio: float
 ) -> Comparison:
-    """Ask about a picture twice.
+    """Ask about a picture, a file or an opened one, twice.
 
     Raises
     ------
     vtc.VtcError
         There is no picture or no question, or the model cannot run the method.
     """
-    if image is None or not (question or "").strip():
+    if not image or not (question or "").strip():
         raise vtc.InputError("Give a picture and a question.")
-    image = image.convert("RGB")
+    image = vtc.open_image(image)
     model, processor = models.load(name)
     inputs = image_inputs(processor, [image], question).to(model.device, model.dtype)
     _run(model, processor, inputs, 1)  # what is slow the first time only
@@ -261,11 +261,11 @@ def build(models: Models) -> Any:
     """The page, not yet served."""
     import gradio as gr
 
-    def about_image(name: str, method: str, keep_ratio: float, image: Image.Image | None, question: str) -> Shown:
+    def about_image(name: str, method: str, keep_ratio: float, image: str | None, question: str) -> Shown:
         try:
             made = compare(models, name, image, question, method, keep_ratio)
         except MISTAKES as error:
-            return refused(error)
+            return refused(error, Path(image).parent if image else None)
         measured = summary(made.report, made.full.first_token, made.compressed.first_token)
         said = asked_for(name, method, keep_ratio, question)
         return said, made.full.text, made.compressed.text, measured, layers(made.report), made.overlay
@@ -305,7 +305,9 @@ def build(models: Models) -> Any:
             with gr.Column(scale=4):
                 with gr.Tab("image"):
                     chosen = settings(models.names, "vtc-cls")
-                    image = gr.Image(type="pil", label="image", sources=["upload", "clipboard"], height=300)
+                    # The file as it is: gradio's own conversion turns a picture of 16 bits white.
+                    kept = {"type": "filepath", "image_mode": None}
+                    image = gr.Image(label="image", sources=["upload", "clipboard"], height=300, **kept)
                     question = gr.Textbox(label="question", value=EXAMPLES[0][1])
                     ask = gr.Button("Ask", variant="primary", elem_id="ask-image")
                     gr.Examples(

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import vtc
 import vtc.reference
-from vtc.chat import check_question
+from vtc.chat import image_inputs
 from vtc.console import finish
 from vtc.files import check_writable, replacing
 
@@ -43,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_writable(args.output)
     model, processor = vtc.reference.load("llava")
-    check_question(processor, args.question)
-    image = Image.open(args.image or vtc.reference.samples()[SAMPLE]).convert("RGB")
-    inputs = ask(processor, image, args.question)
+    image = vtc.open_image(args.image or vtc.reference.samples()[SAMPLE])
+    inputs = image_inputs(processor, [image], args.question)
     able = [name for name, note in vtc.list_methods(model).items() if not note.startswith("not on this model")]
     panels = [captioned(fitted(image, args.size), ["all tokens", answer(model, processor, inputs)])]
     for name in args.methods or able:
@@ -61,12 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with replacing(args.output) as file:
         sheet(panels, args.columns).quantize(255, dither=Image.Dither.NONE).save(file, optimize=True)
     print(f"{args.question}  ->  {args.output}")
-
-
-def ask(processor: Any, image: Image.Image, question: str) -> Any:
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    return processor(images=image, text=prompt, return_tensors="pt")
 
 
 def answer(model: Any, processor: Any, inputs: Any, length: int = 16) -> str:

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with VideoFile(video) as file:
             frames = file.pictures(answers[0].times, 320)
     if answers[0].report is not None:
-        save_animation(animation(answers[0].report, frames, processor=processor), args.output, fps=args.fps)
+        shown = animation(answers[0].report, frames, processor=processor)
+        save_animation(shown, args.output, fps=min(max(args.fps, 0.5), 10.0))
         print(f"what was kept: {args.output}")
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtc
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         model = AutoModelForImageTextToText.from_pretrained(args.model, local_files_only=True, dtype="auto").eval()
         processor = AutoProcessor.from_pretrained(args.model, local_files_only=True)
-    image = Image.open(args.image or vtc.reference.samples()[6]).convert("RGB")
+    image = vtc.open_image(args.image or vtc.reference.samples()[6])
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.question}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device, model.dtype)

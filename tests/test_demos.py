@@ -15,6 +15,7 @@ from PIL import Image
 import vtc
 import vtc.reference
 from demos import compare_methods, video_qa, wrap_your_model
+from tests import odd_pictures
 
 FLAGS = [
     "--headless",
@@ -93,6 +94,14 @@ def test_the_page_compares(app: Any) -> None:
     assert app.layers(made.report).count("layer ") == len(made.report.lengths_per_layer)
     with pytest.raises(vtc.InputError, match="a picture and a question"):
         app.compare(app.Models(), "llava", None, "?", "fastv", 0.25)
+
+
+def test_the_page_turns_photographs(app: Any, tmp_path: Path) -> None:
+    path = odd_pictures.write(tmp_path / "photo.png")
+    made = app.compare(app.Models(), "qwen2_5_vl", str(path), "What is it?", "uniform", 1.0)
+    width, height = made.overlay.size
+    assert (width, height - 20) == tuple(12 * edge for edge in odd_pictures.SIZE)
+    assert made.overlay.getpixel((width // 2, height - 60)) == (128, 128, 128)
 
 
 class WithVideos:

@@ -25,8 +25,8 @@ LEVELS = (
     ("errors", "_version"),
     ("console", "files", "plain"),
     ("chat",),
-    ("budget", "kernels"),
-    ("core",),
+    ("budget", "kernels", "limits"),
+    ("core", "pictures"),
     ("config", "registry", "reference"),
     ("selectors",),
     ("adapters", "functional", "report.flops"),
@@ -40,19 +40,13 @@ LEVELS = (
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 # They know tensors and configurations: not even a function of theirs may import transformers.
-WITHOUT_TRANSFORMERS = ("errors", "chat", "budget", "kernels", "core", "config", "registry", "selectors", "functional")
+WITHOUT_TRANSFORMERS = (
+    *("errors", "chat", "budget", "limits", "pictures", "kernels"),
+    *("core", "config", "registry", "selectors", "functional"),
+)
 WITHOUT_TORCH = (
-    "errors",
-    "chat",
-    "console",
-    "_version",
-    "budget",
-    "config",
-    "files",
-    "plain",
-    "core.sites",
-    "core.actions",
-    "core.ranges",
+    *("errors", "_version", "chat", "console", "files", "plain", "budget", "limits", "pictures", "config"),
+    *("core.sites", "core.actions", "core.ranges"),
 )
 
 

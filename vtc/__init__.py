@@ -12,7 +12,17 @@ import vtc.report  # noqa: F401  # Bound once, here: importing it later would sh
 from vtc._version import __version__
 
 if TYPE_CHECKING:
-    from vtc.api import compress, compressed, disabled, is_compressed, list_methods, report, restore, supported_models
+    from vtc.api import (
+        compress,
+        compressed,
+        disabled,
+        is_compressed,
+        list_methods,
+        report,
+        reports,
+        restore,
+        supported_models,
+    )
     from vtc.config import CompressionConfig
     from vtc.core.actions import Action
     from vtc.core.context import VisualContext
@@ -60,6 +70,7 @@ if TYPE_CHECKING:
         VtcError,
     )
     from vtc.functional import select
+    from vtc.pictures import open_image
     from vtc.registry import register_adapter, register_selector
     from vtc.report.report import Report, SegmentReport
     from vtc.report.visualize import visualize
@@ -123,9 +134,11 @@ __all__ = [
     "disabled",
     "is_compressed",
     "list_methods",
+    "open_image",
     "register_adapter",
     "register_selector",
     "report",
+    "reports",
     "restore",
     "select",
     "supported_models",
@@ -140,6 +153,7 @@ _HOME = {
         "is_compressed",
         "list_methods",
         "report",
+        "reports",
         "restore",
         "supported_models",
     ),
@@ -189,6 +203,7 @@ _HOME = {
         "VtcError",
     ),
     "vtc.functional": ("select",),
+    "vtc.pictures": ("open_image",),
     "vtc.registry": ("register_adapter", "register_selector"),
     "vtc.report.report": ("Report", "SegmentReport"),
     "vtc.report.visualize": ("visualize",),

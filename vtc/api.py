@@ -35,12 +35,14 @@ def compress(
     """Compress the visual tokens of `model`, in place: the same object is returned.
 
     From then on every call that brings images or videos keeps a part of their tokens; text is never touched. Calling
-    again replaces the configuration.
+    again replaces the configuration. Any number of threads may run the model, and `compress` and `restore` refuse to
+    change it while one does.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A transformers vision-language model, also one wrapped by PEFT; `supported_models()` lists the families.
+        A transformers vision-language model, also one wrapped by PEFT, `torch.compile`, DDP, FSDP or accelerate;
+        `supported_models()` lists the families.
     method : str, CompressionConfig, or sequence of CompressionConfig
         `list_methods()` lists the names. Several configurations are applied one after the other, and later ratios are
         relative to what is left by then.
@@ -68,7 +70,10 @@ def compress(
     UnsupportedMethodError
         The method is not known, or needs something that this model does not have.
     ConfigError
-        An argument is wrong. Whatever is raised, the model is as it was.
+        An argument is wrong.
+    StateError
+        Calls of the model are running, or a part of it is compressed by itself. Whatever is raised, the model is as it
+        was.
     """
     shared = {
         "keep_ratio": keep_ratio,
@@ -83,7 +88,13 @@ def compress(
 
 
 def restore(model: Model) -> Model:
-    """Take everything away that `compress` installed; does nothing to a model that is not compressed."""
+    """Take everything away that `compress` installed; does nothing to a model that is not compressed.
+
+    Raises
+    ------
+    StateError
+        Calls of the model are running.
+    """
     uninstall(model)
     return model
 
@@ -98,13 +109,12 @@ def compressed(model: Model, method: Method = "divprune", **arguments: Any) -> I
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Keep all tokens for the length of a `with` block, without uninstalling anything."""
-    engine = engine_of(model)
-    before, engine.enabled = engine.enabled, False
-    try:
+    """Keep all tokens for the length of a `with` block, without uninstalling anything.
+
+    As with `torch.no_grad`, this holds for the thread or task that is in the block.
+    """
+    with engine_of(model).calls.pause():
         yield model
-    finally:
-        engine.enabled = before
 
 
 def is_compressed(model: nn.Module) -> bool:
@@ -115,14 +125,35 @@ def is_compressed(model: nn.Module) -> bool:
 def report(model: nn.Module) -> Report:
     """Report what the last prompt kept, and what that saves.
 
-    Turns that only add text to a conversation do not count as a prompt.
+    The last prompt of the thread or task that asks; if it has read none, as where a streamer's thread generates, the
+    last of the model. Turns that only add text to a conversation do not count as a prompt, and neither do calls that
+    others make while they run, such as the unconditional pass of classifier-free guidance.
 
     Raises
     ------
     StateError
-        The model is not compressed, or has not been run since.
+        The model is not compressed, or has not been run since; or several threads ran it at the same time, none of
+        them the one that asks.
     """
     return engine_of(model).report()
+
+
+@contextmanager
+def reports(model: nn.Module) -> Iterator[list[Report]]:
+    """Collect a report of every call made in a `with` block, in the order in which the calls end.
+
+    Calls of this thread or task count, and those of tasks and threads that run in a copy of its context, as tasks and
+    the threads of `asyncio.to_thread` do; other threads: ``Thread(target=contextvars.copy_context().run, args=...)``.
+
+    Raises
+    ------
+    StateError
+        The model is not compressed.
+    """
+    engine = engine_of(model)
+    found: list[Report] = []
+    with engine.calls.collecting(lambda prompt: found.append(engine.report(prompt))):
+        yield found
 
 
 def list_methods(model: nn.Module | None = None) -> dict[str, str]:

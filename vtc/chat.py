@@ -61,9 +61,17 @@ def image_inputs(processor: Any, images: Sequence[Any], question: str) -> Any:
         The question is none, the processor has no chat template, or it does not take these pictures.
     """
     prompt = chat(processor, ["image"] * len(images), question)
-    sizes = ", ".join("x".join(map(str, getattr(image, "size", ()))) or type(image).__name__ for image in images)
+    sizes = ", ".join(map(_size, images))
     with processing(processor, f"pictures of {sizes} pixels" if len(images) > 1 else f"a picture of {sizes} pixels"):
         return processor(images=list(images), text=[prompt], return_tensors="pt")
+
+
+def _size(image: Any) -> str:
+    """Size of a picture, or shape of an array."""
+    for name in ("size", "shape"):  # the size of an array is a number or a function
+        if isinstance(size := getattr(image, name, None), tuple):
+            return "x".join(map(str, size))
+    return type(image).__name__
 
 
 @contextmanager

@@ -8,6 +8,7 @@ FOLDER = Path(__file__).parent
 
 
 def doc_to_visual(doc):
+    """Open the picture; `python -m eval` wrote it as RGB of 8 bits, upright, so pillow alone opens it right."""
     return [Image.open(FOLDER / doc["image"]).convert("RGB")]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import vtc
 from eval.tasks.video import Frames
@@ -86,18 +86,14 @@ class Sample:
         return [self._open(number, picture) for number, picture in enumerate(self.images)]
 
     def _open(self, number: int, picture: Picture) -> Image.Image:
-        name = str(picture) if isinstance(picture, Path) else f"image {number}"
         try:
-            opened = Image.open(picture) if isinstance(picture, Path) else picture()
+            opened = picture if isinstance(picture, Path) else picture()
             if isinstance(opened, np.ndarray):
                 opened = Image.fromarray(opened)
-            return opened.convert("RGB")
-        except FileNotFoundError as error:
-            raise vtc.InputError(f"sample {self.id}: {error.filename or name}: no such file") from error
-        except UnidentifiedImageError as error:
-            raise vtc.InputError(f"sample {self.id}: {name}: not a picture that pillow can read") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise vtc.InputError(f"sample {self.id}: {name}: {error}") from error
+            return vtc.open_image(opened)
+        except (OSError, ValueError) as error:  # vtc.InputError, or a table that is gone or broken
+            name = "" if isinstance(picture, Path) else f"image {number}: "
+            raise vtc.InputError(f"sample {self.id}: {name}{error}") from error
 
 
 class Truth(NamedTuple):

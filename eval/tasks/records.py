@@ -10,19 +10,17 @@ import base64
 import binascii
 import contextlib
 import functools
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from PIL import Image
 
 import vtc
 from vtc.plain import parse_json
 
 if TYPE_CHECKING:
     import pyarrow
+    from PIL import Image
 
     from eval.tasks.base import Task
 
@@ -138,13 +136,14 @@ def open_base64(text: str) -> Image.Image:
 
     Raises
     ------
-    ValueError
-        The text is not base64.
+    InputError
+        The text is not base64, or no picture.
     """
     try:
-        return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+        data = base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"not base64: {error}") from error
+        raise vtc.InputError(f"not base64: {error}") from error
+    return vtc.open_image(data)
 
 
 @dataclass(frozen=True)
@@ -164,15 +163,24 @@ class StoredPicture:
     row: int
 
     def __call__(self) -> Image.Image:
-        """Open the picture."""
+        """Open the picture.
+
+        Raises
+        ------
+        InputError
+            There is none, or it is broken; the message names the file.
+        """
         value = _value(self.path, self.column, self.row)
         if isinstance(value, list):
             value = value[0] if value else None
         if value is None:
-            raise ValueError(f"{self.path}, row {self.row}: no picture in column {self.column!r}")
-        if value.get("bytes"):
-            return Image.open(io.BytesIO(value["bytes"]))
-        return Image.open(self.path.parent / value["path"])
+            raise vtc.InputError(f"{self.path}, row {self.row}: no picture in column {self.column!r}")
+        if not value.get("bytes"):
+            return vtc.open_image(self.path.parent / value["path"])
+        try:
+            return vtc.open_image(value["bytes"])
+        except vtc.InputError as error:
+            raise vtc.InputError(f"{self.path}, row {self.row}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 import vtc
 from vtc.video import VideoFile, sample_by_count
@@ -72,13 +71,10 @@ class VideoSource:
         if not files:
             raise vtc.InputError(f"{self.path}: no pictures ({', '.join(_PICTURES)}) in this folder")
         picked = self._pick(np.arange(len(files)) / _FOLDER_FPS)
-        try:
-            frames = [np.asarray(Image.open(files[index]).convert("RGB")) for index in picked]
-            return Frames(np.stack(frames), tuple(picked), _FOLDER_FPS, len(files))
-        except UnidentifiedImageError as error:
-            raise vtc.InputError(f"{error}: not a picture that pillow can read") from error
-        except (OSError, ValueError) as error:
-            raise vtc.InputError(f"{self.path}: {error}") from error
+        frames = [np.asarray(vtc.open_image(files[index])) for index in picked]
+        if len({frame.shape for frame in frames}) > 1:
+            raise vtc.InputError(f"{self.path}: the pictures in this folder differ in size; frames of a video do not")
+        return Frames(np.stack(frames), tuple(picked), _FOLDER_FPS, len(files))
 
     def _pick(self, times: npt.NDArray[np.float64]) -> list[int]:
         times = times - times[0]

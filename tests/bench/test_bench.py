@@ -168,6 +168,33 @@ class TestOverhead:
 
 
 class TestCommands:
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            ("prefill --repeats 0", "--repeats must be an integer from 1 to 10,000, got 0"),
+            ("prefill --warmup -1", "--warmup must be an integer from 0 to 10,000, got -1"),
+            ("prefill --layers 0", "--layers must be an integer from 1 to 128, got 0"),
+            ("prefill --visual-tokens 576 1000000000", "--visual-tokens must be an integer from 1 to 100,000"),
+            ("prefill --text-tokens -5", "--text-tokens must be an integer from 1 to 100,000"),
+            ("prefill --keep-ratio 0.5 nan", "keep_ratio"),
+            ("overhead --layers 1000000", "--layers must be an integer from 1 to 128, got 1000000"),
+            ("overhead --steps 0", "--steps must be an integer from 1 to 100,000, got 0"),
+            ("overhead --keep-ratio 2", "keep_ratio"),
+            ("kernels --repeats 1000000000", "--repeats must be an integer from 1 to 10,000"),
+            ("kernels --growth --most-seconds nan", "--most-seconds must be positive and at most 86,400"),
+        ],
+    )
+    def test_absurd_sizes_are_refused_before_a_model_is_built(self, command, message, monkeypatch, capsys):
+        from vtc.cli import main
+
+        for module in (_prefill, _overhead):
+            monkeypatch.setattr(module, "build", lambda *_: pytest.fail("a model was built"))
+        assert main(["bench", *command.split()]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert message in printed.err
+        assert printed.err.count("\n") == 1
+
     def test_options_name_all_models(self):
         assert tuple(_prefill.MODELS) == prefill.MODELS
 

@@ -12,6 +12,7 @@ import transformers
 from PIL import Image
 
 import vtc
+from tests import odd_pictures
 from vtc.cli import COMMANDS, inspect, main, methods
 from vtc.report.views import FITS
 
@@ -152,6 +153,20 @@ class TestAsk:
         assert str(path) in message
         assert "truncated" in message
 
+    def test_picture_is_upright_and_of_8_bits(self, tmp_path, monkeypatch, capsys):
+        seen = []
+        monkeypatch.setattr("vtc.cli.arguments.load_model", lambda *_: (None, None))
+
+        def prepare(model, processor, image, question):
+            seen.append(image)
+            raise vtc.InputError("enough")
+
+        monkeypatch.setattr("vtc.cli.arguments.prepare", prepare)
+        path = odd_pictures.write(tmp_path / "photo.png")
+        for command in (["ask", path, "what?"], ["inspect", path, "-o", tmp_path / "kept.png"]):
+            assert "enough" in failure(capsys, *command)
+        assert [odd_pictures.is_right(image) for image in seen] == [True, True]
+
     def test_folder_that_does_not_exist(self, photo, tmp_path, capsys):
         folder = tmp_path / "nowhere"
         assert f"{folder}: no such folder" in failure(capsys, "ask", photo, "what?", "--model", folder)
@@ -171,7 +186,9 @@ class TestAsk:
         assert "keep_ratio" in failure(capsys, "ask", photo, "what?", f"--keep-ratio={value}")
 
     def test_length_of_the_answer_out_of_range(self, photo, capsys):
-        assert "--max-new-tokens" in failure(capsys, "ask", photo, "what?", "--max-new-tokens", "0")
+        for value in (0, -1, 10**9):
+            message = failure(capsys, "ask", photo, "what?", f"--max-new-tokens={value}")
+            assert f"--max-new-tokens must be an integer from 1 to 100,000, got {value}." in message
 
     def test_ratio_and_count_together(self, photo, capsys):
         with pytest.raises(SystemExit) as caught:

@@ -15,6 +15,7 @@ import vtc.reference
 from tests import tiny
 from tests.tiny_processors import processor
 from tests.video import clips
+from vtc.cli import arguments as shared
 from vtc.cli import main
 
 
@@ -37,6 +38,8 @@ def test_inspect_draws_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["."], ".: a folder, not a picture"),
         (["SAMPLE", "--method", "nothing"], "Unknown method"),
         (["SAMPLE", "-o", "kept.txt"], "kept.txt: the picture is written as .png"),
+        (["SAMPLE", "--size", "100000"], "--size must be an integer from 16 to 4,096, got 100000"),
+        (["SAMPLE", "--size", "0"], "--size must be an integer from 16 to 4,096, got 0"),
         (["SAMPLE", "-o", "nowhere/kept.png"], "the folder nowhere does not exist"),
     ],
 )
@@ -95,6 +98,36 @@ def test_video_answers_and_draws(clip: Path, tmp_path: Path, capsys: pytest.Capt
     assert [window[0] for window in lines[0]["windows"]] == [4, 4]
 
 
+def test_mistakes_are_told_before_a_model_is_loaded(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vtc.cli.arguments.load_model", lambda *_: pytest.fail("a model was loaded"))
+    photo, samples = tmp_path / "photo.png", tmp_path / "samples.jsonl"
+    Image.new("RGB", (8, 8)).save(photo)
+    samples.write_text(json.dumps({"image": str(photo), "question": "?"}))
+    most = "1000000000"
+    output = ["-o", str(tmp_path / "config.json")]
+    for command in (
+        ["inspect", str(photo), "--size", most],
+        ["ask", str(photo), "?", "--max-new-tokens", most],
+        *(["video", str(clip), "?", flag, most] for flag in ("--fps", "--frames", "--window", "--max-new-tokens")),
+        ["video", str(clip), "?", "--per-window", "-3"],
+        ["video", str(clip), "?", "--scenes", most],
+        *(["advise", str(samples), flag, most] for flag in ("--frames", "--rounds", "--max-new-tokens")),
+        *(["calibrate", str(samples), "--keep-ratio", "0.5", *output, flag, most] for flag in ("--frames", "--trials")),
+    ):
+        assert main(command) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert re.fullmatch(r"vtc: error: .+\n", printed.err)
+
+
+def test_a_picture_that_no_file_holds_is_told(tmp_path: Path) -> None:
+    with pytest.raises(vtc.InputError, match=r"kept\.webp: a picture of 17000 x 1 cannot be written: .*16,383"):
+        shared.save(Image.new("RGB", (17_000, 1)), tmp_path / "kept.webp")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.usefixtures("model")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -102,6 +135,21 @@ def test_video_answers_and_draws(clip: Path, tmp_path: Path, capsys: pytest.Capt
         (["missing.mp4", "?"], "missing.mp4: no such file"),
         (["text.mp4", "?"], "text.mp4: cannot be read as a video"),
         (["CLIP", "?", "--fps", "0"], "fps must be positive"),
+        (["CLIP", "?", "--fps", "-1"], "fps must be positive"),
+        (["CLIP", "?", "--fps", "nan"], "fps must be positive"),
+        (["CLIP", "?", "--fps", "inf"], "fps must be positive"),
+        (["CLIP", "?", "--fps", "1e9"], "at most 1,000 frames per second, got 1000000000.0"),
+        (["CLIP", "?", "--frames", "0"], "frames must be an integer from 1 to 100,000, got 0"),
+        (["CLIP", "?", "--frames", "1000000000"], "frames must be an integer from 1 to 100,000"),
+        (["CLIP", "?", "--scenes", "nan"], "between 0 and 1, got nan"),
+        (["CLIP", "?", "--scenes", "2"], "between 0 and 1, got 2.0"),
+        (["CLIP", "?", "--window", "0"], "--window must be an integer from 1 to 100,000, got 0"),
+        (["CLIP", "?", "--window", "1000000000"], "--window must be an integer from 1 to 100,000"),
+        (["CLIP", "?", "--max-new-tokens", "0"], "--max-new-tokens must be an integer from 1 to 100,000, got 0"),
+        (["CLIP", "?", "--max-new-tokens", "1000000000"], "--max-new-tokens must be an integer from 1 to 100,000"),
+        (["CLIP", "?", "--per-window", "0"], "per_window must be at least 1"),
+        (["CLIP", "?", "--per-frame", "-1"], "per_frame must be at least 1"),
+        (["CLIP", "?", "--keep-ratio", "nan"], "keep_ratio"),
         (["CLIP", "?", "--fps", "1", "--frames", "3"], "Give fps, or frames"),
         (["CLIP", "?", "--decoder", "vlc"], "decoder must be one of"),
         (["CLIP", "?", "--method", "fastv", "--per-frame", "3"], "must see the whole video at once"),

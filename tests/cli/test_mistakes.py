@@ -99,7 +99,7 @@ def test_devices_are_refused_before_a_model_is_loaded(refused: Callable[..., str
 
 @pytest.mark.parametrize("name", ["layers", "visual-tokens", "text-tokens", "steps", "repeats"])
 def test_benches_measure_something(refused: Callable[..., str], name: str) -> None:
-    assert f"--{name} must be at least 1, got 0" in refused("bench", "overhead", f"--{name}=0")
+    assert f"--{name} must be an integer from 1 to " in refused("bench", "overhead", f"--{name}=0")
 
 
 @pytest.mark.parametrize("argument", ["--keep-ratio=nan", "--method=divprun"])

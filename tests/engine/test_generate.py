@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import CompileConfig
 
 import vtc
@@ -209,3 +209,65 @@ def extended(inputs: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
         if name in out:
             out[name] = torch.nn.functional.pad(inputs[name], (0, tokens.shape[1]), value=0)
     return out
+
+
+# -------------------------------------------------------------------------------------------- embeddings for ids
+
+WITHOUT_IDS: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "several-answers": {"do_sample": True, "num_return_sequences": 2},
+    "static-cache": {"do_sample": False, "cache_implementation": "static"},
+    "no-cache": {"do_sample": False, "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("mode", WITHOUT_IDS)
+@pytest.mark.parametrize("kind", ["single", "two_images"])
+@over_representatives("divprune", "fastv", "divprune+fastv")
+def test_embeddings_instead_of_ids(family: tiny.Family, method: Method, kind: str, mode: str) -> None:
+    case = sharp(family)
+    inputs = case.batch(kind)
+    ids = inputs.pop("input_ids")
+    if family.name.startswith("qwen"):  # which cannot tell the positions of pictures without their ids
+        inputs.pop("mm_token_type_ids")
+    with torch.no_grad():
+        inputs["inputs_embeds"] = case.model.get_input_embeddings()(ids)
+    plain = say(case.model, inputs, **WITHOUT_IDS[mode]).sequences
+    with method.at(1.0).on(case.model) as model:
+        assert torch.equal(say(model, inputs, **WITHOUT_IDS[mode]).sequences, plain)
+    with method.on(case.model) as model:
+        packed = say(model, inputs, **WITHOUT_IDS[mode]).sequences
+        report = vtc.report(model)
+        if family.name in ("llava", "internvl"):  # whose answer does not depend on how the prompt is given
+            known = say(model, {**inputs, "inputs_embeds": None, "input_ids": ids}, **WITHOUT_IDS[mode]).sequences
+            assert torch.equal(packed, known[:, ids.shape[1] :])
+    assert len(report.segments) == (1 if kind == "single" else 4)
+    assert all(segment.tokens_after < segment.tokens_before for segment in report.segments)
+    assert not torch.equal(packed, plain)
+
+
+# ------------------------------------------------------------------------------------------- continuous batching
+
+
+@over_representatives("divprune", "fastv")
+def test_continuous_batching_of_text(family: tiny.Family, method: Method) -> None:
+    # transformers' continuous batching takes ids alone: there are no pictures to compress, and text is never touched.
+    case = sharp(family)
+    prompts = [[1, 5, 6, 7, 8], [1, 9, 10]]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=tiny.PAD, eos_token_id=-1)
+
+    def answers() -> list[list[int]]:
+        outputs = case.model.generate_batch(inputs=prompts, generation_config=config)
+        return [outputs[name].generated_tokens for name in sorted(outputs)]
+
+    plain = answers()
+    assert [len(tokens) for tokens in plain] == [4, 4]
+    with method.on(case.model):
+        assert answers() == plain
+
+
+def test_pictures_in_a_paged_cache_are_refused() -> None:
+    case = sharp(tiny.family("llava"))
+    with method("divprune").on(case.model) as model, pytest.raises(vtc.UnsupportedModelError, match="PagedCache"):
+        model(**case.batch("single"), past_key_values=type("PagedCache", (), {})())

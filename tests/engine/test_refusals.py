@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -134,3 +135,48 @@ def test_another_feature_layer_than_was_planned_for() -> None:
             model(**inputs)
     with vtc.compressed(case.model, "vtc-cls", keep_ratio=0.5, start_layer=1) as model:
         model(**inputs)
+
+
+def _pictures_alone(case: tiny.TinyCase) -> dict[str, torch.Tensor]:
+    inputs = case.collate([tiny.Row(0, 0, ((None, 0),), 0)])
+    visual = inputs["input_ids"][0] == tiny.IMAGE
+    return {key: value[:, visual] if value.shape[:2] == (1, len(visual)) else value for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "paligemma"])
+@pytest.mark.parametrize("mode", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}])
+def test_a_prompt_that_ends_with_a_picture(family: str, mode: dict[str, object]) -> None:
+    # What is dropped has no hidden state, and so nothing that an answer could be predicted from.
+    case = build(tiny.family(family))
+    inputs = _pictures_alone(case)
+    count = inputs["input_ids"].shape[1]
+    for at in ("decoder", "decoder:2"):
+        outcomes = set()
+        for seed in range(6):
+            with vtc.compressed(case.model, "random", keep_ratio=0.5, seed=seed, at=at) as model:
+                model(**inputs)  # a prefix of something, for all that a forward pass knows
+                kept = count - 1 in vtc.report(model).segments[0].kept
+                outcomes.add(kept)
+                refused = pytest.raises(vtc.InputError, match="ends with an image or video")
+                with contextlib.nullcontext() if kept else refused:
+                    model.generate(**inputs, max_new_tokens=3, do_sample=False, **mode)
+        assert outcomes == {True, False}
+
+
+def test_the_last_token_may_leave_the_cache() -> None:
+    case = build(tiny.family("llava"))
+    with vtc.compressed(case.model, "random", keep_tokens=1, at="cache") as model:
+        model.generate(**_pictures_alone(case), max_new_tokens=3, do_sample=False)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "paligemma"])
+def test_aim_leaves_nothing_of_a_prompt_without_text(family: str) -> None:
+    case = build(tiny.family(family))
+    inputs = _pictures_alone(case)
+    plain = case.model(**inputs).logits
+    with vtc.compressed(case.model, "aim", keep_ratio=0.4) as model:
+        with pytest.raises(vtc.InputError, match="no token of the prompt is left"):
+            model(**inputs)
+        with pytest.raises(vtc.InputError, match=r"no token of the prompt is left|ends with an image"):
+            model.generate(**inputs, max_new_tokens=2)
+    assert torch.equal(case.model(**inputs).logits, plain)

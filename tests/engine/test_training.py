@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import vtc
 from tests import reference, tiny
@@ -102,3 +106,25 @@ def test_a_step_of_training_moves_the_kept(family: tiny.Family, method: Method) 
         fresh = float(model(**inputs, use_cache=False).loss.detach())
     assert second == fresh
     assert second < float(first.detach())
+
+
+@over_representatives("divprune", "fastv", "aim", "vflowopt")
+def test_a_forward_pass_leaves_nothing_of_its_graph_or_its_cache(family: tiny.Family, method: Method) -> None:
+    case = sharp(family)
+    case.model.train()
+    inputs = case.batch("ragged")
+    with method.on(case.model) as model:
+        gc.collect()
+        before = {id(thing) for thing in gc.get_objects() if isinstance(thing, torch.Tensor)}
+        cache = DynamicCache(config=model.config.get_text_config())
+        assert model(**inputs, past_key_values=cache, use_cache=True).logits.requires_grad
+        cache = weakref.ref(cache)
+        gc.collect()
+        assert cache() is None
+        left = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and id(thing) not in before]
+        assert not [tensor.shape for tensor in left if tensor.requires_grad]
+        # What stays is what the report needs: indices and masks of the prompt.
+        assert sum(tensor.untyped_storage().nbytes() for tensor in left) < 40 * inputs["input_ids"].numel() * 8
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            assert torch.equal(copied(**inputs).logits, model(**inputs).logits)

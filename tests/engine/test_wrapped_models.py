@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import nn
 
 import vtc
 from tests import reference, tiny
-from tests.invariants.matrix import REPRESENTATIVES, Method, method, over_representatives, sharp, tolerance
+from tests.invariants.matrix import REPRESENTATIVES, Method, build, method, over_representatives, sharp, tolerance
 
 SAY = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -221,3 +223,166 @@ def test_accelerate_hooks(family: tiny.Family, method: Method, dispatch: Callabl
     assert error_to_masking(case.model, untouched.model, case.batch("ragged")) <= tolerance(case)
     vtc.restore(case.model)
     assert torch.equal(answer(case.model, case.batch("ragged")), answer(untouched.model, case.batch("ragged")))
+
+
+# -------------------------------------------------------------------------------- wrappers around the whole model
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "ddp": nn.parallel.DistributedDataParallel,
+    "data parallel on one device": nn.DataParallel,
+    "peft": lambda model: peft.get_peft_model(model, adapters()),
+    "ddp around compiled": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager")),
+    "accelerate": lambda model: accelerate.Accelerator(cpu=True).prepare(model),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", ["divprune", "divprune+fastv"])
+@pytest.mark.usefixtures("process_group")
+@torch.no_grad()
+def test_verbs_act_through_wrappers(wrapper: str, name: str) -> None:
+    torch.manual_seed(3)
+    case = build(tiny.family("llava"))
+    inputs = case.batch("ragged")
+    wrapped = WRAPPERS[wrapper](case.model).eval()
+    plain = wrapped(**inputs).logits
+    method(name).compress(wrapped)
+    packed = wrapped(**inputs).logits
+    assert torch.equal(packed, case.model(**inputs).logits)
+    assert not torch.equal(packed, plain)
+    for model in (wrapped, case.model):
+        assert vtc.is_compressed(model)
+        assert len(vtc.report(model).segments) == 3
+    with vtc.disabled(wrapped):
+        assert torch.equal(wrapped(**inputs).logits, plain)
+    vtc.restore(wrapped)
+    assert not vtc.is_compressed(case.model)
+    assert torch.equal(wrapped(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("compiled", ["model", "layers"])
+@pytest.mark.parametrize("name", ["vtc-cls", "divprune+fastv"])
+@torch.no_grad()
+def test_compiled_in_place(compiled: str, name: str) -> None:
+    case = build(tiny.family("llava"))
+    inputs = case.batch("ragged")
+    with method(name).on(case.model) as model:
+        packed = model(**inputs).logits
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    torch.compiler.reset()
+    for module in [case.model] if compiled == "model" else case.model.model.language_model.layers:
+        module.compile(backend="eager")
+    plain = case.model(**inputs).logits
+    with method(name).on(case.model) as model:  # compiled code exists, and knows nothing of the hooks
+        torch.testing.assert_close(model(**inputs).logits, packed)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+    torch.testing.assert_close(case.model(**inputs).logits, plain)
+
+
+@torch.no_grad()
+def test_a_tower_compiled_by_itself_hides_its_attention() -> None:
+    case = build(tiny.family("llava"))
+    case.model.model.vision_tower.compile(backend="eager")
+    with method("vtc-cls").on(case.model) as model, pytest.raises(vtc.StateError, match="compiled by itself"):
+        model(**case.batch("single"))
+
+
+def test_a_wrapper_that_copies_the_model_is_refused() -> None:
+    wrapped = nn.DataParallel(build(tiny.family("llava")).model)
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(vtc.UnsupportedModelError, match="DataParallel copies"):
+        vtc.compress(wrapped, "random", keep_ratio=0.5)
+
+
+@pytest.mark.parametrize("part", ["model", "model.language_model"])
+def test_a_part_of_a_compressed_model(part: str) -> None:
+    case = build(tiny.family("llava"))
+    inner = case.model.get_submodule(part)
+    inputs = case.batch("single")
+    method("divprune").compress(case.model)
+    packed = answer(case.model, inputs)
+    with pytest.raises((vtc.StateError, vtc.UnsupportedModelError)):
+        vtc.compress(inner, "random", keep_ratio=0.5)
+    assert torch.equal(answer(case.model, inputs), packed)
+    vtc.restore(case.model)
+    if part == "model":
+        method("divprune").compress(inner)
+        with pytest.raises(vtc.StateError, match="LlavaModel is compressed already"):
+            vtc.compress(case.model, "random", keep_ratio=0.5)
+        assert torch.equal(answer(case.model, inputs), packed)
+        assert vtc.is_compressed(case.model)
+        vtc.restore(case.model)
+        assert not vtc.is_compressed(inner)
+
+
+# ------------------------------------------------------------------------------------------- pickles and wrappers
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3"])  # transformers' own hooks on others cannot be
+def test_a_pickled_model_stays_compressed(name: str, ran: bool) -> None:
+    case = sharp(tiny.family(name))
+    inputs = case.batch("ragged")
+    method("divprune+fastv").compress(case.model)
+    file = io.BytesIO()
+    if ran:
+        answer(case.model, inputs)
+    torch.save(case.model, file)
+    packed = answer(case.model, inputs)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(answer(loaded, inputs), packed)
+    vtc.restore(loaded)
+    assert vtc.is_compressed(case.model)
+    with vtc.disabled(case.model):
+        assert torch.equal(answer(loaded, inputs), answer(case.model, inputs))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "name", ["generate", "prepare_inputs_for_generation", "model.get_image_features", "model.forward"]
+)
+def test_what_others_put_before_a_method_survives(name: str, when: str) -> None:
+    case = build(tiny.family("llava"))
+    inputs = case.batch("ragged")
+    with method("divprune").on(case.model) as model:
+        packed = answer(model, inputs)
+    plain = answer(case.model, inputs)
+    *path, attribute = name.split(".")
+    owner = case.model.get_submodule(".".join(path))
+    calls = []
+
+    def put() -> Callable[..., Any]:
+        inner = getattr(owner, attribute)
+
+        @functools.wraps(inner)
+        def theirs(*args: Any, **kwargs: Any) -> Any:
+            calls.append(attribute)
+            return inner(*args, **kwargs)
+
+        setattr(owner, attribute, theirs)
+        return theirs
+
+    theirs = put() if when == "before" else None
+    method("random").compress(case.model)
+    method("divprune").compress(case.model)
+    theirs = theirs or put()
+    assert torch.equal(answer(case.model, inputs), packed)
+    method("fastv").compress(case.model)
+    method("divprune").compress(case.model)
+    assert torch.equal(answer(case.model, inputs), packed)
+    vtc.restore(case.model)
+    assert owner.__dict__[attribute] is theirs
+    assert calls
+    calls.clear()
+    assert torch.equal(answer(case.model, inputs), plain)
+    assert calls

@@ -225,7 +225,7 @@ def test_broken_pictures_are_rows_and_are_counted(loaded: models.Loaded, tmp_pat
     assert frame["score"].tolist() == [1.0, 1.0]
     assert "| broken |" in tables.markdown(frame)
     errors = {row["sample"]: row["error"] for row in rows.rows if "error" in row}
-    assert "a.png: not a picture" in errors["a"]
+    assert "a.png: the file is empty" in errors["a"]
     assert "c.png" in errors["c"]
     nothing = [row for row in rows.rows if "error" in row]
     with pytest.raises(vtc.InputError, match="none of 2 samples could be answered; the first: sample a"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from eval.scoring.answers import exact
 from eval.tasks import Sample, get_task, names
 from eval.tasks.__main__ import with_table
 from eval.tasks.benchmarks import Benchmark, against_target, table
+from tests import odd_pictures
 from tests.eval import layouts
 from tests.eval.layouts import MAKERS, pope, vizwiz, write
 
@@ -187,6 +189,27 @@ def test_a_picture_beside_a_table_is_found_or_named(tmp_path: Path) -> None:
     assert here.open_images()[0].size == (8, 6)
     with pytest.raises(vtc.InputError, match=r"sample 2: .*b\.png: no such file"):
         gone.open_images()
+
+
+def test_pictures_are_upright_and_of_8_bits_wherever_they_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = odd_pictures.write(tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(layouts, "encoded", lambda: data)
+    layouts.table(tmp_path / "table" / "questions.parquet", [{"question": "?", "answer": "x"}])
+    rows = [{"question_id": 1, "image": base64.b64encode(data * 20).decode()}, {"question_id": 2, "image": "a.png"}]
+    write(tmp_path / "questions.jsonl", "\n".join(json.dumps({**row, "question": "?", "answer": "x"}) for row in rows))
+    for folder, count in ((tmp_path, 2), (tmp_path / "table", 1)):
+        samples = get_task("files").samples(folder)
+        assert [odd_pictures.is_right(sample.open_images()[0]) for sample in samples] == [True] * count
+
+
+def test_a_broken_picture_in_a_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "encoded", lambda: b"no picture")
+    layouts.table(tmp_path / "questions.parquet", [{"question": "?", "answer": "x"}])
+    (sample,) = get_task("files").samples(tmp_path)
+    with pytest.raises(vtc.InputError, match=r"sample 1: image 0: .*questions\.parquet, row 0: .*not a picture"):
+        sample.open_images()
 
 
 def test_nothing_to_show_and_double_names_are_errors(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from eval.tasks import Sample, Task, get_task
 from eval.tasks.base import Truth
 from eval.tasks.generated import _ends_first
 from eval.tasks.video import VideoSource
-from tests import tiny
+from tests import odd_pictures, tiny
 from tests.tiny_processors import VIDEO_FAMILIES, processor
 from tests.video import clips
 from vtc import reference
@@ -66,6 +66,15 @@ def test_a_folder_of_pictures_is_a_video(tmp_path: Path) -> None:
         VideoSource(tmp_path, 3)()
     with pytest.raises(vtc.InputError, match="no pictures"):
         VideoSource(tmp_path.parent / tmp_path.name / "..", 3)()
+
+
+def test_a_folder_of_pictures_is_upright_and_of_one_size(tmp_path: Path) -> None:
+    for index in range(3):
+        odd_pictures.write(tmp_path / f"{index}.png")
+    assert all(odd_pictures.is_right(frame) for frame in VideoSource(tmp_path, 2)().frames)
+    Image.new("RGB", (5, 5)).save(tmp_path / "1.png")
+    with pytest.raises(vtc.InputError, match="the pictures in this folder differ in size"):
+        VideoSource(tmp_path, 3)()
 
 
 # -------------------------------------------------------------------------------------------------------------- runner

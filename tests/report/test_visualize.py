@@ -18,7 +18,7 @@ import transformers
 from PIL import Image
 
 import vtc
-from tests import tiny
+from tests import odd_pictures, tiny
 from vtc.core.selection import Selection
 from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
 from vtc.engine.install import engine_of
@@ -282,6 +282,18 @@ def test_frames_make_a_sheet_and_a_strip(frames: int, per_token: int, tmp_path: 
             assert read.n_frames >= 2
 
 
+def test_pictures_are_drawn_as_the_processor_saw_them(tmp_path: Path) -> None:
+    """Processors do not turn pictures, so the drawing must not: patches would stand elsewhere."""
+    path = odd_pictures.write(tmp_path / "photo.png")
+    report = by_hand(((1, 2, 2),), ((BEFORE, Selection.full(4)),), model_type="qwen2_vl")
+    upright = vtc.visualize(report, vtc.open_image(path), size=32, titles=False)
+    assert upright.size == odd_pictures.SIZE
+    with Image.open(path) as opened:
+        lying = vtc.visualize(report, opened, size=32, titles=False)
+    assert lying.size == odd_pictures.SIZE[::-1]
+    assert lying.getpixel((28, 12)) == upright.getpixel((12, 28)) == (128, 128, 128), "16 bits are not white"
+
+
 def test_titles_fit_above_what_they_name() -> None:
     long, short = (_titled(grey(60, 10), parts) for parts in (("frame 12", "3 of 64"), ("3 of 64",)))
     assert np.array_equal(np.asarray(long), np.asarray(short))
@@ -305,6 +317,23 @@ def test_layers_stand_once_above_a_sheet_and_joined_frames_say_so(monkeypatch: p
     assert written == [*first, *then, "layer 0", "layers 1-3"]
 
 
+def test_panels_together_have_a_limit_too() -> None:
+    steps = 100
+    report = by_hand(((steps, 2, 2),), ((BEFORE, Selection.full(4 * steps)),), modality="video")
+    message = r"100 panels of size 2000 are 400,000,000 pixels, .* at most 268,435,456 \(MAX_DRAWN_PIXELS\)"
+    with pytest.raises(vtc.ConfigError, match=message):
+        vtc.visualize(report, [grey(20, 20)] * steps, size=2000)
+    with pytest.raises(vtc.ConfigError, match=message):
+        animation(report, [grey(20, 20)] * steps, size=2000)
+
+
+def test_slow_and_fast_animations_are_written(tmp_path: Path) -> None:
+    for fps, milliseconds in ((0.01, 100_000), (100, 10)):
+        save_animation([grey(4, 4), picture(2, 2, 4, 4)], tmp_path / "kept.gif", fps)
+        with Image.open(tmp_path / "kept.gif") as read:
+            assert read.info["duration"] == milliseconds
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     report = by_hand(((4, 2, 2),), ((BEFORE, Selection.full(16)),), modality="video")
     with pytest.raises(vtc.InputError, match="4 steps in time, which 3 frames"):
@@ -322,5 +351,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         vtc.visualize(image, [grey(20, 20)] * 2)
     with pytest.raises(vtc.InputError, match="2 views"):
         vtc.visualize(by_hand(((1, 2, 2), (1, 1, 1)), ((BEFORE, Selection.full(5)),)), grey(20, 20))
+    for size in (100_000, 4097, 15, 0, -1, 10.5, True):
+        with pytest.raises(vtc.ConfigError, match=r"size must be an integer from 16 to 4,096, got"):
+            vtc.visualize(image, grey(20, 20), size=size)  # type: ignore[arg-type]
+        with pytest.raises(vtc.ConfigError, match=r"size must be an integer from 16 to 4,096, got"):
+            animation(report, [grey(20, 20)] * 4, size=size)  # type: ignore[arg-type]
+    for columns in (0, 10**9):
+        with pytest.raises(vtc.ConfigError, match="columns must be an integer from 1 to 100,000"):
+            vtc.visualize(image, grey(20, 20), columns=columns)
+    for fps in (0, -1.0, 1e9, 1e-9, float("nan"), float("inf")):
+        with pytest.raises(vtc.ConfigError, match=r"fps must lie from 0\.01 to 100"):
+            save_animation([grey(2, 2)], tmp_path / "kept.gif", fps)
+    with pytest.raises(vtc.InputError, match=r"kept\.gif: there are no pictures"):
+        save_animation([], tmp_path / "kept.gif")
     with pytest.raises(vtc.ConfigError, match="written as"):
         save_animation([grey(2, 2)], tmp_path / "kept.bmp")

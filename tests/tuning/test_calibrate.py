@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("optuna")
 
 import vtc
-from tests import tiny
+from tests import odd_pictures, tiny
 from vtc.cli import main
 from vtc.core.ranges import Choice, Each, Float, Int
 from vtc.registry import selectors
 from vtc.tuning.calibrate import _Trial
+from vtc.tuning.samples import prompts
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +163,6 @@ def test_an_interrupted_search_goes_on(case: tiny.TinyCase, rows: list[dict[str,
 
 def test_patience_stops_and_the_plot_is_drawn(case: tiny.TinyCase, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from PIL import Image
 
     storage, plot = tmp_path / "trials.log", tmp_path / "search.png"
     quiet(case, rows, keep_ratio=0.5, method="aim", trials=500, patience=2, storage=storage, plot=plot)
@@ -226,6 +228,29 @@ def test_search_spaces_are_of_real_options(name: str) -> None:
         assert isinstance(values, (Float, Int, Choice))
         if not isinstance(values, Choice):
             assert values.low < values.high
+
+
+def test_pictures_are_upright_and_of_8_bits(case: tiny.TinyCase, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Processor:
+        chat_template = "text"
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            return self.chat_template
+
+        def __call__(self, images: Any, **_: Any) -> Any:
+            seen.extend(images)
+            return {"input_ids": torch.zeros(1, 3, dtype=torch.long), "pixel_values": torch.zeros(1)}
+
+    path = odd_pictures.write(tmp_path / "photo.png")
+    array = np.zeros((4, 4, 3), np.uint8)
+    with Image.open(path) as opened:
+        prompts(Processor(), [(opened, "?"), (path, "?"), ([array], "?")], case.model)
+    assert [odd_pictures.is_right(image) for image in seen[:2]] == [True, True]
+    assert seen[2] is array
+    with pytest.raises(vtc.InputError, match=r"sample 1: .*gone\.png: no such file"):
+        prompts(Processor(), [(path, "?"), (tmp_path / "gone.png", "?")], case.model)
 
 
 def test_the_command_writes_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,10 +80,11 @@ def _mux_silence(container: Any, stream: Any) -> None:
     container.mux(stream.encode(None))
 
 
-def turned(path: Path) -> Path:
-    """Mark an mp4 as taken with the camera held a quarter turn to the side: shown, it turns clockwise."""
+def turned(path: Path, turns: int = 1) -> Path:
+    """Mark an mp4 as taken with the camera held so many quarter turns to the side: shown, it turns clockwise."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4 + 40
-    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    a, b = {1: (0, 1), 2: (-1, 0), 3: (0, -1)}[turns]
+    data[at : at + 36] = struct.pack(">9i", a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import vtc
+import vtc.reference
 from tests import tiny
 from tests.tiny_processors import VIDEO_FAMILIES, processor
 from tests.video import clips
@@ -231,8 +232,15 @@ def test_what_cannot_be_done_is_refused_before_a_file_is_opened(built: Any, clip
         pipeline(built, "qwen2_5_vl_video", strategy="guess")
     with pytest.raises(vtc.ConfigError, match="Give fps, or frames, or scenes"):
         pipeline(built, "qwen2_5_vl_video", fps=1.0, frames=3)
-    with pytest.raises(vtc.ConfigError, match="window must be an integer"):
-        pipeline(built, "qwen2_5_vl_video", window=0)
+    for name in ("window", "max_new_tokens", "frames"):
+        for value in (0, -1, 10**9, 1.5):
+            with pytest.raises(vtc.ConfigError, match=f"{name} must be an integer from 1 to 100,000, got {value}"):
+                pipeline(built, "qwen2_5_vl_video", **{"fps": None, name: value})
+    for fps in (0, -1.0, float("nan"), 1e9):
+        with pytest.raises(vtc.ConfigError, match="fps must be positive, and at most 1,000"):
+            pipeline(built, "qwen2_5_vl_video", fps=fps)
+    with pytest.raises(vtc.ConfigError, match="between 0 and 1"):
+        pipeline(built, "qwen2_5_vl_video", fps=None, scenes=float("nan"))
     model = tiny.build("llava").model
     with pytest.raises(vtc.UnsupportedModelError, match="takes no videos"):
         VideoQAPipeline(model, processor("video_llava"), "uniform", keep_ratio=0.5)
@@ -264,6 +272,28 @@ def test_frames_are_sampled_as_asked(built: Any, clip: Path, arguments: dict[str
     answer = pipeline(built, "llava_onevision_video", **{"fps": None, **arguments})(clip, QUESTION)
     assert len(answer.times) == count
     assert list(answer.times) == sorted(answer.times)
+
+
+@pytest.mark.parametrize(("given", "fps", "count"), [(5, 4, 5), (12, 4, 8), (40, 4, 10)])
+def test_a_short_clip_is_looked_at_with_8_frames(built: Any, tmp_path: Path, given: int, fps: int, count: int) -> None:
+    path = clips.write(tmp_path / "clip.mp4", clips.frames(given), fps=fps)
+    for family in ("llava_onevision_video", "qwen2_5_vl_video"):
+        answer = pipeline(built, family, fps=None)(path, QUESTION)
+        assert len(answer.times) == count
+        assert [frames for frames, _, _ in answer.windows] == [count]
+        assert f"{count} frames" in str(answer)
+    assert len(pipeline(built, "qwen2_5_vl_video", fps=1.0)(path, QUESTION).times) == -(-given // fps), "as asked"
+
+
+@pytest.mark.skipif(not vtc.reference.available(), reason="vtc-reference is not installed")
+def test_the_sample_clips_are_seen_by_default() -> None:
+    model, words = vtc.reference.load("qwen2_5_vl")
+    clip = vtc.reference.clips()[0]
+    rows = map(json.loads, (clip.parent / "questions.jsonl").read_text(encoding="utf-8").splitlines())
+    asked = {row["question"]: row["answer"] for row in rows if row["video"] == clip.name}
+    answers = VideoQAPipeline(model, words, "uniform", keep_ratio=1.0)(clip, list(asked))
+    assert {len(answer.times) for answer in answers} == {8}
+    assert {answer.question: answer.text for answer in answers} == asked
 
 
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)

@@ -17,7 +17,15 @@ import pytest
 import vtc
 from tests.video import clips
 from vtc.video.containers import announced_bytes
-from vtc.video.files import DECODERS, VideoFile, sample_by_count, sample_by_fps, sample_by_scenes
+from vtc.video.files import (
+    DECODERS,
+    VideoFile,
+    check_sampling,
+    sample_by_count,
+    sample_by_default,
+    sample_by_fps,
+    sample_by_scenes,
+)
 
 INSTALLED = [name for name in DECODERS if importlib.util.find_spec(name) is not None]
 
@@ -106,6 +114,18 @@ def test_a_turned_video_is_shown_upright(tmp_path: Path, decoder: str | None) ->
 
 
 @pytest.mark.parametrize("decoder", INSTALLED)
+@pytest.mark.parametrize(("turns", "corner"), [(1, (5, -5)), (2, (-5, -5)), (3, (-5, 5))])
+def test_every_turn_is_undone(tmp_path: Path, decoder: str, turns: int, corner: tuple[int, int]) -> None:
+    path = clips.turned(clips.write(tmp_path / "turned.mp4", clips.frames(3, 128, 64)), turns)
+    with VideoFile(path, decoder) as video:
+        frame = video.read([0])[0]
+        assert frame.shape == ((64, 128, 3) if turns == 2 else (128, 64, 3))
+        assert (video.info.height, video.info.width) == frame.shape[:2]
+        bright = [at for at in ((5, 5), (5, -5), (-5, -5), (-5, 5)) if frame[at].mean() > 200]
+        assert bright == [corner]
+
+
+@pytest.mark.parametrize("decoder", INSTALLED)
 def test_a_variable_rate_keeps_its_times(tmp_path: Path, decoder: str) -> None:
     times = [0.0, 0.1, 0.2, 0.3, 2.0, 2.1, 4.0]
     path = clips.write(tmp_path / "variable.mkv", clips.frames(7), times=times)
@@ -186,6 +206,11 @@ def test_broken_files_are_named_with_the_cause(tmp_path: Path, kind: str, decode
     if decoder in (None, "av"):
         assert cause in str(error.value)
     assert open_files() <= before
+
+
+def test_a_path_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(vtc.InputError, match=r"'a\\x00b\.mp4': .*null"):
+        VideoFile("a\0b.mp4")
 
 
 CONTAINERS = {
@@ -323,6 +348,35 @@ def test_sampling_by_rate_and_by_count() -> None:
             sample_by_fps(times, 10.0, bad)
     with pytest.raises(vtc.ConfigError, match="1 or more"):
         sample_by_count(times, 10.0, 0)
+
+
+def test_a_short_clip_is_looked_at_with_8_frames() -> None:
+    for count in range(1, 9):
+        assert sample_by_default(np.arange(count) / 4, count / 4) == list(range(count)), "all that there are"
+    assert sample_by_default(np.arange(16) / 4, 4.0) == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert len(sample_by_default(np.arange(190) / 25, 7.6)) == 8
+    long = np.arange(250) / 25
+    assert sample_by_default(long, 10.0) == sample_by_fps(long, 10.0, 1.0) == list(range(0, 250, 25))
+    # Twenty frames in one second, the last of which stands still for four.
+    picked = sample_by_default(np.arange(20) / 20, 5.0)
+    assert picked == sorted(set(picked))
+    assert len(picked) == 8
+    assert 0 <= picked[0] <= picked[-1] < 20
+
+
+def test_absurd_samplings_are_refused() -> None:
+    check_sampling(None, None, None)
+    check_sampling(1000, None, None)
+    check_sampling(None, 100_000, 0.5)
+    for fps in (0, -1.0, 1e9, 10**5000, float("nan"), float("inf"), "1", True):
+        with pytest.raises(vtc.ConfigError, match=r"fps must be positive, and at most 1,000 frames per second, got"):
+            check_sampling(fps, None, None)  # type: ignore[arg-type]
+    for frames in (0, -1, 10**9, 2.0, True):
+        with pytest.raises(vtc.ConfigError, match="frames must be an integer from 1 to 100,000, got"):
+            check_sampling(None, frames, None)  # type: ignore[arg-type]
+    for scenes in (0.0, 1.0, float("nan")):
+        with pytest.raises(vtc.ConfigError, match="between 0 and 1"):
+            check_sampling(None, None, scenes)
 
 
 def test_sampling_by_scenes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vtc.bench.timing import CLOCKS, add_timing_arguments, check_timing, conditions, describe, write_json
+from vtc.bench.timing import CLOCKS, add_timing_arguments, check_arguments, conditions, describe, write_json
 from vtc.errors import ConfigError
 
 OPERATIONS = (
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_timing(args, args.plot)
+    check_arguments(args, args.plot)
     if args.plot and not args.growth:
         raise ConfigError("--plot draws what --growth measures; give both.")
     if args.op and args.video:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtc.bench.timing import add_timing_arguments, check_timing
+from vtc.bench.timing import add_timing_arguments, check_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and write JSON if requested."""
-    check_timing(args)
+    check_arguments(args)
     from vtc.bench import _overhead
 
     return _overhead.run(args)

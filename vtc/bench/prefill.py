@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtc.bench.timing import add_timing_arguments, check_timing
+from vtc.bench.timing import add_timing_arguments, check_arguments
 
 MODELS = ("llava-1.5-7b", "qwen2.5-vl-3b")
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and write JSON if requested."""
-    check_timing(args)
+    check_arguments(args)
     from vtc.bench import _prefill
 
     return _prefill.run(args)

@@ -25,6 +25,7 @@ from vtc._version import package_version
 from vtc.budget import check_budget
 from vtc.errors import ConfigError
 from vtc.files import check_writable, write_text
+from vtc.limits import MAX_NEW_TOKENS, MAX_ROUNDS, check_count
 from vtc.registry import get_selector
 
 if TYPE_CHECKING:
@@ -35,6 +36,18 @@ Figures = dict[str, float]
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """Wall-clock time, or processor time of this process, summed over its threads."""
+
+_SIZES = {
+    "repeats": (1, MAX_ROUNDS),
+    "warmup": (0, MAX_ROUNDS),
+    "layers": (1, 128),
+    "visual_tokens": (1, 100_000),
+    "text_tokens": (1, 100_000),
+    "steps": (1, MAX_NEW_TOKENS),
+}
+"""Least and most of the sizes that benchmarks have, by the names of their arguments."""
+
+_DAY = 86_400
 
 _MIN_SECONDS = 0.02
 """Length to which the runs of short work are extended by repetition."""
@@ -162,23 +175,32 @@ def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmu
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results and conditions there")
 
 
-def check_timing(args: argparse.Namespace, *outputs: Path | None) -> None:
-    """Refuse numbers that measure nothing, and files that cannot be written later: --json and `outputs`.
+def check_arguments(args: argparse.Namespace, *outputs: Path | None) -> None:
+    """Refuse, before a model is built, what measures nothing or never ends, and files that cannot be written later.
+
+    Parameters
+    ----------
+    args : Namespace
+        Arguments of a benchmark, --json among them.
+    outputs : Path or None
+        Further files that it writes.
 
     Raises
     ------
     ConfigError
-        A number is too small, or the device does not exist.
+        A size, a fraction or a number of seconds is out of its range, which the message names; there is no such method;
+        or the device does not exist.
     InputError
         A file cannot be written.
     """
-    least = {"repeats": 1, "warmup": 0, "layers": 1, "visual_tokens": 1, "text_tokens": 1, "steps": 1}
-    for name, lowest in least.items():
+    for name, (least, most) in _SIZES.items():
         for value in _given(args, name):
-            if value < lowest:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}.")
+            check_count(f"--{name.replace('_', '-')}", value, most, least=least)
     for ratio in _given(args, "keep_ratio"):
         check_budget(ratio, None)
+    for seconds in _given(args, "most_seconds"):
+        if not 0 < seconds <= _DAY:
+            raise ConfigError(f"--most-seconds must be positive and at most {_DAY:,}, a day, got {seconds}.")
     for method in _given(args, "method"):
         get_selector(method)
     check_device(args.device)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import vtc
+from vtc import limits
 from vtc.cli import arguments, samples
 from vtc.errors import InputError
 
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     """Print what was measured and what is advised, and write the configuration if asked."""
     if args.output is not None:
         arguments.check_output(args.output)
+    limits.check_count("--max-new-tokens", args.max_new_tokens, limits.MAX_NEW_TOKENS)
+    limits.check_count("--rounds", args.rounds, limits.MAX_ROUNDS)
     given = samples.read(args)
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     advice = vtc.advise(

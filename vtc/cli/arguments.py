@@ -11,7 +11,7 @@ from vtc import registry
 from vtc.bench.timing import check_device
 from vtc.chat import image_inputs
 from vtc.errors import ConfigError, InputError
-from vtc.files import check_writable
+from vtc.files import check_writable, replacing
 from vtc.plain import parse_json
 
 if TYPE_CHECKING:
@@ -139,31 +139,26 @@ def check_output(path: Path, suffixes: tuple[str, ...] | None = None) -> None:
     check_writable(path)
 
 
-def open_image(path: Path) -> Image:
-    """A picture in RGB, decoded in full.
+def save(drawn: Image, path: Path) -> None:
+    """Write a picture, in full or not at all.
 
     Raises
     ------
-    ConfigError
-        Pillow is not installed.
     InputError
-        The file is missing, broken, or no picture.
+        Its format holds no picture of that size.
+    OSError
+        Writing failed, as on a full disk.
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise ConfigError('Reading pictures needs pillow: pip install "vtc[vision]".') from error
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")  # decodes it, so that a truncated file is refused here
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file.") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: a folder, not a picture.") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a picture that pillow can read.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # pillow's PNG reader raises SyntaxError
-        raise InputError(f"{path}: {error}.") from error
+    with replacing(path) as file:
+        try:
+            drawn.save(file)
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) is not None:  # of the system, not of an encoder
+                raise
+            raise InputError(
+                f"{path}: a picture of {drawn.width} x {drawn.height} cannot be written: {error}. JPEG holds up to "
+                "65,500 pixels along an edge and WebP up to 16,383, PNG more."
+            ) from error
 
 
 # -------------------------------------------------------------------------------------------------------------- models

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import vtc
+from vtc import limits
 from vtc.cli import arguments
-from vtc.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print both answers and the report."""
     config = arguments.configuration(args, positions=args.positions)
-    if args.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
-    image = arguments.open_image(args.image)
+    limits.check_count("--max-new-tokens", args.max_new_tokens, limits.MAX_NEW_TOKENS)
+    image = vtc.open_image(args.image)
 
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     inputs = arguments.prepare(model, processor, image, args.question)

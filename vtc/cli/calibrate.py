@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import vtc
-from vtc import registry
+from vtc import limits, registry
 from vtc.cli import arguments, samples
 from vtc.files import check_writable
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Search, and write the best configuration."""
     registry.get_selector(args.method, **dict(args.options))
     check_writable(*(path for path in (args.output, args.plot, args.storage) if path is not None))
+    limits.check_count("--trials", args.trials, limits.MAX_ROUNDS)
     given = samples.read(args)
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     from vtc.tuning.calibrate import PlotError

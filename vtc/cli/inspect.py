@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 import vtc
+from vtc import limits
 from vtc.cli import arguments
-from vtc.files import replacing
 
 FITS = ("crop", "pad", "stretch")
 """`vtc.report.views.FITS`, repeated because that module imports numpy."""
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_site(parser)
     arguments.add_seed(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("kept.png"), help="where the picture goes (kept.png)")
-    parser.add_argument("--size", type=int, default=448, help="longer edge of a panel in pixels (448)")
+    parser.add_argument("--size", type=int, default=448, help="longer edge of a panel in pixels, 16 to 4096 (448)")
     parser.add_argument("--fit", choices=FITS, help="how the processor fits the picture, where it cannot be asked")
 
 
@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Draw the picture and print the report."""
     config = arguments.configuration(args, seed=args.seed)
     arguments.check_output(args.output, (".png", ".jpg", ".jpeg", ".webp"))
-    image = arguments.open_image(args.image)
+    limits.check_count("--size", args.size, limits.MAX_PANEL, least=limits.MIN_PANEL)
+    image = vtc.open_image(args.image)
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     inputs = arguments.prepare(model, processor, image, args.question)
 
@@ -41,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
         model(**inputs, logits_to_keep=1)
         report = vtc.report(model)
     drawn = vtc.visualize(report, image, processor=processor, fit=args.fit, size=args.size)
-    with replacing(args.output) as file:
-        drawn.save(file)
+    arguments.save(drawn, args.output)
     print(report)
     print(f"\n{args.output}: {drawn.width} x {drawn.height}")
     return 0

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import vtc
+from vtc import limits
 from vtc.chat import chat, processing
-from vtc.cli import arguments
 from vtc.errors import ConfigError, InputError
 from vtc.plain import parse_json
 
@@ -36,14 +37,13 @@ def read(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     from vtc.video import VideoFile, sample_by_count
 
-    for name in ("limit", "frames"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {args.limit}.")
+    limits.check_count("--frames", args.frames, limits.MAX_FRAMES)
     found = []
     for kind, path, question in _lines(args.samples)[: args.limit]:
         if kind == "image":
-            found.append({"question": question, "image": arguments.open_image(path)})
+            found.append({"question": question, "image": vtc.open_image(path)})
             continue
         with VideoFile(path) as file:
             picked = sample_by_count(file.times, file.info.duration, args.frames)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import vtc
-from vtc import registry
+from vtc import limits, registry
 from vtc.cli import arguments
 from vtc.errors import ConfigError
-from vtc.files import replacing
 
 _REFERENCE_MODEL = "reference:qwen2_5_vl"
 """The reference model that takes videos."""
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keep.add_argument("--per-frame", type=int, help="visual tokens kept of every frame, each frame by itself")
     arguments.add_site(parser)
     arguments.add_seed(parser)
-    parser.add_argument("--fps", type=float, help="frames sampled per second (1)")
+    parser.add_argument("--fps", type=float, help="frames sampled per second (1, but at least 8 frames in all)")
     parser.add_argument("--frames", type=int, help="frames sampled over the whole length, instead")
     parser.add_argument(
         "--scenes",
@@ -57,12 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the answers, and draw what was kept if asked."""
-    from vtc.video import VideoFile
+    from vtc.video import VideoFile, check_sampling
 
+    check_sampling(args.fps, args.frames, args.scenes)
+    limits.check_count("--window", args.window, limits.MAX_FRAMES)
+    limits.check_count("--max-new-tokens", args.max_new_tokens, limits.MAX_NEW_TOKENS)
     budgets = {name: getattr(args, name) for name in ("keep_ratio", "keep_tokens", "per_window", "per_frame")}
     if not any(value is not None for value in budgets.values()):
         budgets["keep_ratio"] = arguments.DEFAULT_KEEP_RATIO
     registry.get_selector(args.method, **dict(args.options))
+    _check_budget(budgets)
     if args.output is not None:
         arguments.check_output(args.output, (".png", ".gif", ".webp"))
         if args.strategy == "captions":
@@ -97,6 +100,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_budget(budgets: dict[str, Any]) -> None:
+    """Refuse what the pipeline would, before a model is loaded."""
+    from vtc.video.windows import VideoBudget
+
+    VideoBudget(**budgets)
+
+
 def _draw(args: argparse.Namespace, report: vtc.Report, processor: Any, times: Sequence[float]) -> None:
     """Read the sampled frames again, which no longer are in memory, and draw what was kept of them."""
     from vtc.report.visualize import animation, save_animation
@@ -104,15 +114,17 @@ def _draw(args: argparse.Namespace, report: vtc.Report, processor: Any, times: S
 
     sheet = args.output.suffix.lower() == ".png"
     # Viewers take a sheet of some thousand pixels, and an animation of some hundred megabytes in memory.
-    size = max(16, min(224, 8000 // math.ceil(math.sqrt(len(times))))) if sheet else 320 if len(times) <= 300 else 128
+    size = min(224, 8000 // math.ceil(math.sqrt(len(times)))) if sheet else 320 if len(times) <= 300 else 128
+    # Every range of decoder layers that sees the same tokens has panels of its own; a title adds up to the area of one.
+    panels = len(times) * (1 + sum(len(segment.selections) for segment in report.segments))
+    size = max(limits.MIN_PANEL, min(size, math.isqrt(limits.MAX_DRAWN_PIXELS // panels)))
     with VideoFile(args.video, args.decoder) as file:
         frames = file.pictures(times, size)
     if sheet:
         titles = size >= 96  # below, they are wider than their panel
-        drawn = vtc.visualize(report, frames, processor=processor, size=size, titles=titles)
-        with replacing(args.output) as file:
-            drawn.save(file)
+        arguments.save(vtc.visualize(report, frames, processor=processor, size=size, titles=titles), args.output)
     else:
         rate = len(times) / max(times[-1] - times[0], 1e-9) if len(times) > 1 else 1.0
-        save_animation(animation(report, frames, processor=processor, size=size), args.output, fps=min(rate, 10.0))
+        shown = animation(report, frames, processor=processor, size=size)
+        save_animation(shown, args.output, fps=min(max(rate, 0.5), 10.0))  # nobody waits longer for the next frame
     print(f"{args.output}: {len(frames)} frame{'' if len(frames) == 1 else 's'}", file=sys.stderr)

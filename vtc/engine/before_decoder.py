@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from vtc.core.observations import PromptText
 from vtc.core.signals import Signal
@@ -19,7 +19,7 @@ from vtc.engine.compression import Compression
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt, Segment
 from vtc.engine.state import CallState, ForwardState
-from vtc.errors import InputError, UnsupportedMethodError
+from vtc.errors import InputError, UnsupportedMethodError, UnsupportedModelError
 
 __all__ = ["before_decoder", "require_whole_prompt"]
 
@@ -37,6 +37,9 @@ def before_decoder(
     if embeds is None:
         return None
     cache = cache_in(kwargs)
+    if cache is not None and not isinstance(cache, Cache):
+        _refuse_pictures_in(cache, call)
+        return None
     record = record_of(cache)
     if record is None and not call.inputs.encoded:
         if compression.enabled and (cache is None or not cache.is_initialized):
@@ -86,12 +89,22 @@ def require_whole_prompt(forward: ForwardState, stage: PlannedStage) -> None:
         )
 
 
+def _refuse_pictures_in(cache: Any, call: CallState) -> None:
+    """Refuse visual tokens in a cache of another kind, such as the paged one of continuous batching; text may go on."""
+    if call.inputs.encoded:
+        raise UnsupportedModelError(
+            f"visual tokens cannot be dropped in front of a {type(cache).__name__}, which does not know the positions "
+            "of its entries; use generate(), or run inside vtc.disabled(model)"
+        )
+
+
 def _note_text(compression: Compression, call: CallState, embeds: torch.Tensor) -> None:
     """Note a prompt without images, so that the report does not show the prompt before it."""
     ids = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=embeds.device)
-    compression.last = Prompt(ids, 0, {}, compression.adapter, compression.plan.structural)
+    prompt = Prompt(ids, 0, {}, compression.adapter, compression.plan.structural)
     mask = call.inputs.mask
-    compression.last.valid |= True if mask is None else mask.bool().to(embeds.device)
+    prompt.valid |= True if mask is None else mask.bool().to(embeds.device)
+    call.note(prompt)
 
 
 def _refuse_custom_mask(compression: Compression, call: CallState, mask: Any) -> None:
@@ -132,16 +145,19 @@ def _find_prompt(compression: Compression, call: CallState, forward: ForwardStat
     if call.prompt is None or call.prompt_ids is None:
         encoded = {modality: found or call.encoded[modality] for modality, found in call.inputs.encoded.items()}
         if call.prompt_ids is None:
-            ids, offset, valid = call.inputs.ids, forward.past, None
+            ids, offset, valid, answered = call.inputs.ids, forward.past, None, None
         else:
             ids, offset, valid = call.prompt_ids, call.prompt_offset, call.prompt_valid
+            answered = (torch.ones_like(ids, dtype=torch.bool) if valid is None else valid).to(device)
         if ids is None:
             raise InputError("images were passed without input_ids or inputs_embeds that say where they belong")
         plan = compression.plan
-        call.prompt = Prompt(ids.to(device), offset, encoded, compression.adapter, plan.structural, plan.signals)
+        call.prompt = Prompt(
+            ids.to(device), offset, encoded, compression.adapter, plan.structural, plan.signals, answered
+        )
         if valid is not None:
             call.prompt.valid |= valid.to(device)
-        compression.last = call.prompt
+        call.note(call.prompt)
     if len(forward.source_index) % call.prompt.rows:
         raise InputError(f"{len(forward.source_index)} rows cannot come from a prompt of {call.prompt.rows}")
     forward.attach_prompt(call.prompt)

@@ -8,10 +8,10 @@ from torch import nn
 
 from vtc.adapters.base import Adapter
 from vtc.engine.cache import Owner
+from vtc.engine.calls import Calls
 from vtc.engine.encoder import Encoder
 from vtc.engine.masks import LayerTypes
 from vtc.engine.plan import Plan
-from vtc.engine.prompt import Prompt
 
 __all__ = ["Compression"]
 
@@ -31,10 +31,8 @@ class Compression:
         Reads the vision towers.
     layer_types : LayerTypes
         Attention of the decoder layers.
-    enabled : bool
-        Whether images and videos are compressed; what is in a cache already stays as it is.
-    last : Prompt or None
-        The last prompt, for the report.
+    calls : Calls
+        Its open calls, and the last prompt of each thread or task, for the report.
     owner : Owner
         What caches know of the engine that filled them.
     """
@@ -45,6 +43,10 @@ class Compression:
         self.encoder = Encoder(adapter, plan)
         self.text_config = adapter.text_model.config
         self.layer_types = LayerTypes(self.text_config)
-        self.enabled = True
-        self.last: Prompt | None = None
+        self.calls = Calls()
         self.owner = Owner()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this thread or task wants images and videos compressed; what is in a cache already stays as it is."""
+        return not self.calls.paused

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vtc.adapters.base import Adapter, Layout, rows_of
 from vtc.core.observations import Observation, PatchPixels, VisionAttention, VisionHidden
 from vtc.core.signals import Signal, VisionSignal
+from vtc.engine.hooks import Hooks
 from vtc.engine.plan import Plan
-from vtc.engine.recorder import recording
+from vtc.engine.recorder import UNSEEN, recording
 from vtc.errors import InputError, StateError
 
 __all__ = ["Encoded", "Encoder", "EncoderMemory"]
@@ -79,7 +80,15 @@ class EncoderMemory:
     runs: dict[str, _Run] = field(default_factory=dict)
 
 
-_ENCODING: ContextVar[bool] = ContextVar("vtc_encoding", default=False)
+@dataclass(eq=False)
+class _Watch:
+    """What is to be seen of the encoder that this thread or task runs."""
+
+    pixels: list[torch.Tensor] | None = None
+    hidden: dict[nn.Module, Callable[[Any], None]] = field(default_factory=dict)
+
+
+_ENCODING: ContextVar[_Watch | None] = ContextVar("vtc_encoding", default=None)
 _MEMORY: ContextVar[tuple[Any, EncoderMemory] | None] = ContextVar("vtc_encoder_memory", default=None)
 
 
@@ -120,7 +129,26 @@ class Encoder:
     @property
     def busy(self) -> bool:
         """Whether an encoder is running: some families encode a video by encoding its frames as images."""
-        return _ENCODING.get()
+        return _ENCODING.get() is not None
+
+    def install(self, hooks: Hooks) -> None:
+        """Put hooks on the towers for the observations that signals read; they see the runs of `read` alone.
+
+        They stay, rather than coming and going with each run: another thread may be in the tower just then.
+        """
+        towers: dict[nn.Module, None] = {}
+        blocks: dict[nn.Module, None] = {}
+        for modality in self.adapter.modalities:
+            towers[self.adapter.tower(modality)] = None  # often one for all modalities
+            for signal in self.plan.signals:
+                if signal.reads is VisionHidden and signal.wanted_of(modality):
+                    all_blocks = self.adapter.tower_blocks(modality)
+                    layers = signal.vision_layers(len(all_blocks), self._feature_layers[modality])
+                    blocks |= dict.fromkeys(all_blocks[layer] for layer in layers)
+        for tower in towers:
+            hooks.before(tower, _see_pixels)
+        for block in blocks:
+            hooks.after(block, _see_hidden)
 
     def remembered(self, modality: str) -> Any:
         """Return the output of an encoder that is in memory, or None."""
@@ -147,11 +175,7 @@ class Encoder:
         call = self._arguments(modality, original, args, kwargs)
         signals = [signal for signal in self.plan.signals if signal.wanted_of(modality)]
         layers = self._layers(modality, call, signals)
-        token = _ENCODING.set(True)
-        try:
-            run, found = self._run(modality, layers, signals, original, args, kwargs)
-        finally:
-            _ENCODING.reset(token)
+        run, found = self._run(modality, layers, signals, original, args, kwargs)
         if getattr(run.output, "pooler_output", None) is None:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
         with torch.no_grad():
@@ -229,11 +253,7 @@ class Encoder:
             if keep:
                 run.observed.setdefault(place, []).append(raw)
 
-        with ExitStack() as stack:
-            if by_pixels or keep:
-                tower = self.adapter.tower(modality)
-                stack.callback(tower.register_forward_pre_hook(_grabber(run.pixels), with_kwargs=True).remove)
-            stack.enter_context(self._observing(modality, list(readers), see))
+        with self._observing(modality, list(readers), see, run.pixels if by_pixels or keep else None):
             run.output = original(*args, **kwargs)
         if known is not None:  # another run of the same encoder on the same pixels
             run.observed, run.values = {**known.observed, **run.observed}, known.values
@@ -247,20 +267,23 @@ class Encoder:
         modality: str,
         places: Sequence[_Place],
         see: Callable[[_Place, Observation], None],
+        pixels: list[torch.Tensor] | None,
     ) -> Iterator[None]:
-        """Hand the observations of these layers to `see` while entered."""
+        """Hand the observations of these layers to `see`, and the tower's input to `pixels`, while entered."""
         prefix = self.adapter.prefix_tokens(modality)
-        modules: dict[nn.Module, Any] = {}
-        with ExitStack() as stack:
-            for kind, layer in places:
-                if kind is VisionAttention:
-                    modules[self.adapter.tower_attentions(modality)[layer]] = _attention_observer(layer, prefix, see)
-                else:
-                    block = self.adapter.tower_blocks(modality)[layer]
-                    stack.callback(block.register_forward_hook(_hidden_observer(layer, prefix, see)).remove)
-            if modules:
-                stack.enter_context(recording(modules))
-            yield
+        attentions: dict[nn.Module, Any] = {}
+        watch = _Watch(pixels)
+        for kind, layer in places:
+            if kind is VisionAttention:
+                attentions[self.adapter.tower_attentions(modality)[layer]] = _attention_observer(layer, prefix, see)
+            else:
+                watch.hidden[self.adapter.tower_blocks(modality)[layer]] = _hidden_observer(layer, prefix, see)
+        token = _ENCODING.set(watch)
+        try:
+            with recording(attentions):
+                yield
+        finally:
+            _ENCODING.reset(token)
 
     def _vision_values(
         self,
@@ -276,10 +299,7 @@ class Encoder:
         for layer in layers:
             parts = found.get((signal, layer))
             if not parts:
-                raise StateError(
-                    "the tower ran without its attention being seen; was its attention implementation registered after "
-                    "compress()? call compress() again"
-                )
+                raise StateError(f"the tower ran without its attention being seen: {UNSEEN}")
             # Packed towers take their images one by one; together they are one crop.
             per_layer.append((torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])[:, prefix:])
         stacked = torch.stack(per_layer, dim=2)  # (crops, M, L, ...)
@@ -306,22 +326,28 @@ def _attention_observer(layer: int, prefix: int, see: Any) -> Callable[..., None
     return record
 
 
-def _hidden_observer(layer: int, prefix: int, see: Any) -> Callable[..., None]:
-    @torch.no_grad()
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _hidden_observer(layer: int, prefix: int, see: Any) -> Callable[[Any], None]:
+    def record(output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         see((VisionHidden, layer), VisionHidden(hidden[None] if hidden.dim() == 2 else hidden, prefix))
 
     return record
 
 
-def _grabber(into: list[torch.Tensor]) -> Callable[..., None]:
+@torch.no_grad()
+def _see_hidden(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Hand the output of a layer to the run that watches it."""
+    watch = _ENCODING.get()
+    if watch is not None and module in watch.hidden:
+        watch.hidden[module](output)
+
+
+def _see_pixels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note what a tower is given: it gets the pixels without padding and in its own shape."""
-
-    def grab(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        into.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).detach())
-
-    return grab
+    watch = _ENCODING.get()
+    if watch is not None and watch.pixels is not None:
+        values = (*args, *kwargs.values())
+        watch.pixels.append(next(value for value in values if isinstance(value, torch.Tensor)).detach())
 
 
 def _allowed(mask: Any) -> torch.Tensor | None:

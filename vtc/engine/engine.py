@@ -2,13 +2,14 @@
 
 Its hooks follow a call of the model in this order, and each says which transition it makes:
 
-1. `around_generate` and `before_base` open the state of the call; `before_base` notes what the pass was called with;
+1. `around_generate` opens the state of the call, `around_forward` that of a bare pass of the whole model; the latter
+   notes what a pass was called with;
 2. `around_encode`: images and videos are encoded, and features, grids and signals of the tower are read off;
 3. `before_text`: the stages before the language model choose; embeddings, positions and mask become shorter;
 4. `before_layer`: decoder stages choose; hidden states and rotary tables become shorter, later masks are built anew;
 5. `after_text`: stages at the cache choose and entries leave; hidden states are put back where the caller expects them,
    zeros where tokens were dropped;
-6. `after_base` closes the state of a call that was a bare forward pass.
+6. `around_forward` and `around_generate` close what they opened, whatever happened.
 
 Positions are those of the full prompt unless compact ones are asked for: nothing moves for the tokens that stay.
 """
@@ -37,6 +38,7 @@ from vtc.engine.encoder import Encoded, EncoderMemory
 from vtc.engine.hooks import Hooks
 from vtc.engine.in_decoder import enter_layer
 from vtc.engine.plan import Plan
+from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import Recorder
 from vtc.engine.state import (
     CallState,
@@ -44,9 +46,8 @@ from vtc.engine.state import (
     ForwardState,
     Mode,
     PrebuiltMasks,
+    calling,
     current_call,
-    enter,
-    leave,
 )
 from vtc.errors import StateError
 from vtc.report.report import Report, SegmentReport
@@ -83,14 +84,13 @@ class Engine(Compression):
         base, text = self.adapter.base, self.adapter.text_model
         self.owner = Owner()
         try:
-            self._signature = inspect.signature(base.forward)
+            self._hooks.wrap(base, "forward", self.around_forward)
             for modality in self.adapter.modalities:
                 self._hooks.wrap(base, f"get_{modality}_features", functools.partial(self.around_encode, modality))
             if hasattr(self.model, "generate"):
                 self._hooks.wrap(self.model, "generate", self.around_generate)
                 self._hooks.wrap(self.model, "prepare_inputs_for_generation", self.around_prepare)
-            self._hooks.before(base, self.before_base)
-            self._hooks.after(base, self.after_base, always=True)
+            self.encoder.install(self._hooks)
             self._hooks.before(text, self.before_text)
             self._hooks.after(text, self.after_text)
             if hasattr(text, "_deepstack_process"):
@@ -155,24 +155,13 @@ class Engine(Compression):
     @contextmanager
     def appending(self, forward: ForwardState) -> Iterator[None]:
         """Open a call whose tokens were selected elsewhere; see `vtc.engine.append`."""
-        call = enter(CallState(self, bare=False, forward=forward))
-        self._follow(call)
-        try:
+        with calling(CallState(self, bare=False, forward=forward)) as call:
+            self._follow(call)
             yield
-        finally:
-            leave(call)
 
-    def report(self) -> Report:
-        """Report what the last prompt kept.
-
-        Raises
-        ------
-        StateError
-            There was none.
-        """
-        prompt = self.last
-        if prompt is None:
-            raise StateError("nothing to report yet: run generate() or forward() first")
+    def report(self, prompt: Prompt | None = None) -> Report:
+        """Report what a prompt kept; by default the last one, as `Calls.last` finds it."""
+        prompt = self.calls.last() if prompt is None else prompt
         valid = prompt.valid
         segments = []
         for segment, grids in zip(prompt.segments, prompt.grids, strict=True):
@@ -225,29 +214,39 @@ class Engine(Compression):
 
     def around_generate(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Open the state of a `generate` call, and close it whatever happens."""
-        call = enter(CallState(self, bare=False))
+        with calling(CallState(self, bare=False)) as call:
+            self._note_prompt(call, args, kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                if call.prompt is not None:
+                    call.prompt.release()
+
+    def _note_prompt(self, call: CallState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the ids of a prompt or turn; those of placeholders where it comes as embeddings."""
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
-            mask = kwargs.get("attention_mask")
-            past = cache_in(kwargs)
-            seen = int(past.get_seq_length()) if past is not None else 0
-            # As transformers does: ids as long as the mask are the whole conversation, shorter ones only the new turn.
-            if seen and (mask is None or mask.shape[1] == ids.shape[1]):
-                ids = ids[:, seen:]
-            call.prompt_ids, call.prompt_offset = ids, seen
-            call.prompt_valid = None if mask is None else mask[:, -ids.shape[1] :].bool()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            if call.prompt is not None:
-                call.prompt.release()
-            leave(call)
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None and (ids is None or ids.shape[1] < embeds.shape[1]):
+            ids = self._ids_of(embeds)
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+            return
+        mask = kwargs.get("attention_mask")
+        past = cache_in(kwargs)
+        seen = int(past.get_seq_length()) if past is not None else 0
+        # As transformers does: ids as long as the mask are the whole conversation, shorter ones only the new turn.
+        if seen and (mask is None or mask.shape[1] == ids.shape[1]):
+            ids = ids[:, seen:]
+        call.prompt_ids, call.prompt_offset = ids, seen
+        call.prompt_valid = None if mask is None else mask[:, -ids.shape[1] :].bool()
 
     def around_prepare(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note the mask that a static cache hides, and build masks outside of the region that gets compiled."""
         call = current_call(self)
         mask = kwargs.get("attention_mask")
-        if call is None or (mask is not None and mask.dim() != 2):
+        if call is None:
+            return original(*args, **kwargs)
+        call.announced = True
+        if mask is not None and mask.dim() != 2:
             return original(*args, **kwargs)
         call.forward, call.mask = None, mask
         cache: Any = cache_in(kwargs)
@@ -287,15 +286,32 @@ class Engine(Compression):
             call.encoded[modality] = encoded
         return output
 
-    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what a forward pass of the whole model was called with; outside `generate` it is a call of its own."""
+    def around_forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a forward pass of the whole model: the next one of a `generate`, or a call of its own."""
         call = current_call(self)
-        if call is None:
-            call = enter(CallState(self, bare=True))
-        elif isinstance(call.forward, PrebuiltMasks):
-            return
+        if call is not None and call.announced and isinstance(call.forward, PrebuiltMasks):
+            call.announced = False
+            return original(*args, **kwargs)  # nothing is left to decide: this can be compiled
+        run = self._forward_eagerly if torch.compiler.is_compiling() else self._forward
+        return run(call, original, args, kwargs)
+
+    def _forward(self, call: CallState | None, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if call is None or not call.announced:
+            with calling(CallState(self, bare=True)) as bare:
+                self._note_inputs(bare, original, args, kwargs)
+                return original(*args, **kwargs)
+        call.announced = False
+        self._note_inputs(call, original, args, kwargs)
+        return original(*args, **kwargs)
+
+    _forward_eagerly = torch.compiler.disable(
+        _forward, reason="vtc selects tokens by value, outside of compiled graphs"
+    )
+
+    def _note_inputs(self, call: CallState, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a forward pass of the whole model was called with."""
         call.forward = None
-        given = dict(self._signature.bind_partial(*args, **kwargs).arguments) if args else kwargs
+        given = dict(inspect.signature(original).bind_partial(*args, **kwargs).arguments) if args else kwargs
         passed = given.get("mm_encoder_outputs") or {}
         inputs = call.inputs = ForwardInputs(ids=given.get("input_ids"), mask=given.get("attention_mask"))
         for modality in self.adapter.modalities if self.enabled else ():
@@ -326,12 +342,6 @@ class Engine(Compression):
                 ids[(embeds == table(torch.tensor(token, device=embeds.device))).all(dim=-1)] = token
         return ids
 
-    def after_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Close the call that `before_base` opened, also after an error."""
-        call = current_call(self)
-        if call is not None and call.bare:
-            leave(call)
-
     # -- a forward pass of the language model -----------------------------------------------------------------------
 
     def before_text(
@@ -346,9 +356,11 @@ class Engine(Compression):
         return shortened
 
     def before_layer(
-        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Let the stage on entering a layer choose, and give the layer the mask and tables that it needs."""
+        if kwargs is None:  # another thread is just putting the hook here, for its own sake
+            return None
         call = current_call(self)
         forward = self._replayed(kwargs) if call is None else call.forward
         if forward is None:

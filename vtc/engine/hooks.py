@@ -13,18 +13,36 @@ __all__ = ["Hooks", "WrappedMethod"]
 
 
 class WrappedMethod:
-    """An instance attribute that stands before a bound method.
+    """An instance attribute that stands before a method, or before what another package has put in its place.
 
-    A class rather than a closure so that a deep copy of the model gets one that belongs to the copy. transformers reads
-    the signature of these methods, which `update_wrapper` keeps.
+    It names the method rather than holding it bound, so that it can be pickled, and so that a deep copy of the model
+    gets one that belongs to the copy. Signature and name are those of the method: transformers reads them.
     """
 
-    def __init__(self, original: Callable[..., Any], around: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self._original, self._around = original, around
+    def __init__(self, owner: nn.Module, name: str, around: Callable[..., Any]) -> None:
+        self._owner, self._name = owner, name
+        self._around: Callable[..., Any] | None = around
+        self.found = (owner.__dict__[name],) if name in owner.__dict__ else ()
+        """The attribute that was there before, or nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._around(self._original, args, kwargs)
+        original = self.__wrapped__
+        return original(*args, **kwargs) if self._around is None else self._around(original, args, kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        if self.found:
+            return self.found[0]
+        # Not a bound method: torch.compile cannot make one.
+        return functools.partial(getattr(type(self._owner), self._name), self._owner)
+
+    @property
+    def __name__(self) -> str:
+        return self._name
+
+    def close(self) -> None:
+        """Only pass calls on from now on: somebody may have kept this object."""
+        self._around = None
 
 
 class Hooks:
@@ -32,25 +50,35 @@ class Hooks:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._methods: list[tuple[nn.Module, str]] = []
+        self._methods: list[tuple[nn.Module, str, WrappedMethod]] = []
 
     def wrap(self, owner: nn.Module, name: str, around: Callable[..., Any]) -> None:
         """Put `around(original, args, kwargs)` before the method `name` of this instance."""
-        setattr(owner, name, WrappedMethod(getattr(owner, name), around))
-        self._methods.append((owner, name))
+        wrapped = WrappedMethod(owner, name, around)
+        setattr(owner, name, wrapped)
+        self._methods.append((owner, name, wrapped))
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before each forward."""
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
-        """Call `hook(module, args, output)` after each forward; if `always`, also when it raised."""
-        self._handles.append(module.register_forward_hook(hook, always_call=always))
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, output)` after each forward that did not raise."""
+        self._handles.append(module.register_forward_hook(hook))
 
     def remove(self) -> None:
-        """Take everything away, in any state of the model; a second call does nothing."""
+        """Take everything away, in any state of the model; a second call does nothing.
+
+        Attributes become what they were. One that somebody has since put before ours stays, and ours passes calls on.
+        """
         for handle in self._handles:
             handle.remove()
-        for owner, name in self._methods:
-            owner.__dict__.pop(name, None)
+        for owner, name, wrapped in reversed(self._methods):
+            wrapped.close()
+            if owner.__dict__.get(name) is not wrapped:
+                continue
+            if wrapped.found:
+                setattr(owner, name, wrapped.found[0])
+            else:
+                del owner.__dict__[name]
         self._handles, self._methods = [], []

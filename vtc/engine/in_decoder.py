@@ -21,7 +21,7 @@ from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt
-from vtc.engine.recorder import record_once
+from vtc.engine.recorder import UNSEEN, record_once
 from vtc.engine.state import ForwardState
 from vtc.errors import InputError, StateError
 
@@ -100,10 +100,7 @@ def _values(stage: PlannedStage, layer: int, forward: ForwardState, hidden: torc
     values: dict[Signal, torch.Tensor] = dict(recorded or {})
     for signal in stage.stage.requires:
         if signal.reads is DecoderAttention and recorded is None:
-            raise StateError(
-                f"decoder layer {layer - 1} ran without its attention being seen; was its attention implementation "
-                "registered after compress()? call compress() again"
-            )
+            raise StateError(f"decoder layer {layer - 1} ran without its attention being seen: {UNSEEN}")
         if signal.reads is DecoderHidden:
             values[signal] = signal.compute(DecoderHidden(hidden.detach()))
     return values

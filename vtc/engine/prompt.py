@@ -16,7 +16,7 @@ from vtc.core.grids import Grid
 from vtc.core.observations import TokenGrids
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
-from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
+from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Site
 from vtc.engine.encoder import Encoded
 from vtc.errors import InputError
 
@@ -118,6 +118,8 @@ class Prompt:
     structural : {"keep", "drop"}
     signals : sequence of Signal
         Those that follow from grids are computed here.
+    answered : BoolTensor (S, P), optional
+        Which columns are no padding, where an answer is generated to this prompt, so that its last token has to stay.
 
     Raises
     ------
@@ -133,8 +135,9 @@ class Prompt:
         adapter: Adapter,
         structural: str,
         signals: Sequence[Signal] = (),
+        answered: torch.Tensor | None = None,
     ) -> None:
-        self.ids, self.offset = ids, offset
+        self.ids, self.offset, self.answered = ids, offset, answered
         self.rows, self.columns = ids.shape
         self.selector_ms = 0.0
         self.segments: list[Segment] = []
@@ -179,7 +182,13 @@ class Prompt:
         return self.keep_at(DecoderLayer(layer) if layer else _BEFORE)
 
     def decide(self, site: Site = _BEFORE) -> None:
-        """Write down what the segments keep, now that the stages at `site` have been applied to all of them."""
+        """Write down what the segments keep, now that the stages at `site` have been applied to all of them.
+
+        Raises
+        ------
+        InputError
+            An answer is to be generated, and the token that it is predicted from was dropped.
+        """
         keep = self.keep_at(site).clone()
         for segment in self.segments:
             # The newlines of an image of which nothing is left separate nothing.
@@ -187,6 +196,15 @@ class Prompt:
             keep[segment.row, gone] = False
             keep[segment.row, segment.columns[segment.kept]] = True
         self._keep[site] = keep
+        if self.answered is not None and self.segments and not isinstance(site, CacheAfterPrefill):
+            order = torch.arange(self.columns, device=keep.device)
+            last = order.masked_fill(~self.answered, -1).argmax(dim=1)
+            gone = self.visual.gather(1, last[:, None])[:, 0] & ~keep.gather(1, last[:, None])[:, 0]
+            for row in gone.nonzero()[:, 0].tolist():
+                raise InputError(
+                    f"row {row} of the prompt ends with an image or video whose last token was dropped at "
+                    f"{str(site)!r}: nothing is left to predict the answer from; put text behind it"
+                )
 
     def kept(self, segment: Segment) -> torch.Tensor:
         """Return the indices within the segment of the tokens that all stages kept, structural ones included."""

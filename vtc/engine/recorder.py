@@ -24,10 +24,16 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Recorder", "Recording", "record_once", "recording"]
+__all__ = ["UNSEEN", "Recorder", "Recording", "record_once", "recording"]
 
 Recording = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float, Mapping[str, Any]], None]
 """Called with query (B, H, Lq, d), key and value (B, Hkv, M, d), the mask, the scaling and the other arguments."""
+
+UNSEEN = (
+    "either its attention implementation was registered after compress(), which must then be called again, or it is "
+    "compiled by itself; torch.compile the whole model, or its layers, instead"
+)
+"""Why a recorded module may have run without the recorder's knowledge, and what to do."""
 
 _RECORDED: ContextVar[Mapping[nn.Module, Recording]] = ContextVar("vtc_recorded", default={})  # noqa: B039 # never mutated
 
@@ -109,16 +115,29 @@ def _recorded(implementation: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if not torch.compiler.is_compiling():
-            record = _RECORDED.get().get(module)
-            if record is not None:
-                mask = args[0] if args else kwargs.get("attention_mask")
-                scaling = kwargs.get("scaling")
-                with torch.no_grad():
-                    record(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs)
+        record = _RECORDED.get().get(module)
+        if record is not None:
+            observe = _record_eagerly if torch.compiler.is_compiling() else _record
+            observe(record, query, key, value, args[0] if args else kwargs.get("attention_mask"), kwargs)
         return implementation(module, query, key, value, *args, **kwargs)
 
     return attention
+
+
+@torch.no_grad()
+def _record(
+    record: Recording,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    kwargs: Mapping[str, Any],
+) -> None:
+    scaling = kwargs.get("scaling")
+    record(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs)
+
+
+_record_eagerly = torch.compiler.disable(_record, reason="vtc records attention outside of compiled graphs")
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -8,8 +8,8 @@ decoder layer needs. Both belong to the thread or task that runs them, and calls
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +22,9 @@ from vtc.engine.encoder import Encoded
 from vtc.engine.masks import LayerTypes, causal_mask
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import recording
-from vtc.errors import UnsupportedModelError
+from vtc.errors import InputError, UnsupportedModelError
 
-__all__ = ["CallState", "ForwardInputs", "ForwardState", "Mode", "PrebuiltMasks", "current_call", "enter", "leave"]
+__all__ = ["CallState", "ForwardInputs", "ForwardState", "Mode", "PrebuiltMasks", "calling", "current_call"]
 
 
 class Mode(enum.Enum):
@@ -77,6 +77,11 @@ class CallState:
         Of the current forward pass of the whole model.
     forward
         State of the current pass of the language model; None: it does what it always does.
+    announced
+        In `generate`: whether its next forward pass was prepared. A pass that was not is somebody else's, such as the
+        unconditional one of classifier-free guidance, and a call of its own.
+    noted
+        The prompt that the report is to tell of.
     outer
         The call that this one is nested in.
     """
@@ -91,8 +96,23 @@ class CallState:
     encoded: dict[str, Encoded] = field(default_factory=dict)
     inputs: ForwardInputs = field(default_factory=ForwardInputs)
     forward: ForwardState | PrebuiltMasks | None = None
+    announced: bool = False
+    noted: Prompt | None = None
     outer: CallState | None = None
-    exits: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def outermost(self) -> bool:
+        """Whether it runs inside no other call of its engine."""
+        outer = self.outer
+        while outer is not None and outer.engine is not self.engine:
+            outer = outer.outer
+        return outer is None
+
+    def note(self, prompt: Prompt) -> None:
+        """Note a prompt for the report; that of a call inside another is the outer one's business, not the user's."""
+        self.noted = prompt
+        if self.outermost:
+            self.engine.calls.note(self, prompt)
 
 
 _CALL: ContextVar[CallState | None] = ContextVar("vtc_call", default=None)
@@ -106,17 +126,23 @@ def current_call(engine: Any) -> CallState | None:
     return call
 
 
-def enter(call: CallState) -> CallState:
-    """Make `call` the current one, inside the one that is current now."""
+@contextmanager
+def calling(call: CallState) -> Iterator[CallState]:
+    """Make `call` the current one while entered, inside the one that is current now."""
     call.outer = _CALL.get()
-    call.exits.callback(_CALL.reset, _CALL.set(call))
-    call.exits.enter_context(recording({}))  # what the call leaves half recorded ends with it
-    return call
-
-
-def leave(call: CallState) -> None:
-    """Go back to the call that `call` is nested in."""
-    call.exits.close()
+    token = _CALL.set(call)
+    calls = call.engine.calls
+    if call.outermost:
+        calls.open(call)
+    try:
+        with recording({}):  # what the call leaves half recorded ends with it
+            yield call
+            if call.outermost and call.noted is not None:
+                calls.collect(call.noted)
+    finally:
+        _CALL.reset(token)
+        if call.outermost:
+            calls.close(call)
 
 
 class ForwardState:
@@ -274,6 +300,10 @@ class ForwardState:
         """Pack the given planes and those of this state in one operation."""
         own = [self.source_index] if self.blocks is None else [self.source_index, self.blocks]
         plan, packed, rows = PackPlan.pack(keep, [*planes, *own], [*dims, *[1] * len(own)], marks=marks, marked=marked)
+        if not plan.mask.shape[1]:
+            raise InputError(
+                "no token of the prompt is left: it has no text, and all of its visual tokens were dropped"
+            )
         self.source_index, *blocks = (plane.masked_fill(~plan.mask, -1) for plane in packed[len(planes) :])
         self.blocks = blocks[0] if blocks else None
         return plan, list(packed[: len(planes)]), rows

@@ -17,6 +17,8 @@ from vtc.core.selection import Selection
 from vtc.core.sites import CacheAfterPrefill, DecoderLayer, Site
 from vtc.errors import ConfigError, InputError
 from vtc.files import replacing
+from vtc.limits import MAX_DRAWN_PIXELS, MAX_FRAMES, MAX_PANEL, MIN_PANEL, check_count
+from vtc.pictures import to_rgb
 from vtc.report.views import FITS, View, views_of
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["animation", "save_animation", "visualize"]
 
 _MARGIN, _TITLE = 6, 20
+_SLOWEST, _FASTEST = 0.01, 100
 
 
 def visualize(
@@ -53,6 +56,8 @@ def visualize(
         From `vtc.report(model)`.
     pictures : PIL.Image, array (H, W, 3) of uint8, or a sequence of them
         The picture; or one per image of the row, in order; or the frames of the video, as the processor was given them.
+        Processors do not turn pictures as their EXIF orientation says, so neither does this; `vtc.open_image` makes
+        pictures that need no turning.
     row : int
         Row of the batch.
     index : int, optional
@@ -62,7 +67,8 @@ def visualize(
     fit : {"crop", "pad", "stretch"}, optional
         Overrides both. Without effect where a family cuts the picture into tiles.
     size : int
-        Longer edge of a panel in pixels.
+        Longer edge of a panel in pixels, 16 to 4096 (`vtc.limits.MAX_PANEL`). All panels together have at most 268
+        million pixels (`vtc.limits.MAX_DRAWN_PIXELS`).
     columns : int, optional
         Panels side by side; by default about the square root of their number for the frames of a video.
     titles : bool
@@ -77,7 +83,7 @@ def visualize(
     Raises
     ------
     ConfigError
-        An argument is out of range, or pillow is not installed.
+        An argument is out of range, the panels are too many for their size, or pillow is not installed.
     InputError
         The pictures do not fit the report.
     """
@@ -96,8 +102,8 @@ def visualize(
         columns = math.ceil(math.sqrt(len(views))) if len(views) > 6 else len(views)
         if not several:
             columns = len(states)
-    elif columns < 1:
-        raise ConfigError(f"columns must be 1 or more, got {columns}.")
+    else:
+        check_count("columns", columns, MAX_FRAMES)
     if not several:
         return _sheet([panel for sheet in panels for panel in sheet], columns)
     return _stack(
@@ -139,13 +145,18 @@ def save_animation(frames: Sequence[Image], path: str | Path, fps: float = 2.0) 
     Raises
     ------
     ConfigError
-        The file's name ends in none of these, or `fps` is not positive.
+        The file's name ends in none of these, or `fps` is not from 0.01 to 100: GIF counts in hundredths of a second,
+        and no further than to 11 minutes.
+    InputError
+        There are no pictures.
     """
     path = Path(path)
     if path.suffix.lower() not in (".gif", ".webp", ".png", ".apng"):
         raise ConfigError(f"{path}: animations are written as .gif, .webp or .png.")
-    if not fps > 0:
-        raise ConfigError(f"fps must be positive, got {fps}.")
+    if not _SLOWEST <= fps <= _FASTEST:
+        raise ConfigError(f"fps must lie from {_SLOWEST} to {_FASTEST} frames per second, got {fps}.")
+    if not len(frames):
+        raise InputError(f"{path}: there are no pictures to write.")
     first, *rest = frames
     with replacing(path) as file:
         first.save(file, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
@@ -156,8 +167,7 @@ def _prepare(
 ) -> tuple[list[View], list[SegmentReport], list[Image], list[_State]]:
     if fit is not None and fit not in FITS:
         raise ConfigError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
-    if size < 16:
-        raise ConfigError(f"size must be 16 pixels or more, got {size}.")
+    check_count("size", size, MAX_PANEL, least=MIN_PANEL)
     images = _images(pictures)
     of_row = [segment for segment in report.segments if segment.row == row]
     segments = [segment for segment in of_row if index is None or segment.index == index]
@@ -165,7 +175,15 @@ def _prepare(
         where = f"row {row}" if index is None else f"row {row}, image or video {index}"
         raise InputError(f"The report has nothing about {where}; it has {len(report.segments)} images and videos.")
     views = list(views_of(report.model_type, segments, [image.size for image in images], processor, fit))
-    return views, segments, images, _states(segments, len(report.lengths_per_layer))
+    states = _states(segments, len(report.lengths_per_layer))
+    panels = [_scaled(images[view.picture], size) for view in views]
+    pixels = len(states) * sum(width * height for width, height in panels)
+    if pixels > MAX_DRAWN_PIXELS:
+        raise ConfigError(
+            f"{len(states) * len(panels)} panels of size {size} are {pixels:,} pixels, and a drawing has at most "
+            f"{MAX_DRAWN_PIXELS:,} (MAX_DRAWN_PIXELS): lower size=, or draw fewer frames."
+        )
+    return views, segments, images, states
 
 
 # --------------------------------------------------------------------------------------------------------- states
@@ -242,7 +260,7 @@ def _panel(
 
     picture = images[view.picture]
     scale = size / max(picture.size)
-    width, height = (max(1, round(edge * scale)) for edge in picture.size)
+    width, height = _scaled(picture, size)
     pixels = np.asarray(picture.resize((width, height), Pillow.Resampling.LANCZOS), dtype=np.float32)
     cells = np.full((height, width), -1)
     styles: list[_Style] = []
@@ -254,6 +272,12 @@ def _panel(
         offset += rows * across
     drawn = _drawn(pixels, cells, _Style.joined(styles))
     return _titled(Pillow.fromarray(drawn.round().clip(0, 255).astype(np.uint8)), caption)
+
+
+def _scaled(picture: Image, size: int) -> tuple[int, int]:
+    """Return width and height of a panel."""
+    scale = size / max(picture.size)
+    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
 
 
 def _cells(shape: tuple[int, int], box: Sequence[float], rows: int, across: int) -> np.ndarray[Any, Any]:
@@ -389,7 +413,7 @@ def _images(pictures: Any) -> list[Image]:
     images = []
     for picture in [pictures] if single else pictures:
         if isinstance(picture, Pillow.Image):
-            images.append(picture.convert("RGB"))
+            images.append(to_rgb(picture))  # as it lies: the model's processor did not turn it either
             continue
         array = picture.cpu().numpy() if isinstance(picture, torch.Tensor) else np.asarray(picture)
         if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:

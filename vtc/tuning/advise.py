@@ -33,6 +33,7 @@ from vtc.config import CompressionConfig
 from vtc.engine.install import adapter_for
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
+from vtc.limits import MAX_NEW_TOKENS, MAX_ROUNDS, check_count
 from vtc.plain import real, shown
 from vtc.tuning.samples import as_found, prompts
 
@@ -356,9 +357,8 @@ def _check(agreement: Any, keep_ratios: Sequence[float], max_new_tokens: int, ro
             raise ConfigError(
                 f"keep_ratios must lie between 0 and 1, got {shown(ratio)}; keeping all is what is compared with"
             )
-    for name, value in (("max_new_tokens", max_new_tokens), ("rounds", rounds)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be an integer of 1 or more, got {value!r}")
+    check_count("max_new_tokens", max_new_tokens, MAX_NEW_TOKENS)
+    check_count("rounds", rounds, MAX_ROUNDS)
 
 
 def _configs(

@@ -27,7 +27,8 @@ from vtc.engine.install import adapter_for, engine_of
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
 from vtc.files import check_writable, cut_incomplete_line, replacing
-from vtc.plain import integer, parse_json, real, shown
+from vtc.limits import MAX_ROUNDS, check_count
+from vtc.plain import parse_json, real, shown
 from vtc.registry import get_selector
 from vtc.tuning.samples import as_found, prompts
 from vtc.tuning.search import suggest
@@ -113,9 +114,9 @@ def calibrate(
             f"keep_ratio must lie between 0 and 1, got {shown(keep_ratio)}; keeping all needs no calibration"
         )
     keep_ratio, seed = float(keep_ratio), check_seed(seed)
-    for name, count in (("trials", trials), ("patience", patience)):
-        if not (name == "patience" and count is None) and (integer(count) or 0) < 1:
-            raise ConfigError(f"{name} must be an integer of at least 1, got {shown(count)}")
+    check_count("trials", trials, MAX_ROUNDS)
+    if patience is not None:
+        check_count("patience", patience, MAX_ROUNDS)
     if sampler not in _SAMPLERS:
         raise ConfigError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
     adapter = adapter_for(model)

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vtc.chat import image_inputs
 from vtc.engine.install import paused
 from vtc.errors import InputError
+from vtc.pictures import open_image
 
 __all__ = ["as_found", "prompts"]
 
@@ -25,13 +27,13 @@ def prompts(processor: Any, samples: Sequence[Any], model: Any) -> list[dict[str
         The model's; None if all samples are ready-made inputs.
     samples : sequence
         (image, question) pairs, the image a picture or a list of them; or mappings of one row, as a processor returns
-        them: that is how videos come.
+        them: that is how videos come. A picture is what `vtc.open_image` takes, or an array that the processor takes.
     model : PreTrainedModel
 
     Raises
     ------
     InputError
-        There are no samples, or one is not of this kind or shows nothing.
+        There are no samples, or one is not of this kind, shows nothing or cannot be read.
     """
     if isinstance(samples, (str, bytes)) or not len(samples):
         raise InputError("at least one sample is needed: (image, question) pairs, or inputs from a processor")
@@ -63,6 +65,8 @@ def _processed(processor: Any, number: int, sample: Any) -> Any:
     if processor is None or not images or any(image is None for image in images) or not isinstance(question, str):
         raise InputError(f"sample {number}: pairs need a processor, at least one image and a question in words")
     try:
+        arrays = (np.ndarray, torch.Tensor)
+        images = [image if isinstance(image, arrays) else open_image(image) for image in images]
         return image_inputs(processor, images, question)
     except InputError as error:
         raise InputError(f"sample {number}: {error}") from error

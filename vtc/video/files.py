@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,22 @@ import numpy as np
 import numpy.typing as npt
 
 from vtc.errors import ConfigError, InputError
+from vtc.limits import MAX_FRAMES, check_count, check_fps
 from vtc.video.containers import announced_bytes, container
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DECODERS", "VideoFile", "VideoInfo", "sample_by_count", "sample_by_fps", "sample_by_scenes"]
+__all__ = [
+    "DECODERS",
+    "VideoFile",
+    "VideoInfo",
+    "check_sampling",
+    "sample_by_count",
+    "sample_by_default",
+    "sample_by_fps",
+    "sample_by_scenes",
+]
 
 Frames = npt.NDArray[np.uint8]
 """(T, H, W, 3)."""
@@ -30,6 +39,9 @@ Times = npt.NDArray[np.float64]
 
 DECODERS = ("decord", "av", "torchcodec")
 """In the order in which they are tried."""
+
+_DEFAULT_FPS, _LEAST_FRAMES = 1.0, 8
+"""One frame per second is usual for long videos, but of a clip of two seconds it shows next to nothing."""
 
 _LONGEST = 1e7
 """Seconds, four months: a time beyond is a mistake of the decoder or the file."""
@@ -170,6 +182,8 @@ def _look_at(path: Path) -> str | None:
         raise InputError(f"{path}: no such file.") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from error
+    except ValueError as error:  # a null character
+        raise InputError(f"{str(path)!r}: {error}.") from error
     if announced is None or size >= announced:
         return None
     message = f"it is cut off: {announced - size:,} of the {announced:,} bytes that it announces are not there"
@@ -369,16 +383,54 @@ _CLASSES: dict[str, Any] = {"decord": _Decord, "av": _Av, "torchcodec": _TorchCo
 # ------------------------------------------------------------------------------------------------------- sampling
 
 
+def check_sampling(fps: float | None, frames: int | None, scenes: float | None) -> None:
+    """Raise unless these say which frames to look at: `fps`, or `frames`, or `scenes` with or without `frames`.
+
+    Raises
+    ------
+    ConfigError
+        They contradict each other, or one is out of its range: `fps` above 0 and at most `vtc.limits.MAX_FPS` frames
+        per second, `frames` from 1 to `vtc.limits.MAX_FRAMES`, `scenes` between 0 and 1.
+    """
+    if fps is not None and (frames is not None or scenes is not None):
+        raise ConfigError("Give fps, or frames, or scenes with or without frames.")
+    if fps is not None:
+        check_fps(fps)
+    if frames is not None:
+        check_count("frames", frames, MAX_FRAMES)
+    if scenes is not None:
+        _check_change(scenes)
+
+
+def _check_change(change: float) -> None:
+    if not 0 < change < 1:
+        raise ConfigError(f"A change of scene is a difference between 0 and 1, got {change}.")
+
+
+def sample_by_default(times: Times, duration: float) -> list[int]:
+    """Return the indices of the frames that are looked at where nobody says which.
+
+    One frame per second, as `sample_by_fps`; where these are fewer than 8, 8 over the whole length, as
+    `sample_by_count`, and every frame of a clip that has no more.
+    """
+    picked = sample_by_fps(times, duration, _DEFAULT_FPS)
+    if len(picked) < _LEAST_FRAMES:
+        picked = sample_by_count(times, duration, _LEAST_FRAMES)
+    if len(picked) < min(_LEAST_FRAMES, len(times)):  # one frame stands still so long that several parts show it
+        middles = (np.arange(_LEAST_FRAMES) + 0.5) * len(times) / _LEAST_FRAMES
+        picked = middles.astype(int).tolist()
+    return picked
+
+
 def sample_by_fps(times: Times, duration: float, fps: float) -> list[int]:
     """Return the index of the frame shown at 0, 1 / fps, 2 / fps, ... seconds, each frame once.
 
     Raises
     ------
     ConfigError
-        `fps` is not positive.
+        `fps` is not positive, or above `vtc.limits.MAX_FPS`.
     """
-    if not (fps > 0 and math.isfinite(fps)):
-        raise ConfigError(f"fps must be positive, got {fps}.")
+    check_fps(fps)
     # Frame i is on screen from times[i] to times[i + 1]; times are rounded to the file's own clock, so a frame due
     # within a microsecond is on screen. Counting what is due before each border takes no list of what is due.
     due = np.ceil([*(times - 1e-6) * fps, max(duration - 1e-6, 1e-9) * fps]).clip(min=0)
@@ -413,8 +465,7 @@ def sample_by_scenes(
     ConfigError
         `change` is not within 0 and 1, or `count` is not positive.
     """
-    if not 0 < change < 1:
-        raise ConfigError(f"A change of scene is a difference between 0 and 1, got {change}.")
+    _check_change(change)
     if count is not None and count < 1:
         raise ConfigError(f"The number of frames must be 1 or more, got {count}.")
     scanned = sample_by_fps(video.times, video.info.duration, fps)

@@ -13,7 +13,15 @@ from vtc.core.sites import Site
 from vtc.engine.engine import Engine
 from vtc.engine.install import engine_of
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
-from vtc.video.files import VideoFile, sample_by_count, sample_by_fps, sample_by_scenes
+from vtc.limits import MAX_FRAMES, MAX_NEW_TOKENS, check_count
+from vtc.video.files import (
+    VideoFile,
+    check_sampling,
+    sample_by_count,
+    sample_by_default,
+    sample_by_fps,
+    sample_by_scenes,
+)
 from vtc.video.prompt import VideoPrompt
 from vtc.video.session import SESSIONS, VideoAnswer, VideoSession
 from vtc.video.windows import VideoBudget, streams
@@ -45,15 +53,17 @@ class VideoQAPipeline:
     fps, frames, scenes : optional
         Which frames are looked at: so many per second; so many over the whole length; the first of each scene, a scene
         being a change of brightness above this number (0 to 1). `frames` beside `scenes` is at most so many. By default
-        one per second.
+        one per second, but at least 8 over the whole length (all of a clip that has fewer): two frames of a clip of two
+        seconds show too little of it.
     window : int
-        Frames in memory at a time; rounded up where the family joins frames.
+        Frames in memory at a time, up to `vtc.limits.MAX_FRAMES`; rounded up where the family joins frames.
     strategy : {"compress", "captions"}
         "captions" is the baseline after LLoVi: each window is described in a sentence, and the question is asked about
         these sentences.
     decoder : str, optional
         One of `vtc.video.DECODERS` instead of the first that can.
     max_new_tokens : int
+        Length of an answer, up to `vtc.limits.MAX_NEW_TOKENS`.
     structural : {"keep", "drop"}
     seed : int
     at : str or Site, optional
@@ -97,11 +107,9 @@ class VideoQAPipeline:
         self.config = self.budget.config(method, structural=structural, seed=seed, options=options, at=at)
         if strategy not in STRATEGIES:
             raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
-        if fps is not None and (frames is not None or scenes is not None):
-            raise ConfigError("Give fps, or frames, or scenes with or without frames.")
-        for name, value in (("window", window), ("max_new_tokens", max_new_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer of 1 or more, got {value!r}.")
+        check_sampling(fps, frames, scenes)
+        check_count("window", window, MAX_FRAMES)
+        check_count("max_new_tokens", max_new_tokens, MAX_NEW_TOKENS)
         self.strategy, self.decoder, self.max_new_tokens, self.progress = strategy, decoder, max_new_tokens, progress
         self.fps, self.frames, self.scenes = fps, frames, scenes
         with self.compressing() as engine:  # everything about the method that can be refused is refused here
@@ -171,7 +179,9 @@ class VideoQAPipeline:
             return sample_by_scenes(file, self.scenes, count=self.frames, window=self.window)
         if self.frames is not None:
             return sample_by_count(file.times, file.info.duration, self.frames)
-        return sample_by_fps(file.times, file.info.duration, 1.0 if self.fps is None else self.fps)
+        if self.fps is not None:
+            return sample_by_fps(file.times, file.info.duration, self.fps)
+        return sample_by_default(file.times, file.info.duration)
 
     @contextmanager
     def compressing(self) -> Iterator[Engine]:

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+import vtc
+
 Split = Literal["train", "test"]
 
 SPLITS: Final[tuple[Split, ...]] = ("train", "test")
@@ -50,8 +52,7 @@ def photograph(name: str) -> NDArray[np.uint8]:
         import skimage
 
         path = Path(skimage.__file__).parent / "data" / file
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(vtc.open_image(path))
 
 
 @lru_cache(maxsize=4)
