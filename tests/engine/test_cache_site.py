@@ -104,10 +104,11 @@ def test_a_second_turn_with_a_new_image() -> None:
     assert cache.layers[0].keys.shape[2] == 2 * stored
 
 
+@pytest.mark.parametrize("kind", ["ragged", "right_padded"])
 @torch.no_grad()
-def test_keeping_everything_and_restoring() -> None:
+def test_keeping_everything_and_restoring(kind: str) -> None:
     case = build(tiny.family("qwen2_5_vl"))
-    inputs = case.batch("ragged")
+    inputs = case.batch(kind)
     plain = case.model.generate(**inputs, **STEPS, do_sample=False)
     with vtc.compressed(case.model, "uniform", keep_ratio=1.0, at="cache") as model:
         assert torch.equal(

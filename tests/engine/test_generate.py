@@ -21,6 +21,7 @@ from tests.invariants.matrix import (
     sharp,
     tolerance,
 )
+from vtc import CompressionConfig
 
 STEPS = 8
 # A random model would say the placeholder ids too, which transformers refuses without a cache.
@@ -93,6 +94,35 @@ def test_chunked_prefill(family_name: str, name: str, size: int, kind: str) -> N
     mode = {**GREEDY, "prefill_chunk_size": size}
     ours, theirs = compressed_and_reference(case, method(name), case.batch(kind), mode, GREEDY)
     assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.skipif(not PREFILLS_IN_CHUNKS, reason="this release cannot split a prompt with images")
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", ["single", "two_images", "mixed"])
+@pytest.mark.parametrize("family_name", REPRESENTATIVES)
+def test_chunks_of_which_nothing_is_kept(family_name: str, kind: str, size: int) -> None:
+    case = sharp(tiny.family(family_name))
+    if kind not in case.family.kinds:
+        pytest.skip("takes no videos")
+    few = Method("divprune, 1", (CompressionConfig("divprune", keep_tokens=1),))
+    mode = {**GREEDY, "prefill_chunk_size": size}
+    ours, theirs = compressed_and_reference(case, few, case.batch(kind), mode, GREEDY)
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("mode", [{}, {"use_cache": False}, {"num_beams": 3}, {"prefill_chunk_size": 4}])
+@over_representatives("divprune", "fastv")
+def test_the_report_of_a_prompt_is_of_the_prompt(family: tiny.Family, method: Method, mode: dict[str, Any]) -> None:
+    case = sharp(family)
+    for kind in ("text_only", "no_image_row"):
+        if "prefill_chunk_size" in mode and (method.decoder or not PREFILLS_IN_CHUNKS):
+            continue
+        inputs = case.batch(kind)
+        with method.on(case.model) as model:
+            say(model, inputs, **GREEDY, **mode)
+            report = vtc.report(model)
+        assert report.lengths_before == tuple(inputs["attention_mask"].sum(dim=1).tolist())
+        assert len(report.segments) == (0 if kind == "text_only" else 1)
 
 
 @over_representatives("divprune", "divprune+fastv")

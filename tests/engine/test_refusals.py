@@ -175,8 +175,7 @@ def test_aim_leaves_nothing_of_a_prompt_without_text(family: str) -> None:
     inputs = _pictures_alone(case)
     plain = case.model(**inputs).logits
     with vtc.compressed(case.model, "aim", keep_ratio=0.4) as model:
-        with pytest.raises(vtc.InputError, match="no token of the prompt is left"):
-            model(**inputs)
-        with pytest.raises(vtc.InputError, match=r"no token of the prompt is left|ends with an image"):
+        assert not model(**inputs).logits.any()  # as wherever a token was dropped
+        with pytest.raises(vtc.InputError, match="ends with an image"):
             model.generate(**inputs, max_new_tokens=2)
     assert torch.equal(case.model(**inputs).logits, plain)

@@ -50,10 +50,16 @@ def after_prefill(compression: Compression, forward: ForwardState, output: Any) 
     stops = [*starts[1:], len(forward.cache.layers)]
     groups = []
     for (start, index), stop in zip(forward.key_groups, stops, strict=True):
-        plan = PackPlan.from_keep(forward.keeping_of(index, keep))
+        left = forward.keeping_of(index, keep)
+        if torch.equal(left, index >= 0):  # nothing leaves, and padding stays where it is
+            groups.append((start, index))
+            continue
+        plan = PackPlan.from_keep(left)
         groups.append((start, plan.take(index).masked_fill(~plan.mask, -1)))
         for layer in forward.cache.layers[start:stop]:
             layer.keys, layer.values = (_take(plan, entries) for entries in (layer.keys, layer.values))
+    if all(new is old for (_, new), (_, old) in zip(groups, forward.key_groups, strict=True)):
+        return
     forward.key_groups = groups
     forward.write_record(compression.owner, forward.shift)
 

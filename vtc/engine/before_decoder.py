@@ -100,10 +100,13 @@ def _refuse_pictures_in(cache: Any, call: CallState) -> None:
 
 def _note_text(compression: Compression, call: CallState, embeds: torch.Tensor) -> None:
     """Note a prompt without images, so that the report does not show the prompt before it."""
-    ids = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=embeds.device)
-    prompt = Prompt(ids, 0, {}, compression.adapter, compression.plan.structural)
-    mask = call.inputs.mask
-    prompt.valid |= True if mask is None else mask.bool().to(embeds.device)
+    if call.noted is not None or call.encoded:  # a step without a cache, or a chunk of a prompt with images elsewhere
+        return
+    ids, valid = call.prompt_ids, call.prompt_valid
+    if ids is None:
+        ids, valid = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=embeds.device), call.inputs.mask
+    prompt = Prompt(ids.to(embeds.device), 0, {}, compression.adapter, compression.plan.structural)
+    prompt.valid |= True if valid is None else valid.bool().to(embeds.device)
     call.note(prompt)
 
 
@@ -145,8 +148,9 @@ def _find_prompt(compression: Compression, call: CallState, forward: ForwardStat
     if call.prompt is None or call.prompt_ids is None:
         encoded = {modality: found or call.encoded[modality] for modality, found in call.inputs.encoded.items()}
         if call.prompt_ids is None:
-            ids, offset, valid, answered = call.inputs.ids, forward.past, None, None
-        else:
+            ids, offset, answered = call.inputs.ids, forward.past, None
+        else:  # a chunk of it may bring images alone, and the next one videos
+            encoded = {**call.encoded, **encoded}
             ids, offset, valid = call.prompt_ids, call.prompt_offset, call.prompt_valid
             answered = (torch.ones_like(ids, dtype=torch.bool) if valid is None else valid).to(device)
         if ids is None:
@@ -155,8 +159,8 @@ def _find_prompt(compression: Compression, call: CallState, forward: ForwardStat
         call.prompt = Prompt(
             ids.to(device), offset, encoded, compression.adapter, plan.structural, plan.signals, answered
         )
-        if valid is not None:
-            call.prompt.valid |= valid.to(device)
+        if answered is not None:
+            call.prompt.valid |= answered
         call.note(call.prompt)
     if len(forward.source_index) % call.prompt.rows:
         raise InputError(f"{len(forward.source_index)} rows cannot come from a prompt of {call.prompt.rows}")

@@ -238,6 +238,10 @@ class Engine(Compression):
             ids = ids[:, seen:]
         call.prompt_ids, call.prompt_offset = ids, seen
         call.prompt_valid = None if mask is None else mask[:, -ids.shape[1] :].bool()
+        for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
+            encoded = None if output is None else self.encoder.encoded(output)
+            if encoded is not None:
+                call.encoded[modality] = encoded
 
     def around_prepare(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note the mask that a static cache hides, and build masks outside of the region that gets compiled."""

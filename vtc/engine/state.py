@@ -11,7 +11,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from vtc.engine.encoder import Encoded
 from vtc.engine.masks import LayerTypes, causal_mask
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import recording
-from vtc.errors import InputError, UnsupportedModelError
+from vtc.errors import UnsupportedModelError
 
 __all__ = ["CallState", "ForwardInputs", "ForwardState", "Mode", "PrebuiltMasks", "calling", "current_call"]
 
@@ -299,14 +299,16 @@ class ForwardState:
     ) -> tuple[PackPlan, list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Pack the given planes and those of this state in one operation."""
         own = [self.source_index] if self.blocks is None else [self.source_index, self.blocks]
-        plan, packed, rows = PackPlan.pack(keep, [*planes, *own], [*dims, *[1] * len(own)], marks=marks, marked=marked)
-        if not plan.mask.shape[1]:
-            raise InputError(
-                "no token of the prompt is left: it has no text, and all of its visual tokens were dropped"
-            )
-        self.source_index, *blocks = (plane.masked_fill(~plan.mask, -1) for plane in packed[len(planes) :])
+        planes, dims = [*planes, *own], [*dims, *[1] * len(own)]
+        plan, packed, rows = PackPlan.pack(keep, planes, dims, marks=marks, marked=marked)
+        if not plan.mask.shape[1]:  # a layer needs a token: one of padding
+            first = torch.zeros_like(keep)
+            first[:, :1] = True
+            plan, packed, _ = PackPlan.pack(first, planes, dims)
+            plan = replace(plan, mask=torch.zeros_like(plan.mask), lengths=torch.zeros_like(plan.lengths))
+        self.source_index, *blocks = (plane.masked_fill(~plan.mask, -1) for plane in packed[-len(own) :])
         self.blocks = blocks[0] if blocks else None
-        return plan, list(packed[: len(planes)]), rows
+        return plan, list(packed[: -len(own)]), rows
 
     def write_record(self, owner: Owner, shift: torch.Tensor | None) -> None:
         """Write to the cache what later passes need to know."""
