@@ -46,6 +46,14 @@ NOT_YET: dict[str, str] = {
     "text-only-report": "the report of a prompt without images counts repeated rows, answers and chunks",
     "chunked-report": "a prompt in chunks, of which one brings no image, or one an image and another a video",
     "empty-chunk": "a chunk of a prompt of which nothing is kept",
+    "open-call": "an error in around_generate() before its try, or in Prompt.release(), leaves the call open",
+    "zero-ratio": "vtc.select('vflowopt') with a ratio that is not positive: an error of math",
+    "hostile-json": "JSON nested too deeply, RecursionError, or with an integer of 5,000 digits, ValueError",
+    "no-utf-8": "CompressionConfig.load() of a file that is not UTF-8: UnicodeDecodeError",
+    "option-types": "options of the wrong type: TypeError",
+    "feature-axes": "vtc.select('vidcom2') with features of three axes",
+    "picture-values": "damaged pictures of some kinds: a plain ValueError of pillow",
+    "sigint": "commands that are interrupted show a traceback",
     "cache-keep-all": "keeping everything at the cache moves the padding of rows that are padded on the right",
 }
 """What the fuzz leaves out because it is known to fail, and why; empty once all of it is mended."""
@@ -216,6 +224,9 @@ class Mode:
         Whether the report afterwards is of this call's prompt.
     like
         The mode that fails if this one fails.
+    tolerance
+        How far values may be from expected ones: transformers reuses a longer static cache of an earlier call, over
+        which sums are rounded otherwise.
     agrees
         A mode of which the values are the first of this one, and one for what follows, heard of the batch `INNER`.
     """
@@ -226,6 +237,7 @@ class Mode:
     concurrent: bool = False
     report: bool = True
     like: str = ""
+    tolerance: float = 0.0
     agrees: tuple[str, ...] = ()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -370,6 +382,7 @@ def following(first: Turn) -> Inputs:
     return first.then(question(len(first.inputs["input_ids"])))
 
 
+_REUSED = 1e-4
 _STATIC = {"cache_implementation": "static"}
 _SAMPLING = {"do_sample": True, "top_k": 20}
 _MODES = (
@@ -382,23 +395,29 @@ _MODES = (
     Mode("prompt-lookup", _generating(prompt_lookup_num_tokens=3), single=True),
     Mode("assisted-by-copy", _assisted(0), single=True),
     Mode("assisted-by-stranger", _assisted(1), single=True),
-    Mode("static-cache", _generating(**_STATIC)),
+    Mode("static-cache", _generating(**_STATIC), tolerance=_REUSED),
     Mode("given-static-cache", _in_given_cache(static=True)),
     Mode("given-dynamic-cache", _in_given_cache(static=False), concurrent=True, agrees=("greedy",)),
     Mode("offloaded-cache", _generating(cache_implementation="offloaded")),
     Mode("no-cache", _generating(use_cache=False), concurrent=True),
     Mode("guidance", _generating(guidance_scale=1.5), report="guidance-report" not in NOT_YET),
     # Guidance is a second forward pass inside generate().
-    Mode("guidance-static", _generating(guidance_scale=1.5, **_STATIC), report=False, like="nested-static"),
+    Mode("guidance-static", _generating(guidance_scale=1.5, **_STATIC), report=False, like="nested-static", tolerance=_REUSED),
     Mode("embeds", _embedded()),
     Mode("embeds-beams", _embedded(num_beams=3)),
     Mode("embeds-several", _embedded(num_return_sequences=2, **_SAMPLING)),
-    Mode("embeds-static", _embedded(**_STATIC)),
+    Mode("embeds-static", _embedded(**_STATIC), tolerance=_REUSED),
     Mode("streamed", _streamed, single=True, concurrent=True, agrees=("greedy",)),
     Mode("nested-forward", _nested({"forward": True}), report=False, agrees=("greedy", "forward")),
     Mode("nested-generate", _nested({}), report=False, agrees=("greedy", "greedy")),
     Mode("nested-no-cache", _nested({"use_cache": False}), report=False, agrees=("greedy",)),
-    Mode("nested-static", _nested({"forward": True}, **_STATIC), report=False, agrees=("static-cache", "forward")),
+    Mode(
+        "nested-static",
+        _nested({"forward": True}, **_STATIC),
+        report=False,
+        tolerance=_REUSED,
+        agrees=("static-cache", "forward"),
+    ),
     Mode("forward", _forward, concurrent=True),
     Mode("hidden-states", _hidden_states),
     Mode("two-logits", _two_logits, concurrent=True),
@@ -434,8 +453,8 @@ class Outcome:
     error: Exception | None = None
     report: dict[str, Any] | None = None
 
-    def differs_from(self, other: Outcome) -> str | None:
-        """What differs, in words; None if all is bit-identical."""
+    def differs_from(self, other: Outcome, tolerance: float = 0.0) -> str | None:
+        """What differs, in words; None if all is bit-identical, or as near as `tolerance`."""
         if (self.error is None) != (other.error is None) or type(self.error) is not type(other.error):
             return f"raised {self.error!r}, expected {other.error!r}"
         if len(self.values) != len(other.values):
@@ -446,7 +465,9 @@ class Outcome:
             if not torch.equal(mine, theirs) and not torch.equal(mine.isnan(), theirs.isnan()):
                 return f"value {place} has NaN where the other has not"
             if not torch.equal(mine.nan_to_num(), theirs.nan_to_num()):
-                return f"value {place} differs by {float((mine.float() - theirs.float()).abs().nan_to_num().max()):.3g}"
+                error = float((mine.double() - theirs.double()).abs().nan_to_num().max())
+                if not error <= tolerance:
+                    return f"value {place} differs by {error:.3g}"
         return None
 
 
@@ -502,7 +523,7 @@ def expected(family: tiny.Family, setting: Setting | None, kind: str, mode: Mode
         COUNTS[f"refused: {mode.name}: {type(outcome.error).__name__}: {outcome.error}"] += 1
         return outcome
     if setting.keeps_all:
-        difference = outcome.differs_from(untouched(family, kind, mode))
+        difference = outcome.differs_from(untouched(family, kind, mode), mode.tolerance)
         if not ("cache" in setting.sites and "cache-keep-all" in NOT_YET):
             assert difference is None, f"keeping everything: {difference}"
     if outcome.report is not None and not _unreported(outcome.report, mode):
