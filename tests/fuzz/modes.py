@@ -47,6 +47,7 @@ NOT_YET: dict[str, str] = {
     "chunked-report": "a prompt in chunks, of which one brings no image, or one an image and another a video",
     "empty-chunk": "a chunk of a prompt of which nothing is kept",
     "open-call": "an error in around_generate() before its try, or in Prompt.release(), leaves the call open",
+    "interrupted-forward": "KeyboardInterrupt in a bare forward pass leaves the call open: torch runs no hook then",
     "zero-ratio": "vtc.select('vflowopt') with a ratio that is not positive: an error of math",
     "hostile-json": "JSON nested too deeply, RecursionError, or with an integer of 5,000 digits, ValueError",
     "no-utf-8": "CompressionConfig.load() of a file that is not UTF-8: UnicodeDecodeError",
@@ -126,7 +127,11 @@ def _candidates(family: tiny.Family) -> tuple[Setting, ...]:
     for method in METHODS:
         if not method.applies_to(family):
             continue
-        found += [_of(method, ""), _of(method, " 0.2", keep_ratio=0.2), _of(method, " 3", keep_ratio=None, keep_tokens=3)]
+        found += [
+            _of(method, ""),
+            _of(method, " 0.2", keep_ratio=0.2),
+            _of(method, " 3", keep_ratio=None, keep_tokens=3),
+        ]
         found += [_of(method, " 0.9 seed 5", keep_ratio=0.9, seed=5)]
         found += [_of(method, " compact", positions="compact"), _of(method, " drop", structural="drop")]
         if not (method.name == "atp" and "atp-keep-all" in NOT_YET):
@@ -306,7 +311,9 @@ class Nested(LogitsProcessor):
         if self.options.get("forward"):
             self.heard.append(self.model(**self.inputs).logits)
         else:
-            self.heard.append(self.model.generate(**self.inputs, **{**SAY, "max_new_tokens": 2, **self.options}).sequences)
+            self.heard.append(
+                self.model.generate(**self.inputs, **{**SAY, "max_new_tokens": 2, **self.options}).sequences
+            )
         return scores
 
 
@@ -402,7 +409,13 @@ _MODES = (
     Mode("no-cache", _generating(use_cache=False), concurrent=True),
     Mode("guidance", _generating(guidance_scale=1.5), report="guidance-report" not in NOT_YET),
     # Guidance is a second forward pass inside generate().
-    Mode("guidance-static", _generating(guidance_scale=1.5, **_STATIC), report=False, like="nested-static", tolerance=_REUSED),
+    Mode(
+        "guidance-static",
+        _generating(guidance_scale=1.5, **_STATIC),
+        report=False,
+        like="nested-static",
+        tolerance=_REUSED,
+    ),
     Mode("embeds", _embedded()),
     Mode("embeds-beams", _embedded(num_beams=3)),
     Mode("embeds-several", _embedded(num_return_sequences=2, **_SAMPLING)),
@@ -430,6 +443,10 @@ _QUANTIZED = (
     (Mode("quantized-cache", _generating(cache_implementation="quantized")),) if is_optimum_quanto_available() else ()
 )
 MODES = tuple(mode for mode in (*_MODES, *_CHUNKED, *_QUANTIZED) if not {mode.name, mode.like} & NOT_YET.keys())
+
+
+BARE = ("forward", "hidden-states", "two-logits", "gradients", "loop", "nested-forward", "nested-static")
+"""Modes with forward passes outside generate()."""
 
 
 def mode(name: str) -> Mode:
@@ -564,9 +581,7 @@ def check_report(family: tiny.Family, setting: Setting, kind: str, report: dict[
     assert before == dropped, "report: totals"
 
 
-def check_agreement(
-    family: tiny.Family, setting: Setting, kind: str, in_words: Mode, outcome: Outcome
-) -> None:
+def check_agreement(family: tiny.Family, setting: Setting, kind: str, in_words: Mode, outcome: Outcome) -> None:
     """Some modes are others in other words, or several of them in one."""
     if not in_words.agrees:
         return

@@ -148,7 +148,9 @@ a_wrong_argument = st.fixed_dictionaries(
         "keep_tokens": st.one_of(st.integers(-3, 3), st.floats(), st.text(max_size=3), st.booleans()),
         "keep_ratio": st.one_of(st.floats(), st.integers(-1, 2), st.text(max_size=3)),
         "grid_thw": st.one_of(
-            st.none(), st.lists(st.integers(-2, 9), max_size=4), st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=3)
+            st.none(),
+            st.lists(st.integers(-2, 9), max_size=4),
+            st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=3),
         ),
         "features": st.builds(lambda shape: torch.zeros(shape), st.lists(st.integers(0, 4), max_size=3)),
         "cls_attention": st.builds(lambda shape: torch.ones(shape), st.lists(st.integers(0, 5), max_size=5)),
@@ -185,7 +187,9 @@ json_values = st.recursive(
 )
 a_site = st.one_of(
     st.none(),
-    st.sampled_from(("decoder", "decoder:2", "cache", "cache:decoding", "pixels", "vision:3", "decoder:0", "decoder:-1", "")),
+    st.sampled_from(
+        ("decoder", "decoder:2", "cache", "cache:decoding", "pixels", "vision:3", "decoder:0", "decoder:-1", "")
+    ),
     st.text(max_size=10),
     st.builds(lambda n: f"decoder:{n}", st.integers()),
 )
@@ -201,12 +205,21 @@ a_configuration = st.fixed_dictionaries(
 )
 FIELDS = ("method", "keep_ratio", "keep_tokens", "positions", "structural", "seed", "options", "at", "version")
 _anything = st.one_of(
-    json_values, st.floats(), st.binary(max_size=3), st.complex_numbers(max_magnitude=2), st.sets(st.integers(), max_size=2)
+    json_values,
+    st.floats(),
+    st.binary(max_size=3),
+    st.complex_numbers(max_magnitude=2),
+    st.sets(st.integers(), max_size=2),
 )
 a_broken_mapping = st.one_of(
-    st.dictionaries(st.one_of(st.sampled_from(FIELDS), st.text(max_size=4), st.integers(), st.none()), _anything, max_size=6),
+    st.dictionaries(
+        st.one_of(st.sampled_from(FIELDS), st.text(max_size=4), st.integers(), st.none()), _anything, max_size=6
+    ),
     st.builds(
-        lambda good, name, value: {**good, name: value}, a_configuration, st.sampled_from(FIELDS), st.one_of(_anything, a_site)
+        lambda good, name, value: {**good, name: value},
+        a_configuration,
+        st.sampled_from(FIELDS),
+        st.one_of(_anything, a_site),
     ),
     _anything,
 )
@@ -276,16 +289,37 @@ broken_json = st.one_of(
     st.binary(max_size=40),
     st.builds(lambda data: json.dumps(data), json_values),
     st.builds(
-        lambda values, at, by: json.dumps({**values, "options": {}})[:at] + by, a_configuration, st.integers(0, 120), st.text(max_size=5)
+        lambda values, at, by: json.dumps({**values, "options": {}})[:at] + by,
+        a_configuration,
+        st.integers(0, 120),
+        st.text(max_size=5),
     ),
     st.sampled_from(("[[]",) if "hostile-json" in NOT_YET else ("1" * 5000, "[" * 100000, '{"a":' * 100000)),
-    st.sampled_from(( '{"method": "fastv", "keep_ratio": 1e999}', "NaN", "\\ud800")),
+    st.sampled_from(('{"method": "fastv", "keep_ratio": 1e999}', "NaN", "\\ud800")),
 )
 
 
 # ----------------------------------------------------------------------------------------------------------- files
 
-MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "I;16", "RGBX", "RGBa", "La")
+MODES = (
+    "1",
+    "L",
+    "P",
+    "RGB",
+    "RGBA",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "LA",
+    "PA",
+    "I;16",
+    "RGBX",
+    "RGBa",
+    "La",
+)
 FORMATS = ("png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm", "ico", "tga", "jpeg2000", "pcx", "sgi", "dds")
 
 a_picture = st.fixed_dictionaries(
@@ -359,7 +393,15 @@ def check_bytes(data: bytes, folder: Path) -> None:
         file.read([0])
 
 
-CONTAINERS = (("mp4", "mpeg4"), ("avi", "mpeg4"), ("mkv", "mpeg4"), ("webm", "libvpx"), ("mov", "mpeg4"), ("ts", "mpeg2video"), ("gif", "gif"))
+CONTAINERS = (
+    ("mp4", "mpeg4"),
+    ("avi", "mpeg4"),
+    ("mkv", "mpeg4"),
+    ("webm", "libvpx"),
+    ("mov", "mpeg4"),
+    ("ts", "mpeg2video"),
+    ("gif", "gif"),
+)
 
 
 @functools.lru_cache(maxsize=200)

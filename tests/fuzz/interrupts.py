@@ -1,0 +1,181 @@
+"""Commands interrupted from the keyboard: one line, status 130, no half-written file, and they go on later."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import vtc
+import vtc.reference
+from tests.fuzz.campaign import COUNTS, ROOT, watched
+from tests.video import clips
+
+LONGEST = 300.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line in a folder of its own, the files it writes, and how long it usually takes."""
+
+    name: str
+    arguments: tuple[str, ...]
+    writes: tuple[str, ...] = ()
+    seconds: float = 8.0
+
+
+_VTC = (sys.executable, "-m", "vtc.cli")
+_SWEEP = (
+    sys.executable,
+    "-m",
+    "eval",
+    "sweep",
+    "--task",
+    "scenes",
+    "--limit",
+    "6",
+    "--methods",
+    "uniform",
+    "--keep",
+    "0.25",
+)
+COMMANDS = (
+    Command("ask", (*_VTC, "ask", "picture.png", "What is left of the cup?", "--max-new-tokens", "4"), seconds=6),
+    Command("inspect", (*_VTC, "inspect", "picture.png", "-o", "kept.png"), ("kept.png",), 6),
+    Command("video", (*_VTC, "video", "clip.mp4", "What?", "--max-new-tokens", "4", "-o", "kept.gif"), ("kept.gif",)),
+    Command(
+        "calibrate",
+        (
+            *_VTC,
+            "calibrate",
+            "samples.jsonl",
+            "--keep-ratio",
+            "0.25",
+            "--trials",
+            "3",
+            "--storage",
+            "study.db",
+            "-o",
+            "best.json",
+        ),
+        ("best.json",),
+        12,
+    ),
+    Command("sweep", (*_SWEEP, "--timed", "0", "--out", "swept"), ("swept/table.csv", "swept/table.md"), 12),
+)
+
+
+def prepare(folder: Path) -> None:
+    """The files that the commands read."""
+    samples = vtc.reference.samples()
+    (folder / "picture.png").write_bytes(Path(samples[0]).read_bytes())
+    lines = [
+        {"image": "picture.png", "question": "What is left of the cup?"},
+        {"image": "picture.png", "question": "Which?"},
+    ]
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    clips.write(folder / "clip.mp4", clips.frames(8), fps=4)
+
+
+def run(command: Command, folder: Path, *, interrupt_after: float | None = None) -> tuple[int, str]:
+    """Status and stderr; interrupted after so many seconds if the command still runs."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command.arguments, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        if interrupt_after is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=interrupt_after)
+            process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"{command.name}: does not end after an interrupt") from None
+    return process.returncode, errors
+
+
+def whole(path: Path) -> bool:
+    """Whether a written file can be read to its end."""
+    if path.suffix == ".json":
+        vtc.CompressionConfig.load(path)
+    elif path.suffix in (".png", ".gif"):
+        with Image.open(path) as image:
+            for frame in range(getattr(image, "n_frames", 1)):
+                image.seek(frame)
+                np.asarray(image)
+    else:
+        return path.read_text(encoding="utf-8").endswith("\n")
+    return True
+
+
+def check_interrupt(command: Command, folder: Path, after: float) -> bool:
+    """Interrupt a command once; whether it came to that."""
+    COUNTS["faults"] += 1
+    status, errors = run(command, folder, interrupt_after=after)
+    for name in command.writes:
+        assert not (folder / name).exists() or whole(folder / name), f"{command.name}: {name} is half written"
+    if status == 0:
+        return False
+    if status == -signal.SIGINT and after < 1:
+        return True  # the interpreter itself was starting
+    said = errors.strip().splitlines()
+    assert status == 130, f"{command.name}: status {status} after an interrupt"
+    assert len(said) == 1, f"{command.name}: {len(said)} lines on stderr after an interrupt"
+    return True
+
+
+def rows(path: Path) -> list[Any]:
+    """Rows of a sweep, without what differs from run to run: head line and times."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "identity" not in row:
+            found.append(
+                {key: value for key, value in row.items() if not key.endswith(("_ms", "_s", "seconds", "time"))}
+            )
+    return sorted(found, key=lambda row: json.dumps(row, sort_keys=True))
+
+
+def check_sweep_goes_on(folder: Path, seed: int, interrupts: int = 3) -> None:
+    """A sweep that was interrupted several times ends with the rows of one that was not."""
+    command, draw = COMMANDS[-1], random.Random(seed)
+    one, several = folder / "one", folder / "several"
+    for place in (one, several):
+        place.mkdir(exist_ok=True)
+    assert run(command, one)[0] == 0, "sweep: fails"
+    for _ in range(interrupts):
+        run(command, several, interrupt_after=draw.uniform(3, command.seconds))
+    assert run(command, several)[0] == 0, "sweep: does not go on"
+    assert rows(several / "swept" / "rows.jsonl") == rows(one / "swept" / "rows.jsonl"), (
+        "sweep: goes on with other rows"
+    )
+
+
+def explore(seed: int) -> None:
+    """One interrupt of every command at a random time."""
+    draw = random.Random(seed)
+    command = draw.choice(COMMANDS)
+    with tempfile.TemporaryDirectory() as name, watched():
+        prepare(Path(name))
+        if command.name == "sweep" and draw.random() < 0.3:
+            check_sweep_goes_on(Path(name), seed)
+        else:
+            after = draw.uniform(0.2, command.seconds)
+            try:
+                check_interrupt(command, Path(name), after)
+            except AssertionError as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(f"{' '.join(command.arguments)}, interrupted after {after:.2f} s")
+                raise
