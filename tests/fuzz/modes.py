@@ -52,7 +52,8 @@ NOT_YET: dict[str, str] = {
     "hostile-json": "JSON nested too deeply, RecursionError, or with an integer of 5,000 digits, ValueError",
     "no-utf-8": "CompressionConfig.load() of a file that is not UTF-8: UnicodeDecodeError",
     "option-types": "options of the wrong type: TypeError",
-    "feature-axes": "vtc.select('vidcom2') with features of three axes",
+    "feature-axes": "vtc.select('vidcom2') with features that have not two axes",
+    "text-in-threads": "a prompt without images while another thread runs: two threads write one note for the report",
     "picture-values": "damaged pictures of some kinds: a plain ValueError of pillow",
     "sigint": "commands that are interrupted show a traceback",
     "cache-keep-all": "keeping everything at the cache moves the padding of rows that are padded on the right",
@@ -197,6 +198,11 @@ def _inputs(family: tiny.Family, kind: str) -> Inputs:
         visuals = tuple((None, draw.randint(0, 2)) for _ in range(draw.choice((0, 1, 1, 2, 3))))
         rows.append(tiny.Row(100 + 10 * draw.randint(0, 99) + number, draw.randint(0, 9), visuals, draw.randint(0, 9)))
     return case.collate(rows, side=draw.choice(("left", "left", "right")))
+
+
+def shows_nothing(family: tiny.Family, kind: str) -> bool:
+    """Whether no row of the batch has an image or video."""
+    return not any(name.startswith("pixel") for name in _inputs(family, kind))
 
 
 def inputs_of(family: tiny.Family, kind: str) -> Inputs:
