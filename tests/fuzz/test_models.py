@@ -10,4 +10,4 @@ from tests.fuzz import models
 
 @pytest.mark.parametrize("family", tiny.FAMILIES, ids=str)
 def test_a_model_used_for_long_says_what_a_fresh_one_says(family: tiny.Family) -> None:
-    models.run(family, examples=3, steps=10)
+    models.run(family, examples=2, steps=8)
