@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.core.sites import DecoderLayer
 from vtc.engine.cache import CACHE, cache_in
 
 Inputs = dict[str, Any]
@@ -30,8 +31,8 @@ BEFORE_LM = -1
 
 
 def stage_of(site: Any) -> int:
-    """The decoder layer of a site of the report, or `BEFORE_LM`."""
-    return int(getattr(site, "layer", BEFORE_LM))
+    """The decoder layer of a site of the report, or `BEFORE_LM`: for the decoder, what left in the tower left there."""
+    return int(site.layer) if isinstance(site, DecoderLayer) else BEFORE_LM
 
 
 def text_model(model: Any) -> Any:

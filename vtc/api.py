@@ -57,9 +57,10 @@ def compress(
     seed : int
         For methods that draw.
     at : str or Site, optional
-        Where tokens leave: "decoder" (before the language model), "decoder:K" (on entering its layer K) or, for
-        `random` and `uniform`, "cache" (after the prefill); for methods of one place, by default where the method
-        says. `vtc.core.sites` lists all places.
+        Where tokens leave: "pixels" or "vision:K" (before the vision tower, or on entering its layer K), "decoder"
+        (before the language model), "decoder:K" (on entering its layer K) or "cache" (after the prefill); for methods
+        of one place, as far as they can work there; by default where the method says. `vtc.core.sites` lists all
+        places.
     **options
         Options of the method.
 

@@ -74,7 +74,7 @@ class Tokens(BaseStreamer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["divprune", "fastv", "divprune+fastv"])
+@pytest.mark.parametrize("name", ["divprune", "fastv", "divprune+fastv", "divprune at vision:1"])
 def test_threads_get_their_own_answers_and_reports(family: str, name: str) -> None:
     case = build(tiny.family(family))
     batches = [case.batch(kind) for kind in KINDS]

@@ -41,8 +41,11 @@ def test_counts_are_those_of_the_tensors(family: tiny.Family, method: Method, at
         for place, (site, selection) in enumerate(segment.selections):
             assert selection.n == scored
             if method.by_ratio:
-                assert selection.k == max(1, round(scored * ratios[place]))
-                assert (site == vtc.BeforeDecoder()) == (not method.decoder or place < len(ratios) - 1)
+                # In the tower every crop has a budget of its own, and tiles lose patches when they are joined.
+                about = 0.15 * scored if method.tower else 0
+                assert abs(selection.k - max(1, round(scored * ratios[place]))) <= about
+                in_front = vtc.VisionLayer(1) if method.tower else vtc.BeforeDecoder()
+                assert (site == in_front) == (not method.decoder or place < len(ratios) - 1)
             scored = selection.k
         left = scored + segment.structural if scored else 0  # separators leave with the last token
         assert segment.tokens_after == left == len(segment.kept)

@@ -55,11 +55,15 @@ class Method:
     """Whether kept tokens take up others, so that masking those is not the same as dropping them."""
     video: bool = False
     """Whether it compares frames."""
+    tower: bool = False
+    """Whether patches leave inside the vision tower, which `test_8_towers.py` compares with masking them there."""
     by_ratio: bool = True
     """Whether every configuration is one stage that keeps its ratio of what enters it."""
 
     def applies_to(self, family: tiny.Family) -> bool:
         if self.video and family.modality != "video":
+            return False
+        if self.tower and family.name == "llava_onevision_video":  # whose features are interpolated across patches
             return False
         return (family.cls or not self.needs_cls) and not (family.hybrid and self.decoder)
 
@@ -92,6 +96,7 @@ METHODS: tuple[Method, ...] = (
     Method("random", _one("random", 0.5), drawn=True),
     Method("uniform", _one("uniform", 0.5)),
     Method("uniform at decoder:2", (CompressionConfig("uniform", keep_ratio=0.5, at="decoder:2"),), decoder=True),
+    Method("divprune at vision:1", (CompressionConfig("divprune", keep_ratio=0.5, at="vision:1"),), tower=True),
     # The tiny towers have four layers, of which the third makes the features.
     Method("vtc-cls", _one("vtc-cls", 0.5, start_layer=1), needs_cls=True),
     Method("divprune", _one("divprune", 0.4)),
@@ -104,7 +109,7 @@ METHODS: tuple[Method, ...] = (
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )
-DROPPING = tuple(m for m in METHODS if not m.merges)
+DROPPING = tuple(m for m in METHODS if not m.merges and not m.tower)
 
 
 def method(name: str) -> Method:

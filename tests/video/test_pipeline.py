@@ -108,15 +108,21 @@ def test_ids_and_features_are_those_of_the_whole_video(built: Any, clip: Path, f
 
 
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)
-@pytest.mark.parametrize("method", ["uniform", "divprune"])
-def test_one_window_answers_as_compress_and_generate_do(built: Any, clip: Path, family: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "at"), [("uniform", "decoder"), ("divprune", "decoder"), ("uniform", "pixels"), ("divprune", "vision:1")]
+)
+def test_one_window_answers_as_compress_and_generate_do(
+    built: Any, clip: Path, family: str, method: str, at: str
+) -> None:
     if family == "internvl":
         pytest.skip("a video is one segment here and one image per frame in compress(), so that budgets differ")
+    if family == "llava_onevision_video" and at != "decoder":
+        pytest.skip("frames are interpolated across patches")
     model, words = built(family)
-    answer = pipeline(built, family, method, keep_ratio=0.4, window=FRAMES, max_new_tokens=5)(clip, QUESTION)
+    answer = pipeline(built, family, method, keep_ratio=0.4, at=at, window=FRAMES, max_new_tokens=5)(clip, QUESTION)
     with VideoFile(clip) as file:
         frames = file.read(range(FRAMES))
-    with vtc.compressed(model, method, keep_ratio=0.4):
+    with vtc.compressed(model, method, keep_ratio=0.4, at=at):
         prompt = VideoPrompt(words, engine_of(model), list(range(FRAMES)), 4.0, FRAMES)
         inputs = words(
             text=[prompt.text(QUESTION)],
@@ -134,6 +140,17 @@ def test_one_window_answers_as_compress_and_generate_do(built: Any, clip: Path, 
     assert answer.report.segments[0].kept.tolist() == report.segments[0].kept.tolist()
     assert answer.report.lengths_per_layer == report.lengths_per_layer
     assert answer.report.prefill_flops_after == report.prefill_flops_after
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl_video", "llava_next_video", "video_llava", "internvl"])
+def test_windows_are_thinned_before_they_are_encoded(built: Any, clip: Path, family: str) -> None:
+    answer = pipeline(built, family, "uniform", keep_ratio=0.5, at="vision:1", window=4)(clip, QUESTION)
+    assert answer.report is not None
+    (segment,) = answer.report.segments
+    scorable = segment.tokens_before - segment.structural
+    assert segment.tokens_after - segment.structural == scorable // 2
+    frames = torch.tensor(segment.kept.tolist()) * FRAMES // segment.tokens_before
+    assert len(frames.unique()) >= FRAMES // 2
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl_video", "qwen3_vl_video", "llava_onevision_video", "internvl"])
@@ -224,6 +241,8 @@ def test_a_budget_is_one_of_four(built: Any) -> None:
 def test_what_cannot_be_done_is_refused_before_a_file_is_opened(built: Any, clip: Path) -> None:
     with pytest.raises(vtc.UnsupportedMethodError, match="budgets per frame or window"):
         pipeline(built, "qwen2_5_vl_video", "fastv", per_frame=2, layer=2)
+    with pytest.raises(vtc.UnsupportedMethodError, match="cannot be given a number of tokens; use keep_ratio"):
+        pipeline(built, "qwen2_5_vl_video", "uniform", keep_tokens=20, at="vision:1")
     with pytest.raises(vtc.UnsupportedMethodError, match="12 frames were sampled and a window holds 4"):
         pipeline(built, "qwen2_5_vl_video", "fastv", layer=2, window=4)(clip, QUESTION)
     with pytest.raises(vtc.UnsupportedMethodError, match="Did you mean 'evs'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,29 @@ class Layout:
         """Describe `count` equal tiles that runs of placeholders join into segments."""
         rows = side[0] * side[1]
         return cls(None, [((1, *side),)], torch.zeros(count * rows, dtype=torch.bool, device=device), rows)
+
+
+@dataclass(frozen=True)
+class TowerUnit:
+    """What a selection inside a vision tower is made of: a crop, or an image or video in a packed sequence.
+
+    Attributes
+    ----------
+    crop : int
+        Its row in the batch of the tower.
+    cells : LongTensor (N, p)
+        Places, without prefix tokens, of the patches that become one token, which leave together; tokens in raster
+        order.
+    inputs : LongTensor (N, p)
+        The same in the order in which patches enter the tower.
+    grid : (t, h, w)
+        Of the N tokens.
+    """
+
+    crop: int
+    cells: torch.Tensor
+    inputs: torch.Tensor
+    grid: Grid
 
 
 class Adapter(ABC):
@@ -174,6 +198,36 @@ class Adapter(ABC):
     def input_patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         """Do as `patches_to_tokens`, for values in the order in which patches enter the tower."""
         return self.patches_to_tokens(modality, call, patches)
+
+    def cell(self, modality: str, call: Mapping[str, Any]) -> int:
+        """Count the patches along the edge of the square of patches that becomes one token."""
+        return 1
+
+    def tower_units(self, modality: str, call: Mapping[str, Any], crops: int, patches: int) -> list[TowerUnit]:
+        """Divide what a tower sees, `crops` of so many `patches` each, into units of selection.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The patches do not fall into cells.
+        """
+        edge, side = self.cell(modality, call), math.isqrt(patches)
+        if edge == 1:
+            table = torch.arange(patches)[:, None]
+        elif side**2 == patches and side % edge == 0:
+            table = torch.arange(patches).view(side // edge, edge, side // edge, edge).transpose(1, 2).flatten(2)
+            table = table.flatten(0, 1)
+        else:
+            raise UnsupportedModelError(
+                f"{patches} patches do not fall into cells of {edge} x {edge} that become one token, so that none can "
+                "leave inside the tower; use at='decoder'"
+            )
+        grid: Grid = (1, side // edge, side // edge) if side**2 == patches else (1, 1, len(table))
+        return [TowerUnit(crop, table, table, grid) for crop in range(crops)]
+
+    def tower_outlets(self, modality: str) -> list[nn.Module]:
+        """Return the modules behind which there is one row per cell; none where the tower itself returns patches."""
+        return []
 
     def patch_pixels(
         self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor

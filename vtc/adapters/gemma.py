@@ -33,6 +33,9 @@ class _GemmaAdapter(Adapter):
 class Gemma3Adapter(_GemmaAdapter):
     """Gemma 3: average-pooled patches; the tokens of each image form a block."""
 
+    def cell(self, modality: str, call: Mapping[str, Any]) -> int:
+        return self.side() // round(self.config.mm_tokens_per_image**0.5)
+
     def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         grid = patches.transpose(1, 2).unflatten(-1, (self.side(), self.side()))
         edge = round(self.config.mm_tokens_per_image**0.5)

@@ -26,6 +26,9 @@ class InternVLAdapter(CropAdapter):
         vision = self.config.vision_config
         return vision.image_size[0] // vision.patch_size[0]
 
+    def cell(self, modality: str, call: Mapping[str, Any]) -> int:
+        return round(1 / self.config.downsample_ratio)
+
     def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
         tiles = parts_of(output)
         side = round(len(tiles[0]) ** 0.5)
@@ -46,6 +49,10 @@ class Idefics3Adapter(Adapter):
 
     def tower(self, modality: str) -> nn.Module:
         return self.base.vision_model
+
+    def cell(self, modality: str, call: Mapping[str, Any]) -> int:
+        factor: int = self.config.scale_factor
+        return factor
 
     def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
         vision = self.config.vision_config

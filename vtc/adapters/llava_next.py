@@ -95,6 +95,9 @@ class LlavaNextVideoAdapter(AnyResAdapter):
     def fit(cls, modality: str) -> Literal["crop", "pad", "stretch"]:
         return "crop" if modality == "video" else "stretch"
 
+    def cell(self, modality: str, call: Mapping[str, Any]) -> int:
+        return int(self.config.spatial_pool_stride) if modality == "video" else 1
+
     def video_layout(self, call: Mapping[str, Any], output: Any) -> Layout:
         lengths = [len(video) for video in parts_of(output)]
         frames = call["pixel_values_videos"].shape[1]

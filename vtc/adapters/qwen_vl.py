@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.adapters.base import Adapter, Layout, rows_of
+from vtc.adapters.base import Adapter, Layout, TowerUnit, rows_of
+from vtc.core.grids import Grid
 from vtc.registry import register_adapter
 
 
@@ -34,6 +35,22 @@ class QwenVLAdapter(Adapter):
 
     def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         return patches.flatten(0, 1).unflatten(0, (-1, self.base.visual.spatial_merge_size**2)).mean(dim=1)
+
+    def tower_units(self, modality: str, call: Mapping[str, Any], crops: int, patches: int) -> list[TowerUnit]:
+        merge = self.base.visual.spatial_merge_size
+        size = merge**2
+        # A token is the mean of its patches, which are neighbours in the tower: their places follow from the mean.
+        mean = self.patches_to_tokens(modality, call, torch.arange(patches, dtype=torch.float64)[None, :, None])
+        inside = torch.arange(size)
+        cells = (mean - (size - 1) / 2).round().long() + inside
+        inputs = torch.arange(patches).view(-1, size)
+        grids: list[Grid] = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in self._grids(modality, call)]
+        lengths = [t * h * w for t, h, w in grids]
+        parts = zip(cells.split(lengths), inputs.split(lengths), grids, strict=True)
+        return [TowerUnit(0, tower, given, grid) for tower, given, grid in parts]
+
+    def tower_outlets(self, modality: str) -> list[nn.Module]:
+        return [self.base.visual.merger, *getattr(self.base.visual, "deepstack_merger_list", ())]
 
     def input_patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         # Not `self`: a subclass whose tower reorders patches does so after they have entered.

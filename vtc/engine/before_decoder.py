@@ -161,6 +161,7 @@ def _find_prompt(compression: Compression, call: CallState, forward: ForwardStat
         )
         if answered is not None:
             call.prompt.valid |= answered
+        call.prompt.selector_ms += sum(found.selector_ms for found in encoded.values())
         call.note(call.prompt)
     if len(forward.source_index) % call.prompt.rows:
         raise InputError(f"{len(forward.source_index)} rows cannot come from a prompt of {call.prompt.rows}")
@@ -201,7 +202,7 @@ def _write_merged(forward: ForwardState, prompt: Prompt, embeds: torch.Tensor) -
         if not segment.merged or segment.anchors is None or segment.anchor_features is None:
             continue
         for row in range(segment.row * repeats, (segment.row + 1) * repeats):
-            scorable = forward.find(row, segment.columns[~segment.structural])
+            scorable = forward.find(row, segment.columns[segment.encoded])
             # Those of the stages before the language model: without a cache the prompt comes again, when decoder
             # stages have dropped some.
             anchors = forward.find(row, segment.columns[segment.anchors])

@@ -6,9 +6,10 @@ about the same images: the towers then do not run again.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vtc.adapters.base import Adapter, Layout, rows_of
 from vtc.core.observations import Observation, PatchPixels, VisionAttention, VisionHidden
 from vtc.core.signals import Signal, VisionSignal
+from vtc.core.sites import Site
 from vtc.engine.hooks import Hooks
-from vtc.engine.plan import Plan
-from vtc.engine.recorder import UNSEEN, recording
-from vtc.errors import InputError, StateError
+from vtc.engine.in_tower import TowerPass, refuse_checkpointing
+from vtc.engine.plan import Plan, PlannedStage, tower_layer
+from vtc.engine.recorder import UNSEEN, masking, recording
+from vtc.errors import InputError, StateError, UnsupportedModelError
 
 __all__ = ["Encoded", "Encoder", "EncoderMemory"]
 
@@ -41,12 +44,18 @@ class Encoded:
         How these fall into images or videos.
     signals
         Values per row, (total, ...), not yet in the form that methods see.
+    survivors
+        (total,) bool: rows that are left behind each site in the tower.
+    selector_ms
+        Milliseconds that methods took in the tower.
     """
 
     modality: str
     features: torch.Tensor
     layout: Layout
     signals: dict[Signal, torch.Tensor]
+    survivors: dict[Site, torch.Tensor] = field(default_factory=dict)
+    selector_ms: float = 0.0
 
 
 _Place = tuple[type[Observation], int]
@@ -61,6 +70,7 @@ class _Run:
     pixels: list[torch.Tensor] = field(default_factory=list)
     observed: dict[_Place, list[Observation]] = field(default_factory=dict)
     values: dict[Signal, torch.Tensor] = field(default_factory=dict)
+    tower: TowerPass | None = None
 
 
 @dataclass(eq=False)
@@ -86,6 +96,12 @@ class _Watch:
 
     pixels: list[torch.Tensor] | None = None
     hidden: dict[nn.Module, Callable[[Any], None]] = field(default_factory=dict)
+    tower: TowerPass | None = None
+    begin: Callable[[torch.Tensor], TowerPass] | None = None  # makes `tower`, of what enters the first layer
+
+    def extra_mask(self, module: nn.Module, query: torch.Tensor) -> torch.Tensor | None:
+        """Return what is added to the mask of an attention module of the tower."""
+        return None if self.tower is None else self.tower.mask(query.dtype)
 
 
 _ENCODING: ContextVar[_Watch | None] = ContextVar("vtc_encoding", default=None)
@@ -104,7 +120,7 @@ class Encoder:
 
     def __init__(self, adapter: Adapter, plan: Plan) -> None:
         self.adapter, self.plan = adapter, plan
-        reads_tower = any(isinstance(signal, VisionSignal) for signal in plan.signals)
+        reads_tower = plan.in_tower or any(isinstance(signal, VisionSignal) for signal in plan.signals)
         # As they were when the plan was made: a call, or a changed configuration, may ask for another one.
         self._feature_layers = {m: adapter.feature_layer(m, {}) for m in adapter.modalities if reads_tower}
         self._signatures: dict[str, inspect.Signature] = {}
@@ -138,15 +154,27 @@ class Encoder:
         """
         towers: dict[nn.Module, None] = {}
         blocks: dict[nn.Module, None] = {}
+        outlets: dict[nn.Module, None] = {}
+        shortened: dict[nn.Module, int] = {}
         for modality in self.adapter.modalities:
             towers[self.adapter.tower(modality)] = None  # often one for all modalities
-            for signal in self.plan.signals:
-                if signal.reads is VisionHidden and signal.wanted_of(modality):
-                    all_blocks = self.adapter.tower_blocks(modality)
-                    layers = signal.vision_layers(len(all_blocks), self._feature_layers[modality])
-                    blocks |= dict.fromkeys(all_blocks[layer] for layer in layers)
+            wanted = [signal for signal in self.plan.token_signals if signal.wanted_of(modality)]
+            pairs = _pairs(self._layers(modality, {}, wanted))
+            pairs += [pair for stage in self._stages() for pair in _pairs(stage_layers(stage))]
+            layers = {layer for signal, layer in pairs if signal.reads is VisionHidden}
+            all_blocks = self.adapter.tower_blocks(modality) if layers or self.plan.in_tower else []
+            blocks |= dict.fromkeys(all_blocks[layer] for layer in sorted(layers))
+            shortened |= {block: layer for layer, block in enumerate(all_blocks) if self.plan.in_tower}
+            outlets |= dict.fromkeys(self.adapter.tower_outlets(modality) if self.plan.in_tower else ())
         for tower in towers:
             hooks.before(tower, _see_pixels)
+            if self.plan.in_tower:
+                hooks.after(tower, _leave_tower)
+        for block, layer in shortened.items():
+            if layer >= min(self.plan.in_tower):
+                hooks.before(block, functools.partial(_enter_block, layer))
+        for outlet in outlets:
+            hooks.after(outlet, _leave_cells)
         for block in blocks:
             hooks.after(block, _see_hidden)
 
@@ -173,9 +201,9 @@ class Encoder:
             The call reads another tower layer than the plan was made for, or no attention was seen.
         """
         call = self._arguments(modality, original, args, kwargs)
-        signals = [signal for signal in self.plan.signals if signal.wanted_of(modality)]
+        signals = [signal for signal in self.plan.token_signals if signal.wanted_of(modality)]
         layers = self._layers(modality, call, signals)
-        run, found = self._run(modality, layers, signals, original, args, kwargs)
+        run, found = self._run(modality, call, layers, signals, original, args, kwargs)
         if getattr(run.output, "pooler_output", None) is None:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
         with torch.no_grad():
@@ -184,11 +212,18 @@ class Encoder:
                 if signal in run.values:
                     continue
                 if signal in layers:
-                    run.values[signal] = self._vision_values(modality, call, signal, layers[signal], found)
+                    values = self._patch_values(modality, signal, layers[signal], found, run.tower)
+                    rows = self.adapter.patches_to_tokens(modality, call, values.flatten(2))
+                    run.values[signal] = rows.unflatten(-1, values.shape[2:])
                 elif signal.reads is PatchPixels:
-                    run.values[signal] = self._pixel_values(modality, call, signal, torch.cat(run.pixels))
-        values = {signal: run.values[signal] for signal in signals if signal in run.values}
-        encoded = Encoded(modality, rows_of(run.output).detach(), layout, values)
+                    values = self._pixel_values(modality, call, signal, run.pixels)
+                    flat = values.reshape(*values.shape[:2], -1)
+                    rows = self.adapter.input_patches_to_tokens(modality, call, flat)
+                    run.values[signal] = rows.reshape(len(rows), *values.shape[2:])
+            survivors = self._survivors(modality, call, run.tower, layout)
+        known = {signal: run.values[signal] for signal in signals if signal in run.values}
+        spent = 0.0 if run.tower is None else run.tower.selector_ms
+        encoded = Encoded(modality, rows_of(run.output).detach(), layout, known, survivors, spent)
         self._known[_first_tensor(run.output)] = encoded
         return run.output, encoded
 
@@ -203,7 +238,7 @@ class Encoder:
     ) -> dict[Signal, tuple[int, ...]]:
         """Return the tower layers of every signal that reads some."""
         wanted = [signal for signal in signals if isinstance(signal, VisionSignal)]
-        if not wanted:
+        if not wanted and not self.plan.in_tower:
             return {}
         depth, feature_layer = len(self.adapter.tower_attentions(modality)), self.adapter.feature_layer(modality, call)
         if feature_layer != self._feature_layers[modality]:
@@ -216,6 +251,7 @@ class Encoder:
     def _run(
         self,
         modality: str,
+        call: Mapping[str, Any],
         layers: Mapping[Signal, tuple[int, ...]],
         signals: Sequence[Signal],
         original: Callable[..., Any],
@@ -225,13 +261,16 @@ class Encoder:
         """Run the encoder, or remember that it ran, and compute the signals of every layer as its values pass."""
         active = _MEMORY.get()
         memory = active[1] if active is not None and active[0] is self else None
+        if self.plan.in_tower:  # what leaves the tower is of this plan alone
+            memory = None
         known = None if memory is None else memory.runs.get(modality)
         missing = [signal for signal in signals if known is None or signal not in known.values]
-        readers: dict[_Place, list[Signal]] = {}
-        for signal in missing:
-            for layer in layers.get(signal, ()):
-                readers.setdefault((signal.reads, layer), []).append(signal)
-        by_pixels = any(signal.reads is PatchPixels for signal in missing)
+        readers: dict[_Place, dict[Signal, None]] = {}  # each once
+        wanted = [(signal, layer) for signal in missing for layer in layers.get(signal, ())]
+        for signal, layer in wanted + [pair for stage in self._stages() for pair in _pairs(stage_layers(stage))]:
+            readers.setdefault((signal.reads, layer), {})[signal] = None
+        in_tower = [signal for stage in self._stages() for signal in stage.stage.requires]
+        by_pixels = any(signal.reads is PatchPixels for signal in [*missing, *in_tower])
         found: dict[tuple[Signal, int], list[torch.Tensor]] = {}
 
         def take(place: _Place, raw: Observation) -> None:
@@ -253,8 +292,27 @@ class Encoder:
             if keep:
                 run.observed.setdefault(place, []).append(raw)
 
-        with self._observing(modality, list(readers), see, run.pixels if by_pixels or keep else None):
+        def values(stage: PlannedStage) -> dict[Signal, torch.Tensor]:
+            own = stage_layers(stage)
+            return {
+                signal: self._patch_values(modality, signal, own[signal], found, watch.tower)
+                if signal in own
+                else self._pixel_values(modality, call, signal, run.pixels)
+                for signal in stage.stage.requires
+            }
+
+        def begin(rows: torch.Tensor) -> TowerPass:
+            tower, prefix = self.adapter.tower(modality), self.adapter.prefix_tokens(modality)
+            refuse_checkpointing(tower)
+            units = self.adapter.tower_units(modality, call, len(rows), rows.shape[1] - prefix)
+            config: Any = tower.config
+            flash = "flash" in str(config._attn_implementation)
+            return TowerPass(units, self.plan.in_tower, prefix, modality, values, flash=flash)
+
+        watch = _Watch(run.pixels if by_pixels or keep else None, begin=begin if self.plan.in_tower else None)
+        with self._observing(modality, list(readers), see, watch):
             run.output = original(*args, **kwargs)
+        run.tower = watch.tower
         if known is not None:  # another run of the same encoder on the same pixels
             run.observed, run.values = {**known.observed, **run.observed}, known.values
         if memory is not None:
@@ -267,12 +325,11 @@ class Encoder:
         modality: str,
         places: Sequence[_Place],
         see: Callable[[_Place, Observation], None],
-        pixels: list[torch.Tensor] | None,
+        watch: _Watch,
     ) -> Iterator[None]:
-        """Hand the observations of these layers to `see`, and the tower's input to `pixels`, while entered."""
+        """Let `watch` watch the encoder, and hand the observations of these layers to `see`, while entered."""
         prefix = self.adapter.prefix_tokens(modality)
         attentions: dict[nn.Module, Any] = {}
-        watch = _Watch(pixels)
         for kind, layer in places:
             if kind is VisionAttention:
                 attentions[self.adapter.tower_attentions(modality)[layer]] = _attention_observer(layer, prefix, see)
@@ -280,20 +337,24 @@ class Encoder:
                 watch.hidden[self.adapter.tower_blocks(modality)[layer]] = _hidden_observer(layer, prefix, see)
         token = _ENCODING.set(watch)
         try:
-            with recording(attentions):
+            with recording(attentions), masking(watch.extra_mask) if watch.begin else nullcontext():
                 yield
         finally:
             _ENCODING.reset(token)
 
-    def _vision_values(
+    def _stages(self) -> list[PlannedStage]:
+        """Stages inside the tower."""
+        return [stage for stages in self.plan.in_tower.values() for stage in stages]
+
+    def _patch_values(
         self,
         modality: str,
-        call: Mapping[str, Any],
         signal: Signal,
         layers: Sequence[int],
         found: Mapping[tuple[Signal, int], list[torch.Tensor]],
+        tower: TowerPass | None,
     ) -> torch.Tensor:
-        """Carry the values of a signal to the feature rows, (total, L, ...)."""
+        """Stack the values of a signal per patch, (C, M, L, ...); zeros where patches have left by then."""
         prefix = self.adapter.prefix_tokens(modality)
         per_layer = []
         for layer in layers:
@@ -301,19 +362,52 @@ class Encoder:
             if not parts:
                 raise StateError(f"the tower ran without its attention being seen: {UNSEEN}")
             # Packed towers take their images one by one; together they are one crop.
-            per_layer.append((torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])[:, prefix:])
-        stacked = torch.stack(per_layer, dim=2)  # (crops, M, L, ...)
-        rows = self.adapter.patches_to_tokens(modality, call, stacked.flatten(2))
-        return rows.unflatten(-1, stacked.shape[2:])
+            values = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            per_layer.append((values if tower is None else tower.restore_rows(values, layer))[:, prefix:])
+        return torch.stack(per_layer, dim=2)
 
     def _pixel_values(
-        self, modality: str, call: Mapping[str, Any], signal: Signal, pixels: torch.Tensor
+        self, modality: str, call: Mapping[str, Any], signal: Signal, pixels: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Compute a signal of the pixels per feature row, (total, ...)."""
-        crops, size = self.adapter.patch_pixels(modality, call, pixels)
-        values = signal.compute(PatchPixels(tuple(crops), size, packed=pixels.dim() == 2))
-        rows = self.adapter.input_patches_to_tokens(modality, call, values.reshape(*values.shape[:2], -1))
-        return rows.reshape(len(rows), *values.shape[2:])
+        """Compute a signal of the pixels per patch, (C, M, ...)."""
+        given = torch.cat(list(pixels))
+        crops, size = self.adapter.patch_pixels(modality, call, given)
+        return signal.compute(PatchPixels(tuple(crops), size, packed=given.dim() == 2))
+
+    def _survivors(
+        self, modality: str, call: Mapping[str, Any], tower: TowerPass | None, layout: Layout
+    ) -> dict[Site, torch.Tensor]:
+        """Carry what is left behind each site in the tower to the feature rows, (total,) bool.
+
+        Raises
+        ------
+        UnsupportedModelError
+            A feature is made of patches that left and of patches that stayed.
+        """
+        found: dict[Site, torch.Tensor] = {}
+        prefix = self.adapter.prefix_tokens(modality)
+        for site, left in {} if tower is None else tower.survivors.items():
+            share = self.adapter.patches_to_tokens(modality, call, left[:, prefix:, None].float())[:, 0]
+            mixed = (share > 1e-3) & (share < 1 - 1e-3)
+            if bool((mixed & ~layout.structural.to(mixed.device)).any()):
+                raise UnsupportedModelError(
+                    f"features of this {modality} are interpolated across patches of which some left at "
+                    f"{str(site)!r}, so that none is exact; use at='decoder', or pictures that the model does not "
+                    "interpolate"
+                )
+            found[site] = (share > 0.5) | layout.structural.to(share.device)
+        return found
+
+
+def stage_layers(stage: PlannedStage) -> dict[Signal, tuple[int, ...]]:
+    """Return the tower layers of the signals that a stage inside the tower requires: those that have run by then."""
+    layer = tower_layer(stage.site)
+    wanted = [signal for signal in stage.stage.requires if isinstance(signal, VisionSignal)]
+    return {signal: signal.vision_layers(layer, layer - 1) for signal in wanted}
+
+
+def _pairs(layers: Mapping[Signal, tuple[int, ...]]) -> list[tuple[Signal, int]]:
+    return [(signal, layer) for signal, each in layers.items() for layer in each]
 
 
 def _attention_observer(layer: int, prefix: int, see: Any) -> Callable[..., None]:
@@ -340,6 +434,30 @@ def _see_hidden(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     watch = _ENCODING.get()
     if watch is not None and module in watch.hidden:
         watch.hidden[module](output)
+
+
+def _enter_block(
+    layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Let the stages on entering a layer of the tower choose."""
+    watch = _ENCODING.get()
+    if watch is None or watch.begin is None:
+        return None
+    if watch.tower is None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        watch.tower = watch.begin(hidden[None] if hidden.dim() == 2 else hidden)
+    return watch.tower.enter(layer, args, kwargs)
+
+
+def _leave_tower(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    watch = _ENCODING.get()
+    if watch is not None and watch.tower is not None:
+        watch.tower.leave(output)
+
+
+def _leave_cells(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    watch = _ENCODING.get()
+    return None if watch is None or watch.tower is None else watch.tower.restore_cells(output)
 
 
 def _see_pixels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

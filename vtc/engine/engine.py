@@ -97,7 +97,8 @@ class Engine(Compression):
                 self._hooks.wrap(text, "_deepstack_process", self.around_deepstack)
             if self.plan.in_decoder:
                 self._follow_from(max(0, min(self.plan.in_decoder) - 1))
-            if any(signal.reads in (VisionAttention, DecoderAttention) for signal in self.plan.signals):
+            reads_attention = any(signal.reads in (VisionAttention, DecoderAttention) for signal in self.plan.signals)
+            if reads_attention or self.plan.in_tower:
                 self._recorder = Recorder()
         except BaseException:
             self.uninstall()

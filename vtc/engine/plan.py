@@ -13,18 +13,20 @@ from vtc.adapters.base import Adapter
 from vtc.budget import resolve_budget
 from vtc.config import CompressionConfig
 from vtc.core.actions import Action
-from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText
+from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText, TokenGrids
 from vtc.core.selector import Selector
 from vtc.core.signals import Signal, VisionSignal
-from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Site
+from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
 from vtc.core.stage import ModelShape, Stage
 from vtc.engine.masks import LayerTypes
 from vtc.errors import ConfigError, UnsupportedMethodError, UnsupportedModelError
 from vtc.registry import get_selector
 
-__all__ = ["Plan", "PlannedStage", "make_plan", "shape_of"]
+__all__ = ["Plan", "PlannedStage", "make_plan", "shape_of", "tower_layer"]
 
 ACTIONS: dict[type[Site], frozenset[Action]] = {
+    Pixels: frozenset({Action.KEEP}),
+    VisionLayer: frozenset({Action.KEEP}),
     BeforeDecoder: frozenset({Action.KEEP, Action.MERGE}),
     DecoderLayer: frozenset({Action.KEEP}),
     CacheAfterPrefill: frozenset({Action.EVICT}),
@@ -84,6 +86,16 @@ class Plan:
     shape: ModelShape
 
     @cached_property
+    def in_tower(self) -> dict[int, tuple[PlannedStage, ...]]:
+        """Tower layer to the stages on entering it; those at the pixels come before layer 0."""
+        stages: dict[int, tuple[PlannedStage, ...]] = {}
+        for stage in self.stages:
+            if isinstance(stage.site, (Pixels, VisionLayer)):
+                layer = tower_layer(stage.site)
+                stages[layer] = (*stages.get(layer, ()), stage)
+        return stages
+
+    @cached_property
     def before_decoder(self) -> tuple[PlannedStage, ...]:
         """Stages before the language model."""
         return tuple(stage for stage in self.stages if isinstance(stage.site, BeforeDecoder))
@@ -103,6 +115,12 @@ class Plan:
         """Signals that the stages require, each once."""
         return tuple(dict.fromkeys(signal for stage in self.stages for signal in stage.stage.requires))
 
+    @cached_property
+    def token_signals(self) -> tuple[Signal, ...]:
+        """Those of them that stages behind the tower require."""
+        stages = [stage for stage in self.stages if not isinstance(stage.site, (Pixels, VisionLayer))]
+        return tuple(dict.fromkeys(signal for stage in stages for signal in stage.stage.requires))
+
     @property
     def reads_text(self) -> bool:
         """Whether a stage before the language model looks at the text."""
@@ -117,6 +135,11 @@ class Plan:
     def structural(self) -> str:
         """What happens to structural tokens: "keep" or "drop"."""
         return self.configs[0].structural
+
+
+def tower_layer(site: Site) -> int:
+    """Return the tower layer on entering which tokens leave: those that leave in the pixels enter none."""
+    return site.layer if isinstance(site, VisionLayer) else 0
 
 
 def shape_of(adapter: Adapter) -> ModelShape:
@@ -146,8 +169,11 @@ def make_plan(configs: Sequence[CompressionConfig], adapter: Adapter) -> Plan:
         selector = get_selector(config.method, **config.options)
         for stage in selector.stages():  # what neither a layer number nor a site can change is said first
             _check_signals(selector, stage, adapter, settled=False)
-        selector = selector.resolve(shape, config.keep_ratio)
-        planned = selector.stages(shape, config.keep_ratio)
+        seen = shape
+        if isinstance(config.site, VisionLayer) and config.site.layer:  # the tower as far as it has run by then
+            seen = replace(shape, vision_layers=config.site.layer, feature_layer=config.site.layer - 1)
+        selector = selector.resolve(seen, config.keep_ratio)
+        planned = selector.stages(seen, config.keep_ratio)
         if config.site is not None:
             planned = _placed(selector, planned, config.site)
         for stage in planned:
@@ -175,7 +201,9 @@ def _placed(selector: Selector, planned: tuple[Stage, ...], site: Site) -> tuple
             "leave `at` out"
         )
     if type(site) in ACTIONS and type(site) not in selector.sites:
-        kinds = ", ".join(f"{kind.word}:K" if kind is DecoderLayer else kind.word for kind in selector.sites)
+        kinds = ", ".join(
+            f"{kind.word}:K" if kind in (DecoderLayer, VisionLayer) else kind.word for kind in selector.sites
+        )
         raise UnsupportedMethodError(f"{selector.name} cannot work at {str(site)!r}; it can at: {kinds}")
     action = Action.EVICT if isinstance(site, CacheAfterPrefill) else planned[0].action
     return (replace(planned[0], site=site, action=action),)
@@ -193,6 +221,11 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
             why = f"it is read inside the decoder, not at {str(stage.site)!r}"
         if settled and signal.reads is PromptText and not isinstance(stage.site, BeforeDecoder):
             why = f"it is read before the decoder, not at {str(stage.site)!r}"
+        tower = isinstance(stage.site, (Pixels, VisionLayer))
+        if settled and tower and signal.reads is TokenGrids:
+            why = f"it is not known at {str(stage.site)!r}"
+        if settled and tower and isinstance(signal, VisionSignal) and not tower_layer(stage.site):
+            why = f"no layer of the tower has run at {str(stage.site)!r}"
         if why is not None:
             options = [text for needed, text in selector.instead.items() if isinstance(signal, needed)]
             instead = f"try {options[0]}, or see" if options else "see"
@@ -202,8 +235,10 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
             )
         for modality in adapter.modalities if settled else ():
             if isinstance(signal, VisionSignal) and signal.wanted_of(modality):
-                depth = len(adapter.tower_attentions(modality))
-                signal.vision_layers(depth, adapter.feature_layer(modality, {}))
+                depth, feature_layer = len(adapter.tower_attentions(modality)), adapter.feature_layer(modality, {})
+                if tower:  # the last layer that has run is the one before
+                    depth, feature_layer = tower_layer(stage.site), tower_layer(stage.site) - 1
+                signal.vision_layers(depth, feature_layer)
 
 
 def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: ModelShape) -> None:
@@ -212,8 +247,8 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
     possible = ACTIONS.get(type(site))
     if possible is None:
         raise UnsupportedMethodError(
-            f"{selector.name} was placed at {str(site)!r}, but tokens cannot leave there yet; they can at 'decoder', "
-            "'decoder:K' and 'cache'"
+            f"{selector.name} was placed at {str(site)!r}, but tokens cannot leave there yet; they can at 'pixels', "
+            "'vision:K', 'decoder', 'decoder:K' and 'cache'"
         )
     if stage.action not in possible:
         verbs = " or ".join(sorted(action.value for action in possible))
@@ -233,6 +268,15 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
             + ("slides windows over its caches" if windows else "lets images see each other in both directions")
             + ", where entries cannot be evicted exactly; use 'decoder' or 'decoder:K'"
         )
+    if isinstance(site, (Pixels, VisionLayer)):
+        for modality in adapter.modalities:
+            last = adapter.feature_layer(modality, {})
+            adapter.tower_blocks(modality)
+            if tower_layer(site) > last:
+                raise ConfigError(
+                    f"{selector.name} was placed at {str(site)!r}, but the {modality} features of this model come from "
+                    f"tower layer {last}; use 'vision:0' to 'vision:{last}'"
+                )
     if isinstance(site, DecoderLayer) and site.layer >= shape.decoder_layers:
         raise ConfigError(
             f"{selector.name} prunes at decoder layer {site.layer}; this model has layers 1 to "

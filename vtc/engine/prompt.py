@@ -45,6 +45,10 @@ class Segment:
         Values per kept token (K, ...), not yet in the form that methods see.
     kept
         (K,) scorable tokens that no stage has dropped so far, as indices within the segment.
+    survivors
+        (n,) bool: tokens that were left behind each site in the tower.
+    encoded
+        `kept` as it was when the tower had run.
     other_visuals
         How many other images and videos the row has.
     merged
@@ -64,22 +68,40 @@ class Segment:
     features: torch.Tensor
     signals: dict[Signal, torch.Tensor]
     kept: torch.Tensor
+    survivors: dict[Site, torch.Tensor] = field(default_factory=dict)
+    encoded: torch.Tensor = field(init=False)
     other_visuals: int = 0
     merged: bool = False
     anchors: torch.Tensor | None = None
     anchor_features: torch.Tensor | None = None
     selections: list[tuple[Site, Selection]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.encoded = self.kept
+
     @property
     def tokens_at_input(self) -> int:
         """Scorable tokens that came, or will come, to the language model."""
         kept = [selection.k for site, selection in self.selections if isinstance(site, BeforeDecoder)]
-        return kept[-1] if kept else int((~self.structural).sum())
+        return kept[-1] if kept else len(self.encoded)
 
     def add_grid_signals(self, signals: Sequence[Signal]) -> None:
         """Compute those of `signals` that follow from the grids, while all tokens are there."""
         raw = TokenGrids(self.grids, self.features.device)
         self.signals |= {signal: signal.compute(raw) for signal in signals if signal.reads is TokenGrids}
+
+    def leave_tower(self) -> None:
+        """Forget the tokens that left in the tower."""
+        for site, survivors in self.survivors.items():
+            left = survivors[self.kept]
+            keep = left.nonzero()[:, 0]
+            self.selections.append((site, Selection(len(left), keep)))
+            if len(keep) == len(left):
+                continue
+            self.kept, self.grids = self.kept[keep], ((1, 1, len(keep)),)
+            self.features = self.features[keep.to(self.features.device)]
+            self.signals = {signal: value[keep.to(value.device)] for signal, value in self.signals.items()}
+        self.encoded = self.kept
 
     def apply(self, site: Site, selection: Selection) -> None:
         """Keep what `selection`, which was made from the tokens kept so far, kept."""
@@ -155,12 +177,20 @@ class Prompt:
             segment.add_grid_signals(signals)
         self.segments.sort(key=lambda s: (s.row, s.index))
         self.grids = [segment.grids for segment in self.segments]
+        for segment in self.segments:
+            segment.leave_tower()
         first = torch.ones_like(self.visual)
         if structural == "drop":
             for segment in self.segments:
                 first[segment.row, segment.columns[segment.structural]] = False
         self._all = first
         self._keep: dict[Site, torch.Tensor] = {}  # in the order of the sites
+        for site in dict.fromkeys(site for segment in self.segments for site in segment.survivors):
+            self._keep[site] = first.clone()
+            for segment in self.segments:
+                left = segment.survivors.get(site)
+                if left is not None:
+                    self._keep[site][segment.row, segment.columns[~left]] = False
 
     def mark_seen(self, source_index: torch.Tensor) -> None:
         """Note which columns of the conversation, (S, T) with -1 for padding, really came."""
@@ -239,6 +269,7 @@ def _cut(where: torch.Tensor, encoded: Encoded) -> Iterator[Segment]:
                 part += 1
             rows = slice(start, start + length)
             structural = layout.structural[rows]
+            survivors = {site: left[rows].to(columns.device) for site, left in encoded.survivors.items()}
             scorable = (~structural).nonzero()[:, 0]
             yield Segment(
                 row=row,
@@ -250,6 +281,7 @@ def _cut(where: torch.Tensor, encoded: Encoded) -> Iterator[Segment]:
                 features=encoded.features[rows][scorable],
                 signals={signal: value[rows][scorable] for signal, value in encoded.signals.items()},
                 kept=scorable.to(columns.device),
+                survivors=survivors,
             )
             columns, start = columns[length:], start + length
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["UNSEEN", "Recorder", "Recording", "record_once", "recording"]
+__all__ = ["UNSEEN", "Recorder", "Recording", "masking", "record_once", "recording"]
 
 Recording = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float, Mapping[str, Any]], None]
 """Called with query (B, H, Lq, d), key and value (B, Hkv, M, d), the mask, the scaling and the other arguments."""
@@ -36,6 +36,21 @@ UNSEEN = (
 """Why a recorded module may have run without the recorder's knowledge, and what to do."""
 
 _RECORDED: ContextVar[Mapping[nn.Module, Recording]] = ContextVar("vtc_recorded", default={})  # noqa: B039 # never mutated
+
+
+_EXTRA_MASK: ContextVar[Callable[[nn.Module, torch.Tensor], torch.Tensor | None] | None] = ContextVar(
+    "vtc_extra_mask", default=None
+)
+
+
+@contextmanager
+def masking(extra: Callable[[nn.Module, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Add `extra(module, query)` to the mask of each attention module while entered, if it is not None."""
+    token = _EXTRA_MASK.set(extra)
+    try:
+        yield
+    finally:
+        _EXTRA_MASK.reset(token)
 
 
 @contextmanager
@@ -115,6 +130,11 @@ def _recorded(implementation: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
+        extra = _EXTRA_MASK.get()
+        if extra is not None and (added := extra(module, query)) is not None:
+            given = args[0] if args else kwargs.get("attention_mask")
+            mask = added if given is None else added + _additive(given, added)
+            args, kwargs = args[1:], {**kwargs, "attention_mask": mask}
         record = _RECORDED.get().get(module)
         if record is not None:
             observe = _record_eagerly if torch.compiler.is_compiling() else _record
@@ -122,6 +142,13 @@ def _recorded(implementation: Callable[..., Any]) -> Callable[..., Any]:
         return implementation(module, query, key, value, *args, **kwargs)
 
     return attention
+
+
+def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Any mask of an attention function as what is added to logits."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min / 2)
+    return mask.clamp(min=torch.finfo(like.dtype).min / 2)
 
 
 @torch.no_grad()

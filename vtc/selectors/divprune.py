@@ -9,6 +9,7 @@ from .. import kernels
 from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.selector import Selector
+from ..core.sites import BeforeDecoder, DecoderLayer, Pixels, Site, VisionLayer
 from ..registry import register_selector
 
 __all__ = ["DivPruneSelector"]
@@ -32,6 +33,7 @@ class DivPruneSelector(Selector):
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "DivPrune, arXiv 2503.02175"
+    sites: ClassVar[tuple[type[Site], ...]] = (Pixels, VisionLayer, BeforeDecoder, DecoderLayer)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""

@@ -10,7 +10,7 @@ import torch
 from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.selector import Selector
-from ..core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Site
+from ..core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
 from ..registry import register_selector
 
 __all__ = ["RandomSelector"]
@@ -26,7 +26,13 @@ class RandomSelector(Selector):
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline; uniform sampling without replacement"
-    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer, CacheAfterPrefill)
+    sites: ClassVar[tuple[type[Site], ...]] = (
+        Pixels,
+        VisionLayer,
+        BeforeDecoder,
+        DecoderLayer,
+        CacheAfterPrefill,
+    )
     reads_features: ClassVar[bool] = False
 
     def select(self, ctx: VisualContext) -> Selection:

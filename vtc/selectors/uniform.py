@@ -14,7 +14,7 @@ from ..core.context import VisualContext
 from ..core.grids import Grid
 from ..core.selection import Selection
 from ..core.selector import Selector
-from ..core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Site
+from ..core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
 from ..registry import register_selector
 
 __all__ = ["UniformSelector"]
@@ -39,7 +39,13 @@ class UniformSelector(Selector):
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "baseline; strided sampling of the token grid"
-    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer, CacheAfterPrefill)
+    sites: ClassVar[tuple[type[Site], ...]] = (
+        Pixels,
+        VisionLayer,
+        BeforeDecoder,
+        DecoderLayer,
+        CacheAfterPrefill,
+    )
     reads_features: ClassVar[bool] = False
 
     def select(self, ctx: VisualContext) -> Selection:

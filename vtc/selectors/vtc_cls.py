@@ -12,6 +12,7 @@ from ..core.context import VisualContext
 from ..core.ranges import Int, Range
 from ..core.selector import ScoreSelector
 from ..core.signals import ClsAttention, ReceivedAttention, Signal
+from ..core.sites import BeforeDecoder, DecoderLayer, Site, VisionLayer
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
@@ -51,6 +52,7 @@ class VtcClsSelector(ScoreSelector):
 
     name: ClassVar[str] = "vtc-cls"
     paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
+    sites: ClassVar[tuple[type[Site], ...]] = (VisionLayer, BeforeDecoder, DecoderLayer)
     reads_features: ClassVar[bool] = False
     instead: ClassVar[Mapping[type[Signal], str]] = {ClsAttention: 'score_source="received"'}
 

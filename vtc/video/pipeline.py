@@ -122,6 +122,11 @@ class VideoQAPipeline:
                     f"{method} must see the whole video at once, so it cannot be given budgets per frame or window; "
                     "use keep_ratio or keep_tokens"
                 )
+            if engine.plan.in_tower and self.budget.keep_ratio is None:
+                raise UnsupportedMethodError(
+                    f"{method} at {self.config.at!r} chooses in every frame, or window of frames, by itself, so "
+                    "that it cannot be given a number of tokens; use keep_ratio"
+                )
             by_stage = any(stage.stage.keep is not None for stage in engine.plan.before_decoder)
             if self.budget.keep_tokens is not None and by_stage:
                 raise UnsupportedMethodError(

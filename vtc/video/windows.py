@@ -21,7 +21,7 @@ from vtc.config import CompressionConfig
 from vtc.core.grids import Grid
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
-from vtc.core.sites import BeforeDecoder
+from vtc.core.sites import BeforeDecoder, Site
 from vtc.engine.append import append
 from vtc.engine.choose import choose
 from vtc.engine.encoder import Encoded
@@ -262,6 +262,7 @@ def _select(engine: Engine, output: Any, budget: VideoBudget, share: int | None,
     scorable = (~structural).nonzero()[:, 0]
     features = encoded.features[scorable]
     signals = {signal: value[scorable] for signal, value in encoded.signals.items()}
+    survivors = {site: left[scorable] for site, left in encoded.survivors.items()}
 
     chosen: list[Selection] = []
     parts: list[torch.Tensor] = []
@@ -272,6 +273,7 @@ def _select(engine: Engine, output: Any, budget: VideoBudget, share: int | None,
             engine,
             features[place],
             {signal: value[place] for signal, value in signals.items()},
+            {site: left[place] for site, left in survivors.items()},
             (step // (h * w), h, w),
             int(structural.sum()),
             share,
@@ -296,11 +298,12 @@ def _choose(
     engine: Engine,
     features: torch.Tensor,
     signals: dict[Signal, torch.Tensor],
+    survivors: dict[Site, torch.Tensor],
     grid: Grid,
     structural: int,
     share: int | None,
 ) -> tuple[Selection, torch.Tensor]:
-    """Select among (n, D) features by all stages before the decoder; return the features that stay too."""
+    """Select among (n, D) features by all stages up to the decoder; return the features that stay too."""
     n = len(features)
     if share == 0:
         return Selection(n, torch.zeros(0, dtype=torch.long, device=features.device)), features[:0]
@@ -314,8 +317,10 @@ def _choose(
         features=features,
         signals=signals,
         kept=torch.arange(n, device=features.device),
+        survivors=survivors,
     )
     segment.add_grid_signals(engine.plan.signals)
+    segment.leave_tower()
     for stage in engine.plan.before_decoder:
         choose(stage.with_tokens(share), segment, structural=engine.plan.structural)
     whole = Selection.full(n, features.device)

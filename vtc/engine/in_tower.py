@@ -1,0 +1,263 @@
+"""Inside a vision tower: on entering a layer its stages choose, and the sequence of patches becomes shorter.
+
+Patches leave in cells: all patches that become one token together. What comes out of the tower is put back to the
+length that the model expects, with zeros where patches were dropped, so that nothing behind it has to know.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtc.adapters.base import TowerUnit
+from vtc.core.context import VisualContext
+from vtc.core.observations import PatchPixels
+from vtc.core.packing import PackPlan
+from vtc.core.signals import Signal
+from vtc.core.sites import Site
+from vtc.engine.plan import PlannedStage
+from vtc.errors import UnsupportedMethodError, UnsupportedModelError
+
+__all__ = ["TowerPass", "refuse_checkpointing"]
+
+Values = Callable[[PlannedStage], Mapping[Signal, torch.Tensor]]
+"""Signals that a stage requires, as values (C, M, ...) per patch of the whole sequence, without prefix tokens."""
+
+
+class TowerPass:
+    """One run of a tower that loses patches on the way.
+
+    A tower takes C crops of T tokens each, the first `prefix` of which are no patches, or one sequence of S patches in
+    which several images are packed; that is C = 1 crop of S here.
+
+    Parameters
+    ----------
+    units : sequence of TowerUnit
+        What selections are made of: crops, or images within the packed sequence.
+    stages : mapping of layer to its stages
+    prefix : int
+        Tokens at the start of a crop that always stay.
+    modality : str
+    values : callable
+        See `Values`.
+    flash : bool
+        Whether the tower's attention takes no mask, so that crops of one batch must keep equally many patches.
+
+    Attributes
+    ----------
+    survivors : dict of Site to BoolTensor (C, T)
+        Tokens that are left behind each site.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[TowerUnit],
+        stages: Mapping[int, Sequence[PlannedStage]],
+        prefix: int,
+        modality: str,
+        values: Values,
+        *,
+        flash: bool = False,
+    ) -> None:
+        self.units, self.stages, self.prefix, self.modality, self.values = units, stages, prefix, modality, values
+        self.flash = flash
+        self.survivors: dict[Site, torch.Tensor] = {}
+        self.selector_ms = 0.0
+        self._kept = [torch.arange(len(unit.cells)) for unit in units]
+        self._plans: list[tuple[int, PackPlan]] = []
+        self._source = torch.empty(0, 0, dtype=torch.long)  # (C, T'): place of every current token at the beginning
+        self._length = -1
+        self._shortened: dict[int, tuple[Any, Any]] = {}
+        self._mask: torch.Tensor | None = None
+
+    def enter(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Drop patches on entering tower layer `layer`, and correct what the layer is called with.
+
+        Returns
+        -------
+        The arguments of the layer; None if they stay as they are.
+        """
+        hidden = args[0] if args else kwargs["hidden_states"]
+        packed = hidden.dim() == 2
+        rows = hidden[None] if packed else hidden
+        if self._length < 0:
+            self._length = rows.shape[1]
+            self._source = torch.arange(self._length, device=rows.device).expand(len(rows), -1)
+        for stage in self.stages.get(layer, ()):
+            rows = self._drop(stage, layer, rows)
+        if not self._plans:
+            return None
+        kwargs = {**kwargs, **self._arguments(kwargs)}
+        if len(args) > 1 and isinstance(args[1], torch.Tensor):  # CLIP's and SigLIP's mask has no name
+            args = (args[0], self._shorten_mask(args[1]), *args[2:])
+        hidden = rows[0] if packed else rows
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what attention adds to its logits (C, 1, 1, T'), where crops keep different numbers of patches."""
+        if self._mask is None:
+            return None
+        return torch.zeros_like(self._mask, dtype=dtype).masked_fill(~self._mask, torch.finfo(dtype).min)[:, None, None]
+
+    def restore_rows(self, values: torch.Tensor, layer: int) -> torch.Tensor:
+        """Put values (C, T', ...) of the tokens behind layer `layer` back among all that came in, zeros elsewhere."""
+        for start, plan in reversed(self._plans):
+            if start <= layer:
+                values = plan.scatter(values)
+        return values
+
+    def leave(self, output: Any) -> None:
+        """Put the hidden states in the output of a tower back to full length."""
+        last = 1 << 30
+        states = getattr(output, "hidden_states", None)
+        if states is not None:  # of layer i - 1; the first is what layer 0 was given
+            output.hidden_states = tuple(
+                None if state is None else self._restored(state, max(i - 1, 0)) for i, state in enumerate(states)
+            )
+        state = getattr(output, "last_hidden_state", None)
+        if state is not None:
+            output.last_hidden_state = self._restored(state, last)
+
+    def restore_cells(self, rows: torch.Tensor) -> torch.Tensor:
+        """Put the tokens (N', D) that a packed tower makes of cells back among all N."""
+        if not self._plans:
+            return rows
+        cell = self.units[0].cells.shape[1]
+        index = self._source[0, ::cell] // cell
+        return rows.new_zeros(self._length // cell, rows.shape[1]).index_copy(0, index, rows)
+
+    # -- choosing ---------------------------------------------------------------------------------------------------
+
+    def _drop(self, stage: PlannedStage, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Let a stage choose in every unit; return the tokens (C, T', D) that stay."""
+        values = self.values(stage)
+        place = self._places()
+        keep = self._source >= 0
+        for number, unit in enumerate(self.units):
+            kept = self._kept[number]
+            here = place[unit.crop, self.prefix + unit.cells[kept].to(place.device)]  # (N, p)
+            began = time.perf_counter()
+            selection = stage.selector.select(self._context(stage, unit, kept, rows[unit.crop][here], values).check())
+            self.selector_ms += 1e3 * (time.perf_counter() - began)
+            if selection.assign is not None:
+                raise UnsupportedMethodError(f"{stage.selector.name} merged patches at {str(stage.site)!r}")
+            gone = torch.ones(len(kept), dtype=torch.bool)
+            gone[selection.keep.cpu()] = False
+            keep[unit.crop, here[gone.to(here.device)].flatten()] = False
+            self._kept[number] = kept[~gone]
+        if not bool(keep.eq(self._source >= 0).all()):
+            plan, (rows, source), _ = PackPlan.pack(keep, [rows, self._source], [1, 1], side="right")
+            self._source = source.masked_fill(~plan.mask, -1)
+            self._plans.append((layer, plan))
+            self._shortened = {}
+            self._mask = None if bool(plan.mask.all()) else plan.mask
+            if self._mask is not None and self.flash:
+                raise UnsupportedModelError(
+                    f"{stage.selector.name} kept different numbers of patches of the crops of a batch, for which flash "
+                    "attention takes no mask; use attn_implementation='sdpa', or a method with a fixed budget"
+                )
+        left = self._places()[:, : self._length] >= 0
+        self.survivors[stage.site] = left
+        return rows
+
+    @torch.no_grad()
+    def _context(
+        self,
+        stage: PlannedStage,
+        unit: TowerUnit,
+        kept: torch.Tensor,
+        patches: torch.Tensor,
+        values: Mapping[Signal, torch.Tensor],
+    ) -> VisualContext:
+        """Show a stage the cells that are left of a unit; `patches` (N, p, D) are their hidden states."""
+        whole = len(kept) == len(unit.cells)
+        signals = {}
+        for signal, value in values.items():
+            cells = (unit.inputs if signal.reads is PatchPixels else unit.cells)[kept].to(value.device)
+            signals[signal] = signal.present(value[unit.crop][cells].float().mean(dim=1).to(value.dtype))
+        return VisualContext(
+            features=patches.detach().mean(dim=1),
+            budget=stage.budget(len(kept)),
+            generator=torch.Generator().manual_seed(stage.config.seed),
+            grids=(unit.grid,) if whole else ((1, 1, len(kept)),),
+            modality=self.modality if unit.grid[0] > 1 else "image",
+            site=stage.site,
+            keep_ratio=stage.keep_ratio,
+            signals=signals,
+        )
+
+    def _places(self) -> torch.Tensor:
+        """(C, T + 1): where every original token stands now, -1 for those that left; the last column is no token."""
+        crops, now = self._source.shape
+        places = self._source.new_full((crops, self._length + 1), -1)
+        index = torch.where(self._source < 0, self._length, self._source)
+        places.scatter_(1, index, torch.arange(now, device=index.device).expand(crops, -1))
+        places[:, -1] = -1
+        return places
+
+    # -- arguments of layers ----------------------------------------------------------------------------------------
+
+    def _arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those keyword arguments of a layer that depend on which patches there are, without those that left."""
+        changed: dict[str, Any] = {}
+        tables = kwargs.get("position_embeddings")
+        if isinstance(tables, tuple):
+            changed["position_embeddings"] = tuple(self._once(table, self._shorten_table) for table in tables)
+        borders = kwargs.get("cu_seqlens")
+        if borders is not None:
+            changed["cu_seqlens"] = shorter = self._once(borders, self._shorten_borders)
+            longest = kwargs.get("max_seqlen")
+            if longest is not None:
+                most = shorter.diff().max()
+                changed["max_seqlen"] = most.to(longest) if isinstance(longest, torch.Tensor) else int(most)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor):
+            changed["attention_mask"] = self._shorten_mask(mask)
+        return changed
+
+    def _once(self, value: torch.Tensor, shorten: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Shorten a value that is passed to every layer, once."""
+        if id(value) not in self._shortened:
+            self._shortened[id(value)] = value, shorten(value)
+        return self._shortened[id(value)][1]
+
+    def _shorten_table(self, table: torch.Tensor) -> torch.Tensor:
+        return table[self._source[0].to(table.device)]
+
+    def _shorten_borders(self, borders: torch.Tensor) -> torch.Tensor:
+        # A window or image keeps its patches: its borders move, and one that is empty is none.
+        stays = torch.zeros(self._length + 1, dtype=torch.long, device=borders.device)
+        stays[self._source[0].to(borders.device) + 1] = 1
+        return stays.cumsum(dim=0)[borders.long()].unique_consecutive().to(borders.dtype)
+
+    def _shorten_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        index = self._source.clamp(min=0).to(mask.device)
+        if mask.dim() == 2:
+            return mask.expand(len(index), -1).gather(1, index)
+        mask = mask.expand(len(index), -1, -1, -1)
+        if mask.shape[2] > 1:
+            mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        return mask.gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+
+    def _restored(self, state: torch.Tensor, layer: int) -> torch.Tensor:
+        rows = state[None] if state.dim() == 2 else state
+        plans = [plan for start, plan in self._plans if start <= layer]
+        if not plans or rows.shape[1] != plans[-1].mask.shape[1]:
+            return state
+        rows = self.restore_rows(rows, layer)
+        return rows[0] if state.dim() == 2 else rows
+
+
+def refuse_checkpointing(tower: nn.Module) -> None:
+    """Raise UnsupportedModelError for a tower whose layers run again after the call, when nothing is known of it."""
+    if tower.training and any(getattr(module, "gradient_checkpointing", False) for module in tower.modules()):
+        raise UnsupportedModelError(
+            "patches cannot leave a vision tower whose layers are checkpointed and run again later; switch gradient "
+            "checkpointing off in the tower, or use at='decoder'"
+        )
