@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtc
 from tests import reference, tiny
 from tests.invariants.matrix import Method, build, method, sharp
+from vtc.adapters.base import TowerUnit
 from vtc.core.sites import parse_site
 from vtc.engine import encoder
 from vtc.engine.in_tower import TowerPass
@@ -262,6 +263,15 @@ def test_checkpointed_towers_are_refused() -> None:
     vtc.compress(case.model, "random", keep_ratio=0.5, at="vision:1")
     with pytest.raises(UnsupportedModelError, match="checkpointed"):
         case.model(**case.batch("single"), use_cache=False)
+
+
+def test_a_tower_that_runs_twice_is_refused() -> None:
+    cells = torch.arange(4)[:, None]
+    tower = TowerPass([TowerUnit(0, cells, cells, (1, 2, 2))], {}, 0, "image", lambda stage: {})
+    assert tower.enter(0, (torch.zeros(1, 4, 8),), {}) is None
+    tower.leave(None)
+    with pytest.raises(UnsupportedModelError, match="ran twice"):
+        tower.enter(0, (torch.zeros(1, 4, 8),), {})
 
 
 def test_gradients_reach_the_tower() -> None:

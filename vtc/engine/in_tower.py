@@ -71,6 +71,7 @@ class TowerPass:
         self._plans: list[tuple[int, PackPlan]] = []
         self._source = torch.empty(0, 0, dtype=torch.long)  # (C, T'): place of every current token at the beginning
         self._length = -1
+        self._left = False
         self._shortened: dict[int, tuple[Any, Any]] = {}
         self._mask: torch.Tensor | None = None
 
@@ -82,7 +83,17 @@ class TowerPass:
         Returns
         -------
         The arguments of the layer; None if they stay as they are.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The tower has run already; or crops keep different numbers of patches and its attention takes no mask.
         """
+        if self._left:
+            raise UnsupportedModelError(
+                "the vision tower ran twice for one call of its encoder, of which only one can be followed; use "
+                "at='decoder'"
+            )
         hidden = args[0] if args else kwargs["hidden_states"]
         packed = hidden.dim() == 2
         rows = hidden[None] if packed else hidden
@@ -113,7 +124,8 @@ class TowerPass:
         return values
 
     def leave(self, output: Any) -> None:
-        """Put the hidden states in the output of a tower back to full length."""
+        """Put the hidden states in the output of a tower back to full length: it has run."""
+        self._left = True
         last = 1 << 30
         states = getattr(output, "hidden_states", None)
         if states is not None:  # of layer i - 1; the first is what layer 0 was given
