@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 import vtc
-from vtc.bench import _models, _overhead, _prefill, prefill
+from vtc.bench import _models, _overhead, _prefill, _tower, prefill, tower
 from vtc.bench.timing import Case, Timing, interleave, markdown_table
 from vtc.errors import ConfigError
 from vtc.report.flops import DecoderShape
@@ -101,10 +101,9 @@ class TestShapes:
         assert ids.shape == (1, visual_tokens + 64)
         assert int((ids == config.image_token_id).sum()) == visual_tokens
 
-    @pytest.mark.parametrize("model", [_models.LLAVA_7B, _models.QWEN_3B], ids=lambda model: model.name)
-    def test_impossible_number_of_visual_tokens_is_named(self, model):
+    def test_impossible_number_of_visual_tokens_is_named(self):
         with pytest.raises(ConfigError, match="577"):
-            model.prompt(model.config(1), 577, 64, torch.Generator())
+            _models.LLAVA_7B.prompt(_models.LLAVA_7B.config(1), 577, 64, torch.Generator())
 
     def test_tower_emits_what_the_prompt_announces(self, shape):
         model = _models.build(shape, 2, torch.float32, "cpu")
@@ -226,3 +225,40 @@ class TestCommands:
         assert main(["bench", "overhead", *arguments, "--json", str(out)]) == 0
         assert "keep 25 %, against a plain prompt as long" in capsys.readouterr().out
         assert json.loads(out.read_text())["conditions"]["steps"] == 2
+
+
+class TestTower:
+    def test_settings_are_read_and_mistakes_named(self):
+        plan = tower.stages("divprune@vision:11=0.25+random@decoder=0.4")
+        assert [(c.method, c.at, c.keep_ratio) for c in plan] == [
+            ("divprune", "vision:11", 0.25),
+            ("random", "decoder", 0.4),
+        ]
+        for text, match in (("divprune", "METHOD@SITE"), ("nope@decoder=0.5", "nope"), ("random@sky=0.5", "at must")):
+            with pytest.raises(vtc.VtcError, match=match):
+                tower.stages(text)
+
+    def test_layers_see_what_is_left(self):
+        plan = tower.stages("uniform@pixels=0.5+random@vision:2=0.5+random@decoder=0.1")
+        assert _tower.seen_by_layer(plan, 4) == [0.5, 0.5, 0.25, 0.25]
+
+    def test_the_whole_call_is_tower_and_scaled_decoder(self, monkeypatch, capsys):
+        def small(layers):
+            size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+            config = _models._qwen_3b(layers, {"depth": 4, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2})
+            text = {**size, "vocab_size": 151936, "num_hidden_layers": layers}
+            text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+            vision = {**config.vision_config.to_dict(), "out_hidden_size": 32}
+            return type(config)(text_config=text, vision_config=vision)
+
+        monkeypatch.setattr(
+            _tower, "MODELS", {"qwen2.5-vl-3b": _models.BenchModel("small", 6, small, _models._qwen_prompt, "random")}
+        )
+        settings = ["--setting", "random@vision:2=0.25+random@decoder=0.4"]
+        from vtc.cli import main
+
+        assert main(["bench", "tower", "--visual-tokens", "64", "--repeats", "1", "--warmup", "0", *settings]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "untouched" in lines[2]
+        assert "random@vision:2=0.25" in lines[3]
+        assert "2 of 6 decoder layers measured and scaled" in lines[-1]

@@ -1,11 +1,12 @@
-"""Models with decoders of real shape, a tiny vision tower and random weights, and prompts for them.
+"""Models with decoders of real shape and random weights, and prompts for them.
 
-The towers emit the right number of tokens at negligible cost, so that the time of a prefill is that of the decoder. The
-projector has its real size. All classes are those of transformers.
+But for `QWEN_3B_WHOLE` the vision towers are tiny: they emit the right number of tokens at negligible cost, so that the
+time of a prefill is that of the decoder. The projector has its real size. All classes are those of transformers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,6 @@ from vtc.report.report import Report
 LLAVA_TOKENS_PER_IMAGE = 576
 _CLIP_SIDE, _CLIP_PATCH = 336, 14
 _QWEN_PATCH, _QWEN_MERGE, _QWEN_FRAMES = 14, 2, 2
-# Merged (rows, columns) of one image, by visual tokens.
-_QWEN_GRIDS = {576: (24, 24), 2880: (48, 60)}
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,10 @@ def _llava_prompt(
     return {**_around(text_tokens, picture, generator), "pixel_values": pixels}
 
 
-def _qwen_3b(layers: int) -> Qwen2_5_VLConfig:
+_TINY_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "fullatt_block_indexes": []}
+
+
+def _qwen_3b(layers: int, tower: dict[str, Any] = _TINY_TOWER) -> Qwen2_5_VLConfig:
     # Qwen2.5-VL-3B: 16 query heads over 2 key-value heads, tied vocabulary.
     return Qwen2_5_VLConfig(
         text_config={
@@ -172,26 +174,40 @@ def _qwen_3b(layers: int) -> Qwen2_5_VLConfig:
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         },
         vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
             "out_hidden_size": 2048,
             "patch_size": _QWEN_PATCH,
             "spatial_merge_size": _QWEN_MERGE,
             "temporal_patch_size": _QWEN_FRAMES,
-            "fullatt_block_indexes": [],
+            **tower,
         },
         tie_word_embeddings=True,
     )
 
 
+def _qwen_3b_whole(layers: int) -> Qwen2_5_VLConfig:
+    return _qwen_3b(
+        layers,
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    )
+
+
+def _qwen_grid(visual_tokens: int) -> tuple[int, int]:
+    """Return the most nearly square (rows, columns) of exactly so many merged tokens."""
+    rows = next(rows for rows in range(math.isqrt(visual_tokens), 0, -1) if visual_tokens % rows == 0)
+    return rows, visual_tokens // rows
+
+
 def _qwen_prompt(
     config: PreTrainedConfig, visual_tokens: int, text_tokens: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    if visual_tokens not in _QWEN_GRIDS:
-        raise ConfigError(f"Visual tokens of a Qwen prompt must be one of {sorted(_QWEN_GRIDS)}, got {visual_tokens}.")
-    rows, columns = (_QWEN_MERGE * side for side in _QWEN_GRIDS[visual_tokens])
+    rows, columns = (_QWEN_MERGE * side for side in _qwen_grid(visual_tokens))
     picture = torch.full((visual_tokens,), config.image_token_id)
     patches = torch.randn(rows * columns, 3 * _QWEN_FRAMES * _QWEN_PATCH**2, generator=generator)
     inputs = _around(text_tokens, picture, generator)
@@ -204,5 +220,6 @@ def _qwen_prompt(
 
 
 LLAVA_7B = BenchModel("llava-1.5-7b", 32, _llava_7b, _llava_prompt, "vtc-cls")
+QWEN_3B_WHOLE = BenchModel("qwen2.5-vl-3b", 36, _qwen_3b_whole, _qwen_prompt, "divprune")
 QWEN_3B = BenchModel("qwen2.5-vl-3b", 36, _qwen_3b, _qwen_prompt, "divprune")
 LLAVA_150M = BenchModel("llava-150m", 12, _llava_150m, _llava_prompt, "vtc-cls")

@@ -102,7 +102,7 @@ def measure(
     list of dict
         One JSON-able result per ratio.
     """
-    cases = {"whole": Case(partial(prefill, model, inputs)), "vision": Case(partial(_encode, model, inputs))}
+    cases = {"whole": Case(partial(prefill, model, inputs)), "vision": Case(partial(encode, model, inputs))}
     packed = {}
     for ratio in keep_ratios:
         compressed = partial(vtc.compressed, model, method, keep_ratio=ratio)
@@ -170,8 +170,8 @@ def _compressed_prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
 
 
 @torch.inference_mode()
-def _encode(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
-    """Time tower and projector, the part of a prefill that compression does not change."""
+def encode(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
+    """Time tower and projector, the part of a prefill that compression before the decoder does not change."""
     watch = Stopwatch(model.device)
     pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
     with watch.part("vision"):
