@@ -15,6 +15,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import torch.distributed.fsdp
 from torch import nn
 
 import vtc
@@ -235,12 +236,23 @@ def process_group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def _sharded(model: Any) -> Any:
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.language_model.layers:
+        torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+    return torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+
+
+def _flat(model: Any) -> Any:
+    return torch.distributed.fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
-    "compiled": lambda model: torch.compile(model, backend="eager"),
     "ddp": nn.parallel.DistributedDataParallel,
     "data parallel on one device": nn.DataParallel,
+    "fsdp": _flat,
+    "fully_shard": _sharded,
     "peft": lambda model: peft.get_peft_model(model, adapters()),
-    "ddp around compiled": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager")),
     "accelerate": lambda model: accelerate.Accelerator(cpu=True).prepare(model),
 }
 
@@ -269,12 +281,30 @@ def test_verbs_act_through_wrappers(wrapper: str, name: str) -> None:
     assert torch.equal(wrapped(**inputs).logits, plain)
 
 
-@pytest.mark.parametrize("compiled", ["model", "layers"])
-@pytest.mark.parametrize("name", ["vtc-cls", "divprune+fastv"])
+@pytest.mark.usefixtures("process_group")
+@torch.no_grad()
+def test_verbs_act_through_compiled_models() -> None:
+    # Compiled code does not look at hooks again: it has to be dropped when they change.
+    case = build(tiny.family("llava"))
+    inputs = case.batch("single")
+    wrapped = torch.compile(case.model, backend="eager")
+    plain = wrapped(**inputs).logits
+    around = nn.parallel.DistributedDataParallel(wrapped)
+    method("divprune+fastv").compress(around)
+    assert torch.equal(wrapped(**inputs).logits, case.model(**inputs).logits)
+    for model in (around, wrapped, case.model):
+        assert vtc.is_compressed(model)
+        assert len(vtc.report(model).segments) == 1
+    vtc.restore(around)
+    assert not vtc.is_compressed(case.model)
+    torch.testing.assert_close(wrapped(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize(("compiled", "name"), [("model", "vtc-cls"), ("layers", "divprune+fastv")])
 @torch.no_grad()
 def test_compiled_in_place(compiled: str, name: str) -> None:
     case = build(tiny.family("llava"))
-    inputs = case.batch("ragged")
+    inputs = case.batch("single")
     with method(name).on(case.model) as model:
         packed = model(**inputs).logits
         tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
