@@ -20,6 +20,7 @@ import vtc
 from tests import tiny
 from tests.invariants.matrix import build, method
 from vtc import registry
+from vtc.engine.calls import Calls
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 KINDS = ("single", "ragged", "two_images", "no_image_row", "text_only")
@@ -279,6 +280,25 @@ def test_a_call_that_fails_is_closed(error: type[BaseException], bare: bool) -> 
             model(**inputs) if bare else model.generate(**inputs, **GREEDY)
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
     assert not vtc.is_compressed(case.model)  # so restoring was not refused
+
+
+def test_a_call_that_is_interrupted_while_it_opens_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build(tiny.family("llava"))
+    inputs, opens = case.batch("ragged"), Calls.open
+
+    def interrupted(self: Calls, call: Any) -> None:
+        opens(self, call)
+        raise KeyboardInterrupt
+
+    with method("divprune").on(case.model) as model:
+        expected = model.generate(**inputs, **GREEDY)
+        with monkeypatch.context() as patch:
+            patch.setattr(Calls, "open", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+        vtc.report(model)
+    assert not vtc.is_compressed(case.model)
 
 
 # --------------------------------------------------------------------------------------------- calls inside calls

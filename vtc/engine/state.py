@@ -132,9 +132,9 @@ def calling(call: CallState) -> Iterator[CallState]:
     call.outer = _CALL.get()
     token = _CALL.set(call)
     calls = call.engine.calls
-    if call.outermost:
-        calls.open(call)
     try:
+        if call.outermost:
+            calls.open(call)
         with recording({}):  # what the call leaves half recorded ends with it
             yield call
             if call.outermost and call.noted is not None:
