@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -32,7 +33,7 @@ class Command:
     name: str
     arguments: tuple[str, ...]
     writes: tuple[str, ...] = ()
-    seconds: float = 8.0
+    seconds: float = 5.0
 
 
 _VTC = (sys.executable, "-m", "vtc.cli")
@@ -51,8 +52,8 @@ _SWEEP = (
     "0.25",
 )
 COMMANDS = (
-    Command("ask", (*_VTC, "ask", "picture.png", "What is left of the cup?", "--max-new-tokens", "4"), seconds=6),
-    Command("inspect", (*_VTC, "inspect", "picture.png", "-o", "kept.png"), ("kept.png",), 6),
+    Command("ask", (*_VTC, "ask", "picture.png", "What is left of the cup?", "--max-new-tokens", "4")),
+    Command("inspect", (*_VTC, "inspect", "picture.png", "-o", "kept.png"), ("kept.png",)),
     Command("video", (*_VTC, "video", "clip.mp4", "What?", "--max-new-tokens", "4", "-o", "kept.gif"), ("kept.gif",)),
     Command(
         "calibrate",
@@ -70,7 +71,6 @@ COMMANDS = (
             "best.json",
         ),
         ("best.json",),
-        12,
     ),
     Command("sweep", (*_SWEEP, "--timed", "0", "--out", "swept"), ("swept/table.csv", "swept/table.md"), 12),
 )
@@ -130,9 +130,13 @@ def check_interrupt(command: Command, folder: Path, after: float) -> bool:
         return False
     if status == -signal.SIGINT and after < 1:
         return True  # the interpreter itself was starting
-    said = errors.strip().splitlines()
+    assert "Traceback" not in errors, f"{command.name}: a traceback after an interrupt: {errors}"
+    if status == -signal.SIGINT and all((folder / name).exists() for name in command.writes):
+        return True  # the interpreter itself was ending: it gives signals back to the system before it ends
+    said = [line for line in errors.splitlines() if "interrupted" in line]
     assert status == 130, f"{command.name}: status {status} after an interrupt"
-    assert len(said) == 1, f"{command.name}: {len(said)} lines on stderr after an interrupt"
+    assert len(said) == 1, f"{command.name}: {len(said)} lines of an interrupt on stderr"
+    assert errors.splitlines()[-1] == said[0], f"{command.name}: says more after an interrupt: {errors}"
     return True
 
 
@@ -163,6 +167,46 @@ def check_sweep_goes_on(folder: Path, seed: int, interrupts: int = 3) -> None:
     )
 
 
+def trials(path: Path) -> list[tuple[dict[str, float], float | None]]:
+    """Settings and value of every trial that a calibration has ended, in order."""
+    found: dict[int, dict[str, float]] = {}
+    ended: dict[int, float | None] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        entry = json.loads(line)
+        if entry["op_code"] == 5:
+            found.setdefault(entry["trial_id"], {})[entry["param_name"]] = entry["param_value_internal"]
+        elif entry["op_code"] == 6 and entry["state"] in (1, 2):  # complete, or a combination that is not possible
+            ended[entry["trial_id"]] = (entry["values"] or [None])[0]
+    return [(found[number], value) for number, value in sorted(ended.items())]
+
+
+def check_calibration_goes_on(folder: Path, seed: int, interrupts: int = 3) -> None:
+    """A calibration that was interrupted keeps its trials, and ends with as many as one that was not.
+
+    Behind an interrupt others are tried: what is drawn depends on how many trials there are.
+    """
+    (command,) = [known for known in COMMANDS if known.name == "calibrate"]
+    many = ["80" if word == "3" else word for word in command.arguments]
+    command, draw = dataclasses.replace(command, arguments=tuple(many)), random.Random(seed)
+    one, several = folder / "one", folder / "several"
+    for place in (one, several):
+        place.mkdir(exist_ok=True)
+        prepare(place)
+    assert run(command, one)[0] == 0, "calibrate: fails"
+    before: list[Any] = []
+    for number in range(interrupts):
+        check_interrupt(command, several, draw.uniform(3, command.seconds + 2))
+        now = trials(several / "study.db")
+        assert now[: len(before)] == before, "calibrate: an interrupt changes earlier trials"
+        if number == 0:
+            assert now == trials(one / "study.db")[: len(now)], "calibrate: an interrupted one tries something else"
+        before = now
+    assert run(command, several)[0] == 0, "calibrate: does not go on"
+    assert trials(several / "study.db")[: len(before)] == before, "calibrate: going on changes earlier trials"
+    assert len(trials(several / "study.db")) == 80, "calibrate: goes on with another number of trials"
+    assert whole(several / "best.json")
+
+
 def explore(seed: int) -> None:
     """One interrupt of every command at a random time."""
     draw = random.Random(seed)
@@ -171,6 +215,8 @@ def explore(seed: int) -> None:
         prepare(Path(name))
         if command.name == "sweep" and draw.random() < 0.3:
             check_sweep_goes_on(Path(name), seed)
+        elif command.name == "calibrate" and draw.random() < 0.3:
+            check_calibration_goes_on(Path(name), seed)
         else:
             after = draw.uniform(0.2, command.seconds)
             try:

@@ -30,36 +30,6 @@ from vtc.engine.cache import CACHE
 Inputs = dict[str, Any]
 Values = tuple[torch.Tensor, ...]
 
-NOT_YET: dict[str, str] = {
-    "own-wrapper": "restore() deletes a wrapper of generate() that was there before compress()",
-    "pickle": "a compressed model cannot be pickled",
-    "nested-static": "a second forward pass inside generate() with a static cache",
-    "nested-no-cache": "generate(use_cache=False) inside generate()",
-    "nested-forward": "a forward pass with other images inside generate() is taken for a part of its prompt",
-    "embeds-beams": "inputs_embeds with beams",
-    "embeds-several": "inputs_embeds with several returned sequences",
-    "embeds-static": "inputs_embeds with a static cache",
-    "deepcopy-after-gradients": "copy.deepcopy() of a compressed model after a forward pass with gradients",
-    "guidance-report": "the report after guidance is of the unconditional prompt",
-    "aim-pictures-only": "aim on a prompt without text",
-    "atp-keep-all": "atp with keep_ratio=1.0",
-    "text-only-report": "the report of a prompt without images counts repeated rows, answers and chunks",
-    "chunked-report": "a prompt in chunks, of which one brings no image, or one an image and another a video",
-    "empty-chunk": "a chunk of a prompt of which nothing is kept",
-    "open-call": "an error in around_generate() before its try, or in Prompt.release(), leaves the call open",
-    "interrupted-forward": "KeyboardInterrupt in a bare forward pass leaves the call open: torch runs no hook then",
-    "zero-ratio": "vtc.select('vflowopt') with a ratio that is not positive: an error of math",
-    "hostile-json": "JSON nested too deeply, RecursionError, or with an integer of 5,000 digits, ValueError",
-    "no-utf-8": "CompressionConfig.load() of a file that is not UTF-8: UnicodeDecodeError",
-    "option-types": "options of the wrong type: TypeError",
-    "feature-axes": "vtc.select('vidcom2') with features that have not two axes",
-    "text-in-threads": "a prompt without images while another thread runs: two threads write one note for the report",
-    "picture-values": "damaged pictures of some kinds: a plain ValueError of pillow",
-    "sigint": "commands that are interrupted show a traceback",
-    "cache-keep-all": "keeping everything at the cache moves the padding of rows that are padded on the right",
-}
-"""What the fuzz leaves out because it is known to fail, and why; empty once all of it is mended."""
-
 STEPS = 4
 SAY = {
     "max_new_tokens": STEPS,
@@ -135,8 +105,7 @@ def _candidates(family: tiny.Family) -> tuple[Setting, ...]:
         ]
         found += [_of(method, " 0.9 seed 5", keep_ratio=0.9, seed=5)]
         found += [_of(method, " compact", positions="compact"), _of(method, " drop", structural="drop")]
-        if not (method.name == "atp" and "atp-keep-all" in NOT_YET):
-            found.append(_of(method, " all", keep_ratio=1.0))
+        found.append(_of(method, " all", keep_ratio=1.0))
     for name in ("random", "uniform"):
         for at in ("decoder:1", "decoder:3", "cache"):
             found += [_composed((name, 0.4, at)), _composed((name, 1.0, at))]
@@ -200,11 +169,6 @@ def _inputs(family: tiny.Family, kind: str) -> Inputs:
     return case.collate(rows, side=draw.choice(("left", "left", "right")))
 
 
-def shows_nothing(family: tiny.Family, kind: str) -> bool:
-    """Whether no row of the batch has an image or video."""
-    return not any(name.startswith("pixel") for name in _inputs(family, kind))
-
-
 def inputs_of(family: tiny.Family, kind: str) -> Inputs:
     """Inputs of a batch, always the same; a fresh dictionary."""
     return dict(_inputs(family, kind))
@@ -231,10 +195,6 @@ class Mode:
         It takes batches of one row only.
     concurrent
         Threads may do it on one untouched model: it draws nothing and changes nothing on the model.
-    report
-        Whether the report afterwards is of this call's prompt.
-    like
-        The mode that fails if this one fails.
     tolerance
         How far values may be from expected ones: transformers reuses a longer static cache of an earlier call, over
         which sums are rounded otherwise.
@@ -246,8 +206,6 @@ class Mode:
     run: Callable[[tiny.Family, Any, Inputs], Values]
     single: bool = False
     concurrent: bool = False
-    report: bool = True
-    like: str = ""
     tolerance: float = 0.0
     agrees: tuple[str, ...] = ()
 
@@ -413,30 +371,18 @@ _MODES = (
     Mode("given-dynamic-cache", _in_given_cache(static=False), concurrent=True, agrees=("greedy",)),
     Mode("offloaded-cache", _generating(cache_implementation="offloaded")),
     Mode("no-cache", _generating(use_cache=False), concurrent=True),
-    Mode("guidance", _generating(guidance_scale=1.5), report="guidance-report" not in NOT_YET),
     # Guidance is a second forward pass inside generate().
-    Mode(
-        "guidance-static",
-        _generating(guidance_scale=1.5, **_STATIC),
-        report=False,
-        like="nested-static",
-        tolerance=_REUSED,
-    ),
+    Mode("guidance", _generating(guidance_scale=1.5)),
+    Mode("guidance-static", _generating(guidance_scale=1.5, **_STATIC), tolerance=_REUSED),
     Mode("embeds", _embedded()),
     Mode("embeds-beams", _embedded(num_beams=3)),
     Mode("embeds-several", _embedded(num_return_sequences=2, **_SAMPLING)),
     Mode("embeds-static", _embedded(**_STATIC), tolerance=_REUSED),
     Mode("streamed", _streamed, single=True, concurrent=True, agrees=("greedy",)),
-    Mode("nested-forward", _nested({"forward": True}), report=False, agrees=("greedy", "forward")),
-    Mode("nested-generate", _nested({}), report=False, agrees=("greedy", "greedy")),
-    Mode("nested-no-cache", _nested({"use_cache": False}), report=False, agrees=("greedy",)),
-    Mode(
-        "nested-static",
-        _nested({"forward": True}, **_STATIC),
-        report=False,
-        tolerance=_REUSED,
-        agrees=("static-cache", "forward"),
-    ),
+    Mode("nested-forward", _nested({"forward": True}), agrees=("greedy", "forward")),
+    Mode("nested-generate", _nested({}), agrees=("greedy", "greedy")),
+    Mode("nested-no-cache", _nested({"use_cache": False}), agrees=("greedy",)),
+    Mode("nested-static", _nested({"forward": True}, **_STATIC), tolerance=_REUSED, agrees=("static-cache", "forward")),
     Mode("forward", _forward, concurrent=True),
     Mode("hidden-states", _hidden_states),
     Mode("two-logits", _two_logits, concurrent=True),
@@ -448,11 +394,7 @@ _CHUNKED = (Mode("chunked-prefill", _generating(prefill_chunk_size=7)),) if PREF
 _QUANTIZED = (
     (Mode("quantized-cache", _generating(cache_implementation="quantized")),) if is_optimum_quanto_available() else ()
 )
-MODES = tuple(mode for mode in (*_MODES, *_CHUNKED, *_QUANTIZED) if not {mode.name, mode.like} & NOT_YET.keys())
-
-
-BARE = ("forward", "hidden-states", "two-logits", "gradients", "loop", "nested-forward", "nested-static")
-"""Modes with forward passes outside generate()."""
+MODES = (*_MODES, *_CHUNKED, *_QUANTIZED)
 
 
 def mode(name: str) -> Mode:
@@ -501,7 +443,7 @@ def ask(family: tiny.Family, model: Any, kind: str, mode: Mode, *, with_report: 
         values = tuple(value.detach().clone() for value in mode.run(family, model, inputs_of(family, kind)))
     except Exception as error:  # whatever it is, it is compared
         return Outcome(error=error)
-    report = vtc.report(model) if with_report and mode.report else None
+    report = vtc.report(model) if with_report else None
     return Outcome(values, report=None if report is None else plain_report(report))
 
 
@@ -510,15 +452,10 @@ def plain_report(report: vtc.Report) -> dict[str, Any]:
     return {key: value for key, value in report.to_dict().items() if key != "selector_ms"}
 
 
-def can(family: tiny.Family, kind: str, mode: Mode, setting: Setting | None = None) -> bool:
-    """Whether transformers can do this with an untouched model, and the fuzz may ask for it."""
+def can(family: tiny.Family, kind: str, mode: Mode) -> bool:
+    """Whether transformers can do this with an untouched model."""
     if mode.single and len(_inputs(family, kind)["input_ids"]) > 1:
         return False
-    if setting is not None:
-        if "aim-pictures-only" in NOT_YET and "aim" in setting.name and kind == "pictures_only":
-            return False
-        if "empty-chunk" in NOT_YET and mode.name == "chunked-prefill":
-            return False
     return untouched(family, kind, mode).error is None
 
 
@@ -547,20 +484,13 @@ def expected(family: tiny.Family, setting: Setting | None, kind: str, mode: Mode
         return outcome
     if setting.keeps_all:
         difference = outcome.differs_from(untouched(family, kind, mode), mode.tolerance)
-        if not ("cache" in setting.sites and "cache-keep-all" in NOT_YET):
-            assert difference is None, f"keeping everything: {difference}"
-    if outcome.report is not None and not _unreported(outcome.report, mode):
+        assert difference is None, f"keeping everything: {difference}"
+    if outcome.report is not None:
         check_report(family, setting, kind, outcome.report)
     check_agreement(family, setting, kind, mode, outcome)
     if report is not None:
         check_masking(family, setting, kind, outcome, report)
     return outcome
-
-
-def _unreported(report: dict[str, Any], mode: Mode) -> bool:
-    if not report["segments"] and "text-only-report" in NOT_YET:
-        return True
-    return mode.name == "chunked-prefill" and "chunked-report" in NOT_YET
 
 
 def check_report(family: tiny.Family, setting: Setting, kind: str, report: dict[str, Any]) -> None:
