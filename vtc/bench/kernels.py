@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_arguments(args, args.plot)
     if args.plot and not args.growth:
         raise ConfigError("--plot draws what --growth measures; give both.")
     if args.op and args.video:
         raise ConfigError("--op has no effect on --video; leave one of them out.")
     if args.clock == "cpu" and args.device.partition(":")[0] != "cpu":
         raise ConfigError(f"--clock cpu does not see what runs on {args.device}; use --clock wall.")
+    check_arguments(args, args.plot)
