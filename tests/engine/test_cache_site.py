@@ -147,7 +147,7 @@ def test_caches_that_cannot_lose_entries_are_refused(mode: dict[str, Any], match
         ("gemma3", "uniform", "gemma3 slides windows over its caches"),
         ("paligemma", "random", "paligemma lets images see each other in both directions"),
         ("qwen3_5", "uniform", "recurrent"),
-        ("llava", "divprune", "divprune cannot work at 'cache'; it can at: decoder, decoder:K"),
+        ("llava", "divprune", "divprune cannot work at 'cache'; it can at: pixels, vision:K, decoder, decoder:K"),
     ],
 )
 def test_models_and_methods_without_the_site_are_refused(name: str, method: str, match: str) -> None:
