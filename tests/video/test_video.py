@@ -390,3 +390,12 @@ def test_sampling_by_scenes(tmp_path: Path) -> None:
         assert sample_by_scenes(video, 0.6, fps=10.0) == [0, 8]
         with pytest.raises(vtc.ConfigError, match="between 0 and 1"):
             sample_by_scenes(video, 1.0)
+
+
+def test_frames_that_change_their_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = clips.write(tmp_path / "clip.mp4", clips.frames(3))
+    with vtc.video.VideoFile(path) as file:
+        first, *others = list(file.read([0, 1, 2]))
+        monkeypatch.setattr(file._decoder, "read", lambda indices: [first, others[0][:-2], others[1]])
+        with pytest.raises(vtc.InputError, match=r"clip\.mp4: frame 1 is 64 x 46 pixels, but the first is 64 x 48"):
+            file.read([0, 1, 2])

@@ -121,7 +121,7 @@ class VideoFile:
         Raises
         ------
         InputError
-            The file breaks off before the last of them, or has no such frame.
+            The file breaks off before the last of them, has no such frame, or its frames change their size.
         """
         indices = [int(index) for index in indices]
         if not indices or indices[0] < 0 or indices[-1] >= len(self.times) or sorted(indices) != indices:
@@ -136,6 +136,12 @@ class VideoFile:
                 f"{self.path}: decoding stops before frame {missing} of {len(self.times)} "
                 f"({self.times[missing]:.2f} s): the file is cut off or damaged."
             )
+        for index, frame in zip(indices, frames, strict=True):
+            if frame.shape[:2] != (self.info.height, self.info.width):
+                raise InputError(
+                    f"{self.path}: frame {index} is {frame.shape[1]} x {frame.shape[0]} pixels, but the first is "
+                    f"{self.info.width} x {self.info.height}: the file is damaged, or its size changes on the way."
+                )
         return np.stack(frames)
 
     def windows(self, indices: Sequence[int], size: int) -> Iterator[Frames]:
