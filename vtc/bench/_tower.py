@@ -22,15 +22,14 @@ import vtc
 from vtc.bench._models import QWEN_3B_WHOLE, BenchModel, build, prompt
 from vtc.bench._prefill import encode, prefill
 from vtc.bench.timing import Case, conditions, describe, interleave, markdown_table, write_json
-from vtc.bench.tower import SETTINGS, stages
 from vtc.config import CompressionConfig
 from vtc.core.sites import Pixels, VisionLayer
 
 MODELS = {QWEN_3B_WHOLE.name: QWEN_3B_WHOLE}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure every setting, print one table and write JSON if requested."""
+def run(args: argparse.Namespace, plans: dict[str, list[CompressionConfig]]) -> int:
+    """Measure every setting, the stages of each by its words, print one table and write JSON if requested."""
     shape = MODELS[args.model]
     model = build(shape, args.layers, getattr(torch, args.dtype), args.device)
     results = [
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             shape,
             visual_tokens=visual_tokens,
             text_tokens=args.text_tokens,
-            settings=args.setting or SETTINGS,
+            plans=plans,
             repeats=args.repeats,
             warmup=args.warmup,
         )
@@ -65,7 +64,7 @@ def measure(
     *,
     visual_tokens: int,
     text_tokens: int,
-    settings: tuple[str, ...] | list[str],
+    plans: dict[str, list[CompressionConfig]],
     repeats: int,
     warmup: int,
 ) -> list[dict[str, Any]]:
@@ -77,7 +76,6 @@ def measure(
         One JSON-able result per setting, the untouched call first.
     """
     inputs = prompt(shape, model, visual_tokens, text_tokens)
-    plans = {text: stages(text) for text in settings}
     depth = len(model.model.visual.blocks)
     shares = {text: seen_by_layer(plan, depth) for text, plan in plans.items()}
     cases = {"tower": Case(partial(encode, model, inputs)), "call": Case(partial(prefill, model, inputs))}
@@ -95,7 +93,7 @@ def measure(
     }
     scale = shape.full_depth / len(model.get_decoder().layers)
     rows: list[dict[str, Any]] = []
-    for text in ("", *settings):
+    for text in ("", *plans):
         tower, call = (next(iter(timings[f"{part} {text}".strip()].values())) for part in ("tower", "call"))
         decoder = (call.median - tower.median) * scale
         expected = sum(native[share] for share in shares[text]) / depth if text else tower.median

@@ -61,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and write JSON if requested."""
     check_arguments(args)
-    for text in args.setting or ():
-        stages(text)
+    plans = {text: stages(text) for text in args.setting or SETTINGS}
     from vtc.bench import _tower
 
-    return _tower.run(args)
+    return _tower.run(args, plans)
