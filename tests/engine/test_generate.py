@@ -280,6 +280,7 @@ def test_embeddings_instead_of_ids(family: tiny.Family, method: Method, kind: st
 # ------------------------------------------------------------------------------------------- continuous batching
 
 
+@pytest.mark.skipif(not PREFILLS_IN_CHUNKS, reason="the continuous batching of older releases takes minutes on a CPU")
 @over_representatives("divprune", "fastv")
 def test_continuous_batching_of_text(family: tiny.Family, method: Method) -> None:
     # transformers' continuous batching takes ids alone: there are no pictures to compress, and text is never touched.
