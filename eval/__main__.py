@@ -18,15 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
 
-import vtc
-from eval import comparison, readme, runner, sweep, tasks, timing
-from eval.models import Loaded
-from eval.sweep import Job
-from vtc.console import finish
-from vtc.files import check_writable
-from vtc.plain import parse_json
+    import vtc
+    from eval import comparison, readme, runner, sweep, tasks, timing
+    from eval.models import Loaded
+    from eval.sweep import Job
+    from vtc.console import finish
+    from vtc.files import check_writable
+    from vtc.plain import parse_json
+except KeyboardInterrupt:  # seconds pass before `finish` can say so
+    print("eval: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 _KEEP = (0.5, 0.25, 0.11, 0.056)
 
