@@ -50,15 +50,16 @@ def test_gradients_of_a_merge() -> None:
 
 @quick
 @given(st.integers(0, 25), st.integers(1, 9), st.integers(-1, 14), st.booleans(), st.integers(0, 99))
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("order", ["original", "author"])
-def test_bipartite_merge(order: str, n: int, width: int, r: int, exact: bool, seed: int) -> None:
+def test_bipartite_merge(order: str, first: int, n: int, width: int, r: int, exact: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     metric = torch.randn(2, n, width, generator=generator)
     if exact:  # cosines of -1, 0 and 1 alone: nothing but ties
         metric = torch.eye(width)[torch.randint(width, (2, n), generator=generator)]
         metric *= torch.randint(-1, 2, (2, n, 1), generator=generator)
-    anchors, assign = kernels.bipartite_merge(metric, r, order)
-    expected = reference.bipartite_merge(metric, r, order)
+    anchors, assign = kernels.bipartite_merge(metric, r, order, first)
+    expected = reference.bipartite_merge(metric, r, order, first)
     if torch.equal(anchors, expected[0]) and torch.equal(assign, expected[1]):
         return
     assert not exact

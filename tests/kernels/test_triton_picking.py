@@ -76,14 +76,15 @@ def test_segment_merge(n: int, count: int, shape: tuple[int, ...], dtype: torch.
     torch.testing.assert_close(merged, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("order", ["original", "author"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bipartite_merge(dtype: torch.dtype, order: str) -> None:
+def test_bipartite_merge(dtype: torch.dtype, order: str, first: int) -> None:
     metric = torch.randn(2, 15, 33, generator=torch.Generator().manual_seed(1)).to(dtype)
     metric[0, 4] = 0
     with kernels.use("triton"):
-        anchors, assign = kernels.bipartite_merge(metric.to(DEVICE), 5, order)
-    expected = reference.bipartite_merge(metric, 5, order)
+        anchors, assign = kernels.bipartite_merge(metric.to(DEVICE), 5, order, first)
+    expected = reference.bipartite_merge(metric, 5, order, first)
     assert torch.equal(anchors.cpu(), expected[0])
     assert torch.equal(assign.cpu(), expected[1])
 

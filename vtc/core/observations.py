@@ -8,7 +8,7 @@ a decoder layer, d head width, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class VisionAttention(Observation):
         (S + 1,) int: borders of the sequences (images, windows) that are packed into one; None: a crop is a sequence.
     prefix
         How many leading tokens of a crop are no patches: [CLS], registers.
+    bias
+        (B, M): what the logits of every key are raised by, the logarithm of how many patches a merged token stands for;
+        None: nothing. `biased` has it in queries and keys.
     """
 
     queries: Tensor
@@ -62,6 +65,16 @@ class VisionAttention(Observation):
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     prefix: int = 0
+    bias: Tensor | None = None
+
+    def biased(self) -> VisionAttention:
+        """Return the same attention without `bias`, which becomes one more dimension of queries and keys."""
+        if self.bias is None:
+            return self
+        ones = torch.ones_like(self.queries[..., :1])
+        bias = (self.bias / self.scaling)[:, None, :, None].to(self.keys).expand_as(self.keys[..., :1])
+        queries, keys = torch.cat([self.queries, ones], dim=-1), torch.cat([self.keys, bias], dim=-1)
+        return replace(self, queries=queries, keys=keys, bias=None)
 
     def sequences(self) -> Iterator[VisionAttention]:
         """The packed sequences one by one, each as a call of its own."""

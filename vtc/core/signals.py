@@ -195,6 +195,7 @@ class ClsAttention(VisionSignal):
 
     def compute(self, raw: VisionAttention) -> Tensor:
         """(B, M, H): softmax rows of the first query."""
+        raw = raw.biased()
         first, mask, bounds = raw.queries[:, :, :1], raw.mask, raw.cu_seqlens
         if bounds is not None:
             first, mask = raw.queries[0, :, bounds[:-1].long()].transpose(0, 1)[:, :, None], None
@@ -217,6 +218,7 @@ class ReceivedAttention(VisionSignal):
 
     def compute(self, raw: VisionAttention) -> Tensor:
         """(B, M, H)."""
+        raw = raw.biased()
         received = kernels.attention_received(raw.queries, raw.keys, raw.scaling, raw.mask, cu_seqlens=raw.cu_seqlens)
         return received.movedim(-1, 1)
 

@@ -101,7 +101,7 @@ class _Watch:
 
     def extra_mask(self, module: nn.Module, query: torch.Tensor) -> torch.Tensor | None:
         """Return what is added to the mask of an attention module of the tower."""
-        return None if self.tower is None else self.tower.mask(query.dtype)
+        return None if self.tower is None else self.tower.attention_bias(module, query)
 
 
 _ENCODING: ContextVar[_Watch | None] = ContextVar("vtc_encoding", default=None)
@@ -299,6 +299,7 @@ class Encoder:
                 if signal in own
                 else self._pixel_values(modality, call, signal, run.pixels)
                 for signal in stage.stage.requires
+                if signal in own or signal.reads is PatchPixels
             }
 
         def begin(rows: torch.Tensor) -> TowerPass:
@@ -415,7 +416,10 @@ def _attention_observer(layer: int, prefix: int, see: Any) -> Callable[..., None
         # A flash kernel gets all images of a packed tower in one call; the others get them one by one.
         bounds = kwargs.get("cu_seq_lens_q")
         allowed = _allowed(mask) if bounds is None else None
-        see((VisionAttention, layer), VisionAttention(query, key, value, scaling, allowed, bounds, prefix))
+        watch = _ENCODING.get()
+        merged = watch is not None and watch.tower is not None and watch.tower.sizes is not None
+        bias = mask[:, 0, 0].masked_fill(~allowed[:, 0, 0], 0.0) if merged and allowed is not None else None
+        see((VisionAttention, layer), VisionAttention(query, key, value, scaling, allowed, bounds, prefix, bias))
 
     return record
 

@@ -1,7 +1,9 @@
 """Inside a vision tower: on entering a layer its stages choose, and the sequence of patches becomes shorter.
 
-Patches leave in cells: all patches that become one token together. What comes out of the tower is put back to the
-length that the model expects, with zeros where patches were dropped, so that nothing behind it has to know.
+Patches leave in cells: all patches that become one token together. Where cells are merged, each patch of one flows into
+the patch at the same place of the other, and attention counts a patch as often as it stands for others. What comes out
+of the tower is put back to the length that the model expects, with zeros where patches left, so that nothing behind it
+has to know.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import torch
 from torch import nn
 
 from vtc.adapters.base import TowerUnit
+from vtc.core.actions import Action
 from vtc.core.context import VisualContext
-from vtc.core.observations import PatchPixels
+from vtc.core.observations import PatchPixels, TokenGrids
 from vtc.core.packing import PackPlan
+from vtc.core.selection import Selection
 from vtc.core.signals import Signal
 from vtc.core.sites import Site
-from vtc.engine.plan import PlannedStage
+from vtc.engine.plan import PlannedStage, no_merging_with_flash
 from vtc.errors import UnsupportedMethodError, UnsupportedModelError
 
 __all__ = ["TowerPass", "refuse_checkpointing"]
@@ -47,10 +51,17 @@ class TowerPass:
     flash : bool
         Whether the tower's attention takes no mask, so that crops of one batch must keep equally many patches.
 
+    Raises
+    ------
+    UnsupportedModelError
+        Patches are to merge, and attention takes no mask.
+
     Attributes
     ----------
     survivors : dict of Site to BoolTensor (C, T)
         Tokens that are left behind each site.
+    sizes : Tensor (C, T'), or None
+        How many patches every current token stands for in attention; None while each stands for itself.
     """
 
     def __init__(
@@ -65,7 +76,11 @@ class TowerPass:
     ) -> None:
         self.units, self.stages, self.prefix, self.modality, self.values = units, stages, prefix, modality, values
         self.flash = flash
+        merging = [stage for each in stages.values() for stage in each if stage.stage.action is Action.MERGE]
+        if merging and flash:
+            raise UnsupportedModelError(no_merging_with_flash(merging[0].selector.name, merging[0].site))
         self.survivors: dict[Site, torch.Tensor] = {}
+        self.sizes: torch.Tensor | None = None
         self.selector_ms = 0.0
         self._kept = [torch.arange(len(unit.cells)) for unit in units]
         self._plans: list[tuple[int, PackPlan]] = []
@@ -74,6 +89,7 @@ class TowerPass:
         self._left = False
         self._shortened: dict[int, tuple[Any, Any]] = {}
         self._mask: torch.Tensor | None = None
+        self._seen: dict[nn.Module, int] = {}  # tokens that an attention module has been called with so far
 
     def enter(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,11 +126,23 @@ class TowerPass:
         hidden = rows[0] if packed else rows
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return what attention adds to its logits (C, 1, 1, T'), where crops keep different numbers of patches."""
-        if self._mask is None:
+    def attention_bias(self, module: nn.Module, query: torch.Tensor) -> torch.Tensor | None:
+        """Return what a call of an attention module adds to its logits, (C, 1, 1, M); None if nothing.
+
+        That is the logarithm of the size of every token, so that one that stands for n counts n times; and minus
+        infinity, nearly, for what only fills the rows of crops that keep fewer patches than others.
+        """
+        if self._mask is None and self.sizes is None:
             return None
-        return torch.zeros_like(self._mask, dtype=dtype).masked_fill(~self._mask, torch.finfo(dtype).min)[:, None, None]
+        bias = torch.zeros(self._source.shape, dtype=query.dtype, device=query.device)
+        if self.sizes is not None:
+            bias = bias + self.sizes.to(torch.promote_types(query.dtype, torch.float32)).log().to(bias)
+        if self._mask is not None:
+            bias = bias.masked_fill(~self._mask.to(bias.device), torch.finfo(query.dtype).min)
+        # The images and windows of a packed sequence come one by one.
+        start, total = self._seen.get(module, 0), self._source.shape[1]
+        self._seen[module] = (start + query.shape[2]) % total
+        return bias[:, None, None, start : start + query.shape[2]]
 
     def restore_rows(self, values: torch.Tensor, layer: int) -> torch.Tensor:
         """Put values (C, T', ...) of the tokens behind layer `layer` back among all that came in, zeros elsewhere."""
@@ -155,17 +183,21 @@ class TowerPass:
             kept = self._kept[number]
             here = place[unit.crop, self.prefix + unit.cells[kept].to(place.device)]  # (N, p)
             began = time.perf_counter()
-            selection = stage.selector.select(self._context(stage, unit, kept, rows[unit.crop][here], values).check())
+            context = self._context(stage, unit, kept, rows[unit.crop][here], values)
+            selection = stage.selector.select(context.check())
             self.selector_ms += 1e3 * (time.perf_counter() - began)
             if selection.assign is not None:
-                raise UnsupportedMethodError(f"{stage.selector.name} merged patches at {str(stage.site)!r}")
+                rows = self._merge(stage, selection, rows, unit.crop, here)
             gone = torch.ones(len(kept), dtype=torch.bool)
             gone[selection.keep.cpu()] = False
             keep[unit.crop, here[gone.to(here.device)].flatten()] = False
             self._kept[number] = kept[~gone]
         if not bool(keep.eq(self._source >= 0).all()):
-            plan, (rows, source), _ = PackPlan.pack(keep, [rows, self._source], [1, 1], side="right")
+            sizes = () if self.sizes is None else (self.sizes,)
+            plan, packed, _ = PackPlan.pack(keep, [rows, self._source, *sizes], [1] * (2 + len(sizes)), side="right")
+            rows, source = packed[:2]
             self._source = source.masked_fill(~plan.mask, -1)
+            self.sizes = packed[2].masked_fill(~plan.mask, 1) if sizes else None
             self._plans.append((layer, plan))
             self._shortened = {}
             self._mask = None if bool(plan.mask.all()) else plan.mask
@@ -178,6 +210,34 @@ class TowerPass:
         self.survivors[stage.site] = left
         return rows
 
+    def _merge(
+        self, stage: PlannedStage, selection: Selection, rows: torch.Tensor, crop: int, here: torch.Tensor
+    ) -> torch.Tensor:
+        """Merge the cells at `here` (N, p) of a crop into those that stay, and add up their sizes.
+
+        Returns
+        -------
+        Tensor (C, T', D)
+            `rows` with merged tokens in the places of those that stay.
+        """
+        if stage.stage.action is not Action.MERGE:
+            raise UnsupportedMethodError(
+                f"{stage.selector.name} merged patches at {str(stage.site)!r} though its stage declares "
+                f"{stage.stage.action}"
+            )
+        if self.sizes is None:
+            self.sizes = torch.ones(rows.shape[:2], device=rows.device)
+        anchors = here[selection.keep.to(here.device)]
+        assign, weight = selection.matrix()  # (N, A)
+        sizes = self.sizes[crop][here[:, 0]].to(assign.device)  # the patches of a cell have the same
+        totals = Selection(selection.n, selection.keep, assign, torch.ones_like(weight)).merge(sizes)
+        if selection.weight is None:  # the mean is over patches, however many tokens they are in
+            weight = (sizes[:, None] / totals[assign.clamp(min=0)]).masked_fill(assign < 0, 0.0)
+        merged = Selection(selection.n, selection.keep, assign, weight).merge(rows[crop][here])
+        at = torch.full_like(anchors, crop)
+        self.sizes = self.sizes.index_put((at, anchors), totals[:, None].to(self.sizes).expand_as(anchors))
+        return rows.index_put((at, anchors), merged)
+
     @torch.no_grad()
     def _context(
         self,
@@ -189,7 +249,9 @@ class TowerPass:
     ) -> VisualContext:
         """Show a stage the cells that are left of a unit; `patches` (N, p, D) are their hidden states."""
         whole = len(kept) == len(unit.cells)
-        signals = {}
+        grids = TokenGrids((unit.grid,), patches.device)
+        wanted = [signal for signal in stage.stage.requires if signal.reads is TokenGrids]
+        signals = {signal: signal.present(signal.compute(grids)[kept.to(patches.device)]) for signal in wanted}
         for signal, value in values.items():
             cells = (unit.inputs if signal.reads is PatchPixels else unit.cells)[kept].to(value.device)
             signals[signal] = signal.present(value[unit.crop][cells].float().mean(dim=1).to(value.dtype))
@@ -201,6 +263,8 @@ class TowerPass:
             modality=self.modality if unit.grid[0] > 1 else "image",
             site=stage.site,
             keep_ratio=stage.keep_ratio,
+            structural=self.prefix,
+            tokens_at_input=len(unit.cells),
             signals=signals,
         )
 

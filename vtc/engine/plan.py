@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from vtc.adapters.base import Adapter
 from vtc.budget import resolve_budget
 from vtc.config import CompressionConfig
 from vtc.core.actions import Action
-from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText, TokenGrids
+from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText
 from vtc.core.selector import Selector
 from vtc.core.signals import Signal, VisionSignal
 from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
@@ -22,11 +23,11 @@ from vtc.engine.masks import LayerTypes
 from vtc.errors import ConfigError, UnsupportedMethodError, UnsupportedModelError
 from vtc.registry import get_selector
 
-__all__ = ["Plan", "PlannedStage", "make_plan", "shape_of", "tower_layer"]
+__all__ = ["Plan", "PlannedStage", "make_plan", "no_merging_with_flash", "shape_of", "tower_layer"]
 
 ACTIONS: dict[type[Site], frozenset[Action]] = {
     Pixels: frozenset({Action.KEEP}),
-    VisionLayer: frozenset({Action.KEEP}),
+    VisionLayer: frozenset({Action.KEEP, Action.MERGE}),
     BeforeDecoder: frozenset({Action.KEEP, Action.MERGE}),
     DecoderLayer: frozenset({Action.KEEP}),
     CacheAfterPrefill: frozenset({Action.EVICT}),
@@ -222,8 +223,6 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
         if settled and signal.reads is PromptText and not isinstance(stage.site, BeforeDecoder):
             why = f"it is read before the decoder, not at {str(stage.site)!r}"
         tower = isinstance(stage.site, (Pixels, VisionLayer))
-        if settled and tower and signal.reads is TokenGrids:
-            why = f"it is not known at {str(stage.site)!r}"
         if settled and tower and isinstance(signal, VisionSignal) and not tower_layer(stage.site):
             why = f"no layer of the tower has run at {str(stage.site)!r}"
         if why is not None:
@@ -277,11 +276,22 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
                     f"{selector.name} was placed at {str(site)!r}, but the {modality} features of this model come from "
                     f"tower layer {last}; use 'vision:0' to 'vision:{last}'"
                 )
+            config: Any = adapter.tower(modality).config
+            if stage.action is Action.MERGE and "flash" in str(config._attn_implementation):
+                raise UnsupportedMethodError(no_merging_with_flash(selector.name, site))
     if isinstance(site, DecoderLayer) and site.layer >= shape.decoder_layers:
         raise ConfigError(
             f"{selector.name} prunes at decoder layer {site.layer}; this model has layers 1 to "
             f"{shape.decoder_layers - 1}"
         )
+
+
+def no_merging_with_flash(method: str, site: Site) -> str:
+    """Say why patches cannot merge under flash attention."""
+    return (
+        f"{method} merges patches at {str(site)!r}, which attention then has to count by their sizes, but flash "
+        "attention takes no such weights; use attn_implementation='sdpa'"
+    )
 
 
 def _check_order(stages: Sequence[PlannedStage]) -> None:

@@ -11,12 +11,12 @@ _BLOCK = 512  # rows of the similarity matrix computed at a time
 
 
 @op("vtc.kernels.triton_merge:bipartite_merge")
-def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
+def bipartite_merge(metric: Tensor, r: int, order: str = "original", first: int = 0) -> tuple[Tensor, Tensor]:
     """Merge `r` of N tokens into their most similar partner (AIM, arXiv 2412.03248; the matching is ToMe's).
 
-    Tokens at even indices are sources, those at odd indices destinations. The `r` sources that are most similar
-    (cosine) to any destination are merged into it, possibly several into one; all other tokens stay. `r` is limited to
-    N // 2; for `r` <= 0 and for a single token nothing is merged.
+    Every second token is a source, from token `first` on, and the others are destinations. The `r` sources that are
+    most similar (cosine) to any destination are merged into it, possibly several into one; all other tokens stay. `r`
+    is limited to N // 2; for `r` <= 0 and for a single token nothing is merged.
 
     Parameters
     ----------
@@ -27,6 +27,8 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Te
     order
         "original": slots in the order of their anchor tokens. "author": as in the released code, first the sources that
         stay, by descending similarity, then all destinations. The order matters where slots are merged again.
+    first
+        0 or 1: where the sources begin. 1 counts like a sequence with one protected token in front.
 
     Returns
     -------
@@ -41,17 +43,19 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Te
     tokens = torch.arange(n, device=metric.device)
     if r == 0:
         return tokens.expand(batch, n), tokens.expand(batch, n)
-    best, partner = _best_partner(unit[:, ::2], unit[:, 1::2])
-    return slots_of_matching(best, partner, n, r, order)
+    best, partner = _best_partner(unit[:, first::2], unit[:, 1 - first :: 2])
+    return slots_of_matching(best, partner, n, r, order, first)
 
 
-def slots_of_matching(best: Tensor, partner: Tensor, n: int, r: int, order: str) -> tuple[Tensor, Tensor]:
+def slots_of_matching(
+    best: Tensor, partner: Tensor, n: int, r: int, order: str, first: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return the result of `bipartite_merge` for the best destinations `partner` of the sources and their similarity.
 
     `best` and `partner` are (B, S).
     """
     batch, device = len(best), best.device
-    source, destination = torch.arange(0, n, 2, device=device), torch.arange(1, n, 2, device=device)
+    source, destination = torch.arange(first, n, 2, device=device), torch.arange(1 - first, n, 2, device=device)
     ranked = best.sort(dim=1, descending=True, stable=True).indices
     merged, staying = ranked[:, :r], ranked[:, r:]
     anchors = torch.cat([source[staying], destination.expand(batch, -1)], dim=1)

@@ -289,23 +289,23 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
-def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
+def bipartite_merge(metric: Tensor, r: int, order: str = "original", first: int = 0) -> tuple[Tensor, Tensor]:
     """Return the anchor tokens (B, N - r) of the slots and the slots (B, N) of the tokens, row by row.
 
-    The `r` even tokens most similar to any odd token are merged into that token.
+    The `r` sources, every second token from `first` on, most similar to any other token are merged into that token.
     """
     batch, n = metric.shape[:2]
     r = max(0, min(r, n // 2))
     anchors, assign = [], []
     for row in metric:
-        similarity = cosines(row)[::2, 1::2]
-        best = similarity.amax(dim=1) if n > 1 else similarity.new_zeros(n)
-        ranked = (2 * best.sort(descending=True, stable=True).indices).tolist()
-        staying = ranked[r:] + list(range(1, n, 2))
+        similarity = cosines(row)[first::2, 1 - first :: 2]
+        best = similarity.amax(dim=1) if n > 1 else similarity.new_zeros(len(similarity))
+        ranked = (first + 2 * best.sort(descending=True, stable=True).indices).tolist()
+        staying = ranked[r:] + list(range(1 - first, n, 2))
         if order == "original" or r == 0:
             staying.sort()
         slot = {token: place for place, token in enumerate(staying)}
-        into = {token: 2 * int(similarity[token // 2].argmax()) + 1 for token in ranked[:r]}
+        into = {token: 2 * int(similarity[token // 2].argmax()) + 1 - first for token in ranked[:r]}
         anchors.append(staying)
         assign.append([slot[into.get(token, token)] for token in range(n)])
     anchor = torch.tensor(anchors, dtype=torch.long, device=metric.device).view(batch, n - r)

@@ -47,16 +47,17 @@ def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = N
     return out
 
 
-def bipartite_merge(metric: Tensor, r: int, order: str = "original") -> tuple[Tensor, Tensor]:
+def bipartite_merge(metric: Tensor, r: int, order: str = "original", first: int = 0) -> tuple[Tensor, Tensor]:
     """Implement `vtc.kernels.bipartite_merge`."""
-    metric = metric.contiguous()
     batch, n = metric.shape[:2]
     r = max(0, min(r, n // 2))
     if r == 0:
         tokens = torch.arange(n, device=metric.device)
         return tokens.expand(batch, n), tokens.expand(batch, n)
-    best, partner = nearest(metric, inverse_norms(metric.flatten(0, 1)).view(batch, n), step=2, offset=1)
-    return slots_of_matching(best, partner, n, r, order)
+    # Sources are the even rows: one row in front, which is taken off again, shifts them.
+    metric = torch.nn.functional.pad(metric, (0, 0, first, 0)).contiguous()
+    best, partner = nearest(metric, inverse_norms(metric.flatten(0, 1)).view(batch, -1), step=2, offset=1)
+    return slots_of_matching(best[:, first:], partner[:, first:], n, r, order, first)
 
 
 def _specs() -> list[KernelSpec]:

@@ -10,6 +10,7 @@ from .evs import EvsSelector
 from .fastv import FastVSelector
 from .random import RandomSelector
 from .todre import ToDreSelector
+from .tome import ToMeSelector
 from .uniform import UniformSelector
 from .vflowopt import VFlowOptSelector
 from .vidcom2 import VidCom2Selector
@@ -25,6 +26,7 @@ __all__ = [
     "ScoreSelector",
     "Selector",
     "ToDreSelector",
+    "ToMeSelector",
     "UniformSelector",
     "VFlowOptSelector",
     "VidCom2Selector",

@@ -78,7 +78,7 @@ class ContextRelevance(VisionSignal):
                 reduction=self.reduction,
                 prefix=one.prefix,
             )
-            for one in raw.sequences()
+            for one in raw.biased().sequences()
         ]
         return torch.cat(parts, dim=1)
 
