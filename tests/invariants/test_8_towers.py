@@ -292,3 +292,16 @@ def test_a_method_of_the_decoder_follows() -> None:
     case.model.generate(**case.batch("single"), max_new_tokens=2, do_sample=False)
     (segment,) = vtc.report(case.model).segments
     assert [selection.k for _, selection in segment.selections] == [8, 4]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_the_report_counts_the_towers_arithmetic(family: str) -> None:
+    case = build(tiny.family(family))
+    with vtc.compressed(case.model, [config("random", "vision:1"), config("random", "decoder")]) as model:
+        model(**case.batch("single"))
+        report = vtc.report(model)
+    assert [str(site) for site, _, _ in report.sites] == ["vision:1", "decoder"]
+    assert [left for _, _, left in report.sites] == [report.sites[1][1], report.visual_tokens_after]
+    left = report.tower_flops_after / report.tower_flops_before
+    assert 0.5 < left < 0.7  # the first of four layers sees all, and [CLS] stays
+    assert "tower FLOPs" in str(report)

@@ -30,7 +30,7 @@ from vtc.config import CompressionConfig
 from vtc.core.selection import Selection
 from vtc.core.sites import BeforeDecoder, DecoderLayer
 from vtc.errors import UnsupportedModelError
-from vtc.report.flops import DecoderShape
+from vtc.report.flops import DecoderShape, block_flops
 from vtc.report.report import Report, SegmentReport
 
 VICUNA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
@@ -280,7 +280,7 @@ def build(**changes):
         "segments": segments,
         "lengths_before": [12, 8],
         "lengths_per_layer": [[8, 5], [6, 5]],
-        "selector_ms": 1.25,
+        "spent": {DecoderLayer(1): 0.25, BeforeDecoder(): 1.0},
         "dtype": torch.bfloat16,
         "transformers_version": transformers.__version__,
     }
@@ -314,7 +314,8 @@ class TestReport:
         assert table["row 1, prompt in the last layer"] == "62.5 %"
         assert table["visual tokens, layer 0"] == "50.0 %"
         assert table["visual tokens, mean over layers"] == "42.9 %"
-        assert table["selector"] == "1.25 ms"
+        assert table["selector at decoder"] == "1.00 ms"
+        assert table["selector at decoder:1"] == "0.25 ms"
         assert lines[-1].startswith("llama decoder in bfloat16, vtc ")
         ends = {line.rindex("%") for line in lines[1:] if "%" in line}
         assert len(ends) == 1
@@ -357,3 +358,21 @@ class TestReport:
         shape = DecoderShape.from_config(text)
         assert len(shape.layers) == text.num_hidden_layers
         assert all(layer.window is None for layer in shape.layers)
+
+    def test_sites_with_their_tokens_and_times(self):
+        report = build(tower_flops=(4_000_000, 1_000_000))
+        assert report.selector_ms == 1.25
+        assert report.sites == ((BEFORE, 14, 7), (DecoderLayer(1), 4, 2))
+        text = str(report)
+        assert "at decoder:1, tokens" in text
+        assert "tower FLOPs, M" in text
+        assert report.to_dict()["sites"][1] == {"site": "decoder:1", "came": 4, "left": 2, "selector_ms": 0.25}
+
+
+def test_flops_of_a_layer_of_a_tower_by_hand():
+    tower = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    (layer,) = (module for module in tower.modules() if type(module).__name__ == "CLIPEncoderLayer")
+    # Four projections of 8 x 8 and two matrices of 8 x 16 per token; two products of 8 per pair of a query and a key.
+    assert block_flops(layer, 10, 58) == 2 * (10 * (4 * 64 + 2 * 128) + 2 * 58 * 8)

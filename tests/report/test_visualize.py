@@ -189,7 +189,7 @@ def by_hand(
         segments=[segment],
         lengths_before=[n],
         lengths_per_layer=[[n]] * 4,
-        selector_ms=0.0,
+        spent={},
         dtype=torch.float32,
         transformers_version="0",
     )

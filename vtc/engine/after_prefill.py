@@ -43,7 +43,7 @@ def after_prefill(compression: Compression, forward: ForwardState, output: Any) 
     for stage in stages:
         require_whole_prompt(forward, stage)
         for segment in prompt.segments:
-            prompt.selector_ms += choose(stage, segment, structural=compression.plan.structural)
+            prompt.spend(stage.site, choose(stage, segment, structural=compression.plan.structural))
     prompt.decide(_SITE)
     keep = prompt.keep_at(_SITE)
     starts = [start for start, _ in forward.key_groups]

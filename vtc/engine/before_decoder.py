@@ -161,7 +161,6 @@ def _find_prompt(compression: Compression, call: CallState, forward: ForwardStat
         )
         if answered is not None:
             call.prompt.valid |= answered
-        call.prompt.selector_ms += sum(found.selector_ms for found in encoded.values())
         call.note(call.prompt)
     if len(forward.source_index) % call.prompt.rows:
         raise InputError(f"{len(forward.source_index)} rows cannot come from a prompt of {call.prompt.rows}")
@@ -179,7 +178,7 @@ def _select(compression: Compression, forward: ForwardState, prompt: Prompt, emb
             require_whole_prompt(forward, stage)
         for segment in prompt.segments:
             extra = _text_values(text_signals, forward, prompt, segment, embeds) if text_signals else {}
-            prompt.selector_ms += choose(stage, segment, extra, structural=compression.plan.structural)
+            prompt.spend(stage.site, choose(stage, segment, extra, structural=compression.plan.structural))
     prompt.decide()
 
 

@@ -27,6 +27,7 @@ from vtc.engine.in_tower import TowerPass, refuse_checkpointing
 from vtc.engine.plan import Plan, PlannedStage, tower_layer
 from vtc.engine.recorder import UNSEEN, masking, recording
 from vtc.errors import InputError, StateError, UnsupportedModelError
+from vtc.report.flops import block_flops
 
 __all__ = ["Encoded", "Encoder", "EncoderMemory"]
 
@@ -46,8 +47,10 @@ class Encoded:
         Values per row, (total, ...), not yet in the form that methods see.
     survivors
         (total,) bool: rows that are left behind each site in the tower.
-    selector_ms
-        Milliseconds that methods took in the tower.
+    spent
+        Milliseconds that methods took at each site in the tower.
+    tower_flops
+        FLOPs of the tower's layers with all patches, and with those that were left; None if none can leave.
     """
 
     modality: str
@@ -55,7 +58,8 @@ class Encoded:
     layout: Layout
     signals: dict[Signal, torch.Tensor]
     survivors: dict[Site, torch.Tensor] = field(default_factory=dict)
-    selector_ms: float = 0.0
+    spent: dict[Site, float] = field(default_factory=dict)
+    tower_flops: tuple[int, int] | None = None
 
 
 _Place = tuple[type[Observation], int]
@@ -171,8 +175,7 @@ class Encoder:
             if self.plan.in_tower:
                 hooks.after(tower, _leave_tower)
         for block, layer in shortened.items():
-            if layer >= min(self.plan.in_tower):
-                hooks.before(block, functools.partial(_enter_block, layer))
+            hooks.before(block, functools.partial(_enter_block, layer))
         for outlet in outlets:
             hooks.after(outlet, _leave_cells)
         for block in blocks:
@@ -222,8 +225,9 @@ class Encoder:
                     run.values[signal] = rows.reshape(len(rows), *values.shape[2:])
             survivors = self._survivors(modality, call, run.tower, layout)
         known = {signal: run.values[signal] for signal in signals if signal in run.values}
-        spent = 0.0 if run.tower is None else run.tower.selector_ms
-        encoded = Encoded(modality, rows_of(run.output).detach(), layout, known, survivors, spent)
+        encoded = Encoded(modality, rows_of(run.output).detach(), layout, known, survivors)
+        if run.tower is not None:
+            encoded.spent, encoded.tower_flops = run.tower.spent, self._tower_flops(modality, run.tower)
         self._known[_first_tensor(run.output)] = encoded
         return run.output, encoded
 
@@ -342,6 +346,15 @@ class Encoder:
                 yield
         finally:
             _ENCODING.reset(token)
+
+    def _tower_flops(self, modality: str, tower: TowerPass) -> tuple[int, int]:
+        """Return the FLOPs of the tower's layers on all patches, and on those that were left."""
+        blocks = self.adapter.tower_blocks(modality)
+        loads = tower.loads().items()
+        before, after = zip(
+            *([block_flops(blocks[layer], *load) for load in pair] for layer, pair in loads), strict=True
+        )
+        return sum(before), sum(after)
 
     def _stages(self) -> list[PlannedStage]:
         """Stages inside the tower."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter
 from vtc.core.observations import DecoderAttention, VisionAttention
-from vtc.core.sites import CacheAfterPrefill
+from vtc.core.sites import CacheAfterPrefill, Site
 from vtc.engine.after_prefill import after_prefill
 from vtc.engine.before_decoder import before_decoder
 from vtc.engine.cache import Owner, cache_in, record_of
@@ -185,15 +185,17 @@ class Engine(Compression):
         stored = None
         if prompt.decided(CacheAfterPrefill()):  # every layer stores what is left behind all sites
             stored = [(valid & prompt.keep_at(CacheAfterPrefill())).sum(dim=1).tolist()] * depth
-        return self.build_report(segments, valid.sum(dim=1).tolist(), lengths, prompt.selector_ms, stored)
+        before = valid.sum(dim=1).tolist()
+        return self.build_report(segments, before, lengths, prompt.spent, stored, prompt.tower_flops)
 
     def build_report(
         self,
         segments: Sequence[SegmentReport],
         lengths_before: Sequence[int],
         lengths_per_layer: Sequence[Sequence[int]],
-        selector_ms: float,
+        spent: Mapping[Site, float],
         stored_per_layer: Sequence[Sequence[int]] | None = None,
+        tower_flops: tuple[int, int] | None = None,
     ) -> Report:
         """Build a report of this model and configuration; arguments as in `Report.build`."""
         import transformers
@@ -206,7 +208,8 @@ class Engine(Compression):
             lengths_before=lengths_before,
             lengths_per_layer=lengths_per_layer,
             stored_per_layer=stored_per_layer,
-            selector_ms=selector_ms,
+            spent=spent,
+            tower_flops=tower_flops,
             dtype=self.model.dtype,
             transformers_version=transformers.__version__,
         )

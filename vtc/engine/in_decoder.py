@@ -78,7 +78,7 @@ def _prune(
             row = forward.first_row(segment.row)
             places = forward.find(row, segment.columns[segment.kept])
             extra = {s: value[row][places] if s.per_token else value[row] for s, value in values.items()}
-            prompt.selector_ms += choose(stage, segment, extra, structural=compression.plan.structural)
+            prompt.spend(stage.site, choose(stage, segment, extra, structural=compression.plan.structural))
         prompt.decide(site)
     keep = forward.keeping(prompt.keep_at(site))
     if torch.equal(keep, forward.valid):

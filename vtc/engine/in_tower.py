@@ -62,6 +62,8 @@ class TowerPass:
         Tokens that are left behind each site.
     sizes : Tensor (C, T'), or None
         How many patches every current token stands for in attention; None while each stands for itself.
+    spent : dict of Site to float
+        Milliseconds that methods took.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class TowerPass:
             raise UnsupportedModelError(no_merging_with_flash(merging[0].selector.name, merging[0].site))
         self.survivors: dict[Site, torch.Tensor] = {}
         self.sizes: torch.Tensor | None = None
-        self.selector_ms = 0.0
+        self.spent: dict[Site, float] = {}
+        self._loads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # lengths of sequences, before and after
         self._kept = [torch.arange(len(unit.cells)) for unit in units]
         self._plans: list[tuple[int, PackPlan]] = []
         self._source = torch.empty(0, 0, dtype=torch.long)  # (C, T'): place of every current token at the beginning
@@ -118,9 +121,13 @@ class TowerPass:
             self._source = torch.arange(self._length, device=rows.device).expand(len(rows), -1)
         for stage in self.stages.get(layer, ()):
             rows = self._drop(stage, layer, rows)
+        borders = kwargs.get("cu_seqlens")
+        before = torch.full((len(rows),), self._length) if borders is None else borders.diff()
+        self._loads[layer] = before, before
         if not self._plans:
             return None
         kwargs = {**kwargs, **self._arguments(kwargs)}
+        self._loads[layer] = before, (self._source >= 0).sum(dim=1) if borders is None else kwargs["cu_seqlens"].diff()
         if len(args) > 1 and isinstance(args[1], torch.Tensor):  # CLIP's and SigLIP's mask has no name
             args = (args[0], self._shorten_mask(args[1]), *args[2:])
         hidden = rows[0] if packed else rows
@@ -150,6 +157,18 @@ class TowerPass:
             if start <= layer:
                 values = plan.scatter(values)
         return values
+
+    def loads(self) -> dict[int, list[list[int]]]:
+        """Return, for every layer that ran, tokens and the sum of squares of the lengths of their sequences.
+
+        Returns
+        -------
+        dict of layer to [[tokens, squares] of all patches, [tokens, squares] of those that were left]
+        """
+        sums = [
+            torch.stack([torch.stack([n.sum(), (n.long() ** 2).sum()]) for n in pair]) for pair in self._loads.values()
+        ]
+        return dict(zip(self._loads, torch.stack(sums).tolist(), strict=True)) if sums else {}
 
     def leave(self, output: Any) -> None:
         """Put the hidden states in the output of a tower back to full length: it has run."""
@@ -185,7 +204,8 @@ class TowerPass:
             began = time.perf_counter()
             context = self._context(stage, unit, kept, rows[unit.crop][here], values)
             selection = stage.selector.select(context.check())
-            self.selector_ms += 1e3 * (time.perf_counter() - began)
+            spent = 1e3 * (time.perf_counter() - began)
+            self.spent[stage.site] = self.spent.get(stage.site, 0.0) + spent
             if selection.assign is not None:
                 rows = self._merge(stage, selection, rows, unit.crop, here)
             gone = torch.ones(len(kept), dtype=torch.bool)

@@ -161,11 +161,15 @@ class Prompt:
     ) -> None:
         self.ids, self.offset, self.answered = ids, offset, answered
         self.rows, self.columns = ids.shape
-        self.selector_ms = 0.0
+        counted = [call.tower_flops for call in encoded.values() if call.tower_flops is not None]
+        self.tower_flops = (sum(b for b, _ in counted), sum(a for _, a in counted)) if counted else None
+        self.spent: dict[Site, float] = {}  # milliseconds that methods took
         self.segments: list[Segment] = []
         self.visual: torch.Tensor = torch.zeros_like(ids, dtype=torch.bool)
         self.valid = torch.zeros_like(self.visual)  # filled as the columns come
         for modality, call in encoded.items():
+            for site, milliseconds in call.spent.items():
+                self.spend(site, milliseconds)
             where = adapter.placeholders(ids, modality)
             self.visual |= where
             self.segments += _cut(where, call)
@@ -191,6 +195,10 @@ class Prompt:
                 left = segment.survivors.get(site)
                 if left is not None:
                     self._keep[site][segment.row, segment.columns[~left]] = False
+
+    def spend(self, site: Site, milliseconds: float) -> None:
+        """Note how long a method took at `site`."""
+        self.spent[site] = self.spent.get(site, 0.0) + milliseconds
 
     def mark_seen(self, source_index: torch.Tensor) -> None:
         """Note which columns of the conversation, (S, T) with -1 for padding, really came."""

@@ -8,7 +8,8 @@ Conventions
 * Attention counts the whole n x n rectangle (n x min(n, window) in a sliding-window layer), which is what a dense
   kernel computes and what the papers report. A kernel that skips the upper triangle does about half of that part.
 * The language-model head counts once per row: `generate` asks the prefill for the last position only.
-* Vision tower and projector are not counted. Compression leaves them as they are.
+* Vision tower and projector are not counted as long as compression leaves them as they are. Where patches leave inside
+  the tower, `block_flops` counts its layers.
 
 For multi-head attention and a plain two-matrix MLP one layer costs ``4nd^2 + 2n^2d + 2ndm`` MACs, with a gated MLP
 ``4nd^2 + 2n^2d + 3ndm`` (FastV, arXiv 2403.06764, section 4.2 writes the former). Which matrices a layer has is read
@@ -121,6 +122,27 @@ class DecoderShape:
     def prefill_flops(self, n: int) -> int:
         """FLOPs of all layers and the head on a prefill of `n` tokens of one row, the same n in every layer."""
         return sum(self.layer_flops(i, n) for i in range(len(self.layers))) + self.head_flops()
+
+
+def block_flops(block: nn.Module, tokens: int, squares: int) -> int:
+    """FLOPs of one layer of a vision tower.
+
+    Parameters
+    ----------
+    block : nn.Module
+    tokens : int
+        Tokens of all sequences together.
+    squares : int
+        Sum of the squares of the lengths of the sequences that attention is computed in.
+    """
+    matrices = {name: each for name, each in block.named_modules() if isinstance(each, nn.Linear)}
+    width = next(
+        (each.out_features // (3 if name.endswith("qkv") else 1) for name, each in matrices.items()
+         if name.endswith(("q_proj", "qkv", "query"))), 0,
+    )  # fmt: skip
+    return FLOPS_PER_MAC * (
+        tokens * sum(each.in_features * each.out_features for each in matrices.values()) + 2 * squares * width
+    )
 
 
 @functools.lru_cache(maxsize=32)

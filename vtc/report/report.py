@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vtc.config import CompressionConfig
     from vtc.core.selection import Selection
     from vtc.core.sites import Site
+
+
+_FLOPS = ("", "k", "M", "G", "T", "P")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +104,10 @@ class Report:
         (L,) bytes of keys and values that the prefill leaves in every layer's dynamic cache, all rows together.
     flops_note : str or None
         Why FLOPs and KV bytes are None.
-    selector_ms : float
-        Wall-clock milliseconds spent in selectors.
+    spent : tuple of (Site, float)
+        Wall-clock milliseconds that methods took at each site.
+    tower_flops_before, tower_flops_after : int or None
+        FLOPs of the layers of the vision tower, all rows together; None where no stage works inside it.
     dtype : torch.dtype
         Of the decoder, and so of its cache.
     versions : tuple of (str, str)
@@ -123,10 +128,12 @@ class Report:
     kv_bytes_before: tuple[int, ...] | None
     kv_bytes_after: tuple[int, ...] | None
     flops_note: str | None
-    selector_ms: float
+    spent: tuple[tuple[Site, float], ...]
     dtype: torch.dtype
     versions: tuple[tuple[str, str], ...]
     reused: tuple[str, ...] = ()
+    tower_flops_before: int | None = None
+    tower_flops_after: int | None = None
 
     @classmethod
     def build(
@@ -138,10 +145,11 @@ class Report:
         segments: Sequence[SegmentReport],
         lengths_before: Sequence[int],
         lengths_per_layer: Sequence[Sequence[int]],
-        selector_ms: float,
+        spent: Mapping[Site, float],
         dtype: torch.dtype,
         transformers_version: str,
         stored_per_layer: Sequence[Sequence[int]] | None = None,
+        tower_flops: tuple[int, int] | None = None,
     ) -> Report:
         """Compute the report of one prefill.
 
@@ -158,13 +166,15 @@ class Report:
             (B,) real tokens per row before compression.
         lengths_per_layer : sequence of sequence of int
             (L, B) real tokens per row in every decoder layer.
-        selector_ms : float
-            Milliseconds spent in selectors.
+        spent : mapping of Site to float
+            Milliseconds that methods took.
         dtype : torch.dtype
             Of the decoder.
         transformers_version : str
         stored_per_layer : sequence of sequence of int, optional
             (L, B) tokens per row whose keys and values stay in the cache, if fewer than the layer saw.
+        tower_flops : (int, int), optional
+            FLOPs of the tower's layers on all patches, and on those that were left.
 
         Raises
         ------
@@ -198,9 +208,32 @@ class Report:
             kv_bytes_before=_layer_kv_bytes(shape, uncompressed, dtype),
             kv_bytes_after=_layer_kv_bytes(shape, stored_per_layer or lengths_per_layer, dtype),
             flops_note=note,
-            selector_ms=selector_ms,
+            spent=tuple(spent.items()),
+            tower_flops_before=None if tower_flops is None else tower_flops[0],
+            tower_flops_after=None if tower_flops is None else tower_flops[1],
             dtype=dtype,
             versions=(("vtc", __version__), ("torch", torch.__version__), ("transformers", transformers_version)),
+        )
+
+    @property
+    def selector_ms(self) -> float:
+        """Wall-clock milliseconds that methods took, all sites together."""
+        return sum(milliseconds for _, milliseconds in self.spent)
+
+    @property
+    def sites(self) -> tuple[tuple[Site, int, int], ...]:
+        """Sites where tokens could leave, with the tokens of all segments that came there and that went on.
+
+        Structural tokens, which no method scores, are left out.
+        """
+        counts: dict[Site, list[int]] = {}
+        for segment in self.segments:
+            for site, selection in segment.selections:
+                count = counts.setdefault(site, [0, 0])
+                count[0] += selection.n
+                count[1] += selection.k
+        return tuple(
+            (site, came, left) for site, (came, left) in sorted(counts.items(), key=lambda each: each[0].order)
         )
 
     @property
@@ -269,7 +302,13 @@ class Report:
             "total_kv_bytes_before": self.total_kv_bytes_before,
             "total_kv_bytes_after": self.total_kv_bytes_after,
             "flops_note": self.flops_note,
+            "tower_flops_before": self.tower_flops_before,
+            "tower_flops_after": self.tower_flops_after,
             "selector_ms": self.selector_ms,
+            "sites": [
+                {"site": str(site), "came": came, "left": left, "selector_ms": dict(self.spent).get(site, 0.0)}
+                for site, came, left in self.sites
+            ],
             "reused": list(self.reused),
         }
 
@@ -294,9 +333,16 @@ class Report:
         flops = self.prefill_flops_before, self.prefill_flops_after
         kv = self.total_kv_bytes_before, self.total_kv_bytes_after
         if flops[0] is not None and flops[1] is not None and kv[0] is not None and kv[1] is not None:
-            rows.append(_scaled("prefill FLOPs", flops[0], flops[1], 1000, ("", "k", "M", "G", "T", "P")))
+            rows.append(_scaled("prefill FLOPs", flops[0], flops[1], 1000, _FLOPS))
             rows.append(_scaled("KV cache", kv[0], kv[1], 1024, ("B", "KiB", "MiB", "GiB", "TiB")))
-        rows.append(("selector", "", f"{self.selector_ms:.2f} ms", ""))
+        if self.tower_flops_before is not None and self.tower_flops_after is not None:
+            figures = self.tower_flops_before, self.tower_flops_after
+            rows.insert(1, _scaled("tower FLOPs", *figures, 1000, _FLOPS))
+        if len(self.sites) > 1:
+            rows[1:1] = [_counted(f"at {site}, tokens", came, left) for site, came, left in self.sites]
+            rows += [(f"selector at {site}", "", f"{spent:.2f} ms", "") for site, spent in self.spent]
+        else:
+            rows.append(("selector", "", f"{self.selector_ms:.2f} ms", ""))
         notes = [] if self.flops_note is None else [f"No FLOPs and KV bytes: {self.flops_note}"]
         if self.reused:
             notes.append(f"Made by an earlier question and re-used: {', '.join(self.reused)}")

@@ -168,7 +168,7 @@ class ReadVideo:
         before = ids.shape[1]
         after = before - self.segment.tokens_before + self.segment.tokens_after
         lengths = [[after]] * engine.plan.shape.decoder_layers
-        return engine.build_report([self.segment], [before], lengths, 1e3 * self.seconds["select"])
+        return engine.build_report([self.segment], [before], lengths, {BeforeDecoder(): 1e3 * self.seconds["select"]})
 
 
 def streams(engine: Engine) -> bool:
