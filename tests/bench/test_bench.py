@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import torch
 from transformers import LlamaConfig
 
 import vtc
-from vtc.bench import _models, _overhead, _prefill, _tower, prefill, tower
+from vtc.bench import _models, _overhead, _prefill, _tower, _whole_models, prefill
 from vtc.bench.timing import Case, Timing, interleave, markdown_table
 from vtc.errors import ConfigError
+from vtc.notation import parse_stages
 from vtc.report.flops import DecoderShape
 
 
@@ -31,7 +33,7 @@ def small_llava(layers):
 
 @pytest.fixture(scope="module")
 def shape():
-    return _models.BenchModel("small", 2, small_llava, _models._llava_prompt, "vtc-cls")
+    return _models.BenchModel("small", 2, small_llava, _models.llava_prompt, "vtc-cls")
 
 
 class TestTiming:
@@ -229,30 +231,32 @@ class TestCommands:
 
 class TestTower:
     def test_settings_are_read_and_mistakes_named(self):
-        plan = tower.stages("divprune@vision:11=0.25+random@decoder=0.4")
+        plan = parse_stages("divprune@vision:11=0.25+random@decoder=0.4")
         assert [(c.method, c.at, c.keep_ratio) for c in plan] == [
             ("divprune", "vision:11", 0.25),
             ("random", "decoder", 0.4),
         ]
         for text, match in (("divprune", "METHOD@SITE"), ("nope@decoder=0.5", "nope"), ("random@sky=0.5", "at must")):
             with pytest.raises(vtc.VtcError, match=match):
-                tower.stages(text)
+                parse_stages(text)
 
     def test_layers_see_what_is_left(self):
-        plan = tower.stages("uniform@pixels=0.5+random@vision:2=0.5+random@decoder=0.1")
+        plan = parse_stages("uniform@pixels=0.5+random@vision:2=0.5+random@decoder=0.1")
         assert _tower.seen_by_layer(plan, 4) == [0.5, 0.5, 0.25, 0.25]
 
     def test_the_whole_call_is_tower_and_scaled_decoder(self, monkeypatch, capsys):
         def small(layers):
             size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-            config = _models._qwen_3b(layers, {"depth": 4, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2})
+            tower_size = {"depth": 4, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+            config = _models.qwen_3b_text(layers, tower_size)
             text = {**size, "vocab_size": 151936, "num_hidden_layers": layers}
             text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
             vision = {**config.vision_config.to_dict(), "out_hidden_size": 32}
             return type(config)(text_config=text, vision_config=vision)
 
-        monkeypatch.setattr(
-            _tower, "MODELS", {"qwen2.5-vl-3b": _models.BenchModel("small", 6, small, _models._qwen_prompt, "random")}
+        whole = _whole_models.WHOLE_MODELS["qwen2.5-vl-3b"]
+        monkeypatch.setitem(
+            _whole_models.WHOLE_MODELS, whole.name, dataclasses.replace(whole, config=small, full_depth=6)
         )
         settings = ["--setting", "random@vision:2=0.25+random@decoder=0.4"]
         from vtc.cli import main
@@ -261,4 +265,11 @@ class TestTower:
         lines = capsys.readouterr().out.splitlines()
         assert "untouched" in lines[2]
         assert "random@vision:2=0.25" in lines[3]
-        assert "2 of 6 decoder layers measured and scaled" in lines[-1]
+        assert "2 decoder layers measured and scaled to all" in lines[-1]
+
+    def test_prompts_have_the_tokens_that_the_towers_make(self):
+        for whole in _whole_models.WHOLE_MODELS.values():
+            config = whole.config(1)
+            inputs = whole.prompt(config, whole.visual_tokens, 8, torch.Generator().manual_seed(0))
+            assert int((inputs["input_ids"] == config.image_token_id).sum()) == whole.visual_tokens
+            assert whole.side(whole.visual_tokens) >= 336

@@ -193,7 +193,7 @@ class TestTargets:
 
 @pytest.fixture(scope="module")
 def model():
-    shape = _models.BenchModel("small", 2, _small_llava, _models._llava_prompt, "vtc-cls")
+    shape = _models.BenchModel("small", 2, _small_llava, _models.llava_prompt, "vtc-cls")
     return _models.build(shape, 1, torch.float32, "cpu")
 
 

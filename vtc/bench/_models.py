@@ -1,7 +1,8 @@
 """Models with decoders of real shape and random weights, and prompts for them.
 
-But for `QWEN_3B_WHOLE` the vision towers are tiny: they emit the right number of tokens at negligible cost, so that the
-time of a prefill is that of the decoder. The projector has its real size. All classes are those of transformers.
+The vision towers are tiny, but for those of `vtc.bench._whole_models`: they emit the right number of tokens at
+negligible cost, so that the time of a prefill is that of the decoder. The projector has its real size. All classes are
+those of transformers.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def _text(tokens: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(1000, 20000, (tokens,), generator=generator)
 
 
-def _around(text_tokens: int, picture: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def around(text_tokens: int, picture: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return the ids of a prompt of one row, half of the text in front of the picture."""
     half = text_tokens // 2
     ids = torch.cat([_text(half, generator), picture, _text(text_tokens - half, generator)])[None]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -144,9 +146,10 @@ def _llava_150m(layers: int) -> LlavaConfig:
     )
 
 
-def _llava_prompt(
+def llava_prompt(
     config: PreTrainedConfig, visual_tokens: int, text_tokens: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
+    """Return a prompt of LLaVA-1.5 with as many pictures as make so many tokens."""
     images, rest = divmod(visual_tokens, LLAVA_TOKENS_PER_IMAGE)
     if rest or not images:
         raise ConfigError(
@@ -155,13 +158,14 @@ def _llava_prompt(
         )
     picture = torch.full((visual_tokens,), config.image_token_id)
     pixels = torch.randn(images, 3, _CLIP_SIDE, _CLIP_SIDE, generator=generator)
-    return {**_around(text_tokens, picture, generator), "pixel_values": pixels}
+    return {**around(text_tokens, picture, generator), "pixel_values": pixels}
 
 
 _TINY_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "fullatt_block_indexes": []}
 
 
-def _qwen_3b(layers: int, tower: dict[str, Any] = _TINY_TOWER) -> Qwen2_5_VLConfig:
+def qwen_3b_text(layers: int, tower: dict[str, Any]) -> Qwen2_5_VLConfig:
+    """Return the configuration of Qwen2.5-VL-3B's decoder behind a tower."""
     # Qwen2.5-VL-3B: 16 query heads over 2 key-value heads, tied vocabulary.
     return Qwen2_5_VLConfig(
         text_config={
@@ -184,18 +188,8 @@ def _qwen_3b(layers: int, tower: dict[str, Any] = _TINY_TOWER) -> Qwen2_5_VLConf
     )
 
 
-def _qwen_3b_whole(layers: int) -> Qwen2_5_VLConfig:
-    return _qwen_3b(
-        layers,
-        {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-    )
+def _qwen_3b(layers: int) -> Qwen2_5_VLConfig:
+    return qwen_3b_text(layers, _TINY_TOWER)
 
 
 def _qwen_grid(visual_tokens: int) -> tuple[int, int]:
@@ -204,22 +198,23 @@ def _qwen_grid(visual_tokens: int) -> tuple[int, int]:
     return rows, visual_tokens // rows
 
 
-def _qwen_prompt(
+def patches_prompt(
     config: PreTrainedConfig, visual_tokens: int, text_tokens: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    rows, columns = (_QWEN_MERGE * side for side in _qwen_grid(visual_tokens))
+    """Return a prompt of the Qwen families, whose patches come as rows of one sequence."""
+    vision: Any = config.vision_config
+    rows, columns = (vision.spatial_merge_size * side for side in _qwen_grid(visual_tokens))
     picture = torch.full((visual_tokens,), config.image_token_id)
-    patches = torch.randn(rows * columns, 3 * _QWEN_FRAMES * _QWEN_PATCH**2, generator=generator)
-    inputs = _around(text_tokens, picture, generator)
+    width = 3 * vision.temporal_patch_size * vision.patch_size**2
+    inputs = around(text_tokens, picture, generator)
     return {
         **inputs,
         "mm_token_type_ids": (inputs["input_ids"] == config.image_token_id).int(),
-        "pixel_values": patches,
+        "pixel_values": torch.randn(rows * columns, width, generator=generator),
         "image_grid_thw": torch.tensor([[1, rows, columns]]),
     }
 
 
-LLAVA_7B = BenchModel("llava-1.5-7b", 32, _llava_7b, _llava_prompt, "vtc-cls")
-QWEN_3B_WHOLE = BenchModel("qwen2.5-vl-3b", 36, _qwen_3b_whole, _qwen_prompt, "divprune")
-QWEN_3B = BenchModel("qwen2.5-vl-3b", 36, _qwen_3b, _qwen_prompt, "divprune")
-LLAVA_150M = BenchModel("llava-150m", 12, _llava_150m, _llava_prompt, "vtc-cls")
+LLAVA_7B = BenchModel("llava-1.5-7b", 32, _llava_7b, llava_prompt, "vtc-cls")
+QWEN_3B = BenchModel("qwen2.5-vl-3b", 36, _qwen_3b, patches_prompt, "divprune")
+LLAVA_150M = BenchModel("llava-150m", 12, _llava_150m, llava_prompt, "vtc-cls")

@@ -173,7 +173,7 @@ def _compressed_prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
 def encode(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
     """Time tower and projector, the part of a prefill that compression before the decoder does not change."""
     watch = Stopwatch(model.device)
-    pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "image_sizes") if name in inputs}
     with watch.part("vision"):
         model.get_image_features(**pictures)
     return watch.figures

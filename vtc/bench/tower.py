@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 
 from vtc.bench.timing import add_timing_arguments, check_arguments
-from vtc.config import CompressionConfig
-from vtc.errors import ConfigError
-from vtc.registry import get_selector
+from vtc.notation import parse_stages
 
-MODELS = ("qwen2.5-vl-3b",)
+MODELS = ("llava-1.5-7b", "llava-onevision-7b", "internvl3-2b", "qwen2.5-vl-3b", "qwen3-vl-4b")
 SETTINGS = (
     "divprune@decoder=0.1",
     "divprune@vision:11=0.25+divprune@decoder=0.4",
@@ -20,39 +18,20 @@ SETTINGS = (
 and with three quarters of the patches never encoded."""
 
 
-def stages(text: str) -> list[CompressionConfig]:
-    """Read `METHOD@SITE=RATIO`, several with a plus between them.
-
-    Raises
-    ------
-    ConfigError
-        It has another form, or names what does not exist.
-    """
-    found = []
-    for part in text.split("+"):
-        method, at, rest = part.partition("@")
-        site, equals, ratio = rest.partition("=")
-        try:
-            if not at or not equals:
-                raise ValueError
-            number = float(ratio)
-        except ValueError:
-            raise ConfigError(f"--setting is METHOD@SITE=RATIO, several joined by +; got {text!r}") from None
-        get_selector(method)
-        found.append(CompressionConfig(method, keep_ratio=number, at=site))
-    return found
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vtc bench tower`."""
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="shape to measure (%(default)s)")
+    parser.add_argument(
+        "--model", choices=MODELS, action="append", help="shape to measure; repeat for more (qwen2.5-vl-3b)"
+    )
     parser.add_argument("--layers", type=int, default=2, help="decoder layers measured, and scaled to all (2)")
-    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[576], help="visual tokens per prompt (576)")
+    parser.add_argument(
+        "--visual-tokens", type=int, nargs="+", help="visual tokens per prompt (those of a usual picture)"
+    )
     parser.add_argument("--text-tokens", type=int, default=64, help="text tokens per prompt (64)")
     parser.add_argument(
         "--setting",
         action="append",
-        metavar="METHOD@SITE=RATIO+...",
+        metavar="METHOD@SITE=KEEP+...",
         help=f"stages to measure; repeat for more ({' '.join(SETTINGS)})",
     )
     add_timing_arguments(parser, repeats=3, warmup=1, dtype="bfloat16")
@@ -61,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and write JSON if requested."""
     check_arguments(args)
-    plans = {text: stages(text) for text in args.setting or SETTINGS}
+    plans = {text: parse_stages(text) for text in args.setting or SETTINGS}
     from vtc.bench import _tower
 
     return _tower.run(args, plans)
