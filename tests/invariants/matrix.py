@@ -59,8 +59,13 @@ class Method:
     """Whether patches leave inside the vision tower, which `test_8_towers.py` compares with masking them there."""
     by_ratio: bool = True
     """Whether every configuration is one stage that keeps its ratio of what enters it."""
+    everywhere: bool = True
+    """Whether it is tried in all families and attentions, which costs half a minute; else in `REPRESENTATIVES` and sdpa,
+    which suffices where a method differs from others only in the tensors that its selector reads and returns."""
 
-    def applies_to(self, family: tiny.Family) -> bool:
+    def applies_to(self, family: tiny.Family, attention: str = "sdpa") -> bool:
+        if not self.everywhere and (family.name not in REPRESENTATIVES or attention != "sdpa"):
+            return False
         if self.video and family.modality != "video":
             return False
         if self.tower and family.name == "llava_onevision_video":  # whose features are interpolated across patches
@@ -106,6 +111,7 @@ METHODS: tuple[Method, ...] = (
     Method("todre", _one("todre", 0.5, pivot="center", tau=1.0, exit_layer=2), decoder=True, by_ratio=False),
     Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False),
     Method("aim", _one("aim", 0.4), decoder=True, merges=True, by_ratio=False),
+    Method("vtc", _one("vtc", 0.4), merges=True),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )
@@ -127,7 +133,7 @@ def over_matrix(
         for family in families
         for m in methods
         for attention in attentions
-        if m.applies_to(family)
+        if m.applies_to(family, attention)
     ]
     return pytest.mark.parametrize(("family", "method", "attention"), cases)
 

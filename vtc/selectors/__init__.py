@@ -13,6 +13,7 @@ from .todre import ToDreSelector
 from .uniform import UniformSelector
 from .vflowopt import VFlowOptSelector
 from .vidcom2 import VidCom2Selector
+from .vtc import VtcSelector
 from .vtc_cls import VtcClsSelector
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "VFlowOptSelector",
     "VidCom2Selector",
     "VtcClsSelector",
+    "VtcSelector",
 ]
