@@ -59,9 +59,14 @@ class Method:
     """Whether patches leave inside the vision tower, which `test_8_towers.py` compares with masking them there."""
     by_ratio: bool = True
     """Whether every configuration is one stage that keeps its ratio of what enters it."""
+    reads_text: bool = False
+    """Whether the text of the prompt counts."""
     everywhere: bool = True
-    """Whether it is tried in all families and attentions, which costs half a minute; else in `REPRESENTATIVES` and sdpa,
-    which suffices where a method differs from others only in the tensors that its selector reads and returns."""
+    """Whether it is tried in all families and attentions, which costs half a minute.
+
+    Else in `REPRESENTATIVES` and sdpa: enough where a method differs from others only in the tensors that its selector
+    reads and returns.
+    """
 
     def applies_to(self, family: tiny.Family, attention: str = "sdpa") -> bool:
         if not self.everywhere and (family.name not in REPRESENTATIVES or attention != "sdpa"):
@@ -112,6 +117,10 @@ METHODS: tuple[Method, ...] = (
     Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False),
     Method("aim", _one("aim", 0.4), decoder=True, merges=True, by_ratio=False),
     Method("vtc", _one("vtc", 0.4), merges=True),
+    Method("cdpruner", _one("cdpruner", 0.5), reads_text=True, everywhere=False),
+    Method("visionzip", _one("visionzip", 0.5, contextual=0.4), needs_cls=True, merges=True, everywhere=False),
+    Method("fastervlm", _one("fastervlm", 0.5), needs_cls=True, everywhere=False),
+    Method("vispruner", _one("vispruner", 0.5), needs_cls=True, everywhere=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )

@@ -17,11 +17,12 @@ from vtc.selectors.aim import PageRank
 from vtc.selectors.atp import ModalityAttention
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
+from vtc.selectors.visionzip import MeanKeys
 
 SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6}
 """Sizes of the named axes of signals; N is the number of tokens, and any other axis has two entries."""
 
-METHOD_SIGNALS = (PageRank, ModalityAttention, AttentionExchange, ContextRelevance, PixelEntropy)
+METHOD_SIGNALS = (PageRank, ModalityAttention, AttentionExchange, ContextRelevance, PixelEntropy, MeanKeys)
 """Signals that one method brings with it."""
 
 

@@ -95,7 +95,7 @@ def nearest_slots(metric: Tensor, keep: Tensor, targets: Tensor | None = None) -
         (N,) long: slot of every token, 0 to K - 1; -1 for what is not kept if there are no targets.
     """
     metric, inverse = with_inverse_norms(metric)
-    targets = keep if targets is None else targets
+    targets = keep if targets is None else targets.contiguous()
     slots = torch.arange(len(keep), device=keep.device)
     assign = torch.full_like(inverse, -1, dtype=torch.long).index_copy_(0, keep, slots)
     if not len(targets):

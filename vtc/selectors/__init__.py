@@ -5,23 +5,29 @@ from __future__ import annotations
 from ..core.selector import ScoreSelector, Selector
 from .aim import AimSelector
 from .atp import AtpSelector
+from .cdpruner import CdPrunerSelector
 from .divprune import DivPruneSelector
 from .evs import EvsSelector
+from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
 from .random import RandomSelector
 from .todre import ToDreSelector
 from .uniform import UniformSelector
 from .vflowopt import VFlowOptSelector
 from .vidcom2 import VidCom2Selector
+from .visionzip import VisionZipSelector
+from .vispruner import VisPrunerSelector
 from .vtc import VtcSelector
 from .vtc_cls import VtcClsSelector
 
 __all__ = [
     "AimSelector",
     "AtpSelector",
+    "CdPrunerSelector",
     "DivPruneSelector",
     "EvsSelector",
     "FastVSelector",
+    "FasterVlmSelector",
     "RandomSelector",
     "ScoreSelector",
     "Selector",
@@ -29,6 +35,8 @@ __all__ = [
     "UniformSelector",
     "VFlowOptSelector",
     "VidCom2Selector",
+    "VisPrunerSelector",
+    "VisionZipSelector",
     "VtcClsSelector",
     "VtcSelector",
 ]
