@@ -121,6 +121,9 @@ METHODS: tuple[Method, ...] = (
     Method("visionzip", _one("visionzip", 0.5, contextual=0.4), needs_cls=True, merges=True, everywhere=False),
     Method("fastervlm", _one("fastervlm", 0.5), needs_cls=True, everywhere=False),
     Method("vispruner", _one("vispruner", 0.5), needs_cls=True, everywhere=False),
+    Method("scope", _one("scope", 0.5), needs_cls=True, everywhere=False),
+    Method("holov", _one("holov", 0.5, crops=3, score_source="received"), everywhere=False),
+    Method("hiprune", _one("hiprune", 0.5, alpha=0.6), everywhere=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )

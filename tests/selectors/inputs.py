@@ -26,9 +26,9 @@ METHOD_SIGNALS = (PageRank, ModalityAttention, AttentionExchange, ContextRelevan
 """Signals that one method brings with it."""
 
 
-def shape_of(signal: Signal | type[Signal], n: int) -> tuple[int, ...]:
-    """Shape of the value of a signal for `n` tokens."""
-    return tuple({**SIZES, "N": n}.get(axis, 2) for axis in signal.axes)
+def shape_of(signal: Signal | type[Signal], n: int, width: int = SIZES["D"]) -> tuple[int, ...]:
+    """Shape of the value of a signal for `n` tokens of features that are `width` wide."""
+    return tuple({**SIZES, "N": n, "D": width}.get(axis, 2) for axis in signal.axes)
 
 
 def make_context(

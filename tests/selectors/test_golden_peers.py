@@ -14,8 +14,11 @@ from torch import Tensor
 
 from tests.selectors.test_golden import case, load
 from vtc import kernels
-from vtc.errors import InputError
+from vtc.core.signals import ReceivedAttention
+from vtc.core.stage import ModelShape
+from vtc.errors import ConfigError, InputError
 from vtc.functional import select
+from vtc.selectors import HiPruneSelector
 from vtc.selectors.cdpruner import quality_of, relevance_to_text
 from vtc.selectors.visionzip import MeanKeys
 
@@ -40,6 +43,9 @@ def test_all_files_are_there() -> None:
     }
     assert counts == {"cdpruner": 4, "fastervlm": 2, "vispruner": 5}
     assert len(prefixes("visionzip", "hidden")) == 4
+    assert len(prefixes("scope", "K")) == 4
+    assert len(prefixes("holov", "K")) == 5
+    assert len(prefixes("hiprune", "mask")) == 3
 
 
 # --- cdpruner --------------------------------------------------------------------------------------------------------
@@ -138,3 +144,103 @@ def test_vispruner_lists_of_odd_length() -> None:
     mask = _vispruner(golden, x, rows)
     assert int(mask.sum()) == golden["T"]
     assert bool(mask[rows.mean(dim=0).topk(29).indices].all())
+
+
+# --- scope -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", prefixes("scope", "K"))
+def test_scope(prefix: str) -> None:
+    golden = case(load("scope.npz"), prefix)
+    assert golden["f64_order_equal"]
+    options = {"combine": {"multi": "multiply", "add": "add"}[golden["combined"]], "keep_tokens": golden["K"]}
+    for x, attention, order in pictures(golden, "x", "cls_attn", "order"):
+        rows = attention[None, None] / 2  # of two heads, summed
+        alpha = golden["alpha"] if golden["use_attn"] else 0.0
+        selection = select("scope", pre_projector=x, cls_attention=rows.expand(1, 2, -1), alpha=alpha, **options)
+        assert torch.equal(selection.keep, order.sort().values)
+
+
+# --- holov -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", prefixes("holov", "K"))
+def test_holov(prefix: str) -> None:
+    golden = case(load("holov.npz"), prefix)
+    qwen = golden["variant"] == "qwen"
+    attentions, indices = (value[None] if qwen else value for value in (golden["attn"], golden["indices"]))
+    for x, attention, out, kept in zip(golden["x"], attentions, golden["out"], indices, strict=True):
+        options = {"keep_tokens": golden["K"], "crops": golden["num_patches"]}
+        selection = select("holov", pre_projector=x, cls_attention=attention[None, None], **options)
+        assert torch.equal(selection.keep, kept.sort().values)
+        assert torch.equal(selection.merge(x), out[kept.sort().indices])
+        if qwen:
+            options["crops"] = None
+            assert torch.equal(
+                select("holov", pre_projector=x, cls_attention=attention[None, None], **options).keep, selection.keep
+            )
+
+
+def test_holov_surplus_goes_to_the_other_crops() -> None:
+    """Where the released code returns tokens of zeros."""
+    attention = torch.zeros(1, 1, 12)
+    attention[..., :3] = 1.0  # the first of four crops is worth everything
+    x = torch.eye(12)
+    selection = select("holov", pre_projector=x, cls_attention=attention, keep_tokens=8, crops=4)
+    assert selection.keep.tolist() == [0, 1, 2, 3, 4, 6, 7, 9]
+    nothing = torch.zeros(1, 1, 12)
+    assert select("holov", pre_projector=x, cls_attention=nothing, keep_tokens=11, crops=4).k == 11
+
+
+# --- hiprune ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("prefix", prefixes("hiprune", "mask"))
+def test_hiprune(prefix: str, variant: str) -> None:
+    golden = case(load("hiprune.npz"), prefix)
+    width, tiles = golden["width"], pictures(golden, "shallow", "deep", "mask")
+    for shallow, deep, mask in tiles:
+        budget = golden["retention"] // len(tiles)
+        selection = select(
+            "hiprune",
+            received_attention=torch.stack([shallow, deep])[:, None],
+            grid_thw=(1, len(shallow) // width, width),
+            keep_tokens=budget,
+            alpha=golden["alpha"],
+            variant=variant,
+        )
+        if variant == "released":
+            assert torch.equal(selection.mask, mask.bool())
+        anchors = shallow.topk(round(budget * golden["alpha"] / 5)).indices
+        inside = anchors[(anchors % width > 0) & (anchors % width < width - 1)]
+        assert bool(selection.mask[torch.cat([anchors, inside - 1, inside + 1])].all())
+
+
+def test_hiprune_neighbours_lie_in_the_picture() -> None:
+    shallow, deep = torch.zeros(12), torch.linspace(0, 1, 12)
+    shallow[4] = 1.0  # at the left edge of the second of three rows
+    scores = torch.stack([shallow, deep])[:, None]
+    kept = {
+        variant: select(
+            "hiprune", received_attention=scores, grid_thw=(1, 3, 4), keep_tokens=5, alpha=1.0, variant=variant
+        ).keep.tolist()
+        for variant in ("paper", "released")
+    }
+    assert kept == {"paper": [0, 4, 5, 8, 11], "released": [0, 3, 4, 5, 8]}
+    tiles = select("hiprune", received_attention=scores, grid_thw=[(1, 1, 4)] * 3, keep_tokens=5, alpha=1.0).keep
+    assert tiles.tolist() == [4, 5, 9, 10, 11], "other tiles are no neighbours"
+    few = select("hiprune", received_attention=scores, grid_thw=(1, 3, 4), keep_tokens=3, alpha=1.0).keep
+    assert len(few) == 3
+
+
+def test_hiprune_without_anchors_and_its_layers() -> None:
+    scores = torch.stack([torch.linspace(1, 0, 12), torch.linspace(0, 1, 12)])[:, None]
+    kept = select("hiprune", received_attention=scores, grid_thw=(1, 3, 4), keep_tokens=5)  # round(0.1) anchors
+    assert kept.keep.tolist() == [7, 8, 9, 10, 11]
+    shapes = {(24, 22): (8, 22), (32, 31): (15, 31), (12, 11): (3, 11), (1, 0): (0,)}
+    for (depth, feature), layers in shapes.items():
+        (stage,) = HiPruneSelector().stages(ModelShape(32, depth, feature))
+        assert stage.requires[0] == ReceivedAttention(layers)
+    with pytest.raises(ConfigError, match="object_layer=23"):
+        HiPruneSelector(object_layer=23).stages(ModelShape(32, 24, 22))

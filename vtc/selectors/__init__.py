@@ -10,7 +10,10 @@ from .divprune import DivPruneSelector
 from .evs import EvsSelector
 from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
+from .hiprune import HiPruneSelector
+from .holov import HoloVSelector
 from .random import RandomSelector
+from .scope import ScopeSelector
 from .todre import ToDreSelector
 from .uniform import UniformSelector
 from .vflowopt import VFlowOptSelector
@@ -28,7 +31,10 @@ __all__ = [
     "EvsSelector",
     "FastVSelector",
     "FasterVlmSelector",
+    "HiPruneSelector",
+    "HoloVSelector",
     "RandomSelector",
+    "ScopeSelector",
     "ScoreSelector",
     "Selector",
     "ToDreSelector",
