@@ -121,9 +121,15 @@ METHODS: tuple[Method, ...] = (
     Method("visionzip", _one("visionzip", 0.5, contextual=0.4), needs_cls=True, merges=True, everywhere=False),
     Method("fastervlm", _one("fastervlm", 0.5), needs_cls=True, everywhere=False),
     Method("vispruner", _one("vispruner", 0.5), needs_cls=True, everywhere=False),
+    Method("dart", _one("dart", 0.5, image_pivots=2, text_pivots=2), reads_text=True, everywhere=False),
+    Method("dart at layer 2", _one("dart", 0.5, layer=2), decoder=True, everywhere=False),
     Method("scope", _one("scope", 0.5), needs_cls=True, everywhere=False),
     Method("holov", _one("holov", 0.5, crops=3, score_source="received"), everywhere=False),
     Method("hiprune", _one("hiprune", 0.5, alpha=0.6), everywhere=False),
+    Method(
+        "prumerge", _one("prumerge", 0.5, count="budget", neighbours=3), merges=True, needs_cls=True, everywhere=False
+    ),
+    Method("prumerge-plus", _one("prumerge-plus", 0.5), merges=True, needs_cls=True, by_ratio=False, everywhere=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )

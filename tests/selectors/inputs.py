@@ -15,6 +15,8 @@ from vtc.core.signals import SHARED, Signal
 from vtc.selectors import Selector
 from vtc.selectors.aim import PageRank
 from vtc.selectors.atp import ModalityAttention
+from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
+from vtc.selectors.prumerge import WideClsAttention
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 from vtc.selectors.visionzip import MeanKeys
@@ -22,7 +24,18 @@ from vtc.selectors.visionzip import MeanKeys
 SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6}
 """Sizes of the named axes of signals; N is the number of tokens, and any other axis has two entries."""
 
-METHOD_SIGNALS = (PageRank, ModalityAttention, AttentionExchange, ContextRelevance, PixelEntropy, MeanKeys)
+METHOD_SIGNALS = (
+    PageRank,
+    ModalityAttention,
+    AttentionExchange,
+    ContextRelevance,
+    PixelEntropy,
+    MeanKeys,
+    KeyLength,
+    PromptStates,
+    TextPivots,
+    WideClsAttention,
+)
 """Signals that one method brings with it."""
 
 

@@ -14,12 +14,19 @@ from torch import Tensor
 
 from tests.selectors.test_golden import case, load
 from vtc import kernels
-from vtc.core.signals import ReceivedAttention
+from vtc.core.context import VisualContext
+from vtc.core.observations import DecoderAttention, DecoderHidden, VisionAttention
+from vtc.core.selection import Selection
+from vtc.core.signals import HiddenStates, ReceivedAttention, TextEmbeds
+from vtc.core.sites import DecoderLayer
 from vtc.core.stage import ModelShape
 from vtc.errors import ConfigError, InputError
 from vtc.functional import select
+from vtc.registry import get_selector
 from vtc.selectors import HiPruneSelector
 from vtc.selectors.cdpruner import quality_of, relevance_to_text
+from vtc.selectors.dart import KeyLength, PromptStates, TextPivots, unlike
+from vtc.selectors.prumerge import PruMergePlusSelector, WideClsAttention, outliers
 from vtc.selectors.visionzip import MeanKeys
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
@@ -46,6 +53,8 @@ def test_all_files_are_there() -> None:
     assert len(prefixes("scope", "K")) == 4
     assert len(prefixes("holov", "K")) == 5
     assert len(prefixes("hiprune", "mask")) == 3
+    assert len(prefixes("prumerge", "hidden")) == 4
+    assert len(prefixes("dart", "keys")) == 4
 
 
 # --- cdpruner --------------------------------------------------------------------------------------------------------
@@ -244,3 +253,145 @@ def test_hiprune_without_anchors_and_its_layers() -> None:
         assert stage.requires[0] == ReceivedAttention(layers)
     with pytest.raises(ConfigError, match="object_layer=23"):
         HiPruneSelector(object_layer=23).stages(ModelShape(32, 24, 22))
+
+
+# --- prumerge --------------------------------------------------------------------------------------------------------
+
+
+def wide_attention(q: Tensor, k: Tensor, heads: int = 4) -> Tensor:
+    """What the signal makes of the queries and keys (M, C) of one picture, cut into heads."""
+    queries, keys = (part.unflatten(1, (heads, -1)).transpose(0, 1)[None] for part in (q, k))
+    return WideClsAttention().compute(VisionAttention(queries, keys, keys, 1.0, prefix=1))[0, 1:]
+
+
+def prumerged(golden: dict[str, Any], row: int, **options: Any) -> tuple[Selection, Tensor, Tensor]:
+    """The selection of one picture, its attention and its merged features."""
+    plus = "plus" in golden["fn"]
+    q, k, hidden = (golden[name][row] for name in ("q", "k", "hidden"))
+    attention = wide_attention(q, k)
+    method = "prumerge-plus" if plus else "prumerge"
+    selection = select(method, signals={WideClsAttention: attention}, keys=k[1:], **options)
+    return selection, attention, selection.merge(hidden[1:])
+
+
+@pytest.mark.parametrize("prefix", ["c0_", "c2_"])
+def test_prumerge_by_outliers(prefix: str) -> None:
+    golden = case(load("prumerge.npz"), prefix)
+    assert golden["if_adaptive"]
+    selection, attention, merged = prumerged(golden, 0, keep_tokens=10**6)
+    torch.testing.assert_close(attention, golden["cls_attn"][0], **TOLERANCE)
+    count = round(576 * golden["outlier_ratio"])
+    assert outliers(attention) == count
+    # Theirs are by attention, then the spread in raster order, then the rest.
+    best = attention.sort(descending=True, stable=True).indices[:count]
+    assert bool(selection.mask[best].all())
+    theirs, order = golden["out"][0], best
+    if "plus" in golden["fn"]:
+        grid = torch.arange(0, 575, int(1 / golden["outlier_ratio"]) // 3)
+        order = torch.cat([best, grid[~torch.isin(grid, best)]])
+    assert selection.k == len(theirs) == len(order) + 1
+    slots = torch.searchsorted(selection.keep, order)
+    torch.testing.assert_close(merged[slots], theirs[:-1], **TOLERANCE)
+    (last,) = set(range(selection.k)) - set(slots.tolist())
+    torch.testing.assert_close(merged[last], theirs[-1], **TOLERANCE)
+
+
+def test_prumerge_of_a_fixed_ratio_keeps_distinct_tokens() -> None:
+    """Where the authors' centres can repeat, and the lowest of the other tokens get lost instead."""
+    golden = case(load("prumerge.npz"), "c3_")
+    assert not golden["if_adaptive"]
+    for row in range(2):
+        selection, attention, _ = prumerged(golden, row, keep_tokens=145, count="budget")
+        torch.testing.assert_close(attention, golden["cls_attn"][row], **TOLERANCE)
+        assert selection.k == golden["out"].shape[1] == 145
+        assert bool(selection.mask[attention.topk(72).indices].all())
+        spread = torch.arange(4, 576, 8)
+        assert bool(selection.mask[spread].all()), "as theirs, but that others stand in for those that are twice"
+    centres = PruMergePlusSelector(count="budget").centres(torch.linspace(1, 0, 20), 10)
+    assert centres.tolist() == [0, 1, 2, 3, 4, 6, 10, 14, 18, 12], "2 of the spread is an outlier"
+
+
+def test_prumerge_without_outliers_has_one() -> None:
+    golden = case(load("prumerge.npz"), "c4_")
+    assert golden["raises"]
+    selection, attention, _ = prumerged(golden, 0, keep_tokens=10**6)
+    assert outliers(attention) == 1
+    assert selection.k == 4, "every 192nd token, of which the first is the outlier, and the rest"
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_prumerge_outliers(number: int) -> None:
+    golden = case(load("prumerge.npz"), f"iqr_{number}_")
+    assert outliers(golden["attn"][0]) == max(1, round(400 * golden["ratio"]))
+
+
+def test_prumerge_by_hand() -> None:
+    """Two centres; the second is among the neighbours of the first."""
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    attention = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    options = {"keys": x, "keep_tokens": 3, "neighbours": 1, "signals": {WideClsAttention: attention}}
+    selection = select("prumerge", count="budget", **options)
+    assert selection.keep.tolist() == [0, 1, 2]
+    rest = 0.2 * x[2] + 0.1 * x[3]
+    torch.testing.assert_close(selection.merge(x), torch.stack([x[0] + 0.3 * x[1], x[1] + 0.4 * x[0], rest]))
+    assert select("prumerge", **options).k == 2, "one outlier, at most a third, and the rest"
+
+
+# --- dart ------------------------------------------------------------------------------------------------------------
+
+
+def dart_context(golden: dict[str, Any]) -> VisualContext:
+    """What the engine shows the method on entering a decoder layer."""
+    state, keys = golden["last_state"], golden["keys"]
+    length, start = state.shape[1], golden["image_start"]
+    visual = torch.zeros(1, length, dtype=torch.bool)
+    visual[:, start : start + golden["image_len"]] = True
+    there = torch.ones_like(visual)
+    raw = DecoderAttention(keys, keys, keys, 1.0, None, length, there, ~visual, visual, torch.tensor([length - 1]))  # type: ignore[arg-type]
+    signals = {
+        HiddenStates(): state[visual],
+        KeyLength(): KeyLength().compute(raw)[visual],
+        TextPivots(golden["pivot_text"]): TextPivots(golden["pivot_text"]).compute(raw)[0],
+        PromptStates(): PromptStates().compute(DecoderHidden(state))[0],
+    }
+    budget, grids = golden["n_kept"], ((1, 1, golden["image_len"]),)
+    return VisualContext(state[visual], budget, torch.Generator(), grids, site=DecoderLayer(2), signals=signals).check()
+
+
+@pytest.mark.parametrize("prefix", prefixes("dart", "keys"))
+def test_dart_in_their_order(prefix: str) -> None:
+    golden = case(load("dart.npz"), prefix)
+    assert golden["f64_set_equal"]
+    context, start = dart_context(golden), golden["image_start"]
+    pivots = context[KeyLength].sort(descending=True, stable=True).indices[: golden["pivot_image"]]
+    assert set((pivots + start).tolist()) == set(golden["image_pivots"].tolist())
+    assert set(context[TextPivots].tolist()) == set(golden["text_pivots"].tolist())
+    visited = golden["last_state"][0, golden["pivot_visit_order"]]
+    kept = unlike(context.features, pivots, visited, golden["n_kept"])
+    assert torch.equal(kept.sort().values + start, golden["kept_sorted"])
+
+
+@pytest.mark.parametrize("prefix", prefixes("dart", "keys"))
+def test_dart_in_our_order(prefix: str) -> None:
+    """The order of pivots decides who gets what both would take; most is the same."""
+    golden = case(load("dart.npz"), prefix)
+    selector = get_selector("dart", layer=2, image_pivots=golden["pivot_image"], text_pivots=golden["pivot_text"])
+    context = dart_context(golden)
+    assert {type(signal) for signal in selector.stages()[0].requires} == {type(signal) for signal in context.signals}
+    selection = selector.select(context)
+    assert selection.k == golden["n_kept"]
+    assert bool(selection.mask[golden["image_pivots"] - golden["image_start"]].all())
+    both = torch.isin(selection.keep + golden["image_start"], golden["kept_sorted"])
+    assert float(both.float().mean()) > 0.6
+
+
+def test_dart_before_the_decoder() -> None:
+    x = torch.tensor([[9.0, 0.0], [1.0, 0.1], [0.0, 2.0], [-1.0, 0.0], [0.1, -1.0], [1.0, 1.0]])
+    text = torch.tensor([[0.0, 5.0], [0.1, 0.1]])
+    options = {"features": x, "text_embeds": text, "image_pivots": 1, "text_pivots": 1}
+    # Pivot 0 takes the least similar to it, 3; then the text's pivot (0, 5) takes 4.
+    assert select("dart", keep_tokens=3, **options).keep.tolist() == [0, 3, 4]
+    assert select("dart", keep_tokens=4, **options).keep.tolist() == [0, 2, 3, 4], "two for pivot 0, ties to the lower"
+    assert select("dart", keep_tokens=1, **options).keep.tolist() == [0]
+    assert select("dart", features=x, keep_tokens=2, image_pivots=1, text_pivots=0).keep.tolist() == [0, 3]
+    assert get_selector("dart").stages()[0].requires == (TextEmbeds(),)

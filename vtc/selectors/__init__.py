@@ -6,12 +6,14 @@ from ..core.selector import ScoreSelector, Selector
 from .aim import AimSelector
 from .atp import AtpSelector
 from .cdpruner import CdPrunerSelector
+from .dart import DartSelector
 from .divprune import DivPruneSelector
 from .evs import EvsSelector
 from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
 from .hiprune import HiPruneSelector
 from .holov import HoloVSelector
+from .prumerge import PruMergePlusSelector, PruMergeSelector
 from .random import RandomSelector
 from .scope import ScopeSelector
 from .todre import ToDreSelector
@@ -27,12 +29,15 @@ __all__ = [
     "AimSelector",
     "AtpSelector",
     "CdPrunerSelector",
+    "DartSelector",
     "DivPruneSelector",
     "EvsSelector",
     "FastVSelector",
     "FasterVlmSelector",
     "HiPruneSelector",
     "HoloVSelector",
+    "PruMergePlusSelector",
+    "PruMergeSelector",
     "RandomSelector",
     "ScopeSelector",
     "ScoreSelector",
