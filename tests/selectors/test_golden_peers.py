@@ -153,6 +153,25 @@ def test_vispruner_lists_of_odd_length() -> None:
     mask = _vispruner(golden, x, rows)
     assert int(mask.sum()) == golden["T"]
     assert bool(mask[rows.mean(dim=0).topk(29).indices].all())
+    important = _vispruner(golden | {"important_ratio": 1.0}, x, rows)
+    assert torch.equal(important, select("fastervlm", cls_attention=rows[None], keep_tokens=golden["T"]).mask)
+
+
+@pytest.mark.parametrize("kind", ["noise", "copies"])
+def test_vispruner_follows_its_lists(kind: str) -> None:
+    """By hand, in float64; with a hundred copies of every token the closest relatives are all at even places."""
+    x = torch.randn(700, 16, generator=torch.Generator().manual_seed(3))
+    x = x if kind == "noise" else x[:7].repeat(100, 1)
+    rows = torch.rand(1, 700, generator=torch.Generator().manual_seed(4))
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    listed = rows[0].sort(descending=True, stable=True).indices
+    while len(listed) > 31:
+        cosine = (unit[listed[::2]] @ unit[listed[1::2]].T).amax(dim=1)
+        cosine = cosine.round(decimals=9)  # copies tie
+        ranked = cosine.sort(descending=True, stable=True).indices
+        listed = torch.cat([listed[::2][ranked[min(8, len(listed) - 31) :]], listed[1::2]])
+    mask = _vispruner({"T": 31, "important_ratio": 0.0}, x, rows)
+    assert torch.equal(mask.nonzero()[:, 0], listed.sort().values)
 
 
 # --- scope -----------------------------------------------------------------------------------------------------------

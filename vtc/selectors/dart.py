@@ -47,7 +47,7 @@ class TextPivots(Signal):
         P.
     """
 
-    name: ClassVar[str] = "text_pivots"
+    name: ClassVar[str] = "pivot_places"
     reads: ClassVar[type[Observation]] = DecoderAttention
     axes: ClassVar[tuple[str, ...]] = ("pivots",)
     per_token: ClassVar[bool] = False

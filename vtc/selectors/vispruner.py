@@ -72,12 +72,14 @@ class VisPrunerSelector(SaliencySelector):
             return Selection.full(ctx.n, ctx.features.device)
         ranked = self.saliency(ctx).sort(descending=True, stable=True).indices
         important = int(ctx.budget * self.important_ratio)
+        if important == ctx.budget:
+            return Selection.from_indices(ctx.n, ranked[:important])
         spread = thin_out(ctx[PreProjector], ranked[important:], ctx.budget - important)
         return Selection.from_indices(ctx.n, torch.cat([ranked[:important], spread]))
 
 
 def thin_out(x: Tensor, listed: Tensor, count: int) -> Tensor:
-    """Return `count` of the tokens `listed` (R,), in the order of the last list; `x` (N, D) is what is compared."""
+    """Return `count`, at least 1, of the tokens `listed` (R,), as the last list has them; `x` (N, D) is compared."""
     while len(listed) > count:
         relatives = _Relatives(x.index_select(0, listed))
         order = torch.arange(len(listed), device=listed.device)
@@ -130,5 +132,5 @@ class _Relatives:
         close = value.diff() < _ROUNDING
         tied = order[torch.nn.functional.pad(close, (1, 0)) | torch.nn.functional.pad(close, (0, 1))]
         pair = self._x[tokens[tied]].double(), self._x[partner[tied]].double()
-        best[tied] = torch.cosine_similarity(*pair, dim=1, eps=1e-12)
+        best[tied] = torch.cosine_similarity(*pair, dim=1, eps=1e-12).round(decimals=9)  # copies are equal
         return best
