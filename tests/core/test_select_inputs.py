@@ -69,12 +69,11 @@ def inputs(method: str) -> dict[str, torch.Tensor]:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randint(1, 9, shape, generator=generator).float()
 
+    sizes = {"N": N, "D": 8}
     found = {"features": drawn(N, 8)}
     for signal in get_selector(method).stages()[0].requires:
         if signal.reads is not TokenGrids:
-            found[signal.name] = drawn(
-                *(N if axis == "N" else int(axis) if axis.isdecimal() else 2 for axis in signal.axes)
-            )
+            found[signal.name] = drawn(*(sizes.get(axis, int(axis) if axis.isdecimal() else 2) for axis in signal.axes))
     return found
 
 

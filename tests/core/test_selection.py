@@ -352,3 +352,11 @@ def test_plan_errors() -> None:
             plan.take(torch.zeros(shape), dim)
     with pytest.raises(InputError, match="Cannot scatter"):
         plan.scatter(torch.zeros(2, 2))
+
+
+def test_from_entries() -> None:
+    token, slot = torch.tensor([1, 3, 0, 1]), torch.tensor([0, 1, 0, 1])
+    selection = Selection.from_entries(4, torch.tensor([1, 3]), token, slot, torch.tensor([1.0, 1.0, 0.5, 0.25]))
+    x = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    assert selection.merge(x).tolist() == [10.5, 1002.5]
+    assert selection.slots.tolist() == [0, 0, -1, 1]

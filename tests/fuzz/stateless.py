@@ -84,7 +84,7 @@ def tensors_of(drawn: dict[str, Any]) -> dict[str, Any]:
     for signal in stage.requires:
         if signal.reads is TokenGrids:
             continue
-        value = torch.randn(*shape_of(signal, n), generator=draw)
+        value = torch.randn(*shape_of(signal, n, drawn["width"]), generator=draw)
         if signal.axes[-1] == "N":  # probabilities
             value = value.softmax(-1)
             value = value if drawn["filling"] in ("random", "huge", "vast", "negative") else fill(value)

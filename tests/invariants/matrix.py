@@ -59,8 +59,18 @@ class Method:
     """Whether patches leave inside the vision tower, which `test_8_towers.py` compares with masking them there."""
     by_ratio: bool = True
     """Whether every configuration is one stage that keeps its ratio of what enters it."""
+    reads_text: bool = False
+    """Whether the text of the prompt counts."""
+    everywhere: bool = True
+    """Whether it is tried in all families and attentions, which costs half a minute.
 
-    def applies_to(self, family: tiny.Family) -> bool:
+    Else in `REPRESENTATIVES` and sdpa: enough where a method differs from others only in the tensors that its selector
+    reads and returns.
+    """
+
+    def applies_to(self, family: tiny.Family, attention: str = "sdpa") -> bool:
+        if not self.everywhere and (family.name not in REPRESENTATIVES or attention != "sdpa"):
+            return False
         if self.video and family.modality != "video":
             return False
         if self.tower and family.name == "llava_onevision_video":  # whose features are interpolated across patches
@@ -107,6 +117,20 @@ METHODS: tuple[Method, ...] = (
     Method("todre", _one("todre", 0.5, pivot="center", tau=1.0, exit_layer=2), decoder=True, by_ratio=False),
     Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False),
     Method("aim", _one("aim", 0.4), decoder=True, merges=True, by_ratio=False),
+    Method("vtc", _one("vtc", 0.4), merges=True),
+    Method("cdpruner", _one("cdpruner", 0.5), reads_text=True, everywhere=False),
+    Method("visionzip", _one("visionzip", 0.5, contextual=0.4), needs_cls=True, merges=True, everywhere=False),
+    Method("fastervlm", _one("fastervlm", 0.5), needs_cls=True, everywhere=False),
+    Method("vispruner", _one("vispruner", 0.5), needs_cls=True, everywhere=False),
+    Method("dart", _one("dart", 0.5, image_pivots=2, text_pivots=2), reads_text=True, everywhere=False),
+    Method("dart at layer 2", _one("dart", 0.5, layer=2), decoder=True, everywhere=False),
+    Method("scope", _one("scope", 0.5), needs_cls=True, everywhere=False),
+    Method("holov", _one("holov", 0.5, crops=3, score_source="received"), everywhere=False),
+    Method("hiprune", _one("hiprune", 0.5, alpha=0.6), everywhere=False),
+    Method(
+        "prumerge", _one("prumerge", 0.5, count="budget", neighbours=3), merges=True, needs_cls=True, everywhere=False
+    ),
+    Method("prumerge-plus", _one("prumerge-plus", 0.5), merges=True, needs_cls=True, by_ratio=False, everywhere=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )
@@ -128,7 +152,7 @@ def over_matrix(
         for family in families
         for m in methods
         for attention in attentions
-        if m.applies_to(family)
+        if m.applies_to(family, attention)
     ]
     return pytest.mark.parametrize(("family", "method", "attention"), cases)
 

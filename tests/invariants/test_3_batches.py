@@ -85,7 +85,10 @@ def test_the_order_of_rows_does_not_matter(family: tiny.Family, method: Method, 
         assert first == {(len(rows) - 1 - row, index): indices for (row, index), indices in second.items()}, kind
 
 
-@over_matrix(methods=tuple(m for m in METHODS if not m.decoder and not m.drawn), attentions=("sdpa",))
+@over_matrix(
+    methods=tuple(m for m in METHODS if not m.decoder and not m.drawn and not m.reads_text),  # the rows' texts differ
+    attentions=("sdpa",),
+)
 @torch.no_grad()
 def test_the_order_of_images_does_not_matter(family: tiny.Family, method: Method, attention: str) -> None:
     # Three different images in one row and backwards in another: every one keeps the same tokens.

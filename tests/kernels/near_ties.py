@@ -49,12 +49,13 @@ def distance_to_all(first: int) -> Objective:
     return objective
 
 
-def volume(relevance: torch.Tensor) -> Objective:
+def volume(relevance: torch.Tensor, places: torch.Tensor | None = None, ridge: float = 0.0) -> Objective:
     """Of `dpp_greedy`: the Schur complement, solved for every pick. Below rounding, relevance decides."""
+    near = 1.0 if places is None else (-torch.cdist(places.double(), places.double()).square() / 2).exp()
 
     def objective(similarity: torch.Tensor, picks: list[int]) -> torch.Tensor:
         weight = relevance.double()
-        kernel = weight[:, None] * similarity * weight
+        kernel = weight[:, None] * (similarity * near + ridge * torch.eye(len(similarity))) * weight
         cross = kernel[picks]
         explained = torch.linalg.lstsq(kernel[picks][:, picks], cross, driver="gelsd").solution if picks else cross
         left = kernel.diagonal() - (cross * explained).sum(dim=0)

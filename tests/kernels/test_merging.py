@@ -76,3 +76,17 @@ def test_sources_without_direction_merge_last() -> None:
     anchors, assign = kernels.bipartite_merge(metric, 1)
     assert anchors.tolist() == [[0, 1, 3]]
     assert assign.tolist() == [[0, 1, 1, 2]]
+
+
+@quick
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 9), st.booleans(), st.integers(0, 99))
+def test_nearest_slots(n: int, k: int, targets: int, exact: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.randn(n, 5, generator=generator)
+    if exact:
+        metric = torch.eye(5)[torch.randint(5, (n,), generator=generator)]
+        metric[0] = 0
+    keep = torch.randperm(n, generator=generator)[:k].sort().values
+    into = keep[torch.randperm(len(keep), generator=generator)[:targets]]
+    for named in (None, into):
+        assert torch.equal(kernels.nearest_slots(metric, keep, named), reference.nearest_slots(metric, keep, named))

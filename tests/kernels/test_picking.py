@@ -90,6 +90,17 @@ def test_dpp_greedy(x: torch.Tensor, k: int, equal: bool) -> None:
 
 @pytest.mark.usefixtures("sizes")
 @quick
+@given(rows(), st.integers(0, 45), st.sampled_from([0.0, 1e-3]))
+def test_dpp_greedy_with_places(x: torch.Tensor, k: int, ridge: float) -> None:
+    relevance = torch.linspace(1, 0.5, len(x))
+    places = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(k))
+    for function in (kernels.dpp_greedy, reference.dpp_greedy):
+        picks = function(x, k, relevance, places, ridge)
+        near_ties.assert_greedy(picks, x, k, near_ties.volume(relevance, places, ridge), 4e-5)
+
+
+@pytest.mark.usefixtures("sizes")
+@quick
 @given(rows(), st.integers(0, 45), st.sampled_from([None, "multiply", "add"]))
 def test_coverage_greedy(x: torch.Tensor, k: int, combine: str | None) -> None:
     weight = None if combine is None else torch.linspace(0, 2, len(x))
@@ -142,6 +153,8 @@ def test_a_thousand_rows(shift: float) -> None:
     assert torch.equal(kernels.farthest_point(x, 90), reference.farthest_point(x, 90))
     assert torch.equal(kernels.max_sum(x, 90, 5), reference.max_sum(x, 90, 5))
     assert torch.equal(kernels.dpp_greedy(x, 40, relevance), reference.dpp_greedy(x, 40, relevance))
+    there = (x, 90, relevance, torch.rand(1100, 3, generator=generator), 1e-4)
+    assert torch.equal(kernels.dpp_greedy(*there), reference.dpp_greedy(*there))
     assert torch.equal(kernels.coverage_greedy(x, 40, relevance), reference.coverage_greedy(x, 40, relevance))
 
 

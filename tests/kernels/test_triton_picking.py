@@ -33,17 +33,20 @@ def rows(draw: st.DrawFn) -> torch.Tensor:
 def test_picks(x: torch.Tensor, k: int) -> None:
     first, weight = len(x) // 2, torch.linspace(1, 0.2, len(x))
     k = min(k, 4) if len(x) > 7 else k
+    places = torch.linspace(-1, 2, 3 * len(x)).view(-1, 3)
     there = x.to(DEVICE)
     with kernels.use("triton"):
         farthest, from_first = kernels.farthest_point(there, k), kernels.farthest_point(there, k, first)
         distant = kernels.max_sum(there, k, first)
         covering = kernels.coverage_greedy(there, k, weight.to(DEVICE), "add")
         spanning = kernels.dpp_greedy(there, k, weight.to(DEVICE))
+        apart = kernels.dpp_greedy(there, k, weight.to(DEVICE), places.to(DEVICE), 1e-3)
     near_ties.assert_greedy(farthest.cpu(), x, k, near_ties.isolation(None))
     near_ties.assert_greedy(from_first.cpu(), x, k, near_ties.isolation(first))
     near_ties.assert_greedy(distant.cpu(), x, k, near_ties.distance_to_all(first), 2e-6 * len(x))
     near_ties.assert_greedy(covering.cpu(), x, k, near_ties.coverage(weight, "add"), 1e-5 * len(x))
     near_ties.assert_greedy(spanning.cpu(), x, k, near_ties.volume(weight), 4e-5)
+    near_ties.assert_greedy(apart.cpu(), x, k, near_ties.volume(weight, places, 1e-3), 4e-5)
 
 
 @needs_triton

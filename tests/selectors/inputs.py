@@ -15,19 +15,33 @@ from vtc.core.signals import SHARED, Signal
 from vtc.selectors import Selector
 from vtc.selectors.aim import PageRank
 from vtc.selectors.atp import ModalityAttention
+from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
+from vtc.selectors.prumerge import WideClsAttention
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
+from vtc.selectors.visionzip import MeanKeys
 
 SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6}
 """Sizes of the named axes of signals; N is the number of tokens, and any other axis has two entries."""
 
-METHOD_SIGNALS = (PageRank, ModalityAttention, AttentionExchange, ContextRelevance, PixelEntropy)
+METHOD_SIGNALS = (
+    PageRank,
+    ModalityAttention,
+    AttentionExchange,
+    ContextRelevance,
+    PixelEntropy,
+    MeanKeys,
+    KeyLength,
+    PromptStates,
+    TextPivots,
+    WideClsAttention,
+)
 """Signals that one method brings with it."""
 
 
-def shape_of(signal: Signal | type[Signal], n: int) -> tuple[int, ...]:
-    """Shape of the value of a signal for `n` tokens."""
-    return tuple({**SIZES, "N": n}.get(axis, 2) for axis in signal.axes)
+def shape_of(signal: Signal | type[Signal], n: int, width: int = SIZES["D"]) -> tuple[int, ...]:
+    """Shape of the value of a signal for `n` tokens of features that are `width` wide."""
+    return tuple({**SIZES, "N": n, "D": width}.get(axis, 2) for axis in signal.axes)
 
 
 def make_context(

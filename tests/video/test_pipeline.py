@@ -109,7 +109,15 @@ def test_ids_and_features_are_those_of_the_whole_video(built: Any, clip: Path, f
 
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)
 @pytest.mark.parametrize(
-    ("method", "at"), [("uniform", "decoder"), ("divprune", "decoder"), ("uniform", "pixels"), ("divprune", "vision:1")]
+    ("method", "at"),
+    [
+        ("uniform", "decoder"),
+        ("divprune", "decoder"),
+        ("vtc", "decoder"),
+        ("uniform", "pixels"),
+        ("divprune", "vision:1"),
+        ("vtc", "vision:1"),
+    ],
 )
 def test_one_window_answers_as_compress_and_generate_do(
     built: Any, clip: Path, family: str, method: str, at: str
@@ -208,7 +216,7 @@ def test_methods_inside_the_decoder_reuse_the_features(
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl_video", "llava_onevision_video", "video_llava"])
-@pytest.mark.parametrize("method", ["evs", "vidcom2", "uniform", "divprune"])
+@pytest.mark.parametrize("method", ["evs", "vidcom2", "uniform", "divprune", "vtc"])
 def test_budgets_are_exact(built: Any, clip: Path, family: str, method: str) -> None:
     def scored(**budget: Any) -> tuple[list[int], Any]:
         answer = pipeline(built, family, method, window=4, **budget)(clip, QUESTION)

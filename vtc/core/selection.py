@@ -91,6 +91,20 @@ class Selection:
         return cls(n, indices.sort().values)
 
     @classmethod
+    def from_entries(cls, n: int, keep: Tensor, token: Tensor, slot: Tensor, weight: Tensor) -> Selection:
+        """Merge as the entries of a sparse matrix say: `weight` (E,) of each `token` (E,) flows into its `slot` (E,).
+
+        No pair of token and slot comes twice.
+        """
+        order = token.sort(stable=True).indices
+        token, slot, weight = token[order], slot[order], weight[order].float()
+        count = torch.bincount(token, minlength=n)
+        place = torch.arange(len(token), device=token.device) - (count.cumsum(0) - count)[token]
+        shape = (n, max(1, int(count.max()) if n else 1))
+        assign = torch.full(shape, -1, device=token.device).index_put_((token, place), slot)
+        return cls(n, keep, _narrow(assign), _narrow(weight.new_zeros(shape).index_put_((token, place), weight)))
+
+    @classmethod
     def concatenate(cls, parts: Sequence[Selection]) -> Selection:
         """Join selections of consecutive tokens into one."""
         if len(parts) == 1:

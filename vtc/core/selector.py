@@ -76,6 +76,13 @@ class Selector(ABC):
         """
         return self
 
+    def moved(self, stage: Stage, site: Site) -> Stage:
+        """Return the only stage of the method for another of its `sites`; by default nothing else changes.
+
+        Methods that merge where that is possible, or that read less where less can be read, override it.
+        """
+        return dataclasses.replace(stage, site=site)
+
     @abstractmethod
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""

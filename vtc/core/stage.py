@@ -24,11 +24,14 @@ class ModelShape:
         Layers of the vision tower; None where its attention layers are not known.
     feature_layer
         Layer of the tower (0-based) whose output feeds the projector.
+    cls
+        Whether the tower of images has a [CLS] token.
     """
 
     decoder_layers: int
     vision_layers: int | None = None
     feature_layer: int | None = None
+    cls: bool = False
 
 
 @dataclass(frozen=True)

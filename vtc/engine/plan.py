@@ -16,7 +16,7 @@ from vtc.config import CompressionConfig
 from vtc.core.actions import Action
 from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText
 from vtc.core.selector import Selector
-from vtc.core.signals import Signal, VisionSignal
+from vtc.core.signals import ClsAttention, Signal, VisionSignal
 from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
 from vtc.core.stage import ModelShape, Stage
 from vtc.engine.masks import LayerTypes
@@ -149,7 +149,8 @@ def shape_of(adapter: Adapter) -> ModelShape:
     modality = adapter.modalities[0]
     try:
         layers = len(adapter.tower_attentions(modality))
-        return ModelShape(depth, layers, adapter.feature_layer(modality, {}))
+        cls = "image" in adapter.modalities and adapter.why_not(ClsAttention(), "image") is None
+        return ModelShape(depth, layers, adapter.feature_layer(modality, {}), cls)
     except UnsupportedModelError:  # raised again where a method reads the tower's attention
         return ModelShape(depth)
 
@@ -206,8 +207,8 @@ def _placed(selector: Selector, planned: tuple[Stage, ...], site: Site) -> tuple
             f"{kind.word}:K" if kind in (DecoderLayer, VisionLayer) else kind.word for kind in selector.sites
         )
         raise UnsupportedMethodError(f"{selector.name} cannot work at {str(site)!r}; it can at: {kinds}")
-    action = Action.EVICT if isinstance(site, CacheAfterPrefill) else planned[0].action
-    return (replace(planned[0], site=site, action=action),)
+    moved = selector.moved(planned[0], site)
+    return (replace(moved, action=Action.EVICT) if isinstance(site, CacheAfterPrefill) else moved,)
 
 
 def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settled: bool = True) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from .attention import attention_column_sums, attention_rows
 from .dispatch import use
 from .greedy import coverage_greedy, dpp_greedy
-from .merge import bipartite_merge, recycle_cells, segment_merge
+from .merge import bipartite_merge, nearest_slots, recycle_cells, segment_merge
 from .pack import Packed, gather_planes, select_gather, topk_indices
 from .pick import farthest_point, max_sum
 from .pixels import patch_entropy
@@ -32,6 +32,7 @@ __all__ = [
     "farthest_point",
     "gather_planes",
     "max_sum",
+    "nearest_slots",
     "pagerank",
     "patch_entropy",
     "received_from",

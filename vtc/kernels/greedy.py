@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cosines
-from .cosines import products, squared_norms, upper_blocks, with_inverse_norms, write_block
+from .cosines import products, squared_norms, stripes, upper_blocks, with_inverse_norms, write_block
 from .dispatch import op
 
 _POOL = 512  # candidates updated with every pick
@@ -17,13 +17,16 @@ _RANK = 1e-5  # share of the largest squared norm below which a residual is roun
 
 
 @op("vtc.kernels.triton_pick:dpp_greedy")
-def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
+def dpp_greedy(
+    x: Tensor, k: int, relevance: Tensor | None = None, places: Tensor | None = None, ridge: float = 0.0
+) -> Tensor:
     """Select `k` rows of `x` by greedy MAP inference of a determinantal point process (CDPruner, arXiv 2506.10967).
 
-    The kernel is ``relevance[i] * cosine(i, j) * relevance[j]``. Every pick is the row that most increases the
-    determinant: the row with the largest residual, the part of its squared norm that the picks do not explain, updated
-    by one row of a Cholesky factor per pick. Ties go to the lower index. When all residuals are rounding, the most
-    relevant of the other rows follow.
+    The kernel is ``relevance[i] * cosine(i, j) * relevance[j]``. With `places` the cosine is multiplied by
+    ``exp(-|places[i] - places[j]|**2 / 2)``, so that rows far from each other are never redundant; `ridge` is added to
+    the cosine of a row with itself. Every pick is the row that most increases the determinant: the row with the largest
+    residual, the part of its diagonal entry that the picks do not explain, updated by one row of a Cholesky factor per
+    pick. Ties go to the lower index. When all residuals are rounding, the most relevant of the other rows follow.
 
     Needs O(N k) memory. Residuals only shrink, so a pool of `_POOL` rows is updated with every pick as long as its best
     exceeds the bound of the other rows; then all rows are updated in one product.
@@ -36,6 +39,10 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
         Number of picks.
     relevance
         (N,), not negative; None: all equal.
+    places
+        (N, P) coordinates in units of the width of the Gaussian; None: places do not count.
+    ridge
+        Not negative.
 
     Returns
     -------
@@ -47,14 +54,15 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
     k = min(k, n)
     weight = torch.ones_like(inverse) if relevance is None else relevance.float()
     scale = inverse * weight
-    left = squared_norms(inverse, weight)
+    axes = None if places is None else places.float().T.contiguous()
+    left = squared_norms(inverse, weight) + ridge * weight.square()
     least = _RANK * float(left.max()) if n else 0.0
     factor = x.new_empty(k, n, dtype=torch.float32)
     picks: list[int] = []
     pivots: list[float] = []  # residual of every pick when it was picked
     applied = 0  # picks that `left` includes
     while len(picks) < k:
-        _apply_picks(x, scale, left, factor, picks, pivots, applied)
+        _apply_picks(x, scale, axes, left, factor, picks, pivots, applied)
         applied = len(picks)
         best = int(left.argmax())  # the first of equals
         if not float(left[best]) > least:
@@ -66,6 +74,7 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
         bound = float(top.values[-1])
         pool = top.indices[:-1].sort().values
         pooled, pool_scale, pool_left = x.index_select(0, pool).float(), scale[pool], left[pool]
+        pool_axes = pool_scale if axes is None else axes[:, pool]
         pool_factor = factor.new_empty(k, pool.numel())
         pool_factor[:applied] = factor[:applied].index_select(1, pool)
         column, pivot = factor[:applied, best], float(left[best])
@@ -75,8 +84,10 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
             pivots.append(pivot)
             if len(picks) == k or not pool.numel():
                 break
-            row = (pooled @ x[best].float()) * pool_scale * scale[best] - column @ pool_factor[:step]
-            pool_factor[step] = row / pivot**0.5
+            row = (pooled @ x[best].float()) * pool_scale * scale[best]
+            if axes is not None:
+                row *= _nearness(pool_axes, axes[:, best : best + 1])[0]
+            pool_factor[step] = (row - column @ pool_factor[:step]) / pivot**0.5
             pool_left -= pool_factor[step].square()
             pool_left[pool == best] = -torch.inf
             place = int(pool_left.argmax())
@@ -87,15 +98,36 @@ def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
+def _nearness(axes: Tensor, others: Tensor) -> Tensor:
+    """Return ``exp(-distance**2 / 2)`` (M, N) of places `others` (P, M) to places `axes` (P, N), one row per axis."""
+    apart = others[:, :, None] - axes[:, None]
+    return apart.square_().sum(dim=0).mul_(-0.5).exp_()
+
+
+def _kernel_rows(x: Tensor, scale: Tensor, axes: Tensor | None, others: Tensor) -> Tensor:
+    """Return the rows `others` (M, N) of the kernel of `dpp_greedy`, without its ridge."""
+    if axes is None:
+        return products(x, scale, others)
+    there = axes[:, others]
+    return torch.cat([part.mul_(_nearness(axes[:, rows], there)) for rows, part in stripes(x, scale, others)], dim=1)
+
+
 def _apply_picks(
-    x: Tensor, scale: Tensor, left: Tensor, factor: Tensor, picks: list[int], pivots: list[float], known: int
+    x: Tensor,
+    scale: Tensor,
+    axes: Tensor | None,
+    left: Tensor,
+    factor: Tensor,
+    picks: list[int],
+    pivots: list[float],
+    known: int,
 ) -> None:
     """Compute the rows of the Cholesky factor for the picks from `known` on and update the residuals `left`."""
     if known == len(picks):
         return
     recent = torch.tensor(picks[known:], device=x.device)
     new = factor[known : len(picks)]
-    torch.sub(products(x, scale, recent), factor[:known].index_select(1, recent).T @ factor[:known], out=new)
+    torch.sub(_kernel_rows(x, scale, axes, recent), factor[:known].index_select(1, recent).T @ factor[:known], out=new)
     for step, pick in enumerate(picks[known:]):
         new[step] -= new[:step, pick] @ new[:step]
         new[step] /= pivots[known + step] ** 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cosines import with_inverse_norms
 from .dispatch import op
 
 _BLOCK = 512  # rows of the similarity matrix computed at a time
@@ -75,6 +76,40 @@ def _best_partner(source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
         places.append(similarity.argmax(dim=-1))  # the first of equals
         values.append(similarity.amax(dim=-1))
     return torch.cat(values, dim=1), torch.cat(places, dim=1)
+
+
+@op()
+def nearest_slots(metric: Tensor, keep: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Assign every token to a kept one: itself, or of the `targets` the one whose metric has the largest cosine.
+
+    Ties go to the target named first. Needs O(K) memory per token of a block.
+
+    Parameters
+    ----------
+    metric
+        (N, d): a zero row has cosine 0 to every other.
+    keep
+        (K,) long, ascending and unique.
+    targets
+        (T,) long: which of the kept ones others may join; None: all.
+
+    Returns
+    -------
+    Tensor
+        (N,) long: slot of every token, 0 to K - 1; -1 for what is not kept if there are no targets.
+    """
+    metric, inverse = with_inverse_norms(metric)
+    targets = keep if targets is None else targets.contiguous()
+    slots = torch.arange(len(keep), device=keep.device)
+    assign = torch.full_like(inverse, -1, dtype=torch.long).index_copy_(0, keep, slots)
+    if not len(targets):
+        return assign
+    unit = metric.index_select(0, targets).float() * inverse[targets, None]
+    place = torch.searchsorted(keep, targets)
+    for rows in (assign < 0).nonzero()[:, 0].split(_BLOCK):
+        similarity = metric.index_select(0, rows).float() * inverse[rows, None] @ unit.T
+        assign[rows] = place[similarity.argmax(dim=1)]  # the first of equals
+    return assign
 
 
 @op("vtc.kernels.triton_merge:segment_merge")

@@ -242,16 +242,21 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
-def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
+def dpp_greedy(
+    x: Tensor, k: int, relevance: Tensor | None = None, places: Tensor | None = None, ridge: float = 0.0
+) -> Tensor:
     """Pick (min(k, N),) long: in every step the row that most increases det(relevance * cosine * relevance).
 
-    The gain of a row is the part of its diagonal entry that the picks do not explain: an incremental Cholesky
-    factorisation. Below 1e-5 of the largest entry the gain is rounding; then the most relevant rows follow.
+    With `places` the cosine is multiplied by a Gaussian of their distance. The gain of a row is the part of its
+    diagonal entry that the picks do not explain: an incremental Cholesky factorisation. Below 1e-5 of the largest entry
+    the gain is rounding; then the most relevant rows follow.
     """
     n = x.shape[0]
     weight = torch.ones_like(x[:, 0], dtype=torch.float32) if relevance is None else relevance.float()
     kernel = weight[:, None] * cosines(x) * weight
-    left = torch.where(x.float().norm(dim=1) > 1e-12, weight, 0.0).square()
+    if places is not None:
+        kernel *= (-(places[:, None].float() - places.float()).square().sum(dim=-1) / 2).exp()
+    left = torch.where(x.float().norm(dim=1) > 1e-12, weight, 0.0).square() + ridge * weight.square()
     least = 1e-5 * left.max() if n else 0.0
     factor = kernel.new_zeros(min(k, n), n)
     picks: list[int] = []
@@ -310,6 +315,15 @@ def bipartite_merge(metric: Tensor, r: int, order: str = "original", first: int 
         assign.append([slot[into.get(token, token)] for token in range(n)])
     anchor = torch.tensor(anchors, dtype=torch.long, device=metric.device).view(batch, n - r)
     return anchor, torch.tensor(assign, dtype=torch.long, device=metric.device).view(batch, n)
+
+
+def nearest_slots(metric: Tensor, keep: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return (N,) long: for every token the place in `keep` of itself or of the most similar of the `targets`."""
+    targets = keep if targets is None else targets
+    nearest = targets[cosines(metric)[:, targets].argmax(dim=1)] if len(targets) else torch.full_like(metric[:, 0], -1)
+    here = torch.arange(len(metric), device=keep.device)
+    into = torch.where(torch.isin(here, keep), here, nearest.long())
+    return torch.searchsorted(keep, into).masked_fill(into < 0, -1)
 
 
 def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:

@@ -35,14 +35,16 @@ def _smallest(value, index):
 
 @triton.jit(do_not_specialize=["step", "read_at", "write_at"])  # one binary for all picks
 def _pick(
-    x, scale, state, reserve, floor, factor, values, indices, reserves, reserve_indices, picks,
+    x, scale, state, reserve, floor, factor, places, values, indices, reserves, reserve_indices, picks,
     step, n, width, programs, read_at, write_at,
-    OBJECTIVE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr,
+    OBJECTIVE: tl.constexpr, AXES: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Determine pick number `step`, then update `state` (N,), whose minimum is picked next; picks have infinity.
 
     The state is, for NEAREST, the cosine to the nearest pick; for SUM, the sum of the cosines to all picks; for VOLUME,
-    the negative residual of the squared norm. If no residual exceeds `floor`, the minimum of `reserve` is picked.
+    the negative residual of the diagonal entry. If no residual exceeds `floor`, the minimum of `reserve` is picked.
+    There products are multiplied by a Gaussian of the distance between `places` (AXES, N), if AXES is not 0.
     """
     programs_at = tl.arange(0, PROGRAMS)
     there = programs_at < programs
@@ -75,6 +77,12 @@ def _pick(
     elif OBJECTIVE == SUM:
         new = old + product
     else:
+        distance = tl.zeros([ROWS], dtype=tl.float32)
+        for axis in tl.static_range(AXES):
+            lies = places + tl.cast(axis, tl.int64) * n
+            apart = tl.load(lies + row, mask=here, other=0.0) - tl.load(lies + pick)
+            distance += apart * apart
+        product *= tl.exp(-0.5 * distance)
         for start in range(0, step, STEPS):
             earlier = start + tl.arange(0, STEPS)
             known = earlier < step
@@ -114,13 +122,16 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     return _run(x, inverse, torch.zeros_like(inverse), k, first, SUM)
 
 
-def dpp_greedy(x: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
+def dpp_greedy(
+    x: Tensor, k: int, relevance: Tensor | None = None, places: Tensor | None = None, ridge: float = 0.0
+) -> Tensor:
     """Implement `vtc.kernels.dpp_greedy`."""
     x = x.contiguous()
     inverse = inverse_norms(x)
     weight = torch.ones_like(inverse) if relevance is None else relevance.float()
-    left = squared_norms(inverse, weight)
-    return _run(x, inverse * weight, -left, k, None, VOLUME, weight)
+    left = squared_norms(inverse, weight) + ridge * weight.square()
+    axes = None if places is None else places.float().T.contiguous()
+    return _run(x, inverse * weight, -left, k, None, VOLUME, weight, axes)
 
 
 def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
@@ -144,7 +155,14 @@ class _Similarities:
 
 
 def _run(
-    x: Tensor, scale: Tensor, state: Tensor, k: int, first: Tensor | int | None, objective, weight: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    state: Tensor,
+    k: int,
+    first: Tensor | int | None,
+    objective,
+    weight: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel once per pick; without `first` the minimum of `state` is the first pick."""
     n, width = x.shape
@@ -170,9 +188,9 @@ def _run(
         factor = torch.empty(k, n, device=x.device)
     for step in range(k):
         _pick[(programs,)](
-            x, scale, state, reserve, floor, factor, values, indices, reserves, reserve_indices, picks,
+            x, scale, state, reserve, floor, factor, places, values, indices, reserves, reserve_indices, picks,
             step, n, width, programs, step % 2 * programs, (step + 1) % 2 * programs,
-            OBJECTIVE=objective.value, ROWS=rows, WIDTH=_WIDTH, STEPS=_STEPS,
+            OBJECTIVE=objective.value, AXES=0 if places is None else len(places), ROWS=rows, WIDTH=_WIDTH, STEPS=_STEPS,
             PROGRAMS=triton.next_power_of_2(programs),
         )  # fmt: skip
     return picks
@@ -186,14 +204,26 @@ def _specs() -> list[KernelSpec]:
     found |= dict.fromkeys(("step", "n", "width", "programs", "read_at", "write_at"), "i32")
     spare = {"reserve": "*fp32", "floor": "*fp32", "factor": "*fp32", "reserves": "*fp32", "reserve_indices": "*i32"}
     specs = []
-    for name, objective in (("nearest", NEAREST), ("sum", SUM), ("volume", VOLUME)):
+    kinds = (("nearest", NEAREST, 0), ("sum", SUM, 0), ("volume", VOLUME, 0), ("volume with places", VOLUME, 3))
+    for name, objective, axes in kinds:
         for dtype in ("bf16", "fp32"):
             pointers = {"x": f"*{dtype}", "scale": "*fp32", "state": "*fp32"} | found
-            constants = {"OBJECTIVE": objective.value, "ROWS": 16, "WIDTH": _WIDTH, "STEPS": _STEPS, "PROGRAMS": 256}
+            constants = {
+                "OBJECTIVE": objective.value,
+                "AXES": axes,
+                "ROWS": 16,
+                "WIDTH": _WIDTH,
+                "STEPS": _STEPS,
+                "PROGRAMS": 256,
+            }
             if objective is VOLUME:
                 pointers |= spare
             else:
                 constants |= dict.fromkeys((*spare, "reserves", "reserve_indices"))
+            if axes:
+                pointers["places"] = "*fp32"
+            else:
+                constants["places"] = None
             specs.append(KernelSpec(_pick, pointers, constants, label=f"{name}, {dtype}"))
     return specs
 

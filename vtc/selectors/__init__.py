@@ -5,24 +5,42 @@ from __future__ import annotations
 from ..core.selector import ScoreSelector, Selector
 from .aim import AimSelector
 from .atp import AtpSelector
+from .cdpruner import CdPrunerSelector
+from .dart import DartSelector
 from .divprune import DivPruneSelector
 from .evs import EvsSelector
+from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
+from .hiprune import HiPruneSelector
+from .holov import HoloVSelector
+from .prumerge import PruMergePlusSelector, PruMergeSelector
 from .random import RandomSelector
+from .scope import ScopeSelector
 from .todre import ToDreSelector
 from .tome import ToMeSelector
 from .uniform import UniformSelector
 from .vflowopt import VFlowOptSelector
 from .vidcom2 import VidCom2Selector
+from .visionzip import VisionZipSelector
+from .vispruner import VisPrunerSelector
+from .vtc import VtcSelector
 from .vtc_cls import VtcClsSelector
 
 __all__ = [
     "AimSelector",
     "AtpSelector",
+    "CdPrunerSelector",
+    "DartSelector",
     "DivPruneSelector",
     "EvsSelector",
     "FastVSelector",
+    "FasterVlmSelector",
+    "HiPruneSelector",
+    "HoloVSelector",
+    "PruMergePlusSelector",
+    "PruMergeSelector",
     "RandomSelector",
+    "ScopeSelector",
     "ScoreSelector",
     "Selector",
     "ToDreSelector",
@@ -30,5 +48,8 @@ __all__ = [
     "UniformSelector",
     "VFlowOptSelector",
     "VidCom2Selector",
+    "VisPrunerSelector",
+    "VisionZipSelector",
     "VtcClsSelector",
+    "VtcSelector",
 ]

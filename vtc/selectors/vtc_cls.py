@@ -11,15 +11,14 @@ from torch import Tensor
 from ..core.context import VisualContext
 from ..core.ranges import Int, Range
 from ..core.selector import ScoreSelector
-from ..core.signals import ClsAttention, ReceivedAttention, Signal
+from ..core.signals import ClsAttention, Signal
 from ..core.sites import BeforeDecoder, DecoderLayer, Site, VisionLayer
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
+from .saliency import SOURCES, check_source
 
 __all__ = ["VtcClsSelector"]
-
-_SOURCES: dict[str, type[ClsAttention] | type[ReceivedAttention]] = {"cls": ClsAttention, "received": ReceivedAttention}
 
 
 @register_selector
@@ -67,12 +66,11 @@ class VtcClsSelector(ScoreSelector):
     def __post_init__(self) -> None:
         if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int):
             raise ConfigError(f"vtc-cls: start_layer must be an integer, got {self.start_layer!r}.")
-        if self.score_source not in _SOURCES:
-            raise ConfigError(f"vtc-cls: score_source must be one of {sorted(_SOURCES)}, got {self.score_source!r}.")
+        check_source("vtc-cls", self.score_source)
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, before the language model, with the attention of layers `start_layer` to the feature layer."""
-        signal = _SOURCES[self.score_source]
+        signal = SOURCES[self.score_source]
         if shape is None or shape.vision_layers is None or shape.feature_layer is None:
             return (Stage(requires=(signal(),)),)
         return (Stage(requires=(signal(self.layers(shape.vision_layers, shape.feature_layer)),)),)
@@ -90,4 +88,4 @@ class VtcClsSelector(ScoreSelector):
 
     def score(self, ctx: VisualContext) -> Tensor:
         """(N,) sum over layers of the mean over heads."""
-        return ctx[_SOURCES[self.score_source]].float().mean(dim=1).sum(dim=0)
+        return ctx[SOURCES[self.score_source]].float().mean(dim=1).sum(dim=0)

@@ -1,0 +1,136 @@
+"""VisPruner: tokens that [CLS] looks at, and of the others those without a close relative."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.context import VisualContext
+from ..core.selection import Selection
+from ..core.signals import PreProjector, Signal
+from ..kernels.cosines import with_inverse_norms
+from ..registry import register_selector
+from .saliency import SaliencySelector
+from .schedule import check_fraction
+
+__all__ = ["VisPrunerSelector"]
+
+_STEP = 8  # tokens dropped per round
+_NEAR = 64  # relatives listed per token
+_BLOCK = 512  # rows of the similarity matrix computed at a time
+_ROUNDING = 1e-6  # most that two float32 products of the same rows differ by
+
+
+@register_selector
+@dataclass(frozen=True)
+class VisPrunerSelector(SaliencySelector):
+    """Keep important tokens, then thin out the others until the budget is met, those with a close relative first.
+
+    Important are the ``int(K * important_ratio)`` tokens with the most [CLS] attention in the layer that makes the
+    features, averaged over heads. The others are listed by descending attention. In every round each token at an even
+    place of the list is compared with all at odd places; the 8 with the largest cosine to any of these are dropped (as
+    many as there are too many, if that is less); those of the even places that are left, by descending cosine, and then
+    those of the odd places make the next list. Cosines are of the tower's features before the projector.
+
+    As released, but that lists of odd length work too, where the released code stops with an error: the even places
+    then hold one token more. Ties go to the token named first.
+
+    Parameters
+    ----------
+    important_ratio
+        Fraction of the budget for important tokens.
+    score_source
+        "cls", or "received": the attention that a token receives from all others, for towers without a [CLS] token.
+
+    Raises
+    ------
+    ConfigError
+        An option is invalid.
+
+    References
+    ----------
+    "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", arXiv 2412.01818v2.
+    """
+
+    name: ClassVar[str] = "vispruner"
+    paper: ClassVar[str] = "VisPruner, arXiv 2412.01818"
+    reads_features: ClassVar[bool] = False
+    beside: ClassVar[tuple[Signal, ...]] = (PreProjector(),)
+
+    important_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("vispruner", "important_ratio", self.important_ratio)
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """Choose ``min(ctx.budget, N)`` tokens."""
+        if ctx.budget >= ctx.n:
+            return Selection.full(ctx.n, ctx.features.device)
+        ranked = self.saliency(ctx).sort(descending=True, stable=True).indices
+        important = int(ctx.budget * self.important_ratio)
+        if important == ctx.budget:
+            return Selection.from_indices(ctx.n, ranked[:important])
+        spread = thin_out(ctx[PreProjector], ranked[important:], ctx.budget - important)
+        return Selection.from_indices(ctx.n, torch.cat([ranked[:important], spread]))
+
+
+def thin_out(x: Tensor, listed: Tensor, count: int) -> Tensor:
+    """Return `count`, at least 1, of the tokens `listed` (R,), as the last list has them; `x` (N, D) is compared."""
+    while len(listed) > count:
+        relatives = _Relatives(x.index_select(0, listed))
+        order = torch.arange(len(listed), device=listed.device)
+        enough = max(count, len(listed) // 2)  # with half of them gone, new lists of relatives pay
+        while len(order) > enough:
+            even, odd = order[::2], order[1::2]
+            ranked = relatives.nearest(even, odd).sort(descending=True, stable=True).indices
+            order = torch.cat([even[ranked[min(_STEP, len(order) - count) :]], odd])
+        listed = listed[order]
+    return listed
+
+
+class _Relatives:
+    """The closest relatives of every token, in O(N) memory.
+
+    Half of the tokens are at odd places, so nearly always one of a token's `_NEAR` closest is; only for the others the
+    products are computed again.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x, inverse = with_inverse_norms(x)
+        self._unit = self._x.float() * inverse[:, None]
+        near = min(_NEAR, len(x) - 1)
+        found = []
+        for start in range(0, len(x), _BLOCK):
+            cosine = self._unit[start : start + _BLOCK] @ self._unit.T
+            cosine.diagonal(start).fill_(-torch.inf)
+            found.append(cosine.topk(near, dim=1))
+        self._value = torch.cat([block.values for block in found])
+        self._index = torch.cat([block.indices for block in found])
+
+    def nearest(self, tokens: Tensor, others: Tensor) -> Tensor:
+        """Return (M,) float64 the largest cosine of each of `tokens` to any of `others`, -inf if there are none.
+
+        Where the order of two would be rounding, both are computed in float64.
+        """
+        if not len(others):
+            return self._unit.new_full((len(tokens),), -torch.inf, dtype=torch.float64)
+        among = torch.zeros(len(self._unit), dtype=torch.bool, device=others.device)
+        among[others] = True
+        index = self._index[tokens]
+        hit = among[index]
+        first = hit.int().argmax(dim=1, keepdim=True)
+        best, partner = self._value[tokens].gather(1, first)[:, 0].double(), index.gather(1, first)[:, 0]
+        missed = (~hit.any(dim=1)).nonzero()[:, 0]
+        if len(missed):
+            found, place = (self._unit[tokens[missed]] @ self._unit[others].T).max(dim=1)
+            best[missed], partner[missed] = found.double(), others[place]
+        value, order = best.sort()
+        close = value.diff() < _ROUNDING
+        tied = order[torch.nn.functional.pad(close, (1, 0)) | torch.nn.functional.pad(close, (0, 1))]
+        pair = self._x[tokens[tied]].double(), self._x[partner[tied]].double()
+        best[tied] = torch.cosine_similarity(*pair, dim=1, eps=1e-12).round(decimals=9)  # copies are equal
+        return best
