@@ -110,7 +110,7 @@ def test_stages() -> None:
     assert VtcSelector().stages(ModelShape(32, 24, 22))[0].requires == (Place(),)
     assert VtcSelector(merge_weight=0).stages(CLIP)[0].action is Action.KEEP
     moved = {site: VtcSelector().moved(stage, site) for site in (Pixels(), VisionLayer(0), VisionLayer(3))}
-    assert [len(stage.requires) for stage in moved.values()] == [0, 0, 1]
+    assert [len(stage.requires) for stage in moved.values()] == [1, 1, 2]
     assert {stage.action for stage in moved.values()} == {Action.KEEP}
     assert VtcSelector().moved(stage, BeforeDecoder()) == stage
     inside = VtcSelector().moved(stage, DecoderLayer(2))
