@@ -10,9 +10,10 @@ import torch
 from transformers import LlamaConfig
 
 import vtc
-from vtc.bench import _models, _overhead, _prefill, _tower, prefill, tower
+from vtc.bench import _models, _overhead, _prefill, _tower, prefill
 from vtc.bench.timing import Case, Timing, interleave, markdown_table
 from vtc.errors import ConfigError
+from vtc.notation import parse_stages
 from vtc.report.flops import DecoderShape
 
 
@@ -229,17 +230,17 @@ class TestCommands:
 
 class TestTower:
     def test_settings_are_read_and_mistakes_named(self):
-        plan = tower.stages("divprune@vision:11=0.25+random@decoder=0.4")
+        plan = parse_stages("divprune@vision:11=0.25+random@decoder=0.4")
         assert [(c.method, c.at, c.keep_ratio) for c in plan] == [
             ("divprune", "vision:11", 0.25),
             ("random", "decoder", 0.4),
         ]
         for text, match in (("divprune", "METHOD@SITE"), ("nope@decoder=0.5", "nope"), ("random@sky=0.5", "at must")):
             with pytest.raises(vtc.VtcError, match=match):
-                tower.stages(text)
+                parse_stages(text)
 
     def test_layers_see_what_is_left(self):
-        plan = tower.stages("uniform@pixels=0.5+random@vision:2=0.5+random@decoder=0.1")
+        plan = parse_stages("uniform@pixels=0.5+random@vision:2=0.5+random@decoder=0.1")
         assert _tower.seen_by_layer(plan, 4) == [0.5, 0.5, 0.25, 0.25]
 
     def test_the_whole_call_is_tower_and_scaled_decoder(self, monkeypatch, capsys):

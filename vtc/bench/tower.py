@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vtc.bench.timing import add_timing_arguments, check_arguments
-from vtc.config import CompressionConfig
-from vtc.errors import ConfigError
-from vtc.registry import get_selector
+from vtc.notation import parse_stages
 
 MODELS = ("qwen2.5-vl-3b",)
 SETTINGS = (
@@ -20,29 +18,6 @@ SETTINGS = (
 and with three quarters of the patches never encoded."""
 
 
-def stages(text: str) -> list[CompressionConfig]:
-    """Read `METHOD@SITE=RATIO`, several with a plus between them.
-
-    Raises
-    ------
-    ConfigError
-        It has another form, or names what does not exist.
-    """
-    found = []
-    for part in text.split("+"):
-        method, at, rest = part.partition("@")
-        site, equals, ratio = rest.partition("=")
-        try:
-            if not at or not equals:
-                raise ValueError
-            number = float(ratio)
-        except ValueError:
-            raise ConfigError(f"--setting is METHOD@SITE=RATIO, several joined by +; got {text!r}") from None
-        get_selector(method)
-        found.append(CompressionConfig(method, keep_ratio=number, at=site))
-    return found
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vtc bench tower`."""
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="shape to measure (%(default)s)")
@@ -52,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--setting",
         action="append",
-        metavar="METHOD@SITE=RATIO+...",
+        metavar="METHOD@SITE=KEEP+...",
         help=f"stages to measure; repeat for more ({' '.join(SETTINGS)})",
     )
     add_timing_arguments(parser, repeats=3, warmup=1, dtype="bfloat16")
@@ -61,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and write JSON if requested."""
     check_arguments(args)
-    plans = {text: stages(text) for text in args.setting or SETTINGS}
+    plans = {text: parse_stages(text) for text in args.setting or SETTINGS}
     from vtc.bench import _tower
 
     return _tower.run(args, plans)
