@@ -22,8 +22,9 @@ try:
     import torch
 
     import vtc
-    from eval import comparison, readme, runner, sweep, tasks, timing
+    from eval import comparison, readme, runner, seeds, sweep, tasks, timing
     from eval.models import Loaded
+    from eval.runs import Run
     from eval.sweep import Job
     from vtc.console import finish
     from vtc.files import check_writable
@@ -84,8 +85,20 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--data", nargs="+", default=[], metavar="[TASK=]FOLDER", help="the task's files; generated tasks need none"
     )
     parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
-    parser.add_argument("--methods", nargs="+", default=["all"], help="names, or all that the model supports (all)")
-    parser.add_argument("--keep", type=float, nargs="+", default=list(_KEEP), help="fractions, or counts above 1")
+    parser.add_argument("--methods", nargs="+", help="names, or all that the model supports (all, or --setting alone)")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="METHOD@SITE=KEEP+...",
+        help="stages at any sites, such as divprune@vision:4=0.5+divprune@decoder=0.5; repeat for more",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        nargs="+",
+        help="fractions, counts above 1 (those of --setting, or 0.5 0.25 0.11 0.056)",
+    )
     parser.add_argument("--positions", nargs="+", choices=("original", "compact"), default=["original"])
     parser.add_argument(
         "--option",
@@ -95,8 +108,19 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         help="option of a method, the value as JSON; repeat for more",
     )
     parser.add_argument("--limit", type=int, help=f"number of samples (all; generated tasks: {sweep.GENERATED_LIMIT})")
+    parser.add_argument("--pictures", type=int, help="pictures or clips of a generated task")
+    parser.add_argument("--per-picture", type=int, help="questions about each of them, at most")
+    parser.add_argument(
+        "--draw",
+        default=seeds.DEFAULT,
+        metavar="PURPOSE:N",
+        help="which: exploring:N or comparing:N (%(default)s)",
+    )
+    parser.add_argument(
+        "--check", type=int, default=0, metavar="N", help="samples that plain generate answers as well (0)"
+    )
     parser.add_argument("--frames", type=int, help="frames to show of each video; every task has a default")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=10, help="questions answered together, at most (10)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -125,8 +149,13 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
             dtype=args.dtype,
             device=args.device,
             attention=args.attention,
-            methods=tuple(args.methods),
-            keep=tuple(args.keep),
+            methods=tuple(args.methods or (() if args.setting else ("all",))),
+            keep=tuple(args.keep or _budgets(args.setting)),
+            settings=tuple(args.setting),
+            pictures=args.pictures,
+            per_picture=args.per_picture,
+            draw=args.draw,
+            check=args.check,
             positions=tuple(args.positions),
             options=_options(args.option),
             limit=args.limit,
@@ -142,6 +171,13 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     for job in jobs:
         _check_folder(job.out)
     return jobs
+
+
+def _budgets(settings: Sequence[str]) -> tuple[float, ...]:
+    """Return the budgets of settings, at which the baselines are measured too, or the usual ones without settings."""
+    runs = [Run.of_stages(text) for text in settings]
+    found = [run.keep_ratio or run.keep_tokens for run in runs]
+    return tuple(dict.fromkeys(float(f"{keep:.6g}") for keep in found if keep)) or _KEEP
 
 
 def _check_folder(folder: Path) -> None:

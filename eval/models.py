@@ -136,6 +136,13 @@ def _padded_step(video: Frames, processor: Any) -> Frames:
     return replace(video, frames=frames, indices=(*video.indices, *video.indices[-1:] * lacking))
 
 
+def visual_tokens(loaded: Loaded, encoded: Any) -> int:
+    """Count the placeholders of images and videos in the prompts."""
+    config = loaded.model.config
+    ids = {getattr(config, f"{modality}_token_id", None) for modality in ("image", "video")} - {None}
+    return int(torch.isin(encoded["input_ids"], torch.tensor(sorted(ids), device=loaded.model.device)).sum())
+
+
 def blinded(encoded: Any) -> Any:
     """Return the inputs with all pixels set to 0, the mean after normalisation: a uniform grey.
 

@@ -50,11 +50,11 @@ def test_the_command_of_the_readme_makes_tables_and_pictures(
     text = (folder / "table.md").read_text()
     assert text in printed
     frame = pandas.read_csv(folder / "table.csv").set_index("run")
-    original = [f"{name} 0.1" for name in ("random", "uniform", "divprune", "fastv", "oracle", "anti-oracle")]
+    original = [f"{name} 0.1" for name in ("random", "uniform", "pool", "divprune", "fastv", "oracle", "anti-oracle")]
     compact = [f"{name} compact" for name in original if not name.startswith("fastv")]
     assert set(frame.index) == {"all tokens", "blind", *original, *compact}
     assert "- fastv 0.1 compact: positions='compact' renumbers" in text, "left out, and said so"
-    for line in ("- weights: ", "- git: ", "- threads: ", "- cpu: ", "- samples: 4", "- batch_size: 8", "- command: "):
+    for line in ("- weights: ", "- git: ", "- threads: ", "- cpu: ", "- samples: 4", "- batch_size: 10", "- command: "):
         assert line in text
     timed = frame.loc[["all tokens", "random 0.1", "divprune 0.1 compact"]]
     for column in timing.FIGURES:
@@ -99,6 +99,10 @@ def test_a_sweep_contains_the_baselines() -> None:
         "random 32 tokens",
         "uniform 0.5",
         "uniform 32 tokens",
+        "pool 0.5",
+        "pool 32 tokens",
+        "resize 0.5",
+        "resize 32 tokens",
         "fastv 0.5 layer=3",
         "fastv 32 tokens layer=3",
     ]
@@ -265,7 +269,7 @@ def test_times_of_another_machine_are_refused(tmp_path: Path) -> None:
 
 @needs_model
 def test_an_interrupted_round_of_times_is_made_again(loaded: models.Loaded, tmp_path: Path) -> None:
-    samples = get_task("scenes", scenes=2, per_scene=1).samples(None)
+    samples = get_task("scenes", pictures=2, per_picture=1).samples(None)
     runs, path = [FULL, BLIND, Run("uniform", 0.1)], tmp_path / "times.jsonl"
 
     def times() -> list[dict[str, Any]]:
