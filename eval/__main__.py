@@ -22,7 +22,7 @@ try:
     import torch
 
     import vtc
-    from eval import comparison, readme, runner, seeds, sweep, tasks, timing
+    from eval import comparison, confirm, readme, runner, seeds, sweep, tasks, timing
     from eval.models import Loaded
     from eval.runs import Run
     from eval.sweep import Job
@@ -70,10 +70,27 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("folder", type=Path)
     table.set_defaults(run=_table)
     compare = commands.add_parser("compare", help="paired differences with significance")
-    compare.add_argument("a", metavar="A", help='a folder of results, or FOLDER:RUN, such as "results/x:divprune 0.25"')
-    compare.add_argument("b", metavar="B")
+    compare.add_argument(
+        "a", metavar="A", nargs="?", help='a folder of results, or FOLDER:RUN, such as "results/x:divprune 0.25"'
+    )
+    compare.add_argument("b", metavar="B", nargs="?")
     compare.add_argument("--folder", type=Path, help="A and B are names of runs in this folder")
+    compare.add_argument(
+        "--pair", nargs=2, action="append", default=[], metavar=("A", "B"), help="one more pair; repeat"
+    )
+    compare.add_argument("--base", metavar="RUN", help="compare every run of --folder with this one")
     compare.set_defaults(run=_compare)
+    once = commands.add_parser("confirm", help="write a rule down, then compare it on pictures nobody has looked at")
+    once.add_argument("rule", nargs="+", metavar="METHOD@SITE=KEEP+...", help="settings to confirm")
+    once.add_argument("--against", nargs="+", default=["random", "uniform"], help="methods (random uniform)")
+    once.add_argument("--task", choices=("scenes", "clips"), default="scenes")
+    once.add_argument("--number", type=int, help="of the confirming seed (the first that nobody has looked at)")
+    once.add_argument("--locks", type=Path, default=confirm.LOCKS, help="folder of the rules that were written down")
+    _add_model(once)
+    _add_pictures(once, 300, 5)
+    once.add_argument("--check", type=int, default=4, help="samples that plain generate answers too (4)")
+    once.add_argument("--out", type=Path, help="folder for rows and tables (results/confirm-TASK-MODEL-RULE)")
+    once.set_defaults(run=_confirm)
     page = commands.add_parser("readme", help="write README's table from the committed results")
     page.set_defaults(run=_readme)
     return parser
@@ -84,7 +101,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="[TASK=]FOLDER", help="the task's files; generated tasks need none"
     )
-    parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
+    _add_model(parser)
     parser.add_argument("--methods", nargs="+", help="names, or all that the model supports (all, or --setting alone)")
     parser.add_argument(
         "--setting",
@@ -108,8 +125,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         help="option of a method, the value as JSON; repeat for more",
     )
     parser.add_argument("--limit", type=int, help=f"number of samples (all; generated tasks: {sweep.GENERATED_LIMIT})")
-    parser.add_argument("--pictures", type=int, help="pictures or clips of a generated task")
-    parser.add_argument("--per-picture", type=int, help="questions about each of them, at most")
+    _add_pictures(parser, None, None)
     parser.add_argument(
         "--draw",
         default=seeds.DEFAULT,
@@ -120,11 +136,6 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--check", type=int, default=0, metavar="N", help="samples that plain generate answers as well (0)"
     )
     parser.add_argument("--frames", type=int, help="frames to show of each video; every task has a default")
-    parser.add_argument("--batch-size", type=int, default=10, help="questions answered together, at most (10)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--retry", action="store_true", help="repeat samples that ended in an error")
     parser.add_argument(
         "--backend", choices=("local", "ray"), default="local", help="ray: workers of a cluster (local)"
@@ -133,6 +144,21 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for rows and tables (results/TASK-MODEL); several tasks: one in it for each"
     )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
+    parser.add_argument("--batch-size", type=int, default=10, help="questions answered together, at most (10)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_pictures(parser: argparse.ArgumentParser, pictures: int | None, per_picture: int | None) -> None:
+    shown = "" if pictures is None else " (%(default)s)"
+    parser.add_argument("--pictures", type=int, default=pictures, help=f"pictures or clips of a generated task{shown}")
+    parser.add_argument("--per-picture", type=int, default=per_picture, help=f"questions about each, at most{shown}")
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
@@ -268,7 +294,46 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    print(comparison.to_markdown(comparison.compare(args.a, args.b, args.folder)))
+    if (args.a is None) != (args.b is None) or not (args.a or args.pair or args.base):
+        raise vtc.ConfigError("compare takes A and B, or --pair A B, or --base RUN with --folder")
+    found = []
+    for a, b in [*([(args.a, args.b)] if args.a else []), *args.pair]:
+        found += comparison.compare(a, b, args.folder)
+    if args.base is not None:
+        if args.folder is None:
+            raise vtc.ConfigError("--base names a run of --folder, which is missing")
+        found += comparison.compare_with(args.base, args.folder)
+    print(comparison.to_markdown(found))
+    return 0
+
+
+def _confirm(args: argparse.Namespace) -> int:
+    rule = confirm.rule_of(args.rule, args.against, args.task, args.pictures, args.per_picture)
+    model = Path(args.model).name.replace(":", "-")
+    out = args.out or Path("results") / f"confirm-{args.task}-{model}-{rule.fingerprint[:12]}"
+    job = Job(
+        task=args.task,
+        data=None,
+        model=args.model,
+        dtype=args.dtype,
+        device=args.device,
+        attention=args.attention,
+        methods=rule.against,
+        keep=rule.budgets(),
+        positions=("original",),
+        options={},
+        limit=None,
+        frames=None,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        out=out,
+        settings=rule.settings,
+        pictures=args.pictures,
+        per_picture=args.per_picture,
+        check=args.check,
+    )
+    _check_folder(out)
+    print(confirm.confirm(rule, job, args.number, args.locks))
     return 0
 
 

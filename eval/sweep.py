@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Job:
         Which of them are drawn: a name of `eval.seeds`, and a number.
     check : int
         Samples that plain `generate` answers again.
+    confirms : bool
+        Whether `draw` is a confirming one, which nothing else may draw.
     """
 
     task: str
@@ -73,6 +75,11 @@ class Job:
     per_picture: int | None = None
     draw: str = seeds.DEFAULT
     check: int = 0
+    confirms: bool = False
+
+    def confirming(self, draw: str) -> Job:
+        """Return the job for a confirming draw."""
+        return replace(self, draw=draw, confirms=True)
 
     def prepare(self) -> tuple[Task, Sequence[Sample], list[Run]]:
         """Return task, samples and runs; finds every mistake that can be found without a model.
@@ -116,7 +123,7 @@ class Job:
                     raise vtc.ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
                 found[name] = value
         if self.draw != seeds.DEFAULT:
-            found["seed"] = seeds.seed_of(self.draw)
+            found["seed"] = seeds.seed_of(self.draw, confirm=self.confirms)
         if set(found) - {"frames"} and not task.knows_truth:
             raise vtc.ConfigError(f"--pictures, --per-picture and --draw are for generated tasks, not for {self.task}")
         return found
