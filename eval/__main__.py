@@ -13,6 +13,7 @@ table.csv and plots; `table` does only the last of these.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,13 @@ try:
     import torch
 
     import vtc
-    from eval import comparison, confirm, readme, runner, seeds, sweep, tasks, timing
+    import vtc.reference
+    from eval import comparison, confirm, cost, readme, runner, seeds, sweep, tasks, timing
     from eval.models import Loaded
     from eval.runs import Run
     from eval.sweep import Job
     from vtc.console import finish
-    from vtc.files import check_writable
+    from vtc.files import check_writable, write_text
     from vtc.plain import parse_json
 except KeyboardInterrupt:  # seconds pass before `finish` can say so
     print("eval: interrupted", file=sys.stderr)
@@ -65,10 +67,16 @@ def _parser() -> argparse.ArgumentParser:
         default=timing.DECODE_TOKENS,
         help=f"timed answers' length ({timing.DECODE_TOKENS})",
     )
+    sub.add_argument("--cost", choices=tuple(cost.LAYERS), help="add what a whole call would take at this shape")
     sub.set_defaults(run=_sweep)
     table = commands.add_parser("table", help="write tables and plots of the rows in a folder")
     table.add_argument("folder", type=Path)
+    table.add_argument("--cost", choices=tuple(cost.LAYERS), help="add what a whole call would take at this shape")
     table.set_defaults(run=_table)
+    taken = commands.add_parser("cost", help="write the table of costs of a shape from measurements")
+    taken.add_argument("name", choices=tuple(cost.LAYERS))
+    taken.add_argument("--bench", type=Path, required=True, help="what `vtc bench tower --json` wrote")
+    taken.set_defaults(run=_cost)
     compare = commands.add_parser("compare", help="paired differences with significance")
     compare.add_argument(
         "a", metavar="A", nargs="?", help='a folder of results, or FOLDER:RUN, such as "results/x:divprune 0.25"'
@@ -270,6 +278,7 @@ def _sweep(args: argparse.Namespace) -> int:
     ):
         if value < least:
             raise vtc.ConfigError(f"--{name} must be at least {least}, got {value}")
+    costs = _costs(args)
     jobs = _jobs(args)
     loaded = _answer(args, jobs)
     if args.timed:
@@ -278,7 +287,7 @@ def _sweep(args: argparse.Namespace) -> int:
             sweep.take_times(job, loaded, count=args.timed, rounds=args.rounds, decode_tokens=args.decode_tokens)
     found = []
     for job in jobs:
-        found.append(sweep.results(job.out))
+        found.append(sweep.results(job.out, costs))
         found[-1].write(job.out)
         print(found[-1].markdown())
     if len(jobs) > 1:
@@ -287,9 +296,22 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    found = sweep.results(args.folder)
+    found = sweep.results(args.folder, _costs(args))
     found.write(args.folder)
     print(found.markdown())
+    return 0
+
+
+def _costs(args: argparse.Namespace) -> cost.CostTable | None:
+    return None if args.cost is None else cost.CostTable.load(args.cost)
+
+
+def _cost(args: argparse.Namespace) -> int:
+    if not args.bench.is_file():
+        raise vtc.InputError(f"{args.bench}: no such file; make it with `{cost.bench_command(args.name)}`")
+    _, processor = vtc.reference.load("qwen2_5_vl")
+    data = cost.from_bench(args.name, parse_json(args.bench.read_bytes()), processor)
+    write_text(cost.TABLES / f"{args.name}.json", json.dumps(data, indent=2) + "\n")
     return 0
 
 

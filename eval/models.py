@@ -81,6 +81,13 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:12]
 
 
+def tower_layers(loaded: Loaded) -> int | None:
+    """Return the number of layers of the vision tower, where the configuration says it."""
+    vision = getattr(loaded.model.config, "vision_config", None)
+    found = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None)
+    return None if found is None else int(found)
+
+
 def check_modality(loaded: Loaded, modality: str) -> None:
     """Check that the model takes an "image" or a "video".
 

@@ -12,6 +12,7 @@ import pandas as pd
 import vtc
 from eval import models, plots, resizing, results_log, runner, seeds, tables, tasks, timing
 from eval.conditions import conditions, hardware
+from eval.cost import CostTable
 from eval.models import Loaded
 from eval.results_log import ResultsLog, Row
 from eval.runs import Run, supported_runs, sweep_runs
@@ -166,7 +167,7 @@ def answer(job: Job, loaded: Loaded, *, retry: bool = False) -> None:
     task, samples, runs, left_out = job.supported(loaded)
     rank, world = runner.shard()
     name = "rows.jsonl" if world == 1 else f"rows.{rank}-of-{world}.jsonl"
-    stated = job.conditions(runs, left_out, processes=world)
+    stated = job.conditions(runs, left_out, processes=world, tower_layers=models.tower_layers(loaded))
     with ResultsLog(job.out / name, job.identity(loaded.weights), stated, retry=retry) as log:
         runner.answer_samples(
             loaded,
@@ -240,8 +241,14 @@ class Results:
             plots.bars(self.kinds, self.frame, folder / "score-by-kind.png", self.title)
 
 
-def results(folder: Path) -> Results:
+def results(folder: Path, cost: CostTable | None = None) -> Results:
     """Read what `answer` and `take_times` wrote into a folder, in any number of sessions.
+
+    Parameters
+    ----------
+    folder : Path
+    cost : CostTable, optional
+        Adds what each run would cost at a true shape.
 
     Raises
     ------
@@ -258,8 +265,13 @@ def results(folder: Path) -> Results:
         times = timing.summary(measured)
         about_times = {"times": _about_times(timed[-1], measured)}
     frame = tables.summary(rows, runs, task, times, seed=identity["seed"])
+    about_cost = {}
+    if cost is not None:
+        layers = headers[-1]["conditions"]["config"].get("tower_layers")
+        frame = tables.with_cost(frame, runs, cost, layers)
+        about_cost = {"whole call": cost.described()}
     left_out = {name: why for header in headers for name, why in header["conditions"]["left_out"].items()}
-    stated = {**identity, **_merged(headers), "samples": int(frame["n"].max()), **about_times}
+    stated = {**identity, **_merged(headers), "samples": int(frame["n"].max()), **about_times, **about_cost}
     return Results(
         f"{identity['task']}, {identity['model']}",
         frame,
