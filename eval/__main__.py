@@ -13,6 +13,7 @@ table.csv and plots; `table` does only the last of these.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ try:
     import torch
 
     import vtc
-    from eval import comparison, readme, runner, sweep, tasks, timing
+    import vtc.reference
+    from eval import comparison, confirm, cost, readme, runner, seeds, sweep, tasks, timing
     from eval.models import Loaded
+    from eval.runs import Run
     from eval.sweep import Job
     from vtc.console import finish
-    from vtc.files import check_writable
+    from vtc.files import check_writable, write_text
     from vtc.plain import parse_json
 except KeyboardInterrupt:  # seconds pass before `finish` can say so
     print("eval: interrupted", file=sys.stderr)
@@ -64,15 +67,38 @@ def _parser() -> argparse.ArgumentParser:
         default=timing.DECODE_TOKENS,
         help=f"timed answers' length ({timing.DECODE_TOKENS})",
     )
+    sub.add_argument("--cost", choices=tuple(cost.LAYERS), help="add what a whole call would take at this shape")
     sub.set_defaults(run=_sweep)
     table = commands.add_parser("table", help="write tables and plots of the rows in a folder")
     table.add_argument("folder", type=Path)
+    table.add_argument("--cost", choices=tuple(cost.LAYERS), help="add what a whole call would take at this shape")
     table.set_defaults(run=_table)
+    taken = commands.add_parser("cost", help="write the table of costs of a shape from measurements")
+    taken.add_argument("name", choices=tuple(cost.LAYERS))
+    taken.add_argument("--bench", type=Path, required=True, help="what `vtc bench tower --json` wrote")
+    taken.set_defaults(run=_cost)
     compare = commands.add_parser("compare", help="paired differences with significance")
-    compare.add_argument("a", metavar="A", help='a folder of results, or FOLDER:RUN, such as "results/x:divprune 0.25"')
-    compare.add_argument("b", metavar="B")
+    compare.add_argument(
+        "a", metavar="A", nargs="?", help='a folder of results, or FOLDER:RUN, such as "results/x:divprune 0.25"'
+    )
+    compare.add_argument("b", metavar="B", nargs="?")
     compare.add_argument("--folder", type=Path, help="A and B are names of runs in this folder")
+    compare.add_argument(
+        "--pair", nargs=2, action="append", default=[], metavar=("A", "B"), help="one more pair; repeat"
+    )
+    compare.add_argument("--base", metavar="RUN", help="compare every run of --folder with this one")
     compare.set_defaults(run=_compare)
+    once = commands.add_parser("confirm", help="write a rule down, then compare it on pictures nobody has looked at")
+    once.add_argument("rule", nargs="+", metavar="METHOD@SITE=KEEP+...", help="settings to confirm")
+    once.add_argument("--against", nargs="+", default=["random", "uniform"], help="methods (random uniform)")
+    once.add_argument("--task", choices=("scenes", "clips"), default="scenes")
+    once.add_argument("--number", type=int, help="of the confirming seed (the first that nobody has looked at)")
+    once.add_argument("--locks", type=Path, default=confirm.LOCKS, help="folder of the rules that were written down")
+    _add_model(once)
+    _add_pictures(once, 300, 5)
+    once.add_argument("--check", type=int, default=4, help="samples that plain generate answers too (4)")
+    once.add_argument("--out", type=Path, help="folder for rows and tables (results/confirm-TASK-MODEL-RULE)")
+    once.set_defaults(run=_confirm)
     page = commands.add_parser("readme", help="write README's table from the committed results")
     page.set_defaults(run=_readme)
     return parser
@@ -83,9 +109,21 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="[TASK=]FOLDER", help="the task's files; generated tasks need none"
     )
-    parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
-    parser.add_argument("--methods", nargs="+", default=["all"], help="names, or all that the model supports (all)")
-    parser.add_argument("--keep", type=float, nargs="+", default=list(_KEEP), help="fractions, or counts above 1")
+    _add_model(parser)
+    parser.add_argument("--methods", nargs="+", help="names, or all that the model supports (all, or --setting alone)")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="METHOD@SITE=KEEP+...",
+        help="stages at any sites, such as divprune@vision:4=0.5+divprune@decoder=0.5; repeat for more",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        nargs="+",
+        help="fractions, counts above 1 (those of --setting, or 0.5 0.25 0.11 0.056)",
+    )
     parser.add_argument("--positions", nargs="+", choices=("original", "compact"), default=["original"])
     parser.add_argument(
         "--option",
@@ -95,12 +133,17 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         help="option of a method, the value as JSON; repeat for more",
     )
     parser.add_argument("--limit", type=int, help=f"number of samples (all; generated tasks: {sweep.GENERATED_LIMIT})")
+    _add_pictures(parser, None, None)
+    parser.add_argument(
+        "--draw",
+        default=seeds.DEFAULT,
+        metavar="PURPOSE:N",
+        help="which: exploring:N or comparing:N (%(default)s)",
+    )
+    parser.add_argument(
+        "--check", type=int, default=0, metavar="N", help="samples that plain generate answers as well (0)"
+    )
     parser.add_argument("--frames", type=int, help="frames to show of each video; every task has a default")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--retry", action="store_true", help="repeat samples that ended in an error")
     parser.add_argument(
         "--backend", choices=("local", "ray"), default="local", help="ray: workers of a cluster (local)"
@@ -109,6 +152,21 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for rows and tables (results/TASK-MODEL); several tasks: one in it for each"
     )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="reference", help="reference, reference:NAME, or a checkpoint's folder")
+    parser.add_argument("--batch-size", type=int, default=10, help="questions answered together, at most (10)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_pictures(parser: argparse.ArgumentParser, pictures: int | None, per_picture: int | None) -> None:
+    shown = "" if pictures is None else " (%(default)s)"
+    parser.add_argument("--pictures", type=int, default=pictures, help=f"pictures or clips of a generated task{shown}")
+    parser.add_argument("--per-picture", type=int, default=per_picture, help=f"questions about each, at most{shown}")
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
@@ -125,8 +183,13 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
             dtype=args.dtype,
             device=args.device,
             attention=args.attention,
-            methods=tuple(args.methods),
-            keep=tuple(args.keep),
+            methods=tuple(args.methods or (() if args.setting else ("all",))),
+            keep=tuple(args.keep or _budgets(args.setting)),
+            settings=tuple(args.setting),
+            pictures=args.pictures,
+            per_picture=args.per_picture,
+            draw=args.draw,
+            check=args.check,
             positions=tuple(args.positions),
             options=_options(args.option),
             limit=args.limit,
@@ -142,6 +205,13 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     for job in jobs:
         _check_folder(job.out)
     return jobs
+
+
+def _budgets(settings: Sequence[str]) -> tuple[float, ...]:
+    """Return the budgets of settings, at which the baselines are measured too, or the usual ones without settings."""
+    runs = [Run.of_stages(text) for text in settings]
+    found = [run.keep_ratio or run.keep_tokens for run in runs]
+    return tuple(dict.fromkeys(float(f"{keep:.6g}") for keep in found if keep)) or _KEEP
 
 
 def _check_folder(folder: Path) -> None:
@@ -208,6 +278,7 @@ def _sweep(args: argparse.Namespace) -> int:
     ):
         if value < least:
             raise vtc.ConfigError(f"--{name} must be at least {least}, got {value}")
+    costs = _costs(args)
     jobs = _jobs(args)
     loaded = _answer(args, jobs)
     if args.timed:
@@ -216,7 +287,7 @@ def _sweep(args: argparse.Namespace) -> int:
             sweep.take_times(job, loaded, count=args.timed, rounds=args.rounds, decode_tokens=args.decode_tokens)
     found = []
     for job in jobs:
-        found.append(sweep.results(job.out))
+        found.append(sweep.results(job.out, costs))
         found[-1].write(job.out)
         print(found[-1].markdown())
     if len(jobs) > 1:
@@ -225,14 +296,66 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    found = sweep.results(args.folder)
+    found = sweep.results(args.folder, _costs(args))
     found.write(args.folder)
     print(found.markdown())
     return 0
 
 
+def _costs(args: argparse.Namespace) -> cost.CostTable | None:
+    return None if args.cost is None else cost.CostTable.load(args.cost)
+
+
+def _cost(args: argparse.Namespace) -> int:
+    if not args.bench.is_file():
+        raise vtc.InputError(f"{args.bench}: no such file; make it with `{cost.bench_command(args.name)}`")
+    _, processor = vtc.reference.load("qwen2_5_vl")
+    data = cost.from_bench(args.name, parse_json(args.bench.read_bytes()), processor)
+    write_text(cost.TABLES / f"{args.name}.json", json.dumps(data, indent=2) + "\n")
+    return 0
+
+
 def _compare(args: argparse.Namespace) -> int:
-    print(comparison.to_markdown(comparison.compare(args.a, args.b, args.folder)))
+    if (args.a is None) != (args.b is None) or not (args.a or args.pair or args.base):
+        raise vtc.ConfigError("compare takes A and B, or --pair A B, or --base RUN with --folder")
+    found = []
+    for a, b in [*([(args.a, args.b)] if args.a else []), *args.pair]:
+        found += comparison.compare(a, b, args.folder)
+    if args.base is not None:
+        if args.folder is None:
+            raise vtc.ConfigError("--base names a run of --folder, which is missing")
+        found += comparison.compare_with(args.base, args.folder)
+    print(comparison.to_markdown(found))
+    return 0
+
+
+def _confirm(args: argparse.Namespace) -> int:
+    rule = confirm.rule_of(args.rule, args.against, args.task, args.pictures, args.per_picture)
+    model = Path(args.model).name.replace(":", "-")
+    out = args.out or Path("results") / f"confirm-{args.task}-{model}-{rule.fingerprint[:12]}"
+    job = Job(
+        task=args.task,
+        data=None,
+        model=args.model,
+        dtype=args.dtype,
+        device=args.device,
+        attention=args.attention,
+        methods=rule.against,
+        keep=rule.budgets(),
+        positions=("original",),
+        options={},
+        limit=None,
+        frames=None,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        out=out,
+        settings=rule.settings,
+        pictures=args.pictures,
+        per_picture=args.per_picture,
+        check=args.check,
+    )
+    _check_folder(out)
+    print(confirm.confirm(rule, job, args.number, args.locks))
     return 0
 
 

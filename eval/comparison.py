@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import vtc
 from eval import results_log, statistics, tables, tasks
 from eval.results_log import Row
 from eval.runner import rows_by_run
+
+SHARP = 0.025
+"""Half-width of an interval that tells methods apart that differ by what matters."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Difference:
         Exact p of McNemar's test, which treats samples as independent; None where scores are not binary.
     n, groups : int
         Numbers of samples and groups.
+    kinds : dict of str to Difference
+        The same for each kind of question, where the task has kinds.
     """
 
     a: str
@@ -41,6 +45,12 @@ class Difference:
     mcnemar: float | None
     n: int
     groups: int
+    kinds: Mapping[str, Difference] = field(default_factory=dict)
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval's length."""
+        return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -74,18 +84,40 @@ def compare(a: str, b: str, folder: Path | None = None) -> list[Difference]:
     if (run_a is None) != (run_b is None):
         raise vtc.InputError("compare two folders, or FOLDER:RUN with FOLDER:RUN, not one with the other")
     if run_a is not None and run_b is not None:
-        pairs = [(run_a, run_b)]
-    else:
-        pairs = [(run, run) for run in side_a.runs if run in side_b.runs]
-        if not pairs:
-            raise vtc.InputError(f"{a} and {b} have no run in common")
-    main = tasks.get_task(side_a.task).main_score
-    same_folder = side_a.name == side_b.name
-    found = []
-    for left, right in pairs:
-        names = (left, right) if same_folder else (f"{side_a.name}: {left}", f"{side_b.name}: {right}")
-        found.append(_difference(names, side_a.runs[left], side_b.runs[right], main))
-    return found
+        return [_pair(side_a, run_a, side_b, run_b)]
+    pairs = [run for run in side_a.runs if run in side_b.runs]
+    if not pairs:
+        raise vtc.InputError(f"{a} and {b} have no run in common")
+    return [_pair(side_a, run, side_b, run) for run in pairs]
+
+
+def compare_with(base: str, folder: Path) -> list[Difference]:
+    """Compare every run of a folder with one of them.
+
+    Raises
+    ------
+    InputError
+        The folder has no such run, or no other.
+    """
+    side, run = _side(f"{folder}:{base}")
+    others = [other for other in side.runs if other != run]
+    if run is None or not others:
+        raise vtc.InputError(f"{folder} has nothing to compare {base!r} with")
+    return [_pair(side, run, side, other) for other in others]
+
+
+def _pair(side_a: _Side, run_a: str, side_b: _Side, run_b: str) -> Difference:
+    names = (run_a, run_b)
+    if side_a.name != side_b.name:
+        names = (f"{side_a.name}: {run_a}", f"{side_b.name}: {run_b}")
+    a, b, main = side_a.runs[run_a], side_b.runs[run_b], tasks.get_task(side_a.task).main_score
+    shared = [sample for sample in a if sample in b]
+    kinds = list(dict.fromkeys(a[sample].get("kind") for sample in shared))
+    parts = {
+        str(kind): _difference(names, {s: a[s] for s in shared if a[s].get("kind") == kind}, b, main)
+        for kind in sorted(filter(None, kinds))
+    }
+    return replace(_difference(names, a, b, main), kinds=parts)
 
 
 def _side(text: str) -> tuple[_Side, str | None]:
@@ -116,15 +148,36 @@ def _difference(names: tuple[str, str], a: Mapping[str, Row], b: Mapping[str, Ro
     )
 
 
-def to_markdown(differences: Sequence[Difference]) -> str:
-    """Return a table; with several lines also p after Holm's correction for multiple comparisons."""
+def to_markdown(differences: Sequence[Difference], level: float = 0.05) -> str:
+    """Return a table of all pairs, and one by kind of question.
+
+    With several pairs p is corrected for their number (Holm), and the verdict is that of the corrected p.
+    """
     several = len(differences) > 1
     adjusted = statistics.holm([each.p for each in differences])
-    header = ["A", "B", "B - A", "95 %", "p, sign flips", *(["p, Holm"] * several), "p, McNemar", "samples", "groups"]
+    header = ["A", "B", "B - A", "95 %", "half-width", "p, sign flips", *(["p, Holm"] * several), "verdict"]
     lines = []
     for each, holm in zip(differences, adjusted, strict=True):
-        line: list[Any] = [each.a, each.b, f"{each.difference:+.4f}", f"{each.low:+.4f} to {each.high:+.4f}"]
-        line += [f"{each.p:.4f}", *([f"{holm:.4f}"] * several)]
+        verdict = "not told apart" if not holm < level else "B is better" if each.difference > 0 else "A is better"
+        line = [each.a, each.b, f"{each.difference:+.4f}", f"{each.low:+.4f} to {each.high:+.4f}"]
+        line += [f"{each.half_width:.4f}", f"{each.p:.4f}", *([f"{holm:.4f}"] * several), verdict]
         line += ["" if each.mcnemar is None else f"{each.mcnemar:.4f}", str(each.n), str(each.groups)]
         lines.append(line)
-    return tables.to_markdown_table(header, lines)
+    parts = [tables.to_markdown_table([*header, "p, McNemar", "samples", "groups"], lines)]
+    widest = max(each.half_width for each in differences)
+    if widest > SHARP:
+        groups = max(each.groups for each in differences)
+        parts.append(
+            f"The widest interval reaches {widest:.3f} to either side; {SHARP} would take about "
+            f"{groups * (widest / SHARP) ** 2:.0f} groups instead of {groups}."
+        )
+    kinds = sorted({kind for each in differences for kind in each.kinds})
+    if kinds:
+        parts.append("B - A by kind of question, with the half-width of the interval; not corrected:")
+        rows = [[each.a, each.b, *(_by_kind(each.kinds.get(kind)) for kind in kinds)] for each in differences]
+        parts.append(tables.to_markdown_table(["A", "B", *kinds], rows))
+    return "\n\n".join(parts)
+
+
+def _by_kind(part: Difference | None) -> str:
+    return "" if part is None else f"{part.difference:+.3f} ± {part.half_width:.3f}"

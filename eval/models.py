@@ -81,6 +81,13 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:12]
 
 
+def tower_layers(loaded: Loaded) -> int | None:
+    """Return the number of layers of the vision tower, where the configuration says it."""
+    vision = getattr(loaded.model.config, "vision_config", None)
+    found = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None)
+    return None if found is None else int(found)
+
+
 def check_modality(loaded: Loaded, modality: str) -> None:
     """Check that the model takes an "image" or a "video".
 
@@ -134,6 +141,13 @@ def _padded_step(video: Frames, processor: Any) -> Frames:
     lacking = max(0, patch - len(video.frames))
     frames = np.concatenate([video.frames, *[video.frames[-1:]] * lacking])
     return replace(video, frames=frames, indices=(*video.indices, *video.indices[-1:] * lacking))
+
+
+def visual_tokens(loaded: Loaded, encoded: Any) -> int:
+    """Count the placeholders of images and videos in the prompts."""
+    config = loaded.model.config
+    ids = {getattr(config, f"{modality}_token_id", None) for modality in ("image", "video")} - {None}
+    return int(torch.isin(encoded["input_ids"], torch.tensor(sorted(ids), device=loaded.model.device)).sum())
 
 
 def blinded(encoded: Any) -> Any:

@@ -15,6 +15,7 @@ from vtc.files import replacing
 _AXES = (
     ("kept", "visual tokens kept, mean over layers", "score-by-tokens.png"),
     ("ttft", "measured time to first token, s", "score-by-ttft.png"),
+    ("call", "whole call at the shape of a checkpoint, s", "score-by-call.png"),
 )
 
 
@@ -30,7 +31,7 @@ def pareto(cost: Sequence[float], gain: Sequence[float]) -> list[int]:
 
 
 def against_cost(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
-    """Plot score against kept tokens and, if there are times, against time with the Pareto front marked.
+    """Plot score against kept tokens and, where they are known, against times with the Pareto front marked.
 
     Parameters
     ----------
@@ -43,6 +44,8 @@ def against_cost(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     written = []
     full = frame[frame["run"] == FULL.name].iloc[0]
     for column, label, name in _AXES:
+        if column not in frame:
+            continue
         known = frame[frame[column].notna() & ~frame["run"].isin((FULL.name, BLIND.name))]
         if known.empty:
             continue
@@ -64,11 +67,11 @@ def against_cost(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         axes.axhline(full["score"], color="black", linewidth=0.8, label=FULL.name)
         for floor in frame[frame["run"] == BLIND.name]["score"]:
             axes.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label=BLIND.name)
-        if column == "ttft":
-            points = frame[frame["ttft"].notna()]  # the uncompressed model is one of the points
-            best = points.iloc[pareto(points["ttft"].tolist(), points["score"].tolist())]
-            axes.plot(best["ttft"], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, alpha=0.6)
-            axes.scatter(best["ttft"], best["score"], s=110, facecolors="none", edgecolors="black", label="front")
+        if column != "kept":
+            points = frame[frame[column].notna()]  # the uncompressed model is one of the points
+            best = points.iloc[pareto(points[column].tolist(), points["score"].tolist())]
+            axes.plot(best[column], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, alpha=0.6)
+            axes.scatter(best[column], best["score"], s=110, facecolors="none", edgecolors="black", label="front")
         else:
             axes.set_xscale("log")
         axes.set(xlabel=label, ylabel="score", title=title)

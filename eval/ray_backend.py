@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 import vtc
 from eval import runner
+from eval.answerer import Answerer, Numbered
 from eval.conditions import command_line
 from eval.results_log import ResultsLog
 from eval.runs import Run
@@ -83,7 +84,8 @@ class _Worker:
     def __init__(self, job: Job, runs: list[dict[str, Any]]) -> None:
         task, samples, _ = job.prepare()
         self.batches = runner.split(samples, job.batch_size)
-        self.answerer = runner.Answerer(job.load(), task, [Run.from_dict(run) for run in runs], job.seed)
+        checked = runner.spaced(len(samples), job.check)
+        self.answerer = Answerer(job.load(), task, [Run.from_dict(run) for run in runs], job.seed, checked)
 
     def __call__(self, asked: dict[str, Any]) -> dict[str, Any]:
         rows = []
@@ -93,7 +95,7 @@ class _Worker:
         return {"row": [json.dumps(row) for row in rows]}
 
 
-def _done(batch: runner.Numbered, runs: list[Run], log: ResultsLog) -> list[tuple[str, str]]:
+def _done(batch: Numbered, runs: list[Run], log: ResultsLog) -> list[tuple[str, str]]:
     return [(run.name, s.id) for _, s in batch for run in runs if log.has(run.name, s.id)]
 
 

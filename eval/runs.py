@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import vtc
 from eval.bounds import TruthSelector
 from vtc import CompressionConfig
+from vtc.notation import parse_stages
 
-BASELINES = ("random", "uniform")
-"""Part of every comparison, requested or not."""
+BASELINES = ("random", "uniform", "pool", "resize")
+"""Part of every comparison, requested or not, as far as the model supports them."""
 
 BOUNDS = ("oracle", "anti-oracle")
 """Selections that use the ground truth of a generated task: the upper and lower bound of a method, not methods."""
 
-_BLIND = "blind"
+_BLIND, _RESIZE = "blind", "resize"
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,16 @@ class Run:
     Attributes
     ----------
     method : str or None
-        A method of `vtc`, one of `BOUNDS`, "blind", or None for the uncompressed model.
+        A method of `vtc`, several with their sites, one of `BOUNDS`, "blind", "resize", or None for the uncompressed
+        model.
     keep_ratio : float or None
     keep_tokens : int or None
         The budget, one of the two; None and None for the uncompressed and the blind model.
     positions : str
     options : dict
         Options of the method.
+    stages : str or None
+        The stages in the notation of `vtc.notation`, where they are more than a method and a budget.
     """
 
     method: str | None = None
@@ -41,6 +46,23 @@ class Run:
     keep_tokens: int | None = None
     positions: str = "original"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    stages: str | None = None
+
+    @classmethod
+    def of_stages(cls, text: str) -> Run:
+        """Return a run of stages in the notation of `vtc.notation`; its budget is what is left behind all of them.
+
+        Raises
+        ------
+        ConfigError
+            The text is not in this notation.
+        """
+        configs = parse_stages(text)
+        method = "+".join(part.partition("=")[0] for part in text.split("+"))
+        if configs[-1].keep_tokens is not None:
+            return cls(method, keep_tokens=configs[-1].keep_tokens, stages=text)
+        shares = [config.keep_ratio for config in configs if config.keep_ratio is not None]
+        return cls(method, keep_ratio=math.prod(shares) if len(shares) == len(configs) else None, stages=text)
 
     @property
     def name(self) -> str:
@@ -49,21 +71,30 @@ class Run:
             return "all tokens"
         if self.method == _BLIND:
             return _BLIND
+        if self.stages is not None:
+            return self.stages
         keep = f"{self.keep_ratio:g}" if self.keep_ratio is not None else f"{self.keep_tokens} tokens"
         extra = "".join(f" {key}={value}" for key, value in sorted(self.options.items()))
         return f"{self.method} {keep}{'' if self.positions == 'original' else ' ' + self.positions}{extra}"
 
-    def config(self, seed: int = 0) -> CompressionConfig | None:
-        """Return the configuration for `vtc.compress`; None where nothing is compressed.
+    @property
+    def resizes(self) -> bool:
+        """Whether the pictures themselves become smaller."""
+        return self.method == _RESIZE
+
+    def plan(self, seed: int = 0) -> list[CompressionConfig]:
+        """Return the configurations for `vtc.compress`; none where nothing is compressed.
 
         Raises
         ------
         ConfigError
             A number or an option is out of range.
         """
-        if self.method in (None, _BLIND):
-            return None
-        return CompressionConfig(
+        if self.method in (None, _BLIND, _RESIZE):
+            return []
+        if self.stages is not None:
+            return [dataclasses.replace(config, seed=seed) for config in parse_stages(self.stages)]
+        config = CompressionConfig(
             self.method,
             keep_ratio=self.keep_ratio,
             keep_tokens=self.keep_tokens,
@@ -71,10 +102,14 @@ class Run:
             seed=seed,
             options=self.options,
         )
+        return [config]
 
     def to_dict(self) -> dict[str, Any]:
         """Return name and fields as plain JSON types; `from_dict` reads them."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        if self.stages is None:
+            del fields["stages"]
+        return {"name": self.name, **fields}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Run:
@@ -96,8 +131,9 @@ def sweep_runs(
     positions: Sequence[str] = ("original",),
     bounds: bool = False,
     options: dict[str, dict[str, Any]] | None = None,
+    settings: Sequence[str] = (),
 ) -> list[Run]:
-    """Return the uncompressed and the blind model, then every method and baseline at every budget.
+    """Return the uncompressed and the blind model, every method and baseline at every budget, and the settings.
 
     Parameters
     ----------
@@ -110,6 +146,8 @@ def sweep_runs(
         Include `BOUNDS`, for tasks that know the truth.
     options : dict of str to dict, optional
         Options by method.
+    settings : sequence of str
+        Stages in the notation of `vtc.notation`, with their own budgets.
 
     Raises
     ------
@@ -118,7 +156,7 @@ def sweep_runs(
     """
     known = [name for name in vtc.list_methods() if name != TruthSelector.name]
     names = known if list(methods) == ["all"] else list(methods)
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in (*known, _RESIZE)]
     if unknown:
         raise vtc.ConfigError(f"unknown method(s) {', '.join(unknown)}; there are: {', '.join(known)}")
     names = list(dict.fromkeys([*BASELINES, *names, *(BOUNDS if bounds else ())]))
@@ -128,33 +166,49 @@ def sweep_runs(
     for name in names:
         for budget in keep:
             share = {"keep_ratio": float(budget)} if budget <= 1 else {"keep_tokens": int(budget)}
-            for where in positions:
+            for where in positions if name != _RESIZE else ("original",):
                 runs.append(Run(name, positions=where, options=(options or {}).get(name, {}), **share))
+    runs += [Run.of_stages(text) for text in dict.fromkeys(settings)]
     for run in runs:
-        run.config()  # raises now, before a model is loaded
+        run.plan()  # raises now, before a model is loaded
     return runs
 
 
-def supported_runs(runs: Sequence[Run], model: Any, requested: Sequence[str]) -> tuple[list[Run], dict[str, str]]:
+def supported_runs(
+    runs: Sequence[Run], model: Any, requested: Sequence[str], resize_refused: str | None = None
+) -> tuple[list[Run], dict[str, str]]:
     """Return the runs that the model supports, and for the others, by name, the reason.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    model : PreTrainedModel
+    requested : sequence of str
+        Methods and settings that were asked for by name.
+    resize_refused : str, optional
+        Why pictures cannot be made smaller for this model.
 
     Raises
     ------
     UnsupportedMethodError, ConfigError
         The model supports no run of a method that was requested by name.
     """
-    supported, errors = [], {}
+    supported: list[Run] = []
+    errors: dict[str, vtc.VtcError] = {}
     for run in runs:
-        config = None if run.method in BOUNDS else run.config()
+        plan = [] if run.method in BOUNDS else run.plan()
         try:
-            if config is not None:
-                with vtc.compressed(model, config):
+            if run.resizes and resize_refused is not None:
+                raise vtc.UnsupportedMethodError(f"resize: {resize_refused}")
+            if plan:
+                with vtc.compressed(model, plan):
                     pass
             supported.append(run)
         except (vtc.UnsupportedMethodError, vtc.ConfigError) as error:
             errors[run.name] = error
     for name in requested:
-        refused = [errors[run.name] for run in runs if run.method == name and run.name in errors]
-        if refused and not any(run.method == name for run in supported):
+        asked = [run for run in runs if name in (run.method, run.stages)]
+        refused = [errors[run.name] for run in asked if run.name in errors]
+        if refused and not any(run in supported for run in asked):
             raise refused[0]
     return supported, {name: str(error) for name, error in errors.items()}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 import vtc
-from eval import models, plots, results_log, runner, tables, tasks, timing
+from eval import models, plots, resizing, results_log, runner, seeds, tables, tasks, timing
 from eval.conditions import conditions, hardware
+from eval.cost import CostTable
 from eval.models import Loaded
 from eval.results_log import ResultsLog, Row
 from eval.runs import Run, supported_runs, sweep_runs
@@ -43,6 +44,16 @@ class Job:
     limit, frames : int or None
     batch_size, seed : int
     out : Path
+    settings : tuple of str
+        Runs of several stages, in the notation of `vtc.notation`.
+    pictures, per_picture : int or None
+        Of generated tasks: number of pictures or clips, and of questions about each at most.
+    draw : str
+        Which of them are drawn: a name of `eval.seeds`, and a number.
+    check : int
+        Samples that plain `generate` answers again.
+    confirms : bool
+        Whether `draw` is a confirming one, which nothing else may draw.
     """
 
     task: str
@@ -60,6 +71,16 @@ class Job:
     batch_size: int
     seed: int
     out: Path
+    settings: tuple[str, ...] = ()
+    pictures: int | None = None
+    per_picture: int | None = None
+    draw: str = seeds.DEFAULT
+    check: int = 0
+    confirms: bool = False
+
+    def confirming(self, draw: str) -> Job:
+        """Return the job for a confirming draw."""
+        return replace(self, draw=draw, confirms=True)
 
     def prepare(self) -> tuple[Task, Sequence[Sample], list[Run]]:
         """Return task, samples and runs; finds every mistake that can be found without a model.
@@ -75,22 +96,38 @@ class Job:
             raise vtc.ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
         task = tasks.get_task(self.task, **self._task_options())
         runs = sweep_runs(
-            self.methods, self.keep, positions=self.positions, bounds=task.knows_truth, options=self.options
+            self.methods,
+            self.keep,
+            positions=self.positions,
+            bounds=task.knows_truth and not self.settings,
+            options=self.options,
+            settings=self.settings,
         )
-        limit = GENERATED_LIMIT if self.limit is None and task.knows_truth else self.limit
+        sized = self.pictures is not None or self.per_picture is not None
+        limit = GENERATED_LIMIT if self.limit is None and task.knows_truth and not sized else self.limit
         samples = task.samples(self.data)[:limit]
         if not samples:
             raise vtc.InputError(f"{self.task}: no samples in {self.data}")
         return task, samples, runs
 
     def _task_options(self) -> dict[str, Any]:
-        if self.frames is None:
-            return {}
-        if self.frames < 1:
-            raise vtc.ConfigError(f"--frames must be at least 1, got {self.frames}")
-        if not hasattr(tasks.get_task(self.task), "frames"):
-            raise vtc.ConfigError(f"--frames was given, but {self.task} shows no video files")
-        return {"frames": self.frames}
+        task, found = tasks.get_task(self.task), {}
+        if self.frames is not None:
+            if self.frames < 1:
+                raise vtc.ConfigError(f"--frames must be at least 1, got {self.frames}")
+            if not hasattr(task, "frames"):
+                raise vtc.ConfigError(f"--frames was given, but {self.task} shows no video files")
+            found["frames"] = self.frames
+        for name, value in (("pictures", self.pictures), ("per_picture", self.per_picture)):
+            if value is not None:
+                if value < 1:
+                    raise vtc.ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                found[name] = value
+        if self.draw != seeds.DEFAULT:
+            found["seed"] = seeds.seed_of(self.draw, confirm=self.confirms)
+        if set(found) - {"frames"} and not task.knows_truth:
+            raise vtc.ConfigError(f"--pictures, --per-picture and --draw are for generated tasks, not for {self.task}")
+        return found
 
     def load(self) -> Loaded:
         """Load the model."""
@@ -106,11 +143,13 @@ class Job:
         """
         task, samples, runs = self.prepare()
         models.check_modality(loaded, "video" if any(sample.video for sample in samples) else "image")
-        return task, samples, *supported_runs(runs, loaded.model, self.methods)
+        refusal = resizing.refusal(loaded, samples) if any(run.resizes for run in runs) else None
+        return task, samples, *supported_runs(runs, loaded.model, (*self.methods, *self.settings), refusal)
 
     def identity(self, weights: str) -> dict[str, Any]:
         """Return what rows must share to be put into one table."""
-        return {**{name: getattr(self, name) for name in _IDENTITY}, "weights": weights}
+        drawn = {} if self.draw == seeds.DEFAULT else {"draw": self.draw}
+        return {**{name: getattr(self, name) for name in _IDENTITY}, **drawn, "weights": weights}
 
     def conditions(self, runs: Sequence[Run], left_out: dict[str, str], **more: Any) -> dict[str, Any]:
         """Return the conditions of one session."""
@@ -128,10 +167,18 @@ def answer(job: Job, loaded: Loaded, *, retry: bool = False) -> None:
     task, samples, runs, left_out = job.supported(loaded)
     rank, world = runner.shard()
     name = "rows.jsonl" if world == 1 else f"rows.{rank}-of-{world}.jsonl"
-    stated = job.conditions(runs, left_out, processes=world)
+    stated = job.conditions(runs, left_out, processes=world, tower_layers=models.tower_layers(loaded))
     with ResultsLog(job.out / name, job.identity(loaded.weights), stated, retry=retry) as log:
         runner.answer_samples(
-            loaded, task, samples, runs, log, batch_size=job.batch_size, seed=job.seed, progress=rank == 0
+            loaded,
+            task,
+            samples,
+            runs,
+            log,
+            batch_size=job.batch_size,
+            seed=job.seed,
+            check=job.check,
+            progress=rank == 0,
         )
 
 
@@ -194,8 +241,14 @@ class Results:
             plots.bars(self.kinds, self.frame, folder / "score-by-kind.png", self.title)
 
 
-def results(folder: Path) -> Results:
+def results(folder: Path, cost: CostTable | None = None) -> Results:
     """Read what `answer` and `take_times` wrote into a folder, in any number of sessions.
+
+    Parameters
+    ----------
+    folder : Path
+    cost : CostTable, optional
+        Adds what each run would cost at a true shape.
 
     Raises
     ------
@@ -212,8 +265,13 @@ def results(folder: Path) -> Results:
         times = timing.summary(measured)
         about_times = {"times": _about_times(timed[-1], measured)}
     frame = tables.summary(rows, runs, task, times, seed=identity["seed"])
+    about_cost = {}
+    if cost is not None:
+        layers = headers[-1]["conditions"]["config"].get("tower_layers")
+        frame = tables.with_cost(frame, runs, cost, layers)
+        about_cost = {"whole call": cost.described()}
     left_out = {name: why for header in headers for name, why in header["conditions"]["left_out"].items()}
-    stated = {**identity, **_merged(headers), "samples": int(frame["n"].max()), **about_times}
+    stated = {**identity, **_merged(headers), "samples": int(frame["n"].max()), **about_times, **about_cost}
     return Results(
         f"{identity['task']}, {identity['model']}",
         frame,

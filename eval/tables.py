@@ -11,6 +11,7 @@ import pandas as pd
 
 import vtc
 from eval import statistics
+from eval.cost import CostTable
 from eval.results_log import Row
 from eval.runner import rows_by_run
 from eval.runs import FULL, Run
@@ -73,6 +74,19 @@ def summary(
     return pd.DataFrame(lines)
 
 
+def with_cost(frame: pd.DataFrame, runs: Sequence[Run], cost: CostTable, tower_layers: int | None) -> pd.DataFrame:
+    """Return the summary with the seconds of a whole call at a true shape, and how many times as fast that is."""
+    by_name = {run.name: run for run in runs}
+    seconds = [
+        cost.seconds(by_name[name], kept, tower_layers) for name, kept in zip(frame["run"], frame["kept"], strict=True)
+    ]
+    whole = cost.seconds(FULL, 1.0, tower_layers)
+    return frame.assign(
+        call=pd.Series(seconds, dtype=float),
+        call_speed_up=pd.Series([None if each is None or not whole else whole / each for each in seconds], dtype=float),
+    )
+
+
 def unanswered(rows: Sequence[Row], runs: Sequence[Run]) -> dict[str, str]:
     """Return the reasons of the runs that have no line in `summary`."""
     by_run = rows_by_run(rows)
@@ -119,6 +133,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("agreement", "agreement", "{:.3f}".format),
     ("kl", "KL", "{:.3f}".format),
     ("flops", "FLOPs", _percent),
+    ("call", "whole call at true shape, s", "{:.3g}".format),
+    ("call_speed_up", "speed-up", "{:.2f}x".format),
     ("speed_up", "TTFT speed-up", "{:.2f}x".format),
     ("ttft", "TTFT, s", "{:.3g}".format),
     ("decode_rate", "decode, tokens/s", "{:.1f}".format),
@@ -128,7 +144,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("n", "n", str),
     ("broken", "broken", str),
 )
-_ONLY_IF_KNOWN = {"options", *FIGURES, "flops", "tokens"}  # left out if all values are blank
+_ONLY_IF_KNOWN = {"options", *FIGURES, "flops", "tokens", "call", "call_speed_up"}  # left out if all values are blank
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -141,6 +157,8 @@ def markdown(frame: pd.DataFrame) -> str:
     )
 
     def shown(name: str) -> bool:
+        if name not in lines:
+            return False
         if name == "broken":
             return bool(lines[name].any())
         if name == "n":

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import vtc
-from eval import models
+from eval import models, resizing
 from eval.models import Loaded
 from eval.results_log import ResultsLog, Row
 from eval.runs import BLIND, BOUNDS, FULL, Run
@@ -63,10 +63,16 @@ def measure(
         for order, (sample, media) in enumerate(readable):
             wanted = [n for n in range(rounds) if not all(log.has(run.name, f"{sample.id}#{n}") for run in runs)]
             bar.update(rounds - len(wanted))
-            encoded = models.inputs(loaded, [sample], [media]) if wanted else None
+            shown = {
+                run.name: models.inputs(
+                    loaded, [sample], [resizing.resized(loaded, sample, media, run) if run.resizes else media]
+                )
+                for run in runs
+                if wanted and (run.resizes or run == FULL)
+            }
             for number in (-1, *wanted) if wanted else ():  # round -1 is the untimed one
                 taken = {
-                    run.name: one(loaded.model, encoded, run.config(seed=seed), decode_tokens)
+                    run.name: one(loaded.model, shown.get(run.name, shown[FULL.name]), run.plan(seed), decode_tokens)
                     for run in random.Random(number).sample(runs, len(runs))
                 }
                 for run in runs if number >= 0 else ():
@@ -100,7 +106,7 @@ def summary(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 
 @torch.inference_mode()
 def one(
-    model: Any, encoded: Mapping[str, Any], config: vtc.CompressionConfig | None, decode_tokens: int
+    model: Any, encoded: Mapping[str, Any], plan: Sequence[vtc.CompressionConfig], decode_tokens: int
 ) -> dict[str, float | None]:
     """Time one answer of a fixed length; the model is left uncompressed.
 
@@ -109,13 +115,13 @@ def one(
     model : PreTrainedModel
     encoded : mapping
         Inputs of one row.
-    config : CompressionConfig or None
-        None times the uncompressed model.
+    plan : sequence of CompressionConfig
+        Without any the uncompressed model is timed.
     decode_tokens : int
         Length of the answer, at least 2.
     """
-    if config is not None:
-        vtc.compress(model, config)
+    if plan:
+        vtc.compress(model, plan)
     try:
         on_cuda = model.device.type == "cuda"
         if on_cuda:
@@ -131,7 +137,7 @@ def one(
         )
         host = _host_peak_mib() if host_known else None
         device = torch.cuda.max_memory_allocated(model.device) / 2**20 if on_cuda else None
-        selector_ms = vtc.report(model).selector_ms if config is not None else 0.0
+        selector_ms = vtc.report(model).selector_ms if plan else 0.0
     finally:
         vtc.restore(model)
     decoding = times.tokens[-1] - times.tokens[0]

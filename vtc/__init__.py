@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         disabled,
         is_compressed,
         list_methods,
+        remember,
         report,
         reports,
         restore,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         VisionLayer,
     )
     from vtc.core.stage import ModelShape, Stage
+    from vtc.engine.encoder import EncoderMemory
     from vtc.errors import (
         ConfigError,
         InputError,
@@ -92,6 +94,7 @@ __all__ = [
     "DecoderAttention",
     "DecoderHidden",
     "DecoderLayer",
+    "EncoderMemory",
     "HiddenStates",
     "InputError",
     "KernelError",
@@ -137,6 +140,7 @@ __all__ = [
     "open_image",
     "register_adapter",
     "register_selector",
+    "remember",
     "report",
     "reports",
     "restore",
@@ -152,6 +156,7 @@ _HOME = {
         "disabled",
         "is_compressed",
         "list_methods",
+        "remember",
         "report",
         "reports",
         "restore",
@@ -193,6 +198,7 @@ _HOME = {
         "VisionLayer",
     ),
     "vtc.core.stage": ("ModelShape", "Stage"),
+    "vtc.engine.encoder": ("EncoderMemory",),
     "vtc.errors": (
         "ConfigError",
         "InputError",

@@ -10,6 +10,7 @@ from torch import nn
 
 from vtc.config import CompressionConfig
 from vtc.core.sites import Site
+from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of, find_engine, install, paused, uninstall
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, UnsupportedMethodError
@@ -155,6 +156,25 @@ def reports(model: nn.Module) -> Iterator[list[Report]]:
     found: list[Report] = []
     with engine.calls.collecting(lambda prompt: found.append(engine.report(prompt))):
         yield found
+
+
+@contextmanager
+def remember(model: Model, memory: EncoderMemory) -> Iterator[Model]:
+    """Encode the images and videos of one prompt once: the results stay in `memory`, and what is there is not repeated.
+
+    The memory may pass from one compression of the model to the next, for other methods, budgets or questions about
+    the same pictures. Stages inside the tower run it again, because they change what leaves it. With
+    ``EncoderMemory(rows=Q)`` the prompt has Q rows that show the same pictures, which are encoded once as well.
+
+    Raises
+    ------
+    StateError
+        The model is not compressed.
+    InputError
+        While it runs: the rows do not show the same pictures.
+    """
+    with engine_of(model).remember(memory):
+        yield model
 
 
 def list_methods(model: nn.Module | None = None) -> dict[str, str]:

@@ -41,7 +41,7 @@ LONGEST_ANSWER = 6  # tokens
 
 def questions(task: str, sources: int) -> list[Sample]:
     """Return all questions about the first scenes or clips of the held-out split."""
-    made = ScenesTask(scenes=sources) if task == "scenes" else ClipsTask(clips=sources)
+    made = ScenesTask(pictures=sources) if task == "scenes" else ClipsTask(pictures=sources)
     return list(made.samples(None))
 
 

@@ -59,6 +59,11 @@ class Sample:
     options: tuple[str, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> tuple[Any, ...]:
+        """What the model is shown besides the question; equal for questions about the same pictures or video."""
+        return self.images, self.video
+
     def open(self) -> Media:
         """Decode images and video.
 

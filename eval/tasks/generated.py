@@ -32,9 +32,9 @@ class ScenesTask(Generated):
 
     Attributes
     ----------
-    scenes : int
-        Number of pictures.
-    per_scene : int
+    pictures : int
+        Number of them.
+    per_picture : int
         Maximum number of questions about each.
     seed : int
         Each seed draws other pictures of the held-out split.
@@ -43,18 +43,18 @@ class ScenesTask(Generated):
     name = "scenes"
     source = "drawn by eval/tasks/scenes"
 
-    scenes: int = 100
-    per_scene: int = 10
+    pictures: int = 100
+    per_picture: int = 10
     seed: int = 0
 
     def samples(self, folder: Path | None) -> Sequence[Sample]:
         from eval.tasks.scenes.questions import ask
 
         found = []
-        for index in range(self.scenes):
+        for index in range(self.pictures):
             scene = _scene(self.seed, index)
             picture = functools.partial(_picture, self.seed, index)
-            for number, question in enumerate(ask(scene, self.per_scene)):
+            for number, question in enumerate(ask(scene, self.per_picture)):
                 found.append(
                     Sample(
                         id=f"scene-{index}-{number}",
@@ -84,9 +84,9 @@ class ClipsTask(Generated):
 
     Attributes
     ----------
-    clips : int
-        Number of videos.
-    per_clip : int
+    pictures : int
+        Number of clips.
+    per_picture : int
         Maximum number of questions about each.
     seed : int
         Each seed draws other clips of the held-out split.
@@ -96,17 +96,17 @@ class ClipsTask(Generated):
     modality = "video"
     source = "drawn by eval/tasks/clips"
 
-    clips: int = 100
-    per_clip: int = 7
+    pictures: int = 100
+    per_picture: int = 7
     seed: int = 0
 
     def samples(self, folder: Path | None) -> Sequence[Sample]:
         from eval.tasks.clips.questions import ask
 
         found = []
-        for index in range(self.clips):
+        for index in range(self.pictures):
             frames = functools.partial(_frames, self.seed, index)
-            for number, question in enumerate(ask(_clip(self.seed, index), self.per_clip)):
+            for number, question in enumerate(ask(_clip(self.seed, index), self.per_picture)):
                 found.append(
                     Sample(
                         id=f"clip-{index}-{number}",

@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 import vtc
 from eval import models, results_log, runner, tables
 from eval.__main__ import main
+from eval.answerer import Answerer
 from eval.results_log import ResultsLog
 from eval.runs import FULL, Run
 from eval.tasks import Sample, Task, get_task
@@ -40,7 +41,7 @@ def loaded() -> models.Loaded:
 
 @pytest.fixture(scope="module")
 def samples() -> Sequence[Sample]:
-    return get_task("scenes", scenes=3, per_scene=2).samples(None)
+    return get_task("scenes", pictures=3, per_picture=2).samples(None)
 
 
 def measure(
@@ -126,7 +127,7 @@ def test_an_ended_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path,
         stderr=subprocess.PIPE,
     ) as process:
         deadline = time.time() + 500  # ten seconds, unless the machine is very busy
-        # Ten rows are the middle of the first batch: six runs of two samples each.
+        # Ten rows are the middle of the first batch: seven runs of two samples each.
         while (not rows.exists() or rows.read_text().count("\n") < 11) and process.poll() is None:
             if time.time() > deadline:
                 break
@@ -141,12 +142,12 @@ def test_an_ended_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path,
     assert not ended, "it ended before it could be killed"
     assert time.time() < deadline, "too busy a machine: not ten rows in 500 seconds"
     before = rows.read_text().splitlines()
-    assert 11 <= len(before) < 1 + 36
+    assert 11 <= len(before) < 1 + 42
     with rows.open("a") as file:
         file.write('{"run": "uniform 0.25", "sam')  # what a kill in the middle of a line leaves
     assert main([*command, str(killed)]) == 0
     assert rows.read_text().splitlines()[: len(before)] == before, "what was measured is not measured again"
-    assert rows.read_text().count('"prediction"') == 36, "nothing twice"
+    assert rows.read_text().count('"prediction"') == 42, "nothing twice"
     assert main([*command, str(tmp_path / "whole")]) == 0
     assert results_log.read(killed)[1] == results_log.read(tmp_path / "whole")[1]
 
@@ -271,20 +272,27 @@ def test_a_failure_of_the_model_is_in_the_row_of_its_sample(
 
 
 def test_only_the_run_that_fails_is_broken(
-    loaded: models.Loaded, samples: Sequence[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: models.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = models.answer
-    asked = []
+    genuine, plan = models.answer, Answerer._plan
+    samples = get_task("scenes", pictures=1, per_picture=3).samples(None)
+    asked: list[int] = []
+    planned: list[Run] = []
+
+    def noted(self: Answerer, run: Run, sample: Sample) -> Any:
+        planned.append(run)
+        return plan(self, run, sample)
 
     def answer(loaded: models.Loaded, encoded: Any, length: int) -> Any:
-        if vtc.is_compressed(loaded.model):
+        if planned[-1] != FULL:
             asked.append(len(encoded["input_ids"]))
             if len(asked) in (1, 3):  # the batch, then its second sample alone
                 raise IndexError("a bug of this method")
         return genuine(loaded, encoded, length)
 
     monkeypatch.setattr(models, "answer", answer)
-    rows = measure(loaded, samples[:3], [FULL, Run("uniform", 0.25)], tmp_path / "rows.jsonl")
+    monkeypatch.setattr(Answerer, "_plan", noted)
+    rows = measure(loaded, samples, [FULL, Run("uniform", 0.25)], tmp_path / "rows.jsonl")
     assert asked == [3, 1, 1, 1]
     assert [(row["run"], row["sample"], row["error"]) for row in rows if "error" in row] == [
         ("uniform 0.25", samples[1].id, "IndexError: a bug of this method")

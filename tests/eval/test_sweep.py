@@ -50,11 +50,11 @@ def test_the_command_of_the_readme_makes_tables_and_pictures(
     text = (folder / "table.md").read_text()
     assert text in printed
     frame = pandas.read_csv(folder / "table.csv").set_index("run")
-    original = [f"{name} 0.1" for name in ("random", "uniform", "divprune", "fastv", "oracle", "anti-oracle")]
+    original = [f"{name} 0.1" for name in ("random", "uniform", "pool", "divprune", "fastv", "oracle", "anti-oracle")]
     compact = [f"{name} compact" for name in original if not name.startswith("fastv")]
     assert set(frame.index) == {"all tokens", "blind", *original, *compact}
     assert "- fastv 0.1 compact: positions='compact' renumbers" in text, "left out, and said so"
-    for line in ("- weights: ", "- git: ", "- threads: ", "- cpu: ", "- samples: 4", "- batch_size: 8", "- command: "):
+    for line in ("- weights: ", "- git: ", "- threads: ", "- cpu: ", "- samples: 4", "- batch_size: 10", "- command: "):
         assert line in text
     timed = frame.loc[["all tokens", "random 0.1", "divprune 0.1 compact"]]
     for column in timing.FIGURES:
@@ -99,6 +99,10 @@ def test_a_sweep_contains_the_baselines() -> None:
         "random 32 tokens",
         "uniform 0.5",
         "uniform 32 tokens",
+        "pool 0.5",
+        "pool 32 tokens",
+        "resize 0.5",
+        "resize 32 tokens",
         "fastv 0.5 layer=3",
         "fastv 32 tokens layer=3",
     ]
@@ -183,6 +187,7 @@ def write(folder: Path, scores: Mapping[Run, Sequence[float]], task: str = "writ
         for run, values in scores.items():
             for number, value in enumerate(values):
                 row = {"run": run.name, "sample": str(number), "order": number, "group": str(number // 2)}
+                row["kind"] = ("even", "odd")[number % 2]
                 row |= {"scores": {"score": value}, "agrees": True, "kl": 0.0, "kept": 0.5, "visual": 10}
                 rows.add(row | {"flops": None, "flops_share": None})
     return folder
@@ -201,8 +206,9 @@ def test_runs_of_a_folder_are_compared_in_pairs(tmp_path: Path, capsys: pytest.C
     assert found.mcnemar == pytest.approx(2 / 2**10)
     assert comparison.compare(f"{folder}:random 0.5", f"{folder}:uniform 0.5") == [found]
     assert main(["compare", f"{folder}:random 0.5", f"{folder}:uniform 0.5"]) == 0
-    assert "| random 0.5 | uniform 0.5 | +0.5000 | +0.5000 to +0.5000 | 0.0020 | 0.0020 | 20 | 10 |" in (
-        capsys.readouterr().out
+    assert (
+        "| random 0.5 | uniform 0.5 | +0.5000 | +0.5000 to +0.5000 | 0.0000 | 0.0020 | B is better | 0.0020 | 20 | 10 |"
+        in (capsys.readouterr().out)
     )
 
 
@@ -216,6 +222,29 @@ def test_folders_are_compared_run_by_run(tmp_path: Path, capsys: pytest.CaptureF
     assert better.b.endswith("b: random 0.5")
     assert main(["compare", str(a), str(b)]) == 0
     assert "p, Holm" in capsys.readouterr().out
+
+
+def test_pairs_that_are_looked_at_together_are_corrected_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noisy = [1.0, 1.0] * 8 + [1.0, 0.0] * 2
+    folder = write(
+        tmp_path / "x", {FULL: RIGHT, RANDOM: HALF, UNIFORM: noisy, Run("fastv", 0.5): [1.0, 0.0] * 9 + [1.0] * 2}
+    )
+    found = comparison.compare_with("random 0.5", folder)
+    assert [each.b for each in found] == ["all tokens", "uniform 0.5", "fastv 0.5"]
+    assert main(["compare", "--folder", str(folder), "--base", "random 0.5", "--pair", "fastv 0.5", "uniform 0.5"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][:5]
+    by_pair = {(line[0].strip("| "), line[1]): line for line in lines}
+    assert by_pair["random 0.5", "all tokens"][5:8] == ["0.0020", "0.0078", "B is better"]
+    assert by_pair["random 0.5", "fastv 0.5"][7] == "not told apart"
+    assert by_pair["fastv 0.5", "uniform 0.5"][5:7] == ["0.0391", "0.0781"], "20 of 512 flips, and two pairs are left"
+    assert "0.025 would take about" in printed
+    assert "| even | odd |" in printed.splitlines()[-6]
+    assert printed.splitlines()[-3].startswith("| random 0.5 | all tokens | +0.000 ± 0.000 | +1.000 ± 0.000 |")
+    assert main(["compare", "--base", "random 0.5"]) == 2
+    assert main(["compare", str(folder)]) == 2
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +294,7 @@ def test_times_of_another_machine_are_refused(tmp_path: Path) -> None:
 
 @needs_model
 def test_an_interrupted_round_of_times_is_made_again(loaded: models.Loaded, tmp_path: Path) -> None:
-    samples = get_task("scenes", scenes=2, per_scene=1).samples(None)
+    samples = get_task("scenes", pictures=2, per_picture=1).samples(None)
     runs, path = [FULL, BLIND, Run("uniform", 0.1)], tmp_path / "times.jsonl"
 
     def times() -> list[dict[str, Any]]:

@@ -234,12 +234,12 @@ def test_generated_tasks_written_out_read_as_they_are_drawn(kind: str, tmp_path:
     if kind == "scenes":
         from eval.tasks.scenes.writer import write as write_out
 
-        drawn = get_task("scenes", scenes=2).samples(None)
+        drawn = get_task("scenes", pictures=2).samples(None)
     else:
         pytest.importorskip("av", reason="clips are written with PyAV")
         from eval.tasks.clips.files import write_task as write_out
 
-        drawn = get_task("clips", clips=2).samples(None)
+        drawn = get_task("clips", pictures=2).samples(None)
     write_out(tmp_path, "test", 2)
     read = get_task("files").samples(tmp_path)
     assert [(s.question, s.target, s.options, s.meta["kind"]) for s in read] == [

@@ -162,7 +162,7 @@ def test_a_broken_video_names_sample_and_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(not reference.available(), reason="vtc-reference is not installed")
 def test_blind_answers_do_not_depend_on_the_picture() -> None:
     loaded = models.load("reference")
-    samples = get_task("scenes", scenes=6, per_scene=4).samples(None)
+    samples = get_task("scenes", pictures=6, per_picture=4).samples(None)
     pictures = [sample.open() for sample in samples]
     blind = [models.answer(loaded, models.blinded(models.inputs(loaded, [samples[0]], [p])), 6) for p in pictures]
     assert len({texts[0] for texts, _ in blind}) == 1
@@ -183,7 +183,7 @@ def test_clips_are_a_task_with_bounds() -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
     pytest.importorskip("matplotlib")
-    task = get_task("clips", clips=3)
+    task = get_task("clips", pictures=3)
     samples = task.samples(None)
     assert len({sample.id for sample in samples}) == len(samples) >= 9
     sample = samples[0]

@@ -105,6 +105,7 @@ def _one(method: str, keep_ratio: float, **options: Any) -> tuple[CompressionCon
 METHODS: tuple[Method, ...] = (
     Method("random", _one("random", 0.5), drawn=True),
     Method("uniform", _one("uniform", 0.5)),
+    Method("pool", _one("pool", 0.3), merges=True),
     Method("uniform at decoder:2", (CompressionConfig("uniform", keep_ratio=0.5, at="decoder:2"),), decoder=True),
     Method("divprune at vision:1", (CompressionConfig("divprune", keep_ratio=0.5, at="vision:1"),), tower=True),
     Method("tome", _one("tome", 0.5), merges=True, tower=True, by_ratio=False),

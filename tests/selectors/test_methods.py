@@ -109,6 +109,37 @@ def test_uniform_views_share_by_largest_remainder() -> None:
     assert [int(((keep >= a) & (keep < b)).sum()) for a, b in [(0, 16), (16, 24), (24, 28)]] == [6, 3, 1]
 
 
+# --- pool ------------------------------------------------------------------------------------------------------------
+@settings(max_examples=100, deadline=None)
+@given(st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)), st.integers(0, 10**6))
+def test_pool_cuts_frames_into_rectangles_of_nearly_equal_size(grid: tuple[int, int, int], draw: int) -> None:
+    t, h, w = grid
+    n = math.prod(grid)
+    k = draw % n + 1
+    selector = get_selector("pool")
+    context = make_context(selector, k, (grid,))
+    selection = selector.select(context)
+    assert selection.k == k
+    if k == n:
+        return
+    assert selection.assign is not None
+    assert bool((selection.assign >= 0).all()), "no token is dropped"
+    coords = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).reshape(n, 3)
+    for slot in range(k):
+        cell = coords[selection.assign == slot]
+        spans = (cell.max(0).values - cell.min(0).values + 1).tolist()
+        assert math.prod(spans) == len(cell), "a full rectangle"
+        assert spans[0] == 1 or k < t, "frames are pooled one by one where there are tokens for all"
+        assert selection.assign[selection.keep[slot]] == slot
+
+
+def test_pool_of_a_square_is_average_pooling() -> None:
+    x = torch.randn(36, 5)
+    selection = select("pool", features=x, grid_thw=(1, 6, 6), keep_tokens=9)
+    pooled = torch.nn.functional.avg_pool2d(x.T.reshape(1, 5, 6, 6), 2).flatten(2)[0].T
+    torch.testing.assert_close(selection.merge(x), pooled)
+
+
 # --- vtc-cls ---------------------------------------------------------------------------------------------------------
 def test_vtc_cls_sums_layers_and_averages_heads() -> None:
     rows = torch.zeros(2, 2, 4)

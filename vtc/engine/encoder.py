@@ -24,8 +24,10 @@ from vtc.core.signals import Signal, VisionSignal
 from vtc.core.sites import Site
 from vtc.engine.hooks import Hooks
 from vtc.engine.in_tower import TowerPass, refuse_checkpointing
+from vtc.engine.masks import allowed_keys
 from vtc.engine.plan import Plan, PlannedStage, tower_layer
 from vtc.engine.recorder import UNSEEN, masking, recording
+from vtc.engine.shared import first_row, for_rows, output_for_rows
 from vtc.errors import InputError, StateError, UnsupportedModelError
 from vtc.report.flops import block_flops
 
@@ -85,11 +87,14 @@ class EncoderMemory:
 
     Attributes
     ----------
+    rows
+        How many rows of the prompt show the same images, in the same order: the encoder runs on those of the first.
     observations
         Keep also the observations of the layers that were read, so that signals with other parameters can be computed
         without running the encoder again. They are as large as the tower's queries, keys and values.
     """
 
+    rows: int = 1
     observations: bool = False
     runs: dict[str, _Run] = field(default_factory=dict)
 
@@ -185,7 +190,7 @@ class Encoder:
         """Return the output of an encoder that is in memory, or None."""
         active = _MEMORY.get()
         run = active[1].runs.get(modality) if active is not None and active[0] is self else None
-        return None if run is None else run.output
+        return None if run is None or active is None else output_for_rows(run.output, active[1].rows)
 
     def encoded(self, output: Any) -> Encoded | None:
         """Return what was read while `output` was made; None if it was made elsewhere."""
@@ -203,10 +208,29 @@ class Encoder:
         StateError
             The call reads another tower layer than the plan was made for, or no attention was seen.
         """
+        active = _MEMORY.get()
+        memory = active[1] if active is not None and active[0] is self else None
+        rows = 1 if memory is None else memory.rows
+        if rows > 1:
+            args, kwargs = first_row(args, kwargs, rows)
+        output, encoded = self._read(memory, modality, original, args, kwargs)
+        if rows > 1:
+            output, encoded = for_rows(output, encoded, rows)
+        self._known[_first_tensor(output)] = encoded
+        return output, encoded
+
+    def _read(
+        self,
+        memory: EncoderMemory | None,
+        modality: str,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Encoded]:
         call = self._arguments(modality, original, args, kwargs)
         signals = [signal for signal in self.plan.token_signals if signal.wanted_of(modality)]
         layers = self._layers(modality, call, signals)
-        run, found = self._run(modality, call, layers, signals, original, args, kwargs)
+        run, found = self._run(memory, modality, call, layers, signals, original, args, kwargs)
         if getattr(run.output, "pooler_output", None) is None:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
         with torch.no_grad():
@@ -228,7 +252,6 @@ class Encoder:
         encoded = Encoded(modality, rows_of(run.output).detach(), layout, known, survivors)
         if run.tower is not None:
             encoded.spent, encoded.tower_flops = run.tower.spent, self._tower_flops(modality, run.tower)
-        self._known[_first_tensor(run.output)] = encoded
         return run.output, encoded
 
     def _arguments(self, modality: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +277,7 @@ class Encoder:
 
     def _run(
         self,
+        memory: EncoderMemory | None,
         modality: str,
         call: Mapping[str, Any],
         layers: Mapping[Signal, tuple[int, ...]],
@@ -263,8 +287,6 @@ class Encoder:
         kwargs: dict[str, Any],
     ) -> tuple[_Run, dict[tuple[Signal, int], list[torch.Tensor]]]:
         """Run the encoder, or remember that it ran, and compute the signals of every layer as its values pass."""
-        active = _MEMORY.get()
-        memory = active[1] if active is not None and active[0] is self else None
         if self.plan.in_tower:  # what leaves the tower is of this plan alone
             memory = None
         known = None if memory is None else memory.runs.get(modality)
@@ -428,7 +450,7 @@ def _attention_observer(layer: int, prefix: int, see: Any) -> Callable[..., None
     def record(query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]) -> None:
         # A flash kernel gets all images of a packed tower in one call; the others get them one by one.
         bounds = kwargs.get("cu_seq_lens_q")
-        allowed = _allowed(mask) if bounds is None else None
+        allowed = allowed_keys(mask) if bounds is None else None
         watch = _ENCODING.get()
         merged = watch is not None and watch.tower is not None and watch.tower.sizes is not None
         bias = mask[:, 0, 0].masked_fill(~allowed[:, 0, 0], 0.0) if merged and allowed is not None else None
@@ -483,15 +505,6 @@ def _see_pixels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if watch is not None and watch.pixels is not None:
         values = (*args, *kwargs.values())
         watch.pixels.append(next(value for value in values if isinstance(value, torch.Tensor)).detach())
-
-
-def _allowed(mask: Any) -> torch.Tensor | None:
-    """Convert any mask of an attention function to (B, 1, Lq or 1, M) bool: the keys that a query may attend to."""
-    if mask is None or not isinstance(mask, torch.Tensor):
-        return None
-    if mask.dim() == 2:
-        return mask[:, None, None].bool()
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _first_tensor(output: Any) -> torch.Tensor:

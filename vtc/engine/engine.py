@@ -136,7 +136,8 @@ class Engine(Compression):
         """Encode images and videos once: keep the results in `memory`, and take from it what is there already.
 
         The memory is of one prompt. It serves other configurations of the same model too, and the uncompressed model
-        while this engine is disabled.
+        while this engine is disabled. Stages inside the tower change what leaves it: they never read from the memory,
+        and share one run among its rows alone.
         """
         return self.encoder.remember(memory)
 

@@ -94,3 +94,12 @@ def _window(source_index: torch.Tensor, window: int) -> Callable[..., Any]:
         return source_index[batch, query] - source_index[batch, key] < window
 
     return near
+
+
+def allowed_keys(mask: Any) -> torch.Tensor | None:
+    """Convert any mask of an attention function to (B, 1, Lq or 1, M) bool: the keys that a query may attend to."""
+    if mask is None or not isinstance(mask, torch.Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask[:, None, None].bool()
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -13,6 +13,7 @@ from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
 from .hiprune import HiPruneSelector
 from .holov import HoloVSelector
+from .pool import PoolSelector
 from .prumerge import PruMergePlusSelector, PruMergeSelector
 from .random import RandomSelector
 from .scope import ScopeSelector
@@ -37,6 +38,7 @@ __all__ = [
     "FasterVlmSelector",
     "HiPruneSelector",
     "HoloVSelector",
+    "PoolSelector",
     "PruMergePlusSelector",
     "PruMergeSelector",
     "RandomSelector",
