@@ -97,6 +97,8 @@ METHODS: tuple[Method, ...] = (
     Method("uniform", _one("uniform", 0.5)),
     Method("uniform at decoder:2", (CompressionConfig("uniform", keep_ratio=0.5, at="decoder:2"),), decoder=True),
     Method("divprune at vision:1", (CompressionConfig("divprune", keep_ratio=0.5, at="vision:1"),), tower=True),
+    # Random pixels repeat nowhere; by their means about half of them do.
+    Method("pixelprune", _one("pixelprune", 0.8, similarity="mean", tau=1.13), tower=True, by_ratio=False),
     # The tiny towers have four layers, of which the third makes the features.
     Method("vtc-cls", _one("vtc-cls", 0.5, start_layer=1), needs_cls=True),
     Method("divprune", _one("divprune", 0.4)),

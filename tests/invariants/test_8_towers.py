@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from tests import reference, tiny
-from tests.invariants.matrix import Method, build, method, sharp
+from tests.invariants.matrix import METHODS, Method, build, method, sharp
 from vtc.adapters.base import TowerUnit
 from vtc.core.sites import parse_site
 from vtc.engine import encoder
@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[vtc.CompressionConfig, ...]] = {
     "random at vision:1": (config("random", "vision:1", 0.3),),
     "divprune at vision:1": (config("divprune", "vision:1"),),
     "bright at vision:1": (config("bright", "vision:1"),),
+    **{name: method(name).stages for name in ("pixelprune",)},
     "down to the decoder": (
         config("uniform", "pixels", 0.8),
         config("divprune", "vision:1", 0.7),
@@ -74,6 +75,7 @@ def over_settings(families: tuple[tiny.Family, ...]) -> Any:
         for family in families
         for name, stages in SETTINGS.items()
         if not (family.hybrid and name == "down to the decoder")
+        and (family.cls or not any(m.needs_cls for m in METHODS if m.name == name))
     ]
     return pytest.mark.parametrize(("family", "stages"), cases)
 

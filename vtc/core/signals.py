@@ -71,6 +71,9 @@ class Signal(ABC):
         False if there is one value for the whole image or video instead of one per token.
     needs_cls
         Whether the vision tower must have a [CLS] token.
+    per_patch
+        Whether `present` is given the values of the p patches of every token side by side, (N, p, ...), instead of
+        their mean; that can only be read inside the tower.
     """
 
     name: ClassVar[str]
@@ -78,6 +81,7 @@ class Signal(ABC):
     axes: ClassVar[tuple[str, ...]] = ("N",)
     per_token: ClassVar[bool] = True
     needs_cls: ClassVar[bool] = False
+    per_patch: ClassVar[bool] = False
 
     @abstractmethod
     def compute(self, raw: Any) -> Tensor:

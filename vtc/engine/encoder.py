@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter, Layout, rows_of
-from vtc.core.observations import Observation, PatchPixels, VisionAttention, VisionHidden
+from vtc.core.observations import Observation, PatchPixels, TokenGrids, VisionAttention, VisionHidden
 from vtc.core.signals import Signal, VisionSignal
 from vtc.core.sites import Site
 from vtc.engine.hooks import Hooks
@@ -299,6 +299,7 @@ class Encoder:
                 if signal in own
                 else self._pixel_values(modality, call, signal, run.pixels)
                 for signal in stage.stage.requires
+                if signal.reads is not TokenGrids
             }
 
         def begin(rows: torch.Tensor) -> TowerPass:

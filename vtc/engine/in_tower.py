@@ -15,7 +15,7 @@ from torch import nn
 
 from vtc.adapters.base import TowerUnit
 from vtc.core.context import VisualContext
-from vtc.core.observations import PatchPixels
+from vtc.core.observations import PatchPixels, TokenGrids
 from vtc.core.packing import PackPlan
 from vtc.core.signals import Signal
 from vtc.core.sites import Site
@@ -190,9 +190,16 @@ class TowerPass:
         """Show a stage the cells that are left of a unit; `patches` (N, p, D) are their hidden states."""
         whole = len(kept) == len(unit.cells)
         signals = {}
-        for signal, value in values.items():
+        for signal in stage.stage.requires:
+            if signal.reads is TokenGrids:
+                origin = TokenGrids((unit.grid,), patches.device)
+                signals[signal] = signal.present(signal.compute(origin)[kept.to(patches.device)])
+                continue
+            value = values[signal]
             cells = (unit.inputs if signal.reads is PatchPixels else unit.cells)[kept].to(value.device)
-            signals[signal] = signal.present(value[unit.crop][cells].float().mean(dim=1).to(value.dtype))
+            of_cells = value[unit.crop][cells]  # (N, p, ...)
+            pooled = of_cells if signal.per_patch else of_cells.float().mean(dim=1).to(value.dtype)
+            signals[signal] = signal.present(pooled)
         return VisualContext(
             features=patches.detach().mean(dim=1),
             budget=stage.budget(len(kept)),
@@ -201,6 +208,7 @@ class TowerPass:
             modality=self.modality if unit.grid[0] > 1 else "image",
             site=stage.site,
             keep_ratio=stage.keep_ratio,
+            tokens_at_input=len(unit.cells),
             signals=signals,
         )
 

@@ -8,6 +8,7 @@ from .atp import AtpSelector
 from .divprune import DivPruneSelector
 from .evs import EvsSelector
 from .fastv import FastVSelector
+from .pixelprune import PixelPruneSelector
 from .random import RandomSelector
 from .todre import ToDreSelector
 from .uniform import UniformSelector
@@ -21,6 +22,7 @@ __all__ = [
     "DivPruneSelector",
     "EvsSelector",
     "FastVSelector",
+    "PixelPruneSelector",
     "RandomSelector",
     "ScoreSelector",
     "Selector",

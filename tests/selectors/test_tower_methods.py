@@ -1,0 +1,185 @@
+"""Methods whose tokens leave before or inside the vision tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vtc
+from tests import tiny
+from tests.invariants.matrix import build
+from vtc.core.observations import PatchPixels
+from vtc.selectors.pixelprune import BlockPixels
+
+# --- PixelPrune ------------------------------------------------------------------------------------------------------
+
+
+def blocks(*rows: str) -> torch.Tensor:
+    """(N, 2) pixels of blocks: a letter is a value, 0.1 apart."""
+    letters = torch.tensor([ord(letter) - ord("a") for row in rows for letter in row])
+    return 0.1 * letters[:, None].expand(-1, 2).float()
+
+
+def pixelprune(pixels: torch.Tensor, grid: tuple[int, int, int], **options: Any) -> list[int]:
+    budget = options.pop("keep_tokens", 10**6)
+    return vtc.select("pixelprune", block_pixels=pixels, grid_thw=grid, keep_tokens=budget, **options).keep.tolist()
+
+
+def test_pixelprune_follows_edges() -> None:
+    # Row 0 from the left, column 0 from above; a vertical edge from above, everything else from the left.
+    drawn = blocks("aab", "aab", "bbb")
+    assert pixelprune(drawn, (1, 3, 3)) == [0, 2, 6]
+    # The corner is like the left and not like the upper block: from above, so the upper "b" goes on.
+    assert pixelprune(blocks("ab", "ab"), (1, 2, 2)) == [0, 1]
+    # The corner is like both: from the left.
+    assert pixelprune(blocks("aa", "ab"), (1, 2, 2)) == [0, 3]
+
+
+def test_pixelprune_of_equal_blocks_keeps_one() -> None:
+    assert pixelprune(blocks("aaaa", "aaaa"), (1, 2, 4)) == [0]
+    assert pixelprune(blocks("aaaa"), (4, 1, 1), over="time") == [0, 1, 2, 3]  # one a frame
+    assert pixelprune(blocks("aaaa", "aaaa"), (2, 1, 4)) == [0, 4]
+
+
+def test_pixelprune_anchored_errors_do_not_add_up() -> None:
+    slope = blocks("abcdefgh")
+    assert pixelprune(slope, (1, 1, 8), tau=0.15) == [0, 2, 4, 6]
+    assert pixelprune(slope, (1, 1, 8), tau=0.15, anchored=False) == [0]
+    assert pixelprune(slope, (8, 1, 1), tau=0.15, over="time") == list(range(8))  # the one block of a frame stays
+    busy = torch.stack([slope, blocks("azazazaz")], dim=1).flatten(0, 1)
+    assert pixelprune(busy, (8, 1, 2), tau=0.15, over="time") == sorted([0, 4, 8, 12, *range(1, 16, 2)])
+    assert pixelprune(busy, (8, 1, 2), tau=0.15, over="time", anchored=False) == [0, *range(1, 16, 2)]
+
+
+@pytest.mark.parametrize("similarity", ["max", "mean", "rms"])
+def test_pixelprune_waves_are_the_loop_over_blocks(similarity: str) -> None:
+    draw = torch.Generator().manual_seed(3)
+    for height, width in ((5, 7), (7, 3), (1, 6), (6, 1)):
+        drawn = (torch.rand(height, width, 3, generator=draw) * 4).round() / 4
+        tau = {"max": 0.3, "mean": 0.2, "rms": 0.25}[similarity]
+        expected = [r * width + c for r, c in looped(drawn, similarity, tau)]
+        assert pixelprune(drawn.flatten(0, 1), (1, height, width), similarity=similarity, tau=tau) == expected
+
+
+def looped(drawn: torch.Tensor, similarity: str, tau: float) -> list[tuple[int, int]]:
+    def far(x: torch.Tensor, y: torch.Tensor) -> float:
+        apart = (x - y).abs()
+        return float({"max": apart.max(), "mean": apart.mean(), "rms": apart.square().mean().sqrt()}[similarity])
+
+    value, kept = drawn.clone(), []
+    for r in range(drawn.shape[0]):
+        for c in range(drawn.shape[1]):
+            if r and c:
+                left, up, corner = value[r, c - 1], value[r - 1, c], value[r - 1, c - 1]
+                prediction = up if far(corner, left) <= tau < far(corner, up) else left
+            elif r or c:
+                prediction = value[r, c - 1] if c else value[r - 1, c]
+            else:
+                kept.append((r, c))
+                continue
+            if far(drawn[r, c], prediction) <= tau:
+                value[r, c] = prediction
+            else:
+                kept.append((r, c))
+    return kept
+
+
+def test_pixelprune_ceiling_keeps_what_differs_most() -> None:
+    drawn = blocks("abdh")
+    assert pixelprune(drawn, (1, 1, 4)) == [0, 1, 2, 3]
+    assert pixelprune(drawn, (1, 1, 4), keep_tokens=2) == [0, 3]
+    everything = vtc.select("pixelprune", block_pixels=blocks("aaaa"), keep_ratio=1)
+    assert everything.k == 4
+    # Below the ceiling it changes nothing.
+    assert vtc.select("pixelprune", block_pixels=blocks("aaab"), keep_ratio=0.75).keep.tolist() == [0, 3]
+
+
+def test_pixelprune_over_time_knows_what_was_shown_last() -> None:
+    # Two places, four frames: the second place goes a, b, b, a.
+    drawn = blocks("aa", "ab", "ab", "aa")
+    assert pixelprune(drawn, (4, 1, 2), over="time") == [0, 1, 3, 4, 7]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"similarity": "mae"}, "similarity must be one of"),
+        ({"tau": -1}, "tau must be a number of at least 0"),
+        ({"anchored": 1}, "anchored must be"),
+        ({"over": "both"}, "over must be"),
+    ],
+)
+def test_pixelprune_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(vtc.ConfigError, match=match):
+        vtc.select("pixelprune", block_pixels=blocks("ab"), keep_tokens=1, **options)
+
+
+def test_blocks_are_cut_as_the_tower_cuts_them() -> None:
+    picture = torch.arange(2 * 5 * 6).float().view(2, 5, 6)  # the fifth row fills no patch
+    (patches,) = BlockPixels().compute(PatchPixels((picture,), (2, 3), packed=False))
+    assert patches.shape == (4, 12)
+    assert torch.equal(patches[3], picture[:, 2:4, 3:].flatten())
+    packed = BlockPixels().compute(PatchPixels((torch.rand(4, 3, 5), torch.rand(8, 3, 5)), None, packed=True))
+    assert packed.shape == (1, 12, 15)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "internvl", "gemma3", "llava_next"])
+@torch.no_grad()
+def test_plain_parts_of_pictures_leave(family: str) -> None:
+    case = build(tiny.family(family))
+    inputs = case.batch("single")
+    pixels = inputs["pixel_values"]
+    inputs["pixel_values"] = torch.zeros_like(pixels)
+    with vtc.compressed(case.model, "pixelprune", keep_tokens=10**6) as model:
+        model(**inputs)
+        (segment,) = vtc.report(model).segments
+    crops = pixels.shape[0] if pixels.dim() == 4 else pixels.shape[1] if pixels.dim() == 5 else 1
+    assert segment.tokens_after - segment.structural <= crops
+    inputs["pixel_values"] = pixels  # noise: nothing leaves, and no bit changes
+    plain = case.model(**inputs).logits
+    with vtc.compressed(case.model, "pixelprune", keep_tokens=10**6) as model:
+        assert torch.equal(model(**inputs).logits, plain)
+
+
+@torch.no_grad()
+def test_pixelprune_sees_whole_blocks_of_packed_towers() -> None:
+    case = build(tiny.family("qwen2_5_vl"))
+    inputs = case.batch("single")
+    rows, columns = (int(size) // 2 for size in inputs["image_grid_thw"][0, 1:])
+    copy = inputs["pixel_values"].unflatten(0, (-1, 4))
+    copy[columns + 1] = copy[columns]  # one block repeats the one to its left, whole
+    copy[columns + 2, 1:] = copy[columns + 1, 1:]  # and the next but for one patch
+    inputs["pixel_values"] = copy.flatten(0, 1)
+    with vtc.compressed(case.model, "pixelprune", keep_tokens=10**6) as model:
+        model(**inputs)
+        (segment,) = vtc.report(model).segments
+    assert segment.kept.tolist() == [i for i in range(rows * columns) if i != columns + 1]
+
+
+@torch.no_grad()
+def test_stages_over_time_and_space_follow_each_other() -> None:
+    case = build(tiny.family("qwen2_5_vl_video"))
+    inputs = case.batch("single")
+    frames, rows, columns = (int(size) for size in inputs["video_grid_thw"][0])
+    still = inputs["pixel_values_videos"].unflatten(0, (frames, -1))
+    still[:] = still[:1]
+    inputs["pixel_values_videos"] = still.flatten(0, 1)
+    place = (rows // 2) * (columns // 2)
+    over_time = vtc.CompressionConfig("pixelprune", keep_tokens=10**6, options={"over": "time"})
+    with vtc.compressed(case.model, over_time) as model:
+        model(**inputs)
+        kept = vtc.report(model).segments[0].kept.tolist()
+    assert kept == [*range(place), *range(place, frames * place, place)]
+    over_space = vtc.CompressionConfig("pixelprune", keep_tokens=10**6)
+    with vtc.compressed(case.model, [over_time, over_space]) as model:
+        model(**inputs)
+        assert vtc.report(model).segments[0].kept.tolist() == kept
+
+
+def test_pixelprune_works_in_front_of_the_tower_alone() -> None:
+    case = build(tiny.family("llava"))
+    with pytest.raises(vtc.UnsupportedMethodError, match="cannot work at 'decoder'"):
+        vtc.compress(case.model, "pixelprune", keep_ratio=0.5, at="decoder")
+    assert not vtc.is_compressed(case.model)
