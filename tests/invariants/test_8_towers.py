@@ -59,7 +59,10 @@ SETTINGS: dict[str, tuple[vtc.CompressionConfig, ...]] = {
     "random at vision:1": (config("random", "vision:1", 0.3),),
     "divprune at vision:1": (config("divprune", "vision:1"),),
     "bright at vision:1": (config("bright", "vision:1"),),
-    **{name: method(name).stages for name in ("pixelprune",)},
+    **{name: method(name).stages for name in ("pixelprune", "flowcut")},
+    "flowcut received": (
+        vtc.CompressionConfig("flowcut", keep_ratio=0.3, options={"layers": (0,), "score_source": "received"}),
+    ),
     "down to the decoder": (
         config("uniform", "pixels", 0.8),
         config("divprune", "vision:1", 0.7),

@@ -15,6 +15,7 @@ from vtc.core.signals import SHARED, Signal
 from vtc.selectors import Selector
 from vtc.selectors.aim import PageRank
 from vtc.selectors.atp import ModalityAttention
+from vtc.selectors.flowcut import InformationFlow
 from vtc.selectors.pixelprune import BlockPixels
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
@@ -22,7 +23,15 @@ from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6}
 """Sizes of the named axes of signals; N is the number of tokens, and any other axis has two entries."""
 
-METHOD_SIGNALS = (PageRank, ModalityAttention, AttentionExchange, ContextRelevance, PixelEntropy, BlockPixels)
+METHOD_SIGNALS = (
+    PageRank,
+    ModalityAttention,
+    AttentionExchange,
+    ContextRelevance,
+    PixelEntropy,
+    BlockPixels,
+    InformationFlow,
+)
 """Signals that one method brings with it."""
 
 

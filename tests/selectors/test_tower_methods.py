@@ -10,7 +10,8 @@ import torch
 import vtc
 from tests import tiny
 from tests.invariants.matrix import build
-from vtc.core.observations import PatchPixels
+from vtc.core.observations import PatchPixels, VisionAttention
+from vtc.selectors.flowcut import FlowCutSelector, InformationFlow, ReceivedFlow, dropped
 from vtc.selectors.pixelprune import BlockPixels
 
 # --- PixelPrune ------------------------------------------------------------------------------------------------------
@@ -182,4 +183,114 @@ def test_pixelprune_works_in_front_of_the_tower_alone() -> None:
     case = build(tiny.family("llava"))
     with pytest.raises(vtc.UnsupportedMethodError, match="cannot work at 'decoder'"):
         vtc.compress(case.model, "pixelprune", keep_ratio=0.5, at="decoder")
+    assert not vtc.is_compressed(case.model)
+
+
+# --- FlowCut ---------------------------------------------------------------------------------------------------------
+
+
+def attention_of(tokens: int, *, prefix: int = 1, mask: torch.Tensor | None = None, seed: int = 0) -> VisionAttention:
+    draw = torch.Generator().manual_seed(seed)
+    queries, keys, values = torch.randn(3, 2, 3, tokens, 4, generator=draw)
+    return VisionAttention(queries, keys, values, 0.5, mask, prefix=prefix)
+
+
+def test_information_flow_is_the_equation() -> None:
+    raw = attention_of(7, prefix=2)  # [CLS] and a register
+    share, score = InformationFlow().compute(raw)[1].T
+    attention = (raw.queries[1, :, :1] @ raw.keys[1].transpose(1, 2) * 0.5).softmax(dim=-1)[:, 0].mean(dim=0)[2:]
+    semantic = (raw.values[1, :, :1] @ raw.values[1].transpose(1, 2)).softmax(dim=-1)[:, 0].mean(dim=0)[2:]
+    strength = raw.values[1].mean(dim=0)[2:].abs().sum(dim=1)
+    torch.testing.assert_close(share[2:], attention / attention.sum())
+    torch.testing.assert_close(score[2:], (attention / attention.sum() + semantic / semantic.sum()) * strength)
+    assert not share[:2].any()
+    assert not score[:2].any()
+
+
+@pytest.mark.parametrize("signal", [InformationFlow(), ReceivedFlow()])
+def test_information_flow_does_not_see_padding(signal: InformationFlow) -> None:
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    mask[1, ..., 5:] = False
+    padded = signal.compute(attention_of(7, mask=mask))
+    whole = attention_of(7)
+    cut = (whole.queries[1:, :, :5], whole.keys[1:, :, :5], whole.values[1:, :, :5])
+    alone = signal.compute(VisionAttention(*cut, 0.5, prefix=1))
+    torch.testing.assert_close(padded[1, :5], alone[0])
+    assert not padded[1, 5:].any()
+
+
+def test_received_flow_is_relative_to_its_sequence() -> None:
+    one, two = attention_of(4, prefix=0), attention_of(6, prefix=0, seed=1)
+    pairs = zip((one.queries, one.keys, one.values), (two.queries, two.keys, two.values), strict=True)
+    packed = VisionAttention(*(torch.cat([a[:1], b[:1]], dim=2) for a, b in pairs), 0.5, None, torch.tensor([0, 4, 10]))
+    values = ReceivedFlow().compute(packed)[0]
+    torch.testing.assert_close(values[:4], ReceivedFlow().compute(one)[0])
+    torch.testing.assert_close(values[:, 0].split([4, 6])[1].mean(), torch.tensor(1.0))
+
+
+def test_flowcut_drops_more_where_attention_is_concentrated() -> None:
+    flat, peaked = torch.full((16,), 1 / 16), torch.eye(16)[0]
+    assert dropped(flat, 4, 2) == 0
+    assert dropped(peaked, 4, 4) == 6
+    assert dropped(peaked, 4, 1) == 12
+    assert dropped(flat, 4, 0) == 12
+    assert dropped(flat, 16, 1) == dropped(flat, 20, 0) == 0
+    assert dropped(torch.ones(1), 0, 2) == 0
+
+
+def test_flowcut_layers() -> None:
+    clip = vtc.ModelShape(32, 24, 22)
+    stages = FlowCutSelector().stages(clip, 0.25)
+    assert [str(stage.site) for stage in stages] == [*(f"vision:{k}" for k in range(1, 22, 2)), "decoder"]
+    assert [str(stage.site) for stage in FlowCutSelector(layers=(3, 9)).stages(clip, 0.25)] == ["vision:4", "vision:10"]
+    assert FlowCutSelector().stages(clip, 1.0) == ()
+    with pytest.raises(vtc.ConfigError, match="features come from tower layer 22"):
+        FlowCutSelector(layers=(3, 23)).stages(clip, 0.25)
+    for layers in ((), (3, 3), (5, 3), (-1,), 4):
+        with pytest.raises(vtc.ConfigError, match="layers"):
+            FlowCutSelector(layers=layers)
+    with pytest.raises(vtc.ConfigError, match="score_source"):
+        FlowCutSelector(score_source="keys")
+
+
+def look_sharply(model: Any) -> None:
+    """Let the tower attend to few patches; by its random weights it attends to all alike."""
+    for name, weight in model.named_parameters():
+        if "visi" in name or "tower" in name:
+            weight.data *= 20 if name.endswith(("q_proj.weight", "query.weight")) else 1
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_dinov2", "llava_next", "internvl_tiles", "video_llava"])
+@torch.no_grad()
+def test_flowcut_leaves_its_share_of_the_whole(family: str) -> None:
+    case = build(tiny.family(family))
+    look_sharply(case.model)
+    with vtc.compressed(case.model, "flowcut", keep_ratio=0.3) as model:
+        model(**case.batch("two_images"))
+        segments = vtc.report(model).segments
+    for segment in segments:
+        scored = segment.tokens_before - segment.structural
+        assert segment.tokens_after - segment.structural == round(0.3 * scored)
+        (first, some), *_ = segment.selections
+        assert str(first) == ("vision:2" if family == "internvl_tiles" else "vision:1")  # its last layer is the fourth
+        assert 0.3 * scored < some.k < scored
+
+
+@torch.no_grad()
+def test_flowcut_is_random_to_nobody() -> None:
+    case = build(tiny.family("llava"))
+    kept = []
+    for name in ("flowcut", "random"):
+        with vtc.compressed(case.model, name, keep_ratio=0.3) as model:
+            model(**case.batch("single"))
+            kept.append(vtc.report(model).segments[0].kept.tolist())
+    assert kept[0] != kept[1]
+
+
+def test_flowcut_asks_for_cls() -> None:
+    case = build(tiny.family("qwen2_5_vl"))
+    with pytest.raises(vtc.UnsupportedMethodError, match=r'no \[CLS\] token; try score_source="received"'):
+        vtc.compress(case.model, "flowcut", keep_ratio=0.5)
+    with pytest.raises(vtc.UnsupportedMethodError, match="works at places of its own"):
+        vtc.compress(case.model, "flowcut", keep_ratio=0.5, score_source="received", at="decoder")
     assert not vtc.is_compressed(case.model)

@@ -8,6 +8,7 @@ from .atp import AtpSelector
 from .divprune import DivPruneSelector
 from .evs import EvsSelector
 from .fastv import FastVSelector
+from .flowcut import FlowCutSelector
 from .pixelprune import PixelPruneSelector
 from .random import RandomSelector
 from .todre import ToDreSelector
@@ -22,6 +23,7 @@ __all__ = [
     "DivPruneSelector",
     "EvsSelector",
     "FastVSelector",
+    "FlowCutSelector",
     "PixelPruneSelector",
     "RandomSelector",
     "ScoreSelector",
