@@ -101,6 +101,7 @@ METHODS: tuple[Method, ...] = (
     Method("pixelprune", _one("pixelprune", 0.8, similarity="mean", tau=1.13), tower=True, by_ratio=False),
     Method("flowcut", _one("flowcut", 0.3, layers=(1,)), needs_cls=True, tower=True, by_ratio=False),
     Method("flowcut received", _one("flowcut", 0.3, score_source="received"), tower=True, by_ratio=False),
+    Method("as-vit", _one("adaptive-sparse-vit", 0.8, thresholds=1.0), needs_cls=True, tower=True, by_ratio=False),
     # The tiny towers have four layers, of which the third makes the features.
     Method("vtc-cls", _one("vtc-cls", 0.5, start_layer=1), needs_cls=True),
     Method("divprune", _one("divprune", 0.4)),

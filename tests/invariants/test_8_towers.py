@@ -19,6 +19,7 @@ import vtc
 from tests import reference, tiny
 from tests.invariants.matrix import METHODS, Method, build, method, sharp
 from vtc.adapters.base import TowerUnit
+from vtc.config import CompressionConfig
 from vtc.core.sites import parse_site
 from vtc.engine import encoder
 from vtc.engine.in_tower import TowerPass
@@ -61,7 +62,15 @@ SETTINGS: dict[str, tuple[vtc.CompressionConfig, ...]] = {
     "bright at vision:1": (config("bright", "vision:1"),),
     **{name: method(name).stages for name in ("pixelprune", "flowcut")},
     "flowcut received": (
-        vtc.CompressionConfig("flowcut", keep_ratio=0.3, options={"layers": (0,), "score_source": "received"}),
+        CompressionConfig("flowcut", keep_ratio=0.3, options={"layers": (0,), "score_source": "received"}),
+    ),
+    "as-vit": (CompressionConfig("adaptive-sparse-vit", keep_tokens=99, options={"thresholds": 1.0, "layers": (1,)}),),
+    "as-vit received": (
+        CompressionConfig(
+            "adaptive-sparse-vit",
+            keep_tokens=99,
+            options={"thresholds": 1.0, "layers": (1,), "score_source": "received"},
+        ),
     ),
     "down to the decoder": (
         config("uniform", "pixels", 0.8),
@@ -159,7 +168,9 @@ def test_keeping_all_changes_no_bit(family: tiny.Family, stages: tuple[vtc.Compr
     case = build(family)
     inputs = case.batch("ragged")
     plain = case.model(**inputs).logits
-    whole = [dataclasses.replace(stage, keep_ratio=1.0) for stage in stages if stage.method != "bright"]
+    whole = [
+        dataclasses.replace(stage, keep_ratio=1.0, keep_tokens=None) for stage in stages if stage.method != "bright"
+    ]
     if whole:
         with vtc.compressed(case.model, whole) as model:
             assert torch.equal(model(**inputs).logits, plain)

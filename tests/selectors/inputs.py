@@ -13,6 +13,7 @@ from vtc.core.grids import Grid
 from vtc.core.observations import TokenGrids
 from vtc.core.signals import SHARED, Signal
 from vtc.selectors import Selector
+from vtc.selectors.adaptive_sparse_vit import HeadWeightedAttention
 from vtc.selectors.aim import PageRank
 from vtc.selectors.atp import ModalityAttention
 from vtc.selectors.flowcut import InformationFlow
@@ -31,6 +32,7 @@ METHOD_SIGNALS = (
     PixelEntropy,
     BlockPixels,
     InformationFlow,
+    HeadWeightedAttention,
 )
 """Signals that one method brings with it."""
 

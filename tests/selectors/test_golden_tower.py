@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.selectors.test_golden import case, load
+from tests.selectors.test_golden import GOLDEN, case, load
 from vtc.core.context import VisualContext
+from vtc.core.observations import VisionAttention
 from vtc.core.sites import BeforeDecoder, VisionLayer
 from vtc.core.stage import ModelShape
 from vtc.functional import select
 from vtc.registry import get_selector
+from vtc.selectors.adaptive_sparse_vit import (
+    HeadWeightedAttention,
+    block_macs,
+    masked_attention,
+    straight_through,
+    token_scores,
+)
 from vtc.selectors.flowcut import InformationFlow, accumulated
 
 # --- PixelPrune ------------------------------------------------------------------------------------------------------
@@ -65,3 +73,56 @@ def test_flowcut() -> None:
         assert torch.equal(kept, golden[f"l{layer}_keep"][0])
         assert len(kept) + 1 == golden["seq_lens"][layer]
         torch.testing.assert_close(accumulated(values[:, 1]), golden[f"l{layer}_cumulative"][0], rtol=1e-4, atol=1e-5)
+
+
+# --- Adaptive Sparse ViT ---------------------------------------------------------------------------------------------
+
+SCORES = sorted(path.name for path in GOLDEN.glob("asvit_score_*.npz"))
+MASKS = sorted(path.name for path in GOLDEN.glob("asvit_mask_*.npz"))
+
+
+def test_all_files_are_there() -> None:
+    assert len(SCORES) >= 3
+    assert len(MASKS) >= 3
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_asvit_scores(name: str) -> None:
+    golden = load(name)
+    attention = masked_attention(golden["q"], golden["k"], golden["scale"], golden.get("policy"))
+    torch.testing.assert_close(token_scores(attention, golden["v"]), golden["score"], rtol=1e-4, atol=1e-5)
+    output = (attention @ golden["v"]).transpose(1, 2).flatten(2)
+    projected = output @ golden["proj_weight"].T + golden["proj_bias"]
+    torch.testing.assert_close(projected, golden["attn_out_after_proj"], rtol=1e-4, atol=1e-5)
+    if "policy" not in golden:
+        raw = VisionAttention(golden["q"], golden["k"], golden["v"], golden["scale"], prefix=1)
+        scores = HeadWeightedAttention().compute(raw)[:, 1:]
+        torch.testing.assert_close(scores, golden["score"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_asvit_masks(name: str) -> None:
+    golden = load(name)
+    score, theta = golden["score"].requires_grad_(), torch.tensor(golden["theta"], requires_grad=True)
+    mask = straight_through(score, theta, golden["tau"])
+    mask.backward(golden["upstream_grad"])
+    torch.testing.assert_close(mask, golden["mask_forward"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score.grad, golden["grad_score"], rtol=2e-2, atol=1e-5)
+    torch.testing.assert_close(theta.grad.item(), golden["grad_theta"], rtol=2e-2, atol=1e-5)
+    # In use every picture has its own number, where theirs takes the floor of the batch's mean.
+    n = score.shape[1]
+    for row, one in enumerate(score.detach()):
+        kept = select(
+            "adaptive-sparse-vit", head_weighted_attention=one, keep_tokens=n, thresholds=n * golden["theta"]
+        ).mask
+        expected = golden["eval_keep_mask"][row] if len(score) == 1 else golden["mask_forward"][row].bool()
+        assert torch.equal(kept, expected)
+    if len(score) > 1:
+        assert golden["eval_batch_keep_count"] == int(golden["mask_forward"].sum()) // len(score)
+
+
+def test_asvit_arithmetic() -> None:
+    golden = load("asvit_flops_block.npz")
+    for width in (192, 384, 768):
+        ours = block_macs(golden["tokens"], width) / 1e9
+        torch.testing.assert_close(ours, golden[f"gmacs_d{width}"], rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import vtc
 from tests import tiny
 from tests.invariants.matrix import build
 from vtc.core.observations import PatchPixels, VisionAttention
+from vtc.selectors.adaptive_sparse_vit import AdaptiveSparseVitSelector, HeadWeightedAttention, HeadWeightedReceived
 from vtc.selectors.flowcut import FlowCutSelector, InformationFlow, ReceivedFlow, dropped
 from vtc.selectors.pixelprune import BlockPixels
 
@@ -293,4 +295,113 @@ def test_flowcut_asks_for_cls() -> None:
         vtc.compress(case.model, "flowcut", keep_ratio=0.5)
     with pytest.raises(vtc.UnsupportedMethodError, match="works at places of its own"):
         vtc.compress(case.model, "flowcut", keep_ratio=0.5, score_source="received", at="decoder")
+    assert not vtc.is_compressed(case.model)
+
+
+# --- Adaptive Sparse ViT ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", [HeadWeightedAttention(), HeadWeightedReceived()])
+def test_head_weights_do_not_see_padding(signal: HeadWeightedAttention) -> None:
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    mask[1, ..., 5:] = False
+    padded = signal.compute(attention_of(7, mask=mask))
+    whole = attention_of(7)
+    cut = (whole.queries[1:, :, :5], whole.keys[1:, :, :5], whole.values[1:, :, :5])
+    torch.testing.assert_close(padded[1, :5], signal.compute(VisionAttention(*cut, 0.5, prefix=1))[0])
+
+
+def test_head_weighted_attention_of_one_head_is_attention() -> None:
+    raw = attention_of(6)
+    one = VisionAttention(raw.queries[:, :1], raw.keys[:, :1], raw.values[:, :1], 0.5, prefix=1)
+    expected = (one.queries[:, 0, :1] @ one.keys[:, 0].transpose(1, 2) * 0.5).softmax(dim=-1)[:, 0]
+    torch.testing.assert_close(HeadWeightedAttention().compute(one), expected)
+    cells = HeadWeightedAttention().present(expected[0, 1:5].view(2, 2, 1))
+    torch.testing.assert_close(cells, expected[0, 1:5].view(2, 2).sum(dim=1))
+
+
+def as_vit(score: torch.Tensor, **options: Any) -> list[int]:
+    budget = {"keep_tokens": 99} if "keep_ratio" not in options else {}
+    given = {**budget, **options}
+    return vtc.select("adaptive-sparse-vit", head_weighted_attention=score, **given).keep.tolist()
+
+
+def test_as_vit_keeps_what_is_above() -> None:
+    score = torch.tensor([0.1, 0.3, 0.05, 0.45, 0.1])
+    assert as_vit(score, thresholds=1.0) == [1, 3]  # a fifth each on average
+    assert as_vit(score, thresholds=0.5, multiplier=2.0) == [1, 3]
+    assert as_vit(score) == [1, 3]  # the last of the released thresholds, 0.6
+    assert as_vit(score, thresholds=1.5) == [3]  # strictly above
+    assert as_vit(score, thresholds=5.0) == [3]  # at least one
+    assert as_vit(score, thresholds=0.0) == [0, 1, 2, 3, 4]
+    assert as_vit(score, thresholds=0.0, keep_ratio=0.4) == [1, 3]  # the ceiling
+    assert as_vit(torch.zeros(3), thresholds=1.0) == [0]
+    assert as_vit(torch.ones(1), thresholds=2.0) == [0]
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(12, (4, 7, 10)), (16, (5, 9, 13)), (20, (6, 11, 16)), (3, (1, 2))])
+def test_as_vit_places(depth: int, layers: tuple[int, ...]) -> None:
+    method = AdaptiveSparseVitSelector().resolve(vtc.ModelShape(4, depth, depth - 1), 0.5)
+    assert method.layers == layers
+    assert method.thresholds == ((0.2, 0.4, 0.6) if depth > 3 else (0.4, 0.6))
+    assert AdaptiveSparseVitSelector().stages(vtc.ModelShape(4, depth, depth - 1), 1.0) == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"thresholds": (0.1, -1)}, "thresholds must be a number of at least 0"),
+        ({"thresholds": "high"}, "thresholds must be a number"),
+        ({"thresholds": (0.1, 0.2)}, r"2 values for the 3 layers \(4, 7, 10\)"),
+        ({"layers": (0, 3)}, "layers must be an integer of at least 1"),
+        ({"layers": (3, 3)}, "ascending tower layers"),
+        ({"layers": (3, 12)}, "features come from tower layer 11"),
+        ({"layers": (3, 4)}, r"give thresholds, one for each of the layers \(3, 4\)"),
+        ({"multiplier": -1}, "multiplier must be a number of at least 0"),
+        ({"score_source": "keys"}, "score_source must be one of"),
+    ],
+)
+def test_as_vit_options(options: dict[str, Any], match: str) -> None:
+    given = {**options, "thresholds": 0.5} if options.get("layers") == (3, 12) else options
+    with pytest.raises(vtc.ConfigError, match=match):
+        AdaptiveSparseVitSelector(**given).stages(vtc.ModelShape(4, 12, 11), 0.5)
+
+
+@torch.no_grad()
+def test_every_crop_of_a_batch_keeps_its_own_number() -> None:
+    case = build(tiny.family("llava"))
+    look_sharply(case.model)
+    with vtc.compressed(case.model, "adaptive-sparse-vit", keep_tokens=99, thresholds=0.3) as model:
+        model(**case.batch("two_images"))
+        together = [segment.kept.tolist() for segment in vtc.report(model).segments]
+        alone = []
+        for row in case.rows("two_images"):
+            model(**row)
+            alone += [segment.kept.tolist() for segment in vtc.report(model).segments]
+    assert together == alone
+    assert len({len(kept) for kept in together}) > 1
+
+
+def test_as_vit_asks_for_cls() -> None:
+    case = build(tiny.family("qwen3_vl"))
+    with pytest.raises(vtc.UnsupportedMethodError, match=r'no \[CLS\] token; try score_source="received"'):
+        vtc.compress(case.model, "adaptive-sparse-vit", keep_ratio=0.5)
+    vtc.compress(case.model, "adaptive-sparse-vit", keep_ratio=0.5, score_source="received")
+
+
+def test_signals_of_patches_are_refused_behind_the_tower() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Late(vtc.ScoreSelector):
+        """Reads patches of a token apart where there are none."""
+
+        name, paper = "late", "a test"
+        requires = (HeadWeightedAttention(),)
+
+        def score(self, ctx: vtc.VisualContext) -> torch.Tensor:
+            return ctx[HeadWeightedAttention]
+
+    vtc.register_selector(Late)
+    case = build(tiny.family("llava"))
+    with pytest.raises(vtc.UnsupportedMethodError, match="patches of a token apart"):
+        vtc.compress(case.model, "late", keep_ratio=0.5)
     assert not vtc.is_compressed(case.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core.selector import ScoreSelector, Selector
+from .adaptive_sparse_vit import AdaptiveSparseVitSelector
 from .aim import AimSelector
 from .atp import AtpSelector
 from .divprune import DivPruneSelector
@@ -18,6 +19,7 @@ from .vidcom2 import VidCom2Selector
 from .vtc_cls import VtcClsSelector
 
 __all__ = [
+    "AdaptiveSparseVitSelector",
     "AimSelector",
     "AtpSelector",
     "DivPruneSelector",
