@@ -111,6 +111,7 @@ METHODS: tuple[Method, ...] = (
     Method("todre", _one("todre", 0.5, pivot="center", tau=1.0, exit_layer=2), decoder=True, by_ratio=False),
     Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False),
     Method("aim", _one("aim", 0.4), decoder=True, merges=True, by_ratio=False),
+    Method("vscan", _one("vscan", 0.5, score_source="received", window=2), decoder=True, merges=True, by_ratio=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )

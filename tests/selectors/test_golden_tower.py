@@ -20,6 +20,7 @@ from vtc.selectors.adaptive_sparse_vit import (
     token_scores,
 )
 from vtc.selectors.flowcut import InformationFlow, accumulated
+from vtc.selectors.vscan import best_of_windows
 
 # --- PixelPrune ------------------------------------------------------------------------------------------------------
 
@@ -126,3 +127,28 @@ def test_asvit_arithmetic() -> None:
     for width in (192, 384, 768):
         ours = block_macs(golden["tokens"], width) / 1e9
         torch.testing.assert_close(ours, golden[f"gmacs_d{width}"], rtol=1e-4, atol=1e-5)
+
+
+# --- VScan -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("vscan_qwen_*.npz")))
+def test_vscan(name: str) -> None:
+    golden = load(name)
+    rows, columns = golden["grid"].tolist()
+    selection = select(
+        "vscan",
+        features=golden["features"],
+        received_attention=torch.stack([golden["attn_local"], golden["attn_global"]])[:, None],
+        grid_thw=(1, rows, columns),
+        keep_tokens=golden["k"],
+        score_source="received",
+        window=golden["window"],
+    )
+    assert torch.equal(selection.keep, golden["keep_sorted"])
+    torch.testing.assert_close(selection.merge(golden["features"]), golden["merged"], rtol=1e-4, atol=1e-5)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) // golden["window"]
+    across = torch.tensor([rows, columns]) // golden["window"]
+    places = torch.minimum(places, across - 1)
+    local = best_of_windows(golden["attn_local"], places[:, 0] * across[1] + places[:, 1], golden["k"] // 2)
+    assert local.tolist() == golden["local_indices_order"].tolist()

@@ -15,6 +15,7 @@ from vtc.core.observations import PatchPixels, VisionAttention
 from vtc.selectors.adaptive_sparse_vit import AdaptiveSparseVitSelector, HeadWeightedAttention, HeadWeightedReceived
 from vtc.selectors.flowcut import FlowCutSelector, InformationFlow, ReceivedFlow, dropped
 from vtc.selectors.pixelprune import BlockPixels
+from vtc.selectors.vscan import VScanSelector, best_of_windows
 
 # --- PixelPrune ------------------------------------------------------------------------------------------------------
 
@@ -345,6 +346,8 @@ def test_as_vit_places(depth: int, layers: tuple[int, ...]) -> None:
     assert method.layers == layers
     assert method.thresholds == ((0.2, 0.4, 0.6) if depth > 3 else (0.4, 0.6))
     assert AdaptiveSparseVitSelector().stages(vtc.ModelShape(4, depth, depth - 1), 1.0) == ()
+    earlier = AdaptiveSparseVitSelector().resolve(vtc.ModelShape(4, depth, depth - 2), 0.5)
+    assert earlier.layers == (layers if depth > 3 else (1,))  # the layer that makes the features is the last
 
 
 @pytest.mark.parametrize(
@@ -405,3 +408,88 @@ def test_signals_of_patches_are_refused_behind_the_tower() -> None:
     with pytest.raises(vtc.UnsupportedMethodError, match="patches of a token apart"):
         vtc.compress(case.model, "late", keep_ratio=0.5)
     assert not vtc.is_compressed(case.model)
+
+
+# --- VScan -----------------------------------------------------------------------------------------------------------
+
+
+def vscan(local: Any, far: Any, grid: Any, budget: int, features: torch.Tensor | None = None, **options: Any) -> Any:
+    attention = torch.stack([torch.as_tensor(local), torch.as_tensor(far)]).float()[:, None]
+    given = torch.eye(attention.shape[-1]) if features is None else features
+    return vtc.select(
+        "vscan",
+        features=given,
+        received_attention=attention,
+        grid_thw=grid,
+        keep_tokens=budget,
+        score_source="received",
+        **options,
+    )
+
+
+def test_vscan_takes_of_every_window() -> None:
+    # Two windows of 2 x 2 in a row; a plain top two would take both from the left one.
+    local, far = [9, 8, 1, 2, 7, 6, 3, 4], [0, 0, 0, 0, 0, 0, 5, 0]
+    assert vscan(local, far, (1, 2, 4), 4, window=2).keep.tolist() == [0, 1, 6, 7]
+    assert vscan(local, far, (1, 2, 4), 4, window=9).keep.tolist() == [0, 1, 2, 6]
+    # Of an odd budget the smaller half is local.
+    assert vscan(local, far, (1, 2, 4), 3, window=2).keep.tolist() == [0, 1, 6]
+    assert vscan(local, far, (1, 2, 4), 1, window=2).keep.tolist() == [6]
+    assert vscan(local, far, (1, 2, 4), 8, window=2).assign is None
+
+
+def test_vscan_windows_reach_the_edge() -> None:
+    local = torch.arange(15).float()
+    # 3 x 5 tokens are one window of 2 x 2 high and two wide: the last column and row belong to the last of them.
+    assert vscan(local, torch.zeros(15), (1, 3, 5), 4, window=2).keep.tolist() == [0, 1, 11, 14]
+    assert vscan(local, torch.zeros(15), (1, 3, 5), 4, window=9).keep.tolist() == [0, 1, 13, 14]
+
+
+def test_vscan_goes_on_where_windows_run_out() -> None:
+    # The second view is one token: its window cannot offer four.
+    local = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    attention, window = torch.tensor(local).float(), torch.tensor([0] * 8 + [1])
+    assert best_of_windows(attention, window, 4).tolist() == [8, 7, 6, 5]
+    assert best_of_windows(attention, window, 8).tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert best_of_windows(attention, window.flip(0), 2).tolist() == [8, 0]
+    assert vscan(local, [0] * 9, [(1, 2, 4), (1, 1, 1)], 4, window=4).keep.tolist() == [0, 1, 7, 8]
+
+
+def test_vscan_merges_into_the_most_similar() -> None:
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.5], [0.5, 3.0], [0.0, 0.0]])
+    selection = vscan([5, 1, 1, 1, 1], [0, 5, 1, 1, 1], (1, 1, 5), 2, features)
+    assert selection.keep.tolist() == [0, 1]
+    assert selection.slots.tolist() == [0, 1, 0, 1, 0]  # nothing is similar to zeros: the first
+    expected = torch.stack([features[[0, 2, 4]].mean(dim=0), features[[1, 3]].mean(dim=0)])
+    torch.testing.assert_close(selection.merge(features), expected)
+
+
+def test_vscan_layers() -> None:
+    clip, qwen = vtc.ModelShape(32, 24, 22), vtc.ModelShape(28, 32, 31)
+    first, second = VScanSelector().stages(clip, 0.25)
+    assert first.requires == (vtc.ClsAttention((5, 22)),)
+    assert str(second.site) == "decoder:16"
+    first, second = VScanSelector(score_source="received").stages(qwen, 0.25)
+    assert first.requires == (vtc.ReceivedAttention((7, 31)),)
+    assert (str(second.site), second.keep) == ("decoder:14", pytest.approx(1 / 3))
+    assert len(VScanSelector(inner=1.0).stages(clip, 0.25)) == len(VScanSelector().stages(clip, 1.0)) == 1
+    with pytest.raises(vtc.ConfigError, match="inner must be a number between 0 and 1"):
+        VScanSelector(inner=2)
+    with pytest.raises(vtc.ConfigError, match="window must be an integer of at least 1"):
+        VScanSelector(window=0)
+    with pytest.raises(vtc.ConfigError, match="score_source"):
+        VScanSelector(score_source="text")
+
+
+@torch.no_grad()
+def test_vscan_with_cls() -> None:
+    case = build(tiny.family("llava"))
+    with vtc.compressed(case.model, "vscan", keep_ratio=0.5, inner=0.5) as model:
+        model(**case.batch("single"))
+        report = vtc.report(model)
+    assert [(str(site), selection.k) for site, selection in report.segments[0].selections] == [
+        ("decoder", 8),
+        ("decoder:2", 4),
+    ]
+    with pytest.raises(vtc.UnsupportedMethodError, match=r'no \[CLS\] token; try score_source="received"'):
+        vtc.compress(build(tiny.family("gemma3")).model, "vscan", keep_ratio=0.5)

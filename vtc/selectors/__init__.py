@@ -16,6 +16,7 @@ from .todre import ToDreSelector
 from .uniform import UniformSelector
 from .vflowopt import VFlowOptSelector
 from .vidcom2 import VidCom2Selector
+from .vscan import VScanSelector
 from .vtc_cls import VtcClsSelector
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ToDreSelector",
     "UniformSelector",
     "VFlowOptSelector",
+    "VScanSelector",
     "VidCom2Selector",
     "VtcClsSelector",
 ]
