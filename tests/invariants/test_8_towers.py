@@ -147,8 +147,25 @@ def test_dropping_equals_masking(family: tiny.Family, stages: tuple[vtc.Compress
         check_masking(family, stages, kind)
 
 
-def check_masking(family: tiny.Family, stages: tuple[vtc.CompressionConfig, ...], kind: str) -> None:
-    case = sharp(family)
+@pytest.mark.parametrize("kind", ["single", "two_images"])
+@pytest.mark.parametrize("family", ["llava", "llava_dinov2", "llava_next", "internvl_tiles", "video_llava"])
+@pytest.mark.parametrize("name", ["flowcut", "adaptive-sparse-vit"])
+@torch.no_grad()
+def test_several_places_in_the_tower_equal_masking(name: str, family: str, kind: str) -> None:
+    # Towers of random weights look at all patches alike, and then nothing leaves at the first places.
+    case = sharp(tiny.family(family))
+    for weight_name, weight in adapter_for(case.model).tower(case.family.modality).named_parameters():
+        weight.data *= 20 if weight_name.endswith(("q_proj.weight", "query.weight")) else 1
+    first = int(family == "internvl_tiles")  # whose [CLS] is zero at first, so that it asks for nothing
+    options: dict[str, Any] = {"layers": (first, first + 1)}
+    if name == "adaptive-sparse-vit":
+        options = {"layers": (first + 1, first + 2), "thresholds": (0.3, 0.6)}
+    check_masking(case, (CompressionConfig(name, keep_ratio=0.4, options=options),), kind)
+
+
+def check_masking(of: tiny.Family | tiny.TinyCase, stages: tuple[vtc.CompressionConfig, ...], kind: str) -> None:
+    case = of if isinstance(of, tiny.TinyCase) else sharp(of)
+    family = case.family
     inputs = case.batch(kind)
     with vtc.compressed(case.model, list(stages)) as model, seen_towers() as towers:
         ours = model(**inputs).logits

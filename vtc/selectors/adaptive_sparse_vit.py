@@ -26,10 +26,10 @@ from .schedule import check_layer, check_number
 
 __all__ = [
     "AdaptiveSparseVitSelector",
+    "arithmetic_share",
     "masked_attention",
     "straight_through",
     "token_scores",
-    "tower_share",
 ]
 
 _RELEASED = (4, 7, 10)  # of 12 blocks: tokens leave before these
@@ -178,18 +178,17 @@ class AdaptiveSparseVitSelector(Selector):
 
     def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> AdaptiveSparseVitSelector:
         """Set `layers` for this tower, and one threshold for each."""
-        depth = 12 if shape is None or shape.feature_layer is None else shape.feature_layer + 1
+        depth = 12 if shape is None or shape.vision_layers is None else shape.vision_layers
+        last = depth - 1 if shape is None or shape.feature_layer is None else shape.feature_layer
         layers, thresholds = self.layers, self.thresholds
         if layers is None:
             # In a tower of few layers places fall together: the last of them, with its threshold, stands for all.
-            scaled = {min(max(1, at * depth // 12), max(1, depth - 1)): place for place, at in enumerate(_RELEASED)}
+            scaled = {min(max(1, at * depth // 12), max(1, last)): place for place, at in enumerate(_RELEASED)}
             layers = tuple(sorted(scaled))
             if thresholds is None:
                 thresholds = tuple(_THRESHOLDS[scaled[layer]] for layer in layers)
-        if layers[-1] >= depth and shape is not None:
-            raise ConfigError(
-                f"adaptive-sparse-vit: layers={layers}, but the features come from tower layer {depth - 1}."
-            )
+        if layers[-1] > last and shape is not None:
+            raise ConfigError(f"adaptive-sparse-vit: layers={layers}, but the features come from tower layer {last}.")
         if thresholds is None:
             if len(layers) != len(_THRESHOLDS):
                 raise ConfigError(f"adaptive-sparse-vit: give thresholds, one for each of the layers {layers}.")
@@ -282,7 +281,7 @@ def straight_through(score: Tensor, theta: Tensor, tau: float = 1e-4) -> Tensor:
     return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
 
 
-def tower_share(tokens: Sequence[Tensor | float], width: int, full: float) -> Tensor:
+def arithmetic_share(tokens: Sequence[Tensor | float], width: int, full: float) -> Tensor:
     """Compute the arithmetic of a tower with fewer tokens as a share of that with all.
 
     A block with m tokens takes ``12 width ** 2 m + 2 width m ** 2`` multiply-adds, the MLP being four times as wide.
