@@ -41,7 +41,7 @@ from tests.fuzz.modes import (
 )
 from tests.fuzz.modes import settings as settings_of
 from tests.invariants.test_4_restore import Snapshot
-from vtc.engine import encoder, recorder, state
+from vtc.engine import encoder, recorder, state, watch
 
 KEPT_BY_TRANSFORMERS = ("_cache", "_previous_max_cache_length")
 """Attributes that generate() leaves on a model, compressed or not."""
@@ -115,7 +115,7 @@ def nothing_is_open() -> None:
     """No call, no recording and no encoding of this thread is half done."""
     assert state._CALL.get() is None, "the state of a call is left"
     assert not recorder._RECORDED.get(), "a recording is left"
-    assert encoder._ENCODING.get() is None, "an encoding is left"
+    assert watch.ENCODING.get() is None, "an encoding is left"
     assert encoder._MEMORY.get() is None, "a memory is left"
 
 
@@ -123,7 +123,7 @@ def forget_what_is_open() -> None:
     """Begin anew behind an example that left something open."""
     state._CALL.set(None)
     recorder._RECORDED.set({})
-    encoder._ENCODING.set(None)
+    watch.ENCODING.set(None)
     encoder._MEMORY.set(None)
 
 

@@ -109,6 +109,11 @@ METHODS: tuple[Method, ...] = (
     Method("uniform at decoder:2", (CompressionConfig("uniform", keep_ratio=0.5, at="decoder:2"),), decoder=True),
     Method("divprune at vision:1", (CompressionConfig("divprune", keep_ratio=0.5, at="vision:1"),), tower=True),
     Method("tome", _one("tome", 0.5), merges=True, tower=True, by_ratio=False),
+    # Random pixels repeat nowhere; by their means about half of them do.
+    Method("pixelprune", _one("pixelprune", 0.8, similarity="mean", tau=1.13), tower=True, by_ratio=False),
+    Method("flowcut", _one("flowcut", 0.3, layers=(1,)), needs_cls=True, tower=True, by_ratio=False),
+    Method("flowcut received", _one("flowcut", 0.3, score_source="received"), tower=True, by_ratio=False),
+    Method("as-vit", _one("adaptive-sparse-vit", 0.8, thresholds=1.0), needs_cls=True, tower=True, by_ratio=False),
     # The tiny towers have four layers, of which the third makes the features.
     Method("vtc-cls", _one("vtc-cls", 0.5, start_layer=1), needs_cls=True),
     Method("divprune", _one("divprune", 0.4)),
@@ -132,6 +137,7 @@ METHODS: tuple[Method, ...] = (
         "prumerge", _one("prumerge", 0.5, count="budget", neighbours=3), merges=True, needs_cls=True, everywhere=False
     ),
     Method("prumerge-plus", _one("prumerge-plus", 0.5), merges=True, needs_cls=True, by_ratio=False, everywhere=False),
+    Method("vscan", _one("vscan", 0.5, score_source="received", window=2), decoder=True, merges=True, by_ratio=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
 )

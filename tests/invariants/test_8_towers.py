@@ -17,8 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from tests import reference, tiny
-from tests.invariants.matrix import Method, build, method, sharp
+from tests.invariants.matrix import METHODS, Method, build, method, sharp
 from vtc.adapters.base import TowerUnit
+from vtc.config import CompressionConfig
 from vtc.core.sites import parse_site
 from vtc.engine import encoder
 from vtc.engine.in_tower import TowerPass
@@ -59,6 +60,18 @@ SETTINGS: dict[str, tuple[vtc.CompressionConfig, ...]] = {
     "random at vision:1": (config("random", "vision:1", 0.3),),
     "divprune at vision:1": (config("divprune", "vision:1"),),
     "bright at vision:1": (config("bright", "vision:1"),),
+    **{name: method(name).stages for name in ("pixelprune", "flowcut")},
+    "flowcut received": (
+        CompressionConfig("flowcut", keep_ratio=0.3, options={"layers": (0,), "score_source": "received"}),
+    ),
+    "as-vit": (CompressionConfig("adaptive-sparse-vit", keep_tokens=99, options={"thresholds": 1.0, "layers": (1,)}),),
+    "as-vit received": (
+        CompressionConfig(
+            "adaptive-sparse-vit",
+            keep_tokens=99,
+            options={"thresholds": 1.0, "layers": (1,), "score_source": "received"},
+        ),
+    ),
     "down to the decoder": (
         config("uniform", "pixels", 0.8),
         config("divprune", "vision:1", 0.7),
@@ -74,6 +87,7 @@ def over_settings(families: tuple[tiny.Family, ...]) -> Any:
         for family in families
         for name, stages in SETTINGS.items()
         if not (family.hybrid and name == "down to the decoder")
+        and (family.cls or not any(m.needs_cls for m in METHODS if m.name == name))
     ]
     return pytest.mark.parametrize(("family", "stages"), cases)
 
@@ -133,8 +147,25 @@ def test_dropping_equals_masking(family: tiny.Family, stages: tuple[vtc.Compress
         check_masking(family, stages, kind)
 
 
-def check_masking(family: tiny.Family, stages: tuple[vtc.CompressionConfig, ...], kind: str) -> None:
-    case = sharp(family)
+@pytest.mark.parametrize("kind", ["single", "two_images"])
+@pytest.mark.parametrize("family", ["llava", "llava_dinov2", "llava_next", "internvl_tiles", "video_llava"])
+@pytest.mark.parametrize("name", ["flowcut", "adaptive-sparse-vit"])
+@torch.no_grad()
+def test_several_places_in_the_tower_equal_masking(name: str, family: str, kind: str) -> None:
+    # Towers of random weights look at all patches alike, and then nothing leaves at the first places.
+    case = sharp(tiny.family(family))
+    for weight_name, weight in adapter_for(case.model).tower(case.family.modality).named_parameters():
+        weight.data *= 20 if weight_name.endswith(("q_proj.weight", "query.weight")) else 1
+    first = int(family == "internvl_tiles")  # whose [CLS] is zero at first, so that it asks for nothing
+    options: dict[str, Any] = {"layers": (first, first + 1)}
+    if name == "adaptive-sparse-vit":
+        options = {"layers": (first + 1, first + 2), "thresholds": (0.3, 0.6)}
+    check_masking(case, (CompressionConfig(name, keep_ratio=0.4, options=options),), kind)
+
+
+def check_masking(of: tiny.Family | tiny.TinyCase, stages: tuple[vtc.CompressionConfig, ...], kind: str) -> None:
+    case = of if isinstance(of, tiny.TinyCase) else sharp(of)
+    family = case.family
     inputs = case.batch(kind)
     with vtc.compressed(case.model, list(stages)) as model, seen_towers() as towers:
         ours = model(**inputs).logits
@@ -154,7 +185,9 @@ def test_keeping_all_changes_no_bit(family: tiny.Family, stages: tuple[vtc.Compr
     case = build(family)
     inputs = case.batch("ragged")
     plain = case.model(**inputs).logits
-    whole = [dataclasses.replace(stage, keep_ratio=1.0) for stage in stages if stage.method != "bright"]
+    whole = [
+        dataclasses.replace(stage, keep_ratio=1.0, keep_tokens=None) for stage in stages if stage.method != "bright"
+    ]
     if whole:
         with vtc.compressed(case.model, whole) as model:
             assert torch.equal(model(**inputs).logits, plain)

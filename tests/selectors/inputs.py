@@ -13,13 +13,15 @@ from vtc.core.grids import Grid
 from vtc.core.observations import TokenGrids
 from vtc.core.signals import SHARED, Signal
 from vtc.selectors import Selector
+from vtc.selectors.adaptive_sparse_vit import HeadWeightedAttention
 from vtc.selectors.aim import PageRank
 from vtc.selectors.atp import ModalityAttention
 from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
+from vtc.selectors.flowcut import InformationFlow
+from vtc.selectors.pixelprune import BlockPixels
 from vtc.selectors.prumerge import WideClsAttention
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
-from vtc.selectors.visionzip import MeanKeys
 
 SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6}
 """Sizes of the named axes of signals; N is the number of tokens, and any other axis has two entries."""
@@ -30,11 +32,13 @@ METHOD_SIGNALS = (
     AttentionExchange,
     ContextRelevance,
     PixelEntropy,
-    MeanKeys,
     KeyLength,
     PromptStates,
     TextPivots,
     WideClsAttention,
+    BlockPixels,
+    InformationFlow,
+    HeadWeightedAttention,
 )
 """Signals that one method brings with it."""
 

@@ -17,7 +17,7 @@ from vtc import kernels
 from vtc.core.context import VisualContext
 from vtc.core.observations import DecoderAttention, DecoderHidden, VisionAttention
 from vtc.core.selection import Selection
-from vtc.core.signals import HiddenStates, ReceivedAttention, TextEmbeds
+from vtc.core.signals import HiddenStates, MeanKeys, ReceivedAttention, TextEmbeds
 from vtc.core.sites import DecoderLayer
 from vtc.core.stage import ModelShape
 from vtc.errors import ConfigError, InputError
@@ -27,7 +27,6 @@ from vtc.selectors import HiPruneSelector
 from vtc.selectors.cdpruner import quality_of, relevance_to_text
 from vtc.selectors.dart import KeyLength, PromptStates, TextPivots, unlike
 from vtc.selectors.prumerge import PruMergePlusSelector, WideClsAttention, outliers
-from vtc.selectors.visionzip import MeanKeys
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import vtc
 from tests.selectors.test_golden import case, load
 from vtc import kernels
-from vtc.core.signals import VisionKeys
-from vtc.selectors.tome import MeanKeys, merge_schedule
+from vtc.core.signals import MeanKeys, VisionKeys
+from vtc.selectors.tome import merge_schedule
 
 GOLDEN = load("tome.npz")
 CASES = sorted({key.split("_")[0] for key in GOLDEN if key.endswith("_source")})

@@ -46,7 +46,8 @@ class VisualContext:
     other_visuals
         How many other images and videos the prompt has; tiles that stand apart in the prompt count as images.
     tokens_at_input
-        N when the segment entered the language model, for schedules that refer to it; None: this very N.
+        N when the segment entered the language model, or inside a tower this tower, for schedules that refer to it;
+        None: this very N.
     signals
         Values of the signals, in the form that each of them describes.
     """

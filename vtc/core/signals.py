@@ -41,6 +41,7 @@ __all__ = [
     "SHARED",
     "ClsAttention",
     "HiddenStates",
+    "MeanKeys",
     "Origin",
     "PreProjector",
     "ReceivedAttention",
@@ -71,6 +72,9 @@ class Signal(ABC):
         False if there is one value for the whole image or video instead of one per token.
     needs_cls
         Whether the vision tower must have a [CLS] token.
+    per_patch
+        Whether `present` is given the values of the p patches of every token side by side, (N, p, ...), instead of
+        their mean; that can only be read inside the tower.
     """
 
     name: ClassVar[str]
@@ -78,6 +82,7 @@ class Signal(ABC):
     axes: ClassVar[tuple[str, ...]] = ("N",)
     per_token: ClassVar[bool] = True
     needs_cls: ClassVar[bool] = False
+    per_patch: ClassVar[bool] = False
 
     @abstractmethod
     def compute(self, raw: Any) -> Tensor:
@@ -241,6 +246,19 @@ class VisionKeys(VisionSignal):
 
 
 @dataclass(frozen=True)
+class MeanKeys(VisionSignal):
+    """Keys of one layer of the vision tower, averaged over heads, (N, d)."""
+
+    name: ClassVar[str] = "mean_keys"
+    reads: ClassVar[type[Observation]] = VisionAttention
+    axes: ClassVar[tuple[str, ...]] = ("N", "d")
+
+    def compute(self, raw: VisionAttention) -> Tensor:
+        """(B, M, d)."""
+        return raw.keys.float().mean(dim=1)
+
+
+@dataclass(frozen=True)
 class PreProjector(VisionSignal):
     """Output of one layer of the tower, before the projector, (N, D)."""
 
@@ -329,6 +347,7 @@ SHARED: tuple[type[Signal], ...] = (
     ClsAttention,
     ReceivedAttention,
     VisionKeys,
+    MeanKeys,
     PreProjector,
     Origin,
     TextEmbeds,

@@ -19,15 +19,25 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter, Layout, rows_of
-from vtc.core.observations import Observation, PatchPixels, VisionAttention, VisionHidden
+from vtc.core.observations import Observation, PatchPixels, TokenGrids, VisionAttention, VisionHidden
 from vtc.core.signals import Signal, VisionSignal
 from vtc.core.sites import Site
 from vtc.engine.hooks import Hooks
 from vtc.engine.in_tower import TowerPass, refuse_checkpointing
-from vtc.engine.masks import allowed_keys
 from vtc.engine.plan import Plan, PlannedStage, tower_layer
 from vtc.engine.recorder import UNSEEN, masking, recording
 from vtc.engine.shared import first_row, for_rows, output_for_rows
+from vtc.engine.watch import (
+    ENCODING,
+    Watch,
+    attention_observer,
+    enter_block,
+    hidden_observer,
+    leave_cells,
+    leave_tower,
+    see_hidden,
+    see_pixels,
+)
 from vtc.errors import InputError, StateError, UnsupportedModelError
 from vtc.report.flops import block_flops
 
@@ -99,21 +109,6 @@ class EncoderMemory:
     runs: dict[str, _Run] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class _Watch:
-    """What is to be seen of the encoder that this thread or task runs."""
-
-    pixels: list[torch.Tensor] | None = None
-    hidden: dict[nn.Module, Callable[[Any], None]] = field(default_factory=dict)
-    tower: TowerPass | None = None
-    begin: Callable[[torch.Tensor], TowerPass] | None = None  # makes `tower`, of what enters the first layer
-
-    def extra_mask(self, module: nn.Module, query: torch.Tensor) -> torch.Tensor | None:
-        """Return what is added to the mask of an attention module of the tower."""
-        return None if self.tower is None else self.tower.attention_bias(module, query)
-
-
-_ENCODING: ContextVar[_Watch | None] = ContextVar("vtc_encoding", default=None)
 _MEMORY: ContextVar[tuple[Any, EncoderMemory] | None] = ContextVar("vtc_encoder_memory", default=None)
 
 
@@ -154,7 +149,7 @@ class Encoder:
     @property
     def busy(self) -> bool:
         """Whether an encoder is running: some families encode a video by encoding its frames as images."""
-        return _ENCODING.get() is not None
+        return ENCODING.get() is not None
 
     def install(self, hooks: Hooks) -> None:
         """Put hooks on the towers for the observations that signals read; they see the runs of `read` alone.
@@ -176,15 +171,15 @@ class Encoder:
             shortened |= {block: layer for layer, block in enumerate(all_blocks) if self.plan.in_tower}
             outlets |= dict.fromkeys(self.adapter.tower_outlets(modality) if self.plan.in_tower else ())
         for tower in towers:
-            hooks.before(tower, _see_pixels)
+            hooks.before(tower, see_pixels)
             if self.plan.in_tower:
-                hooks.after(tower, _leave_tower)
+                hooks.after(tower, leave_tower)
         for block, layer in shortened.items():
-            hooks.before(block, functools.partial(_enter_block, layer))
+            hooks.before(block, functools.partial(enter_block, layer))
         for outlet in outlets:
-            hooks.after(outlet, _leave_cells)
+            hooks.after(outlet, leave_cells)
         for block in blocks:
-            hooks.after(block, _see_hidden)
+            hooks.after(block, see_hidden)
 
     def remembered(self, modality: str) -> Any:
         """Return the output of an encoder that is in memory, or None."""
@@ -325,7 +320,7 @@ class Encoder:
                 if signal in own
                 else self._pixel_values(modality, call, signal, run.pixels)
                 for signal in stage.stage.requires
-                if signal in own or signal.reads is PatchPixels
+                if signal.reads is not TokenGrids
             }
 
         def begin(rows: torch.Tensor) -> TowerPass:
@@ -336,7 +331,7 @@ class Encoder:
             flash = "flash" in str(config._attn_implementation)
             return TowerPass(units, self.plan.in_tower, prefix, modality, values, flash=flash)
 
-        watch = _Watch(run.pixels if by_pixels or keep else None, begin=begin if self.plan.in_tower else None)
+        watch = Watch(run.pixels if by_pixels or keep else None, begin=begin if self.plan.in_tower else None)
         with self._observing(modality, list(readers), see, watch):
             run.output = original(*args, **kwargs)
         run.tower = watch.tower
@@ -352,22 +347,22 @@ class Encoder:
         modality: str,
         places: Sequence[_Place],
         see: Callable[[_Place, Observation], None],
-        watch: _Watch,
+        watch: Watch,
     ) -> Iterator[None]:
         """Let `watch` watch the encoder, and hand the observations of these layers to `see`, while entered."""
         prefix = self.adapter.prefix_tokens(modality)
         attentions: dict[nn.Module, Any] = {}
         for kind, layer in places:
             if kind is VisionAttention:
-                attentions[self.adapter.tower_attentions(modality)[layer]] = _attention_observer(layer, prefix, see)
+                attentions[self.adapter.tower_attentions(modality)[layer]] = attention_observer(layer, prefix, see)
             else:
-                watch.hidden[self.adapter.tower_blocks(modality)[layer]] = _hidden_observer(layer, prefix, see)
-        token = _ENCODING.set(watch)
+                watch.hidden[self.adapter.tower_blocks(modality)[layer]] = hidden_observer(layer, prefix, see)
+        token = ENCODING.set(watch)
         try:
             with recording(attentions), masking(watch.extra_mask) if watch.begin else nullcontext():
                 yield
         finally:
-            _ENCODING.reset(token)
+            ENCODING.reset(token)
 
     def _tower_flops(self, modality: str, tower: TowerPass) -> tuple[int, int]:
         """Return the FLOPs of the tower's layers on all patches, and on those that were left."""
@@ -444,67 +439,6 @@ def stage_layers(stage: PlannedStage) -> dict[Signal, tuple[int, ...]]:
 
 def _pairs(layers: Mapping[Signal, tuple[int, ...]]) -> list[tuple[Signal, int]]:
     return [(signal, layer) for signal, each in layers.items() for layer in each]
-
-
-def _attention_observer(layer: int, prefix: int, see: Any) -> Callable[..., None]:
-    def record(query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]) -> None:
-        # A flash kernel gets all images of a packed tower in one call; the others get them one by one.
-        bounds = kwargs.get("cu_seq_lens_q")
-        allowed = allowed_keys(mask) if bounds is None else None
-        watch = _ENCODING.get()
-        merged = watch is not None and watch.tower is not None and watch.tower.sizes is not None
-        bias = mask[:, 0, 0].masked_fill(~allowed[:, 0, 0], 0.0) if merged and allowed is not None else None
-        see((VisionAttention, layer), VisionAttention(query, key, value, scaling, allowed, bounds, prefix, bias))
-
-    return record
-
-
-def _hidden_observer(layer: int, prefix: int, see: Any) -> Callable[[Any], None]:
-    def record(output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        see((VisionHidden, layer), VisionHidden(hidden[None] if hidden.dim() == 2 else hidden, prefix))
-
-    return record
-
-
-@torch.no_grad()
-def _see_hidden(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Hand the output of a layer to the run that watches it."""
-    watch = _ENCODING.get()
-    if watch is not None and module in watch.hidden:
-        watch.hidden[module](output)
-
-
-def _enter_block(
-    layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Let the stages on entering a layer of the tower choose."""
-    watch = _ENCODING.get()
-    if watch is None or watch.begin is None:
-        return None
-    if watch.tower is None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        watch.tower = watch.begin(hidden[None] if hidden.dim() == 2 else hidden)
-    return watch.tower.enter(layer, args, kwargs)
-
-
-def _leave_tower(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    watch = _ENCODING.get()
-    if watch is not None and watch.tower is not None:
-        watch.tower.leave(output)
-
-
-def _leave_cells(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-    watch = _ENCODING.get()
-    return None if watch is None or watch.tower is None else watch.tower.restore_cells(output)
-
-
-def _see_pixels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note what a tower is given: it gets the pixels without padding and in its own shape."""
-    watch = _ENCODING.get()
-    if watch is not None and watch.pixels is not None:
-        values = (*args, *kwargs.values())
-        watch.pixels.append(next(value for value in values if isinstance(value, torch.Tensor)).detach())
 
 
 def _first_tensor(output: Any) -> torch.Tensor:

@@ -269,12 +269,17 @@ class TowerPass:
     ) -> VisualContext:
         """Show a stage the cells that are left of a unit; `patches` (N, p, D) are their hidden states."""
         whole = len(kept) == len(unit.cells)
-        grids = TokenGrids((unit.grid,), patches.device)
-        wanted = [signal for signal in stage.stage.requires if signal.reads is TokenGrids]
-        signals = {signal: signal.present(signal.compute(grids)[kept.to(patches.device)]) for signal in wanted}
-        for signal, value in values.items():
+        signals = {}
+        for signal in stage.stage.requires:
+            if signal.reads is TokenGrids:
+                origin = TokenGrids((unit.grid,), patches.device)
+                signals[signal] = signal.present(signal.compute(origin)[kept.to(patches.device)])
+                continue
+            value = values[signal]
             cells = (unit.inputs if signal.reads is PatchPixels else unit.cells)[kept].to(value.device)
-            signals[signal] = signal.present(value[unit.crop][cells].float().mean(dim=1).to(value.dtype))
+            of_cells = value[unit.crop][cells]  # (N, p, ...)
+            pooled = of_cells if signal.per_patch else of_cells.float().mean(dim=1).to(value.dtype)
+            signals[signal] = signal.present(pooled)
         return VisualContext(
             features=patches.detach().mean(dim=1),
             budget=stage.budget(len(kept)),

@@ -224,6 +224,8 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
         if settled and signal.reads is PromptText and not isinstance(stage.site, BeforeDecoder):
             why = f"it is read before the decoder, not at {str(stage.site)!r}"
         tower = isinstance(stage.site, (Pixels, VisionLayer))
+        if settled and not tower and signal.per_patch:
+            why = f"it tells the patches of a token apart, which become one before {str(stage.site)!r}"
         if settled and tower and isinstance(signal, VisionSignal) and not tower_layer(stage.site):
             why = f"no layer of the tower has run at {str(stage.site)!r}"
         if why is not None:

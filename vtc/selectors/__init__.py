@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core.selector import ScoreSelector, Selector
+from .adaptive_sparse_vit import AdaptiveSparseVitSelector
 from .aim import AimSelector
 from .atp import AtpSelector
 from .cdpruner import CdPrunerSelector
@@ -11,8 +12,10 @@ from .divprune import DivPruneSelector
 from .evs import EvsSelector
 from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
+from .flowcut import FlowCutSelector
 from .hiprune import HiPruneSelector
 from .holov import HoloVSelector
+from .pixelprune import PixelPruneSelector
 from .pool import PoolSelector
 from .prumerge import PruMergePlusSelector, PruMergeSelector
 from .random import RandomSelector
@@ -24,10 +27,12 @@ from .vflowopt import VFlowOptSelector
 from .vidcom2 import VidCom2Selector
 from .visionzip import VisionZipSelector
 from .vispruner import VisPrunerSelector
+from .vscan import VScanSelector
 from .vtc import VtcSelector
 from .vtc_cls import VtcClsSelector
 
 __all__ = [
+    "AdaptiveSparseVitSelector",
     "AimSelector",
     "AtpSelector",
     "CdPrunerSelector",
@@ -36,8 +41,10 @@ __all__ = [
     "EvsSelector",
     "FastVSelector",
     "FasterVlmSelector",
+    "FlowCutSelector",
     "HiPruneSelector",
     "HoloVSelector",
+    "PixelPruneSelector",
     "PoolSelector",
     "PruMergePlusSelector",
     "PruMergeSelector",
@@ -49,6 +56,7 @@ __all__ = [
     "ToMeSelector",
     "UniformSelector",
     "VFlowOptSelector",
+    "VScanSelector",
     "VidCom2Selector",
     "VisPrunerSelector",
     "VisionZipSelector",

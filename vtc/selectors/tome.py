@@ -13,11 +13,10 @@ from .. import kernels
 from ..budget import resolve_budget
 from ..core.actions import Action
 from ..core.context import VisualContext
-from ..core.observations import Observation, VisionAttention
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
 from ..core.selector import Selector
-from ..core.signals import VisionSignal
+from ..core.signals import MeanKeys
 from ..core.sites import VisionLayer
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
@@ -25,19 +24,6 @@ from ..registry import register_selector
 from .schedule import check_layer, check_number
 
 __all__ = ["ToMeSelector", "merge_schedule"]
-
-
-@dataclass(frozen=True)
-class MeanKeys(VisionSignal):
-    """Keys of one layer of the vision tower, averaged over heads, (N, d)."""
-
-    name: ClassVar[str] = "mean_keys"
-    reads: ClassVar[type[Observation]] = VisionAttention
-    axes: ClassVar[tuple[str, ...]] = ("N", "d")
-
-    def compute(self, raw: VisionAttention) -> Tensor:
-        """(B, M, d)."""
-        return raw.keys.float().mean(dim=1)
 
 
 @register_selector

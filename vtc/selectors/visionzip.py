@@ -6,33 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .. import kernels
 from ..core.actions import Action
 from ..core.context import VisualContext
-from ..core.observations import Observation, VisionAttention
 from ..core.selection import Selection
-from ..core.signals import Signal, VisionSignal
+from ..core.signals import MeanKeys, Signal
 from ..core.sites import BeforeDecoder, Site
 from ..registry import register_selector
 from .saliency import SaliencySelector
 from .schedule import check_fraction
 
 __all__ = ["VisionZipSelector"]
-
-
-@dataclass(frozen=True)
-class MeanKeys(VisionSignal):
-    """Keys of one layer of the tower averaged over heads, (N, d)."""
-
-    name: ClassVar[str] = "mean_keys"
-    reads: ClassVar[type[Observation]] = VisionAttention
-    axes: ClassVar[tuple[str, ...]] = ("N", "d")
-
-    def compute(self, raw: VisionAttention) -> Tensor:
-        """(B, M, d)."""
-        return raw.keys.float().mean(dim=1)
 
 
 @register_selector
