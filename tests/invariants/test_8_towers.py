@@ -60,6 +60,7 @@ SETTINGS: dict[str, tuple[vtc.CompressionConfig, ...]] = {
     "random at vision:1": (config("random", "vision:1", 0.3),),
     "divprune at vision:1": (config("divprune", "vision:1"),),
     "bright at vision:1": (config("bright", "vision:1"),),
+    "pixelprune over time": (config("pixelprune", "pixels", over="time", similarity="mean", tau=1.13),),
     **{name: method(name).stages for name in ("pixelprune", "flowcut")},
     "flowcut received": (
         CompressionConfig("flowcut", keep_ratio=0.3, options={"layers": (0,), "score_source": "received"}),
