@@ -31,5 +31,5 @@ def parse_stages(text: str) -> list[CompressionConfig]:
             raise ConfigError(f"stages are METHOD@SITE=KEEP, several joined by +; got {text!r}") from None
         get_selector(method)
         budget = {"keep_ratio": number} if number <= 1 else {"keep_tokens": int(number) if number % 1 == 0 else number}
-        found.append(CompressionConfig(method, at=site or None, **budget))  # type: ignore[arg-type]
+        found.append(CompressionConfig(method, at=site or None, **budget))
     return found

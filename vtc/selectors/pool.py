@@ -54,7 +54,8 @@ class PoolSelector(Selector):
 def _pooled(grid: Grid, k: int) -> Selection:
     """Assign every token of a grid to one of `k` cells."""
     t, h, w = grid
-    assign, keep = torch.full((t, h, w), -1), []
+    assign = torch.full((t, h, w), -1)
+    keep: list[int] = []
     steps = min(t, k)
     for step in range(steps):
         frames = _part(step, steps, t)
