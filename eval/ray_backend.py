@@ -16,7 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import vtc
-from eval import runner
+from eval import models, runner
 from eval.answerer import Answerer, Numbered
 from eval.conditions import command_line
 from eval.results_log import ResultsLog
@@ -103,7 +103,9 @@ def _describe(job: Job, workers: int) -> tuple[str, dict[str, Any]]:
     """Return the fingerprint of the weights, and hardware and supported runs as the worker sees them."""
     loaded = job.load()
     _, _, runs, left_out = job.supported(loaded)
-    return loaded.weights, job.conditions(runs, left_out, backend="ray", workers=workers)
+    return loaded.weights, job.conditions(
+        runs, left_out, backend="ray", workers=workers, tower_layers=models.tower_layers(loaded)
+    )
 
 
 def _share(ray: Any, workers: int, device: str) -> dict[str, Any]:

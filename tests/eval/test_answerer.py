@@ -14,6 +14,7 @@ pytest.importorskip("skimage", reason="scenes are drawn on photographs out of sc
 pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 
 import vtc
+from eval import __main__ as command
 from eval import models, resizing, results_log, runner
 from eval.results_log import ResultsLog, Row
 from eval.runs import BLIND, FULL, Run, supported_runs, sweep_runs
@@ -140,3 +141,16 @@ def test_stages_have_readable_names_and_one_budget() -> None:
     for text in ("divprune@=0.5", "divprune", "=0.5", "divprune@decoder=many"):
         with pytest.raises(vtc.ConfigError, match="METHOD@SITE=KEEP"):
             Run.of_stages(text)
+
+
+def test_baselines_and_settings_have_the_same_budgets() -> None:
+    assert command._budgets(["divprune@vision:4=0.5+divprune@decoder=0.5", "uniform=64"]) == (0.25, 64.0)
+    assert command._budgets([]) == (0.5, 0.25, 0.11, 0.056)
+    runs = sweep_runs([], [0.25], settings=["divprune=0.25"])
+    assert [run.name for run in runs[2:]] == [
+        "random 0.25",
+        "uniform 0.25",
+        "pool 0.25",
+        "resize 0.25",
+        "divprune=0.25",
+    ]

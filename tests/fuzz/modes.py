@@ -461,8 +461,9 @@ def ask(family: tiny.Family, model: Any, kind: str, mode: Mode, *, with_report: 
 
 
 def plain_report(report: vtc.Report) -> dict[str, Any]:
-    """The report as plain values, without the time."""
-    return {key: value for key, value in report.to_dict().items() if key != "selector_ms"}
+    """The report as plain values, without the times."""
+    plain = {key: value for key, value in report.to_dict().items() if key != "selector_ms"}
+    return plain | {"sites": [{**site, "selector_ms": None} for site in plain["sites"]]}
 
 
 def can(family: tiny.Family, kind: str, mode: Mode) -> bool:
