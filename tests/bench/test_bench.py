@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 import vtc
-from vtc.bench import _models, _overhead, _prefill, _tower, _whole_models, prefill
+from vtc.bench import _models, _overhead, _prefill, _ragged, _tower, _whole_models, prefill
 from vtc.bench.timing import Case, Timing, interleave, markdown_table
 from vtc.errors import ConfigError
 from vtc.notation import parse_stages
@@ -266,6 +266,13 @@ class TestTower:
         assert "untouched" in lines[2]
         assert "random@vision:2=0.25" in lines[3]
         assert "2 decoder layers measured and scaled to all" in lines[-1]
+
+    def test_ragged_crops_are_encoded_in_three_ways(self, monkeypatch, capsys):
+        monkeypatch.setattr(_ragged, "LAYERS", 1)
+        from vtc.cli import main
+
+        assert main(["bench", "tower", "--ragged", "--repeats", "1", "--warmup", "0", "--dtype", "float32"]) == 0
+        assert "60 to 520, one by one" in capsys.readouterr().out
 
     def test_prompts_have_the_tokens_that_the_towers_make(self):
         for whole in _whole_models.WHOLE_MODELS.values():

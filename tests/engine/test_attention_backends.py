@@ -131,7 +131,7 @@ def test_flash_chooses_as_sdpa_does(name: str, kind: str, flash: FlashCalls) -> 
     for case in (with_flash(tiny.family(name)), sharp(tiny.family(name))):
         chosen = []
         for m in METHODS:
-            # In a tower flash attention knows no sizes of merged patches, nor crops that keep different numbers of them.
+            # In a tower flash attention knows no sizes of merged patches, nor crops that keep different numbers.
             refused = m.tower and (m.merges or (kind == "ragged" and not m.by_ratio))
             if m.applies_to(case.family) and not refused:
                 with torch.no_grad(), m.on(case.model) as model:

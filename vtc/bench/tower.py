@@ -34,12 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD@SITE=KEEP+...",
         help=f"stages to measure; repeat for more ({' '.join(SETTINGS)})",
     )
+    parser.add_argument(
+        "--ragged", action="store_true", help="measure instead how crops that keep different numbers are best encoded"
+    )
     add_timing_arguments(parser, repeats=3, warmup=1, dtype="bfloat16")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and write JSON if requested."""
     check_arguments(args)
+    if args.ragged:
+        from vtc.bench import _ragged
+
+        return _ragged.run(args)
     plans = {text: parse_stages(text) for text in args.setting or SETTINGS}
     from vtc.bench import _tower
 
