@@ -311,6 +311,7 @@ def _cost(args: argparse.Namespace) -> int:
         raise vtc.InputError(f"{args.bench}: no such file; make it with `{cost.bench_command(args.name)}`")
     _, processor = vtc.reference.load("qwen2_5_vl")
     data = cost.from_bench(args.name, parse_json(args.bench.read_bytes()), processor)
+    cost.TABLES.mkdir(exist_ok=True)
     write_text(cost.TABLES / f"{args.name}.json", json.dumps(data, indent=2) + "\n")
     return 0
 

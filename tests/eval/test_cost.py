@@ -96,7 +96,7 @@ def test_a_table_that_was_not_measured_says_how(tmp_path: Path, capsys: pytest.C
 @pytest.mark.skipif(not reference.available(), reason="vtc-reference is not installed")
 def test_the_table_is_made_of_what_the_bench_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(setting: str, tokens: int, tower: float, realised: float) -> dict[str, Any]:
-        parts = {"tower": {"median": tower}, "decoder": 2 * tower, "realised_share": realised}
+        parts = {"front": {"median": tower}, "decoder": 2 * tower, "realised_share": realised}
         return {"model": "qwen2.5-vl-3b", "setting": setting, "visual_tokens": tokens, **parts}
 
     results = [row("untouched", 64, 4.0, 1.0), row("untouched", 16, 1.0, 1.0)]

@@ -2,19 +2,24 @@
 
 Figures per setting, from medians of interleaved runs:
 
+until the decoder
+    From the call of the model to its first decoder layer: tower, projector, selection.
+decoder
+    Its layers, of which a few are measured in the same run and scaled to the depth of the checkpoint.
 whole call
-    The processor's work, tower and projector, as measured, plus the decoder, of which a few layers are measured and
-    scaled to the depth of the checkpoint.
+    The processor's work, and both of these, and the head.
 realised share
     Time that the untouched tower needs for the patches that each of its layers really sees, from runs on smaller
     pictures, divided by the time of ours: 1.0 is shortening without cost. The projector counts in both.
 peak memory
-    What tensors take at most while tower and projector run, without weights.
+    What tensors take at most while tower and projector run, without weights; where asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import time
 from functools import partial
 from typing import Any
 
@@ -23,7 +28,7 @@ from PIL import Image
 
 import vtc
 from vtc.bench._models import build, prompt
-from vtc.bench._prefill import encode, prefill
+from vtc.bench._prefill import encode
 from vtc.bench._whole_models import WHOLE_MODELS, WholeModel
 from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import Case, Figures, Stopwatch, conditions, describe, interleave, markdown_table, write_json
@@ -47,6 +52,7 @@ def run(args: argparse.Namespace, plans: dict[str, list[CompressionConfig]]) -> 
                 plans=plans,
                 repeats=args.repeats,
                 warmup=args.warmup,
+                memory=args.memory,
             )
         del model  # before the next one is built
     stated = conditions(
@@ -71,6 +77,7 @@ def measure(
     plans: dict[str, list[CompressionConfig]],
     repeats: int,
     warmup: int,
+    memory: bool = False,
 ) -> list[dict[str, Any]]:
     """Time the untouched call and every setting, and the untouched tower on smaller pictures, all interleaved.
 
@@ -84,46 +91,48 @@ def measure(
     shares = {text: seen_by_layer(plan, depth) for text, plan in plans.items()}
     side = shape.side(visual_tokens)
     cases = {
-        "tower": Case(partial(encode, model, inputs)),
-        "call": Case(partial(prefill, model, inputs)),
+        "untouched": Case(partial(_call, model, inputs)),
         "native 1.0": Case(partial(_native_tower, model, inputs, 1.0)),
         "processor": Case(
             partial(_process, shape.processor(**shape.processing), Image.new("RGB", (side, side), "teal"))
         ),
     }
-    peaks = {"": peak_bytes(partial(encode, model, inputs), model.device)}
+    peaks = {"": _peak(model, inputs)} if memory else {}
     for text, plan in plans.items():
         around = partial(vtc.compressed, model, plan)
-        cases[f"tower {text}"] = Case(partial(encode, model, inputs), around)
-        cases[f"call {text}"] = Case(partial(_compressed_call, model, inputs), around)
-        with around():
-            peaks[text] = peak_bytes(partial(encode, model, inputs), model.device)
+        cases[text] = Case(partial(_call, model, inputs, compressed=True), around)
+        if memory:
+            with around():
+                peaks[text] = _peak(model, inputs)
     for share in {share for each in shares.values() for share in each if share < 1}:
         cases[f"native {share}"] = Case(partial(_native_tower, model, inputs, share))
     timings = interleave(cases, repeats=repeats, warmup=warmup)
-    seconds = {name: next(iter(figures.values())).median for name, figures in timings.items()}
-    native = {float(name.split()[1]): value for name, value in seconds.items() if name.startswith("native")}
-    projector = seconds["tower"] - native[1.0]
+    native = {
+        float(name.split()[1]): figures["vision"].median
+        for name, figures in timings.items()
+        if name.startswith("native")
+    }
+    processor = timings["processor"]["processor"].median
+    beside = timings["untouched"]["front"].median - native[1.0]  # projector and what else is done once
     scale = shape.full_depth / len(model.get_decoder().layers)
     rows: list[dict[str, Any]] = []
-    for text in ("", *plans):
-        tower, call = (next(iter(timings[f"{part} {text}".strip()].values())) for part in ("tower", "call"))
-        picked = timings[f"call {text}"]["selector"].median if text else 0.0
-        decoder = (call.median - tower.median) * scale
-        expected = sum(native[share] for share in shares[text]) / depth + projector if text else tower.median
+    for text in ("untouched", *plans):
+        figures = timings[text]
+        front, decoder = figures["front"], figures["decoder"].median * scale
+        plan_shares = shares.get(text, [1.0])
+        expected = sum(native[share] for share in plan_shares) / len(plan_shares) + beside
         rows.append(
             {
                 "model": shape.name,
-                "setting": text or "untouched",
+                "setting": text,
                 "visual_tokens": visual_tokens,
-                "processor": seconds["processor"],
-                "selector": picked,
+                "processor": processor,
+                "selector": figures["selector"].median if text in plans else 0.0,
+                "front": front.to_dict(),
                 "decoder": decoder,
-                "whole_call": seconds["processor"] + tower.median + decoder,
-                "realised_share": expected / tower.median,
-                "tower_peak_mib": peaks[text] / 2**20,
-                "tower": tower.to_dict(),
-                "call": call.to_dict(),
+                "whole_call": processor + front.median + decoder + figures["head"].median,
+                "realised_share": expected / front.median,
+                "tower_peak_mib": peaks[text if text in plans else ""] / 2**20 if memory else None,
             }
         )
     first = rows[0]
@@ -137,10 +146,33 @@ def measure(
     ]
 
 
-def _compressed_call(model: Any, inputs: dict[str, torch.Tensor]) -> Figures:
-    """Time a prefill, and the selection in it."""
-    figures = prefill(model, inputs)
-    return {**figures, "selector": vtc.report(model).selector_ms / 1e3}
+def _peak(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    return peak_bytes(partial(encode, model, inputs), model.device)
+
+
+@torch.inference_mode()
+def _call(model: Any, inputs: dict[str, torch.Tensor], *, compressed: bool = False) -> Figures:
+    """Time a prefill, its part up to the first decoder layer, that of the layers, and that behind them."""
+    marks: list[float] = []
+
+    def mark(*_: Any) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        marks.append(time.perf_counter())
+
+    layers = model.get_decoder().layers
+    # These hooks come last, so that what `vtc` does on entering a layer is over.
+    hooks = [layers[0].register_forward_pre_hook(mark), layers[-1].register_forward_hook(mark)]
+    try:
+        mark()
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        mark()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    front, decoder, head = (after - before for before, after in itertools.pairwise(marks))
+    figures = {"front": front, "decoder": decoder, "head": head}
+    return {**figures, "selector": vtc.report(model).selector_ms / 1e3} if compressed else figures
 
 
 def _process(processor: Any, picture: Image.Image) -> Figures:
@@ -192,13 +224,13 @@ def table(results: list[dict[str, Any]]) -> str:
         "visual",
         "setting",
         "processor",
-        "tower",
-        "of that selection, and before the decoder",
+        "until the decoder",
+        "of that selection",
         "decoder, scaled",
         "whole call",
         "speed-up",
         "decoder alone",
-        "tower's share",
+        "share until the decoder",
         "realised in the tower",
         "tower's peak",
     )
@@ -210,15 +242,15 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['visual_tokens']}",
                 r["setting"],
                 f"{r['processor']:.2f} s",
-                "{:.2f} s [{:.2f}, {:.2f}]".format(r["tower"]["median"], *r["tower"]["quartiles"]),
+                "{:.2f} s [{:.2f}, {:.2f}]".format(r["front"]["median"], *r["front"]["quartiles"]),
                 f"{r['selector']:.3f} s",
                 f"{r['decoder']:.2f} s",
                 f"{r['whole_call']:.2f} s",
                 f"**{r['speed_up']:.2f}x**",
                 f"{r['decoder_speed_up']:.2f}x",
-                f"{100 * r['tower']['median'] / r['whole_call']:.0f} %",
+                f"{100 * r['front']['median'] / r['whole_call']:.0f} %",
                 f"{r['realised_share']:.3f}",
-                f"{r['tower_peak_mib']:.0f} MiB",
+                "" if r["tower_peak_mib"] is None else f"{r['tower_peak_mib']:.0f} MiB",
             )
             for r in results
         ],

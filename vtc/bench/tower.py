@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD@SITE=KEEP+...",
         help=f"stages to measure; repeat for more ({' '.join(SETTINGS)})",
     )
+    parser.add_argument("--memory", action="store_true", help="measure the tower's peak memory, too")
     parser.add_argument(
         "--ragged", action="store_true", help="measure instead how crops that keep different numbers are best encoded"
     )
