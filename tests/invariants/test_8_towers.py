@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
@@ -22,7 +21,7 @@ from tests.invariants.matrix import METHODS, Method, build, method, sharp
 from vtc.adapters.base import TowerUnit
 from vtc.config import CompressionConfig
 from vtc.core.sites import parse_site
-from vtc.engine import encoder, in_tower
+from vtc.engine import encoder
 from vtc.engine.in_tower import TowerPass
 from vtc.engine.install import adapter_for
 from vtc.engine.plan import tower_layer
@@ -340,34 +339,3 @@ def test_the_report_counts_the_towers_arithmetic(family: str) -> None:
     left = report.tower_flops_after / report.tower_flops_before
     assert 0.5 < left < 0.7  # the first of four layers sees all, and [CLS] stays
     assert "tower FLOPs" in str(report)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@torch.no_grad()
-def test_short_windows_are_computed_together(attention: str) -> None:
-    case = build(tiny.family("qwen2_5_vl"), attention)
-    inputs, calls = case.batch("two_images"), []
-    answers = []
-    for longest in (256, 0):  # as a batch, and one by one
-        with pytest.MonkeyPatch.context() as patch, seen_towers() as towers:
-            patch.setattr(in_tower, "_SHORT", longest)
-            with vtc.compressed(case.model, "divprune", keep_ratio=0.5, at="vision:0") as model, counted() as number:
-                answers.append(model(**inputs).logits)
-                calls.append(number[0])
-        assert towers[0].windows is None, "it is over"
-    assert calls[0] < calls[1]
-    assert reference.max_error(answers[0], answers[1]) <= 2e-5
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[int]]:
-    """Count the calls of scaled dot product attention and of softmax, of which eager attention takes one."""
-    number = [0]
-
-    class Counting(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            number[0] += function in (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.softmax)
-            return function(*args, **(kwargs or {}))
-
-    with Counting():
-        yield number

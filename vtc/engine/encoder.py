@@ -359,7 +359,7 @@ class Encoder:
                 watch.hidden[self.adapter.tower_blocks(modality)[layer]] = hidden_observer(layer, prefix, see)
         token = ENCODING.set(watch)
         try:
-            with recording(attentions), masking(watch.extra_mask, watch.windows) if watch.begin else nullcontext():
+            with recording(attentions), masking(watch.extra_mask) if watch.begin else nullcontext():
                 yield
         finally:
             ENCODING.reset(token)

@@ -28,9 +28,6 @@ from vtc.errors import UnsupportedMethodError, UnsupportedModelError
 
 __all__ = ["TowerPass", "refuse_checkpointing"]
 
-_SHORT = 256
-"""Patches of the longest sequence up to which sequences are computed as a batch; a call for each then costs more."""
-
 Values = Callable[[PlannedStage], Mapping[Signal, torch.Tensor]]
 """Signals that a stage requires, as values (C, M, ...) per patch of the whole sequence, without prefix tokens."""
 
@@ -67,9 +64,6 @@ class TowerPass:
         How many patches every current token stands for in attention; None while each stands for itself.
     spent : dict of Site to float
         Milliseconds that methods took.
-    windows : LongTensor (S + 1,), or None
-        Borders of the images and windows in which the attention of the layer that runs is to be computed, where that
-        layer is told that its tokens are one sequence: transformers would compute many short ones one by one.
     """
 
     def __init__(
@@ -98,7 +92,6 @@ class TowerPass:
         self._left = False
         self._shortened: dict[int, tuple[Any, Any]] = {}
         self._mask: torch.Tensor | None = None
-        self.windows: torch.Tensor | None = None
         self._seen: dict[nn.Module, int] = {}  # tokens that an attention module has been called with so far
 
     def enter(
@@ -134,9 +127,7 @@ class TowerPass:
         if not self._plans:
             return None
         kwargs = {**kwargs, **self._arguments(kwargs)}
-        self._loads[layer] = before, (self._source >= 0).sum(dim=1)
-        if borders is not None:
-            self._loads[layer] = before, (kwargs["cu_seqlens"] if self.windows is None else self.windows).diff()
+        self._loads[layer] = before, (self._source >= 0).sum(dim=1) if borders is None else kwargs["cu_seqlens"].diff()
         if len(args) > 1 and isinstance(args[1], torch.Tensor):  # CLIP's and SigLIP's mask has no name
             args = (args[0], self._shorten_mask(args[1]), *args[2:])
         hidden = rows[0] if packed else rows
@@ -181,7 +172,7 @@ class TowerPass:
 
     def leave(self, output: Any) -> None:
         """Put the hidden states in the output of a tower back to full length: it has run."""
-        self._left, self.windows = True, None
+        self._left = True
         last = 1 << 30
         states = getattr(output, "hidden_states", None)
         if states is not None:  # of layer i - 1; the first is what layer 0 was given
@@ -322,9 +313,6 @@ class TowerPass:
         borders = kwargs.get("cu_seqlens")
         if borders is not None:
             changed["cu_seqlens"] = shorter = self._once(borders, self._shorten_borders)
-            self.windows = shorter if not self.flash and self.sizes is None and _are_short(shorter) else None
-            if self.windows is not None:
-                changed["cu_seqlens"] = shorter[[0, -1]]
             longest = kwargs.get("max_seqlen")
             if longest is not None:
                 most = shorter.diff().max()
@@ -365,11 +353,6 @@ class TowerPass:
             return state
         rows = self.restore_rows(rows, layer)
         return rows[0] if state.dim() == 2 else rows
-
-
-def _are_short(borders: torch.Tensor) -> bool:
-    """Tell whether there are several sequences, all of them short."""
-    return len(borders) > 2 and int(borders.diff().max()) <= _SHORT
 
 
 def refuse_checkpointing(tower: nn.Module) -> None:

@@ -43,23 +43,14 @@ _EXTRA_MASK: ContextVar[Callable[[nn.Module, torch.Tensor], torch.Tensor | None]
 )
 
 
-_WINDOWS: ContextVar[Callable[[], torch.Tensor | None] | None] = ContextVar("vtc_windows", default=None)
-
-
 @contextmanager
-def masking(
-    extra: Callable[[nn.Module, torch.Tensor], torch.Tensor | None], windows: Callable[[], torch.Tensor | None]
-) -> Iterator[None]:
-    """Add `extra(module, query)` to the mask of each attention module while entered, if it is not None.
-
-    Where `windows()` is not None, it has the borders of the sequences in which attention is computed instead of in all.
-    """
-    tokens = _EXTRA_MASK.set(extra), _WINDOWS.set(windows)
+def masking(extra: Callable[[nn.Module, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Add `extra(module, query)` to the mask of each attention module while entered, if it is not None."""
+    token = _EXTRA_MASK.set(extra)
     try:
         yield
     finally:
-        _EXTRA_MASK.reset(tokens[0])
-        _WINDOWS.reset(tokens[1])
+        _EXTRA_MASK.reset(token)
 
 
 @contextmanager
@@ -144,41 +135,13 @@ def _recorded(implementation: Callable[..., Any]) -> Callable[..., Any]:
             given = args[0] if args else kwargs.get("attention_mask")
             mask = added if given is None else added + _additive(given, added)
             args, kwargs = args[1:], {**kwargs, "attention_mask": mask}
-        windows = _WINDOWS.get()
-        borders = None if windows is None else windows()
         record = _RECORDED.get().get(module)
         if record is not None:
             observe = _record_eagerly if torch.compiler.is_compiling() else _record
-            known = kwargs if borders is None else {**kwargs, "cu_seq_lens_q": borders}
-            observe(record, query, key, value, args[0] if args else kwargs.get("attention_mask"), known)
-        if borders is not None:
-            return _in_windows(implementation, module, query, key, value, borders, kwargs), None
+            observe(record, query, key, value, args[0] if args else kwargs.get("attention_mask"), kwargs)
         return implementation(module, query, key, value, *args, **kwargs)
 
     return attention
-
-
-def _in_windows(
-    implementation: Callable[..., Any],
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    borders: torch.Tensor,
-    kwargs: Mapping[str, Any],
-) -> torch.Tensor:
-    """Compute attention within the sequences between `borders`, (1, S, H, d), as a batch of them with padding."""
-    lengths = borders.diff().to(query.device)
-    place = torch.arange(int(lengths.max()), device=query.device)
-    there = place < lengths[:, None]
-    index = (borders[:-1, None].to(query.device) + place).clamp(max=query.shape[2] - 1)
-    mask = None
-    if not bool(there.all()):
-        mask = torch.zeros(there.shape, dtype=query.dtype, device=query.device)
-        mask = mask.masked_fill(~there, torch.finfo(query.dtype).min)[:, None, None]
-    batch = [x[0][:, index].transpose(0, 1) for x in (query, key, value)]
-    output = implementation(module, *batch, **{**kwargs, "attention_mask": mask})[0]
-    return output[there][None]
 
 
 def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -43,10 +43,6 @@ class Watch:
         """Return what is added to the mask of an attention module of the tower."""
         return None if self.tower is None else self.tower.attention_bias(module, query)
 
-    def windows(self) -> torch.Tensor | None:
-        """Return the borders of the sequences in which the tower computes attention, if it does not know them."""
-        return None if self.tower is None else self.tower.windows
-
 
 ENCODING: ContextVar[Watch | None] = ContextVar("vtc_encoding", default=None)
 """The run of this thread or task."""
