@@ -131,7 +131,10 @@ def _side(text: str) -> tuple[_Side, str | None]:
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    folder, colon, run = text.rpartition(":")
+    for place in (place for place, char in enumerate(text) if char == ":"):  # names of runs have colons, too
+        if Path(text[:place]).is_dir():
+            return text[:place], text[place + 1 :]
+    folder, colon, run = text.partition(":")
     return (folder, run) if colon else (text, None)
 
 

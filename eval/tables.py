@@ -52,7 +52,7 @@ def summary(
         lines.append(
             {
                 "run": run.name,
-                "method": run.method or "all tokens",
+                "method": run.stages or run.method or "all tokens",
                 "keep": run.keep_ratio if run.keep_ratio is not None else run.keep_tokens,
                 "positions": run.positions,
                 "options": " ".join(f"{name}={value}" for name, value in sorted(run.options.items())),

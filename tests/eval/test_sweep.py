@@ -331,3 +331,9 @@ def test_the_readme_keeps_the_text_around_the_table(tmp_path: Path) -> None:
     page.write_text("nothing")
     with pytest.raises(vtc.InputError, match="README has no"):
         readme.write(page)
+
+
+def test_names_of_runs_may_have_colons(tmp_path: Path) -> None:
+    stages = "divprune@vision:4=0.5+divprune@decoder=0.5"
+    assert comparison._split(f"{tmp_path}:{stages}") == (str(tmp_path), stages)
+    assert comparison._split("nowhere:random 0.5") == ("nowhere", "random 0.5")
