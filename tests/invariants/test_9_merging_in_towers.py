@@ -138,8 +138,8 @@ MERGES = {"two at layer 1": {1: 2}, "three, then two": {1: 3, 2: 2}, "patch embe
 def test_merging_equals_the_untouched_tower(family: tiny.Family, merges: dict[int, int]) -> None:
     for kind in ("single", "two_images"):
         case = sharp(family)
-        if max(merges) > adapter_for(case.model).feature_layer(family.modality, {}):
-            pytest.skip("the features come from an earlier layer")
+        last = adapter_for(case.model).feature_layer(family.modality, {})
+        merges = {layer: every for layer, every in merges.items() if layer <= last}  # later ones make no features
         inputs = case.batch(kind)
         stages = [config("neighbours", f"vision:{layer}", every=every) for layer, every in merges.items()]
         with vtc.compressed(case.model, stages) as model, seen_towers() as towers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -86,9 +87,9 @@ class _Centred(Selector):
         weight = torch.cat([torch.ones_like(attention[centres]), attention[near.flatten()], attention[rest]])
         return Selection.from_entries(ctx.n, keep, token, into, weight)
 
+    @abstractmethod
     def centres(self, attention: Tensor, most: int) -> Tensor:
         """Return the distinct centres, at most `most` and fewer than N, or as many as that if the budget counts."""
-        raise NotImplementedError
 
 
 @register_selector
