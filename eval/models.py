@@ -113,8 +113,8 @@ def inputs(loaded: Loaded, batch: Sequence[Sample], media: Sequence[Media]) -> A
     for sample, shown in zip(batch, media, strict=True):
         content = [{"type": "image"} for _ in shown.images]
         content += [{"type": "video"}] if shown.video is not None else []
-        content += [{"type": "text", "text": sample.question}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+        chat = conversation(content, [*sample.earlier, (sample.question, "")])
+        texts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
     pictures = [shown.images for shown in media]
     videos = [_padded_step(shown.video, processor) for shown in media if shown.video is not None]
     given: dict[str, Any] = {"images": pictures} if any(pictures) else {}
@@ -133,6 +133,16 @@ def inputs(loaded: Loaded, batch: Sequence[Sample], media: Sequence[Media]) -> A
     encoded = processor(text=texts, padding=True, return_tensors="pt", **given)
     encoded.pop("video_metadata", None)
     return encoded.to(loaded.model.device, dtype=loaded.model.dtype)
+
+
+def conversation(media: list[dict[str, str]], turns: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return the messages of a conversation about some media, up to its last question."""
+    chat: list[dict[str, Any]] = []
+    for number, (question, answer) in enumerate(turns):
+        shown = media if number == 0 else []
+        chat.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return chat[:-1]
 
 
 def _padded_step(video: Frames, processor: Any) -> Frames:

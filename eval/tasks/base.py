@@ -48,6 +48,8 @@ class Sample:
         The possible answers, where the task gives them.
     meta : dict
         Further facts; ``kind`` is the category by which tables split scores.
+    earlier : tuple of (str, str)
+        Questions and answers that came before in the same conversation; the prompt holds all of it.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Sample:
     group: str | None = None
     options: tuple[str, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    earlier: tuple[tuple[str, str], ...] = ()
 
     @property
     def shown(self) -> tuple[Any, ...]:

@@ -52,7 +52,7 @@ class ScenesTask(Generated):
 
         found = []
         for index in range(self.pictures):
-            scene = _scene(self.seed, index)
+            scene = scene_at(self.seed, index)
             picture = functools.partial(_picture, self.seed, index)
             for number, question in enumerate(ask(scene, self.per_picture)):
                 found.append(
@@ -73,7 +73,7 @@ class ScenesTask(Generated):
         from eval.tasks.scenes.vocabulary import GRID
 
         index = int(sample.meta["index"])
-        things = tuple(thing.patches for thing in _scene(self.seed, index).things if thing.role != "distractor")
+        things = tuple(thing.patches for thing in scene_at(self.seed, index).things if thing.role != "distractor")
         return Truth(things, (1, GRID, GRID), (self.seed, index))
 
 
@@ -142,14 +142,15 @@ def _ends_first(tokens: Sequence[int], per_step: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _scene(seed: int, index: int) -> Any:
+def scene_at(seed: int, index: int) -> Any:
+    """Draw a scene of the held-out split, or return it if it was among the last."""
     from eval.tasks.scenes.scene import make_scene
 
     return make_scene("test", seed, index)
 
 
 def _picture(seed: int, index: int) -> Any:
-    return _scene(seed, index).image
+    return scene_at(seed, index).image
 
 
 @functools.lru_cache(maxsize=64)

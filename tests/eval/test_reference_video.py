@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import vtc.reference
 from eval.models import Loaded
 from eval.reference.evaluate import generated
 from eval.reference.train import __main__ as training
-from eval.reference.train import qwen_cache, qwen_tower
+from eval.reference.train import qwen_cache, qwen_scales, qwen_tower
 from eval.reference.train.cache import PATCH, TOKENIZER
 from eval.reference.train.labels import ATTRIBUTES, EVENTS, clip_labels, event_labels, scene_labels
 from eval.reference.train.models import HIDDEN, PackedQwen, new_model
@@ -285,3 +286,62 @@ def test_the_shipped_model_answers_questions_about_its_sample_clips() -> None:
     given = generated(loaded, samples, batch=8)
     right = [answer == sample.target for answer, sample in zip(given, samples, strict=True)]
     assert np.mean(right) >= 0.75, list(zip(given, (sample.target for sample in samples), strict=True))
+
+
+def test_a_smaller_batch_keeps_its_questions_and_its_things() -> None:
+    frames, batch = qwen_cache.draw_sized(0, "train", 0, 224, 224)
+    small, described = qwen_scales.scaled(frames, batch, 112)
+    assert small.shape == (*frames.shape[:2], 112, 112, 3)
+    assert described.grid == (1, 8, 8)
+    assert described.labels.shape == (len(frames), 64, 4)
+    for before, after in zip(batch.owned, described.owned, strict=True):
+        for full, few in zip(before, after, strict=True):
+            assert few
+            assert {(p // 16 // 2) * 8 + p % 16 // 2 for p in full} >= set(few), "no patch that shows none of it"
+    assert described.ask(3, 0) == batch.ask(3, 0)
+
+
+def test_classes_are_pooled_where_enough_of_a_token_shows_something() -> None:
+    labels = torch.zeros(1, 16, dtype=torch.uint8)
+    labels[0, [0, 1, 4]] = 2  # three of the four patches of the first token
+    labels[0, 5] = 1
+    labels[0, 10] = 3  # one of four
+    pooled = qwen_scales.pooled_classes(labels, 1, 4, 2)
+    assert pooled.tolist() == [[2, 0, 0, 0]]
+
+
+def test_a_second_turn_sees_the_first_and_is_trained_as_generate_asks_it(model: Any, processor: Any) -> None:
+    """The packed logits of a second question are the stock model's for the chat template's two turns."""
+    clip = make_clip("test", 0, 1, (8,))
+    first, second = ask_clip(clip, 2)
+    image = np.concatenate([clip.frames[0], clip.frames[1]], 1)
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": first.text}]},
+        {"role": "assistant", "content": [{"type": "text", "text": first.answer}]},
+        {"role": "user", "content": [{"type": "text", "text": second.text}]},
+    ]
+    inputs = processor(
+        images=image, text=processor.apply_chat_template(chat, add_generation_prompt=True), return_tensors="pt"
+    )
+    packed = PackedQwen(model, TOKENS).eval()
+    torch.nn.init.eye_(packed.adapter.weight)
+    torch.nn.init.zeros_(packed.adapter.bias)
+    text = Packer(TOKENS, PackedQwen.text_start((1, 8, 16)), 64).pack([(first, second)], turns=2)
+    assert text.segments.unique().tolist() == [0, 1]
+    frames = torch.from_numpy(image)[None, None].expand(1, 2, -1, -1, -1)
+    with torch.no_grad():
+        expected = model(**inputs).logits[0, -1]
+        logits = packed(tower_tokens(model.model.visual, frames), text, (1, 8, 16))[0]
+    answered = len(TOKENS(first.answer, add_special_tokens=False).input_ids) + 1  # and its end
+    assert torch.allclose(logits[answered], expected, atol=2e-4)
+
+
+def test_a_few_steps_teach_the_tower_smaller_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qwen_scales, "SIDES", (112,))
+    monkeypatch.setattr(qwen_scales, "CROPS", 2)
+    monkeypatch.setattr(qwen_scales, "RATE", 2e-3)
+    torch.manual_seed(0)
+    visual = new_model("qwen2_5_vl").model.visual
+    teacher = copy.deepcopy(visual).requires_grad_(False)
+    losses = qwen_scales.fit(visual, teacher, 10)
+    assert losses[8] < losses[0]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import vtc_reference
-from eval.reference.train import cache, export, qwen_cache, qwen_tower, tokenizer, tower
+from eval.reference.train import cache, export, qwen_cache, qwen_scales, qwen_tower, tokenizer, tower
 from eval.reference.train.cache import TOKENIZER, Data
-from eval.reference.train.labels import event_labels, scene_labels
+from eval.reference.train.labels import scene_labels
 from eval.reference.train.models import Example, PackedImageModel, PackedModel, PackedQwen, new_packed
 from eval.reference.train.packing import Packer
 from eval.reference.train.qwen_cache import Batch
@@ -62,6 +62,7 @@ RECIPES: Final = {
     "llava-continued": Recipe("llava", 5e-4),
     "internvl": Recipe("internvl", 5e-4, word_steps=400, word_batch=32),
     "qwen2_5_vl": Recipe("qwen2_5_vl", 6e-4, constant=0.5),
+    "qwen2_5_vl-scales": Recipe("qwen2_5_vl", 4e-4, constant=0.5, from_llava=False),
 }
 
 
@@ -131,17 +132,22 @@ def patch_labels(data: Data, indices: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack([scene_labels(data.scenes[i].things) for i in indices]))
 
 
-def qwen_examples(batches: list[Batch], packer: Callable[[int], Packer], epoch: int) -> Iterator[Example]:
-    """One pass over the cached batches in random order, with fresh questions; ``packer`` makes one for a position."""
+def qwen_examples(
+    batches: list[Batch], packer: Callable[[int], Packer], epoch: int, second_turns: bool = False
+) -> Iterator[Example]:
+    """One pass over the cached batches in random order, with fresh questions; ``packer`` makes one for a position.
+
+    With ``second_turns`` every second batch is asked in conversations of two turns.
+    """
     for index in np.random.default_rng([SEED, epoch - 1]).permutation(len(batches)):
         batch = batches[index]
         things = [source.actors if isinstance(source, Clip) else source.things for source in batch.sources]
         shown = [list(zip(row, owned, strict=True)) for row, owned in zip(things, batch.owned, strict=True)]
         questions = batch.ask(QUESTIONS, epoch, practice=True)
-        text = packer(PackedQwen.text_start(batch.grid)).pack(questions, shown, batch.tokens.shape[1])
-        events = [event_labels(source) for source in batch.sources if isinstance(source, Clip)]
+        turns = 1 + (index + epoch) % 2 if second_turns else 1
+        text = packer(PackedQwen.text_start(batch.grid)).pack(questions, shown, batch.tokens.shape[1], turns)
         features, labels = batch.tokens.float(), batch.labels.long()
-        yield Example(features, labels, text, batch.grid, torch.stack(events) if events else None)
+        yield Example(features, labels, text, batch.grid, batch.events)
 
 
 @torch.no_grad()
@@ -180,6 +186,16 @@ def fit_scale(packed: PackedModel, visual: Tensor, labels: Tensor) -> None:
         packed.scale.fill_(candidate)
         losses[candidate] = packed.word_loss(visual, labels).item()
     packed.scale.fill_(min(losses, key=lambda candidate: losses[candidate]))
+
+
+@torch.no_grad()
+def start_from_shipped(packed: PackedQwen) -> None:
+    """Take over the decoder of the shipped ``qwen2_5_vl``, whose adapter is in its tower already."""
+    shipped, _ = vtc_reference.load("qwen2_5_vl")
+    packed.decoder.load_state_dict(shipped.model.language_model.state_dict())
+    packed.head.load_state_dict(shipped.lm_head.state_dict())
+    nn.init.eye_(packed.adapter.weight)
+    nn.init.zeros_(packed.adapter.bias)
 
 
 def train_projector(packed: PackedImageModel, data: Data, recipe: Recipe, teacher: nn.Module | None) -> None:
@@ -234,7 +250,7 @@ def train(recipe: str, cached: Path, run: Path, minutes: float) -> None:
     """Train projector and decoder on cached features, until ``minutes`` of training are used up in all."""
     torch.manual_seed(SEED)
     run.mkdir(parents=True, exist_ok=True)
-    begin = begin_qwen if recipe == "qwen2_5_vl" else begin_image_model
+    begin = begin_qwen if RECIPES[recipe].model == "qwen2_5_vl" else begin_image_model
     packed, examples = begin(RECIPES[recipe], cached, (run / "checkpoint.pt").exists())
     fit(packed, examples, RECIPES[recipe], minutes, run / "checkpoint.pt")
 
@@ -265,11 +281,14 @@ def begin_qwen(recipe: Recipe, cached: Path, resumed: bool) -> Begun:
     """Prepare ``qwen2_5_vl`` and its examples out of ``CACHED/train.pt``."""
     batches, words = qwen_cache.load(cached / "train.pt"), AutoTokenizer.from_pretrained(TOKENIZER)
     packed = new_packed(recipe.model, words)[1]
-    if not resumed:
+    if not resumed and recipe.from_llava:
         start_from_llava(packed, recipe.model)
         print(f"the adapter explains {fit_adapter(packed, batches):.3f} of the variance of llava's tokens")
+    elif not resumed:
+        start_from_shipped(packed)
+        fit_scale(packed, batches[0].tokens.float(), batches[0].labels.long())
     packer = lru_cache(lambda start: Packer(words, start, 176))
-    return packed, lambda epoch: qwen_examples(batches, packer, epoch)
+    return packed, lambda epoch: qwen_examples(batches, packer, epoch, second_turns=not recipe.from_llava)
 
 
 STAGES: Final[dict[str, Callable[..., None]]] = {
@@ -279,6 +298,8 @@ STAGES: Final[dict[str, Callable[..., None]]] = {
     "decoder": train,
     "qwen-tower": qwen_tower.train,
     "qwen-cache": qwen_cache.build,
+    "qwen-scales-tower": qwen_scales.train,
+    "qwen-scales-cache": qwen_scales.build,
     "export": export.export,
 }
 

@@ -269,7 +269,7 @@ class PackedQwen(PackedModel):
     """Qwen2.5-VL on cached tokens of its trained tower; the adapter ends inside the merger's last matrix."""
 
     word_columns = ("colour", "shape", "motion")
-    place_classes: ClassVar = (8, 20, 20)  # time, row, column
+    place_classes: ClassVar = (8, 24, 24)  # time, row, column
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(model, tokenizer, ["<s>", "<|vision_start|>"], ["<|vision_end|>"])

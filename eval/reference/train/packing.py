@@ -1,6 +1,7 @@
 """Pack many questions behind one image, so that the image is encoded once.
 
-A packed row is ``prefix | question answer | question answer | ...``. The prefix (the chat template's opening and the
+A packed row is ``prefix | question answer | question answer | ...``, or with several turns
+``prefix | question answer question answer | ...``. The prefix (the chat template's opening and the
 visual tokens) is causal. Each question attends to the prefix and to its own past, and its positions restart after the
 prefix, so it computes exactly what it would compute alone in ``generate``.
 """
@@ -63,9 +64,16 @@ class Packer:
         return [*self._ids(question.text), self.end_of_turn], [*self._ids(question.answer), self.eos]
 
     def pack(
-        self, rows: Sequence[Sequence[Question]], shown: Sequence[Shown] = (), patches: int = GRID * GRID
+        self,
+        rows: Sequence[Sequence[Question]],
+        shown: Sequence[Shown] = (),
+        patches: int = GRID * GRID,
+        turns: int = 1,
     ) -> PackedText:
-        """Pack one row per image, leaving out questions that do not fit; the pointing loss needs ``shown``."""
+        """Pack one row per image, leaving out questions that do not fit; the pointing loss needs ``shown``.
+
+        So many successive questions are ``turns`` of one conversation, later ones behind the earlier answers.
+        """
         pointers: list[tuple[int, int]] = []
         focus: list[Tensor] = []
         mentions: list[bool] = []
@@ -73,19 +81,24 @@ class Packer:
         ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         labels, positions = np.full(shape, IGNORE, np.int64), np.full(shape, self.prefix_length, np.int64)
         for row, questions in enumerate(rows):
-            start = 0
-            for number, question in enumerate(questions, 1):
+            start, position = 0, self.prefix_length
+            for number, question in enumerate(questions):
                 prompt, answer = self.turn(question)
-                tokens = prompt + answer[:-1]  # nothing is predicted from the end token
+                # Nothing is predicted from the end token, but a second turn sees it.
+                tokens = prompt + (answer if turns > 1 else answer[:-1])
                 stop = start + len(tokens)
                 if stop > self.length:
                     break
+                if number % turns == 0:
+                    position = self.prefix_length
                 ids[row, start:stop] = tokens
-                segments[row, start:stop] = number
-                positions[row, start:stop] = np.arange(self.prefix_length, self.prefix_length + len(tokens))
-                labels[row, stop - len(answer) : stop] = answer
+                segments[row, start:stop] = number // turns + 1
+                positions[row, start:stop] = np.arange(position, position + len(tokens))
+                position += len(tokens)
+                first = start + len(prompt) - 1  # predicts the first word of the answer
+                labels[row, first : first + len(answer)] = answer
                 if shown:
-                    candidates = [(stop - len(answer), question.focus, False)]
+                    candidates = [(first, question.focus, False)]
                     for place, token in enumerate(prompt, start):
                         name = self._names.get(token)
                         fitting = [i for i, (thing, _) in enumerate(shown[row]) if name in (thing.colour, thing.name)]

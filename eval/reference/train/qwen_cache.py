@@ -7,7 +7,7 @@ others are cut or extended to other sides. Clips go through H.264.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eval.reference.train.cache import FRAMES_PER_PATCH, NO_PIXELS, PATCH, without_pixels
-from eval.reference.train.labels import clip_labels, scene_labels
+from eval.reference.train.labels import clip_labels, event_labels, scene_labels
 from eval.reference.train.models import new_model
 from eval.reference.train.qwen_tower import tower_tokens
 from eval.tasks.clips import questions as clip_questions
@@ -33,6 +33,8 @@ from eval.tasks.scenes.vocabulary import CANVAS, GRID, KINDS
 BATCH: Final = 12
 SIZES: Final = ((224, 224), (224, 224), (224, 224), (168, 224), (224, 224), (224, 168), (280, 224), (224, 280))
 """Height and width of the batches of scenes, in turn."""
+
+OTHER_SIZES: Final = tuple(size for size in SIZES if size != (CANVAS, CANVAS))
 
 KINDS_ANY_SIZE: Final = tuple(kind for kind in KINDS if kind != "place")
 """Kinds that can be asked of a scene of another size (corners are those of the 224 x 224 scene)."""
@@ -86,6 +88,7 @@ class Batch:
     owned: list[list[tuple[int, ...]]]
     labels: Tensor  # (B, N, 4) uint8
     tokens: Tensor  # (B, N, 256) float16
+    events: Tensor | None = None  # (B, N), of clips
 
     def ask(self, count: int, seed: int, *, practice: bool = False) -> list[tuple[Question, ...]]:
         """Ask questions about every row; another seed asks others. In ``practice`` more of :data:`PRACTICED`."""
@@ -112,13 +115,18 @@ def draw_clips(index: int, split: Split, seed: int) -> tuple[Tensor, Batch]:
         owned=[[cells(actor, clip.length) for actor in clip.actors] for clip in clips],
         labels=torch.from_numpy(np.stack([clip_labels(clip) for clip in clips])),
         tokens=torch.empty(0),
+        events=torch.stack([event_labels(clip) for clip in clips]),
     )
     return torch.from_numpy(np.stack(frames)), batch
 
 
 def draw_scenes(index: int, split: Split, seed: int) -> tuple[Tensor, Batch]:
     """Frames ``(B, 2, H, W, 3)`` and description of one batch of scenes, without tokens."""
-    height, width = SIZES[index % len(SIZES)]
+    return draw_sized(index, split, seed, *SIZES[index % len(SIZES)])
+
+
+def draw_sized(index: int, split: Split, seed: int, height: int, width: int) -> tuple[Tensor, Batch]:
+    """Draw a batch of scenes of one size."""
     same = (height, width) == (CANVAS, CANVAS)
     scenes: list[Scene] = []
     for i in range(index * BATCH, (index + 1) * BATCH):
@@ -141,16 +149,21 @@ def draw_scenes(index: int, split: Split, seed: int) -> tuple[Tensor, Batch]:
     return images[:, None].expand(-1, FRAMES_PER_PATCH, -1, -1, -1), batch
 
 
-@torch.no_grad()
+Draw = Callable[[int, Split, int], tuple[Tensor, Batch]]
+"""Draws the batch of a number out of a split by a seed."""
+
+
 def build(run: Path, split: Split, scenes: int, clips: int, seed: int = 0) -> None:
     """Cache the tokens of scenes and clips by ``RUN/tower.pt`` in ``RUN/SPLIT.pt``; their batches take turns."""
+    write(run, split, seed, ((draw_scenes, scenes), (draw_clips, clips)))
+
+
+@torch.no_grad()
+def write(run: Path, split: Split, seed: int, drawn: Sequence[tuple[Draw, int]]) -> None:
+    """Cache so many pictures or clips of each way to draw them; their batches take turns."""
     visual = new_model("qwen2_5_vl").model.visual
     visual.load_state_dict(torch.load(run / "tower.pt", weights_only=True))
-    plan = [
-        ((i + 0.5) / (count // BATCH), draw, i)
-        for draw, count in ((draw_scenes, scenes), (draw_clips, clips))
-        for i in range(count // BATCH)
-    ]
+    plan = [((i + 0.5) / (count // BATCH), draw, i) for draw, count in drawn for i in range(count // BATCH)]
     batches = []
     for _, draw, index in sorted(plan, key=lambda entry: entry[0]):
         frames, batch = draw(index, split, seed)
