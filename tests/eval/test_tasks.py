@@ -34,7 +34,7 @@ def rows(name: str, samples: list[Sample], answers: list[str]) -> list[dict[str,
 
 
 def test_every_task_is_tested_here() -> None:
-    assert set(names()) == {*MAKERS, "scenes", "clips", "easy-vqa", "photos"}
+    assert set(names()) == {*MAKERS, "scenes", "hard-scenes", "clips", "easy-vqa", "photos"}
 
 
 @pytest.mark.parametrize("name", FROM_FILES)
