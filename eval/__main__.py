@@ -1,4 +1,4 @@
-"""Measure methods on tasks: `python -m eval tasks | run | sweep | table | compare | readme`.
+"""Measure methods on tasks: `python -m eval tasks | run | sweep | table | compare | confirm | bound | cost | readme`.
 
     python -m eval sweep --model reference --methods all --keep 0.5 0.25 0.11 0.056
     python -m eval run --task pope --data data/pope --model checkpoints/llava-1.5-7b-hf --methods divprune --keep 0.25
@@ -24,7 +24,7 @@ try:
 
     import vtc
     import vtc.reference
-    from eval import comparison, confirm, cost, readme, runner, seeds, sweep, tasks, timing
+    from eval import comparison, confirm, cost, models, readme, runner, search, seeds, sweep, tasks, timing
     from eval.models import Loaded
     from eval.runs import Run
     from eval.sweep import Job
@@ -99,6 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     once.add_argument("--check", type=int, default=4, help="samples that plain generate answers too (4)")
     once.add_argument("--out", type=Path, help="folder for rows and tables (results/confirm-TASK-MODEL-RULE)")
     once.set_defaults(run=_confirm)
+    sought = commands.add_parser("bound", help="search for tokens that answer as well as all, for each question")
+    sought.add_argument("--task", choices=("scenes", "hard-scenes"), default="scenes")
+    sought.add_argument("--method", default="vtc", help="where the search begins (vtc)")
+    sought.add_argument("--keep", type=float, default=0.056, help="share of the visual tokens (0.056)")
+    sought.add_argument("--draw", default=seeds.DEFAULT, metavar="PURPOSE:N", help="exploring:N or comparing:N")
+    sought.add_argument("--candidates", type=int, default=24, help="sets per forward pass (24)")
+    sought.add_argument("--steps", type=int, default=60, help="passes per search, at most (60)")
+    _add_model(sought)
+    _add_pictures(sought, 12, 5)
+    sought.set_defaults(run=_bound)
     page = commands.add_parser("readme", help="write README's table from the committed results")
     page.set_defaults(run=_readme)
     return parser
@@ -357,6 +367,29 @@ def _confirm(args: argparse.Namespace) -> int:
     )
     _check_folder(out)
     print(confirm.confirm(rule, job, args.number, args.locks))
+    return 0
+
+
+def _bound(args: argparse.Namespace) -> int:
+    if not 0 < args.keep < 1:
+        raise vtc.ConfigError(f"--keep must lie between 0 and 1, got {args.keep:g}")
+    for name in ("candidates", "steps", "pictures", "per_picture"):
+        if getattr(args, name) < 1:
+            raise vtc.ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    seed = seeds.seed_of(args.draw)
+    task = tasks.get_task(args.task, pictures=args.pictures, per_picture=args.per_picture, seed=seed)
+    loaded = models.load(args.model, dtype=args.dtype, device=args.device, attention=args.attention)
+    found = search.bound(
+        loaded,
+        task,
+        task.samples(None),
+        method=args.method,
+        keep=args.keep,
+        candidates=args.candidates,
+        steps=args.steps,
+        seed=args.seed,
+    )
+    print(search.to_markdown(found, args.method, args.keep))
     return 0
 
 

@@ -18,11 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vtc
 from vtc._version import package_version
 from vtc.budget import largest_remainder, resolve_budget
 from vtc.config import CompressionConfig
 from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
 from vtc.errors import ConfigError, InputError, VtcError
+from vtc.notation import parse_stages, write_stages
 
 FULL = CompressionConfig(
     "vtc-cls",
@@ -317,3 +319,22 @@ def test_a_disk_that_fills_up_leaves_the_earlier_file(tmp_path: Path, monkeypatc
                 CompressionConfig("m", keep_ratio=0.5).save(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert CompressionConfig.load(tmp_path / "config.json") == FULL
+
+
+def test_stages_survive_a_file_and_a_single_configuration_is_one_stage(tmp_path: Path) -> None:
+    stages = parse_stages("divprune@vision:4=0.5+vtc=64")
+    vtc.save_stages(tmp_path / "two.json", stages)
+    assert vtc.load_stages(tmp_path / "two.json") == stages
+    stages[1].save(tmp_path / "one.json")
+    assert vtc.load_stages(tmp_path / "one.json") == stages[1:]
+    for text in ("[]", "3", "[3]", "{", '[{"method": "vtc"}, {}]'):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(vtc.ConfigError, match=r"broken\.json"):
+            vtc.load_stages(tmp_path / "broken.json")
+    with pytest.raises(vtc.ConfigError, match="no such file"):
+        vtc.load_stages(tmp_path / "missing.json")
+
+
+def test_the_notation_is_written_as_it_is_read() -> None:
+    for text in ("vtc=0.25", "divprune@vision:8=0.5+vtc=0.25", "uniform@pixels=64+fastv@decoder:2=0.5"):
+        assert write_stages(parse_stages(text)) == text

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         restore,
         supported_models,
     )
-    from vtc.config import CompressionConfig
+    from vtc.config import CompressionConfig, load_stages, save_stages
     from vtc.core.actions import Action
     from vtc.core.context import VisualContext
     from vtc.core.observations import (
@@ -137,6 +137,7 @@ __all__ = [
     "disabled",
     "is_compressed",
     "list_methods",
+    "load_stages",
     "open_image",
     "register_adapter",
     "register_selector",
@@ -144,6 +145,7 @@ __all__ = [
     "report",
     "reports",
     "restore",
+    "save_stages",
     "select",
     "supported_models",
     "visualize",
@@ -162,7 +164,7 @@ _HOME = {
         "restore",
         "supported_models",
     ),
-    "vtc.config": ("CompressionConfig",),
+    "vtc.config": ("CompressionConfig", "load_stages", "save_stages"),
     "vtc.core.actions": ("Action",),
     "vtc.core.context": ("VisualContext",),
     "vtc.core.observations": (

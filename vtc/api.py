@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of, find_engine, install, paused, uninstall
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, UnsupportedMethodError
+from vtc.notation import parse_stages
 from vtc.registry import adapters, selectors
 from vtc.report.report import Report
 
@@ -46,7 +48,8 @@ def compress(
         `supported_models()` lists the families.
     method : str, CompressionConfig, or sequence of CompressionConfig
         `list_methods()` lists the names. Several configurations are applied one after the other, and later ratios are
-        relative to what is left by then.
+        relative to what is left by then. They can be written in one line, budgets included:
+        "divprune@vision:8=0.5+vtc=0.25" (see `vtc.notation`).
     keep_ratio : float, optional
         Fraction of the tokens of each image or video to keep, in (0, 1].
     keep_tokens : int, optional
@@ -197,6 +200,11 @@ def supported_models() -> list[str]:
 
 
 def _configs(method: Method, shared: dict[str, Any], options: dict[str, Any]) -> list[CompressionConfig]:
+    if isinstance(method, str) and "=" in method:
+        if given := [name for name in ("keep_ratio", "keep_tokens", "at") if shared[name] is not None] + list(options):
+            raise ConfigError(f"{', '.join(given)} given beside {method!r}, which says it for each stage")
+        more = {name: shared[name] for name in ("positions", "structural", "seed")}
+        return [dataclasses.replace(config, **more) for config in parse_stages(method)]
     if isinstance(method, str):
         return [CompressionConfig(method=method, options=options, **shared)]
     configs = [method] if isinstance(method, CompressionConfig) else list(method)

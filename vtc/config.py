@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .files import write_text
 from .plain import parse_json, plain, shown
 
-__all__ = ["CompressionConfig"]
+__all__ = ["CompressionConfig", "load_stages", "save_stages"]
 
 POSITIONS = ("original", "compact")
 STRUCTURAL = ("keep", "drop")
@@ -130,18 +130,47 @@ class CompressionConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressionConfig:
         """Read what `save` wrote; a `ConfigError` names the file: it is missing, unreadable, or no configuration."""
-        try:
-            text = Path(path).read_bytes()
-        except FileNotFoundError as error:
-            raise ConfigError(f"{os.fspath(path)}: no such file.") from error
-        except IsADirectoryError as error:
-            raise ConfigError(f"{os.fspath(path)}: this is a folder, not the file of a configuration.") from error
-        except (OSError, ValueError) as error:  # ValueError: also of a path with a null character
-            raise ConfigError(f"{os.fspath(path)!r}: {getattr(error, 'strerror', None) or error}.") from error
+        text = _read(path)
         try:
             return cls.from_json(text)
         except ConfigError as error:
             raise ConfigError(f"{os.fspath(path)}: {error}") from error
+
+
+def save_stages(path: str | os.PathLike[str], stages: Sequence[CompressionConfig]) -> None:
+    """Write configurations that are applied one after the other to one file, in full or not at all."""
+    listed = [config.to_dict() for config in stages]
+    write_text(path, json.dumps(listed, indent=2, allow_nan=False) + "\n")
+
+
+def load_stages(path: str | os.PathLike[str]) -> list[CompressionConfig]:
+    """Read what `save_stages` or `CompressionConfig.save` wrote.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing, unreadable, or holds no configuration; the message names it.
+    """
+    text = _read(path)
+    try:
+        found = parse_json(text)
+        listed = found if isinstance(found, list) else [found]
+        if not listed:
+            raise ConfigError("the list of configurations is empty")
+        return [CompressionConfig.from_dict(each) for each in listed]
+    except ConfigError as error:
+        raise ConfigError(f"{os.fspath(path)}: {error}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{os.fspath(path)}: no such file.") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{os.fspath(path)}: this is a folder, not the file of a configuration.") from error
+    except (OSError, ValueError) as error:  # ValueError: also of a path with a null character
+        raise ConfigError(f"{os.fspath(path)!r}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _listed(value: Any) -> Any:

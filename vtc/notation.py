@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .config import CompressionConfig
 from .errors import ConfigError
 from .registry import get_selector
 
-__all__ = ["parse_stages"]
+__all__ = ["parse_stages", "write_stages"]
 
 
 def parse_stages(text: str) -> list[CompressionConfig]:
@@ -33,3 +35,13 @@ def parse_stages(text: str) -> list[CompressionConfig]:
         budget = {"keep_ratio": number} if number <= 1 else {"keep_tokens": int(number) if number % 1 == 0 else number}
         found.append(CompressionConfig(method, at=site or None, **budget))
     return found
+
+
+def write_stages(configs: Sequence[CompressionConfig]) -> str:
+    """Write stages in the notation; what it has no place for (options, positions, seeds) is left out."""
+    parts = []
+    for config in configs:
+        at = "" if config.at is None else f"@{config.at}"
+        keep = config.keep_tokens if config.keep_ratio is None else float(f"{config.keep_ratio:.6g}")
+        parts.append(f"{config.method}{at}={keep}")
+    return "+".join(parts)

@@ -103,3 +103,25 @@ def test_inside_the_decoder_of_a_hybrid() -> None:
     model = build(tiny.family("qwen3_5")).model
     with pytest.raises(vtc.UnsupportedMethodError, match=r"uniform removes tokens inside the decoder.*recurrent"):
         vtc.compress(model, "uniform", keep_ratio=0.5, at="decoder:2")
+
+
+def test_stages_can_be_given_in_one_line() -> None:
+    case = tiny.build("llava")
+    batch = case.batch("single")
+    line, seed = "random@vision:1=0.5+divprune=0.5", 3
+    configs = [
+        vtc.CompressionConfig("random", keep_ratio=0.5, at="vision:1", seed=seed),
+        vtc.CompressionConfig("divprune", keep_ratio=0.5, seed=seed),
+    ]
+    kept = []
+    for method in (line, configs):
+        more = {"seed": seed} if method is line else {}
+        with vtc.compressed(case.model, method, **more), torch.no_grad():
+            case.model(**batch)
+            assert list(vtc.report(case.model).configs) == configs
+            kept.append(vtc.report(case.model).segments[0].kept)
+    assert torch.equal(*kept)
+    for more in ({"keep_ratio": 0.5}, {"keep_tokens": 3}, {"at": "decoder"}, {"layer": 2}):
+        with pytest.raises(vtc.ConfigError, match="given beside"):
+            vtc.compress(case.model, line, **more)
+    assert not vtc.is_compressed(case.model)

@@ -39,7 +39,7 @@ def test_every_setting_is_measured_beside_the_uncompressed_model(
 ) -> None:
     before = set(case.model.__dict__), set(case.model.model.__dict__)
     found = quiet(case, rows, agreement=0.5)
-    assert {(each.config.method, each.config.keep_ratio) for each in found.settings} == {
+    assert {(each.stages[0].method, each.stages[0].keep_ratio) for each in found.settings} == {
         (method, ratio) for method in ("random", "uniform", "divprune") for ratio in (0.5, 0.25)
     }
     speeds = [each.speed_up for each in found.settings]
@@ -47,7 +47,7 @@ def test_every_setting_is_measured_beside_the_uncompressed_model(
     with vtc.compressed(case.model, "divprune", keep_ratio=0.25), torch.no_grad():
         case.model(**rows[0])
         kept = vtc.report(case.model).average_visual_tokens
-    (quarter,) = (e for e in found.settings if e.config.method == "divprune" and e.config.keep_ratio == 0.25)
+    (quarter,) = (e for e in found.settings if e.stages[0].method == "divprune" and e.stages[0].keep_ratio == 0.25)
     assert quarter.tokens == kept
     assert 0 <= quarter.agreement <= 1
     assert quarter.kl > 0
@@ -67,7 +67,7 @@ def test_agreement_is_with_the_uncompressed_answer(
 
     monkeypatch.setattr(module, "_answer", answer)
     found = quiet(case, rows)
-    assert {each.config.keep_ratio: each.agreement for each in found.settings} == {0.5: 1.0, 0.25: 0.0}
+    assert {each.stages[0].keep_ratio: each.agreement for each in found.settings} == {0.5: 1.0, 0.25: 0.0}
     assert all(each.kl == 0.0 for each in found.settings)
 
 
@@ -80,24 +80,55 @@ def test_a_compressed_model_comes_back_as_it_was(case: tiny.TinyCase, rows: list
         assert vtc.report(model).configs[0].method == "uniform"
 
 
+def test_stages_inside_the_tower_are_tried_and_have_no_overhead_of_a_line(
+    case: tiny.TinyCase, rows: list[dict[str, Any]]
+) -> None:
+    setting = "divprune@vision:1=0.5+vtc=0.5"
+    found = quiet(case, rows, settings=[setting])
+    (two,) = (each for each in found.settings if len(each.stages) == 2)
+    assert two.name == setting
+    assert two.overhead is None
+    with vtc.compressed(case.model, setting), torch.no_grad():
+        case.model(**rows[0])
+        assert two.tokens == vtc.report(case.model).average_visual_tokens
+
+
+def test_without_names_the_tower_is_tried_too(
+    case: tiny.TinyCase, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.api, "list_methods", lambda: {"divprune": ""})
+    found = quiet(case, rows, methods=None, rounds=1)
+    depth = case.model.config.vision_config.num_hidden_layers
+    inside = {each.name for each in found.settings if len(each.stages) == 2}
+    assert inside == {f"divprune@vision:{depth // 3}=0.5+vtc=0.5"}, "a quarter leaves nothing to choose at 0.25"
+
+
+@pytest.mark.parametrize("settings", ["vtc=0.5", ["vtc"], ["divprune@vision:99=0.5"]])
+def test_a_setting_that_cannot_be_tried_is_refused(
+    case: tiny.TinyCase, rows: list[dict[str, Any]], settings: Any
+) -> None:
+    with pytest.raises(vtc.VtcError):
+        quiet(case, rows, settings=settings)
+
+
 # -------------------------------------------------------------------------------------------- measurements made up
 
 
 def measured(settings: dict[tuple[str, float], tuple[float, bool]], *, visual: int = 100) -> _Measured:
     """(method, ratio) to (milliseconds to the first token, whether it agrees); all tokens take 50 ms."""
-    found = _Measured([vtc.CompressionConfig(method, keep_ratio=ratio) for method, ratio in settings])
-    for config, (ms, agrees) in zip(found.tried, settings.values(), strict=True):
-        tokens = config.keep_ratio * visual
-        found.tried[config].append(_Tried(agrees, 0.1, tokens, visual, (0.05, 0.05), (ms / 1e3, ms / 1e3)))
+    found = _Measured([(vtc.CompressionConfig(method, keep_ratio=ratio),) for method, ratio in settings])
+    for stages, (ms, agrees) in zip(found.tried, settings.values(), strict=True):
+        tokens = stages[0].keep_ratio * visual
+        found.tried[stages].append(_Tried(agrees, 0.1, tokens, visual, (0.05, 0.05), (ms / 1e3, ms / 1e3)))
     return found
 
 
 def test_the_fastest_that_agrees_is_chosen() -> None:
     found = measured({("a", 0.5): (40, True), ("a", 0.25): (20, False), ("b", 0.5): (30, True)}).advice(0.9, {})
-    assert found.config == vtc.CompressionConfig("b", keep_ratio=0.5)
+    assert found.stages == [vtc.CompressionConfig("b", keep_ratio=0.5)]
     assert found.chosen is not None
     assert found.chosen.speed_up == pytest.approx(5 / 3)
-    assert 'vtc.compress(model, "b", keep_ratio=0.5): 1.67 times as fast' in str(found)
+    assert 'vtc.compress(model, "b=0.5"): 1.67 times as fast' in str(found)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +138,7 @@ def test_the_fastest_that_agrees_is_chosen() -> None:
 def test_all_tokens_are_kept_where_nothing_better_is_found(ms: float, agrees: bool, why: str) -> None:
     found = measured({("a", 0.5): (ms, agrees), ("a", 0.25): (ms, agrees)}).advice(0.9, {})
     assert found.chosen is None
-    assert found.config is None
+    assert found.stages is None
     assert f"keep all tokens: {why}" in str(found)
 
 
@@ -118,11 +149,11 @@ def test_the_break_even_follows_from_overhead_and_what_a_token_saves() -> None:
     )
     advice = found.advice(0.9, {})
     assert advice.saved_per_token == pytest.approx(0.4e-3)
-    overheads = {each.config.method: each.overhead for each in advice.settings}
+    overheads = {each.stages[0].method: each.overhead for each in advice.settings}
     assert overheads == {"a": pytest.approx(6e-3), "b": pytest.approx(1e-3)}
-    assert advice.config == vtc.CompressionConfig("a", keep_ratio=0.25)
+    assert advice.stages == [vtc.CompressionConfig("a", keep_ratio=0.25)]
     assert advice.break_even == 20, "6 ms / (0.4 ms x 0.75)"
-    assert "a at 0.25 pays above 20 visual tokens (6.00 ms of overhead, 400.0 us saved" in str(advice)
+    assert "a=0.25 pays above 20 visual tokens (6.00 ms of overhead, 400.0 us saved" in str(advice)
     with_others = found.advice(0.9, {"c": "it needs what this model has not"})
     assert "left out: c: it needs what this model has not" in str(with_others)
 
@@ -174,7 +205,7 @@ def test_what_a_model_cannot_run_is_left_out_or_refused() -> None:
         hybrid.model, None, [hybrid.batch("single")], keep_ratios=[0.5], max_new_tokens=2, rounds=1, progress=False
     )
     assert {"fastv", "vtc-cls"} <= set(found.left_out)
-    assert {each.config.method for each in found.settings}.isdisjoint(found.left_out)
+    assert {each.stages[0].method for each in found.settings}.isdisjoint(found.left_out)
     with pytest.raises(vtc.UnsupportedMethodError):
         vtc.advise(hybrid.model, None, [hybrid.batch("single")], methods=["fastv"], progress=False)
 
@@ -193,7 +224,8 @@ def test_the_command_advises_and_writes_the_setting(tmp_path: Path, capsys: pyte
     # Whether anything is faster here is the machine's business.
     assert (status == 0) == output.exists() == ("vtc.compress(model" in printed)
     if status == 0:
-        assert vtc.CompressionConfig.load(output).method in ("divprune", "random", "uniform")
+        (only,) = vtc.load_stages(output)
+        assert only.method in ("divprune", "random", "uniform")
 
     assert main(["advise", str(tmp_path / "nothing.jsonl")]) == 2
     assert main([*command, "--agreement", "2"]) == 2

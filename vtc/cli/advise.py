@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--agreement", type=float, default=0.9, help="share of answers that must stay the same (0.9)")
     parser.add_argument("--methods", nargs="+", help="see `vtc methods` (all that the model can run)")
     parser.add_argument(
+        "--setting",
+        action="append",
+        metavar="METHOD@SITE=KEEP+...",
+        help="stages to try beside the methods; repeat for more (without --methods, some inside the vision tower)",
+    )
+    parser.add_argument(
         "--keep-ratios",
         type=float,
         nargs="+",
@@ -47,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         samples.encode(given, processor),
         agreement=args.agreement,
         methods=args.methods,
+        settings=args.setting,
         keep_ratios=args.keep_ratios,
         max_new_tokens=args.max_new_tokens,
         rounds=args.rounds,
@@ -54,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(advice)
-    if args.output is not None and advice.config is None:
+    if args.output is not None and advice.stages is None:
         raise InputError(f"{args.output}: nothing was written, because no setting can be advised (see above).")
-    if args.output is not None and advice.config is not None:
-        advice.config.save(args.output)
-        print(f'use it: vtc.compress(model, vtc.CompressionConfig.load("{args.output}"))')
+    if args.output is not None and advice.stages is not None:
+        vtc.save_stages(args.output, advice.stages)
+        print(f'use it: vtc.compress(model, vtc.load_stages("{args.output}"))')
     return 0

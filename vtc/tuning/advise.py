@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,16 +30,22 @@ from torch import nn
 from vtc import api
 from vtc.bench.timing import Case, Figures, Stopwatch, Timing, conditions, describe, interleave
 from vtc.config import CompressionConfig
+from vtc.core.sites import Pixels, VisionLayer
 from vtc.engine.install import adapter_for
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.limits import MAX_NEW_TOKENS, MAX_ROUNDS, check_count
+from vtc.notation import parse_stages, write_stages
 from vtc.plain import real, shown
 from vtc.tuning.samples import as_found, prompts
 
 __all__ = ["Advice", "AdvisedSetting", "advise"]
 
 _BASELINES = ("random", "uniform")
+_TOWER_SHARES = (0.5, 0.25)
+"""What a stage at a third of the tower's depth leaves, in the settings that are tried beside the methods."""
+
+Stages = tuple[CompressionConfig, ...]
 _ALL = "all tokens"
 
 
@@ -49,7 +55,7 @@ class AdvisedSetting:
 
     Attributes
     ----------
-    config : CompressionConfig
+    stages : tuple of CompressionConfig
     agreement : float
         Share of prompts with the uncompressed answer, token for token.
     kl : float
@@ -63,10 +69,11 @@ class AdvisedSetting:
     speed_up : float
         Median ratio of the uncompressed model's time to this one's in the same round.
     overhead : float or None
-        c_m in seconds (see the module); None where fewer than two numbers of tokens were dropped.
+        c_m in seconds (see the module); None where fewer than two numbers of tokens were dropped, and where tokens
+        leave in front of the decoder, which saves what no line in D describes.
     """
 
-    config: CompressionConfig
+    stages: Stages
     agreement: float
     kl: float
     tokens: float
@@ -74,6 +81,11 @@ class AdvisedSetting:
     ttft: float
     speed_up: float
     overhead: float | None
+
+    @property
+    def name(self) -> str:
+        """The stages in the notation that `compress` reads."""
+        return write_stages(self.stages)
 
 
 @dataclass(frozen=True)
@@ -119,19 +131,18 @@ class Advice:
     conditions: str = ""
 
     @property
-    def config(self) -> CompressionConfig | None:
-        """The configuration of the chosen setting for `compress`, or None."""
-        return None if self.chosen is None else self.chosen.config
+    def stages(self) -> list[CompressionConfig] | None:
+        """The configurations of the chosen setting for `compress`, or None."""
+        return None if self.chosen is None else list(self.chosen.stages)
 
     def __str__(self) -> str:
-        header = ("", "method", "keep", "tokens", "agreement", "KL", "TTFT", "speed-up", "overhead")
-        rows = [("", _ALL, "", f"{self.visual:.1f}", "1.000", "0.000", _ms(self.ttft), "1.00x", "")]
+        header = ("", "setting", "tokens", "agreement", "KL", "TTFT", "speed-up", "overhead")
+        rows = [("", _ALL, f"{self.visual:.1f}", "1.000", "0.000", _ms(self.ttft), "1.00x", "")]
         for each in self.settings:
             rows.append(
                 (
                     "*" if each is self.chosen else "+" if each.agreement >= self.level else "",
-                    each.config.method,
-                    f"{each.config.keep_ratio:g}",
+                    each.name,
                     f"{each.tokens:.1f}",
                     f"{each.agreement:.3f}",
                     f"{each.kl:.3f}",
@@ -156,10 +167,9 @@ class Advice:
             f"+ agrees on {100 * self.level:g} % or more"
         ]
         if self.chosen is not None:
-            config = self.chosen.config
             lines.append(
-                f'* vtc.compress(model, "{config.method}", keep_ratio={config.keep_ratio:g}): '
-                f"{self.chosen.speed_up:.2f} times as fast to the first token"
+                f'* vtc.compress(model, "{self.chosen.name}"): '
+                f"{self.chosen.speed_up:.2f} times as fast to the first token, vision tower included"
             )
         elif any(each.agreement >= self.level for each in self.settings):
             lines.append("keep all tokens: no setting that agrees often enough is faster on this machine")
@@ -168,12 +178,14 @@ class Advice:
         about = self.chosen or self.settings[0]
         if self.saved_per_token is None:
             lines.append("break-even: not known, it takes at least two numbers of dropped tokens per method")
+        elif about.overhead is None:
+            lines.append("break-even: not known for tokens that leave in front of the decoder")
         elif self.break_even is None:
             lines.append("break-even: never, dropping tokens saved no time on this machine")
         else:
             lines.append(
-                f"break-even: {about.config.method} at {about.config.keep_ratio:g} pays above {self.break_even} visual "
-                f"tokens ({_ms(about.overhead or 0.0)} of overhead, {1e6 * self.saved_per_token:.1f} us saved per "
+                f"break-even: {about.name} pays above {self.break_even} visual "
+                f"tokens ({_ms(about.overhead)} of overhead, {1e6 * self.saved_per_token:.1f} us saved per "
                 f"token dropped; these prompts have {self.visual:.0f})"
             )
         lines += [f"left out: {method}: {why}" for method, why in self.left_out.items()]
@@ -187,6 +199,7 @@ def advise(
     *,
     agreement: float = 0.9,
     methods: Sequence[str] | None = None,
+    settings: Sequence[str] | None = None,
     keep_ratios: Sequence[float] = (0.5, 0.25, 0.11, 0.056),
     max_new_tokens: int = 16,
     rounds: int = 3,
@@ -195,9 +208,9 @@ def advise(
 ) -> Advice:
     """Find the cheapest setting with which the model gives the answers that it gives with all tokens.
 
-    Every method at every ratio answers every prompt greedily; then times to the first token are taken, the uncompressed
-    model's among them, in rounds that go through all settings in an order of their own. The model is left as it was
-    found.
+    Every method at every ratio answers every prompt greedily; then times to the first token, from pixels on, are taken,
+    the uncompressed model's among them, in rounds that go through all settings in an order of their own. The model is
+    left as it was found.
 
     Parameters
     ----------
@@ -211,6 +224,9 @@ def advise(
         In (0, 1]: the share of prompts whose answer must stay the same, token for token.
     methods : sequence of str, optional
         All that the model can run unless given. "random" and "uniform" come along.
+    settings : sequence of str, optional
+        Stages in the notation of `compress`, such as "divprune@vision:8=0.5+vtc=0.25", tried beside the methods. With
+        neither these nor methods: half and a quarter of the patches from a third of the tower's depth on, then "vtc".
     keep_ratios : sequence of float
         In (0, 1).
     max_new_tokens : int
@@ -232,9 +248,9 @@ def advise(
         A method was asked for by name that this model cannot run.
     """
     _check(agreement, keep_ratios, max_new_tokens, rounds)
-    configs, left_out = _configs(model, methods, keep_ratios, seed)
+    tried, left_out = _settings(model, methods, settings, keep_ratios, seed)
     encoded = prompts(processor, samples, model)
-    measured = _Measured(configs)
+    measured = _Measured(tried)
     with as_found(model), _bar(len(encoded), progress) as bar:
         for prompt in encoded:
             measured.add(model, prompt, max_new_tokens, rounds)
@@ -265,29 +281,29 @@ class _Tried:
 class _Measured:
     """Everything that was tried, by setting."""
 
-    def __init__(self, configs: Sequence[CompressionConfig]) -> None:
-        self.tried: dict[CompressionConfig, list[_Tried]] = {config: [] for config in configs}
+    def __init__(self, settings: Sequence[Stages]) -> None:
+        self.tried: dict[Stages, list[_Tried]] = {stages: [] for stages in settings}
 
     def add(self, model: nn.Module, prompt: Mapping[str, Any], max_new_tokens: int, rounds: int) -> None:
         """Answer the prompt with every setting, then time all of them; the answers warm up what is timed."""
         whole, whole_logp = _answer(model, prompt, max_new_tokens)
         answers = {}
-        for config in self.tried:
-            with api.compressed(model, config):
+        for stages in self.tried:
+            with api.compressed(model, stages):
                 text, logp = _answer(model, prompt, max_new_tokens)
                 report = api.report(model)
             kl = float((whole_logp.exp() * (whole_logp - logp)).nan_to_num(0.0).sum())
             if not report.visual_tokens_before:
                 raise InputError("a sample has no visual tokens, so there is nothing to compress in it")
-            answers[config] = text == whole, max(0.0, kl), report.average_visual_tokens, report.visual_tokens_before
+            answers[stages] = text == whole, max(0.0, kl), report.average_visual_tokens, report.visual_tokens_before
         run = partial(_first_token, model, prompt)
         cases = {_ALL: Case(run)}
         cases |= {
-            str(number): Case(run, partial(api.compressed, model, config)) for number, config in enumerate(answers)
+            str(number): Case(run, partial(api.compressed, model, stages)) for number, stages in enumerate(answers)
         }
         times = interleave(cases, repeats=rounds, warmup=0)
-        for number, (config, answered) in enumerate(answers.items()):
-            self.tried[config].append(
+        for number, (stages, answered) in enumerate(answers.items()):
+            self.tried[stages].append(
                 _Tried(*answered, times[_ALL]["ttft"].seconds, times[str(number)]["ttft"].seconds)
             )
 
@@ -295,7 +311,7 @@ class _Measured:
         slope, overheads = self._saving()
         settings = tuple(
             sorted(
-                (self._setting(config, tried, overheads.get(config.method)) for config, tried in self.tried.items()),
+                (self._setting(stages, tried, overheads.get(_line(stages))) for stages, tried in self.tried.items()),
                 key=lambda each: -each.speed_up,
             )
         )
@@ -319,11 +335,11 @@ class _Measured:
             conditions=describe(conditions()),
         )
 
-    def _setting(self, config: CompressionConfig, tried: Sequence[_Tried], overhead: float | None) -> AdvisedSetting:
+    def _setting(self, stages: Stages, tried: Sequence[_Tried], overhead: float | None) -> AdvisedSetting:
         seconds = Timing(tuple(second for each in tried for second in each.seconds))
         ratios = [w / s for each in tried for w, s in zip(each.whole, each.seconds, strict=True)]
         return AdvisedSetting(
-            config=config,
+            stages=stages,
             agreement=statistics.fmean(each.agrees for each in tried),
             kl=statistics.fmean(each.kl for each in tried),
             tokens=statistics.fmean(each.tokens for each in tried),
@@ -333,18 +349,19 @@ class _Measured:
             overhead=overhead,
         )
 
-    def _saving(self) -> tuple[float | None, dict[str, float]]:
+    def _saving(self) -> tuple[float | None, dict[str | None, float]]:
         """Fit s, and c by method; nothing where no method dropped two different numbers of tokens."""
         points: dict[str, list[tuple[float, float]]] = {}
-        for config, tried in self.tried.items():
-            points.setdefault(config.method, []).extend((each.dropped, each.saving) for each in tried)
+        for stages, tried in self.tried.items():
+            if (line := _line(stages)) is not None:
+                points.setdefault(line, []).extend((each.dropped, each.saving) for each in tried)
         means = {m: [statistics.fmean(axis) for axis in zip(*pairs, strict=True)] for m, pairs in points.items()}
         centred = [(d - means[m][0], saved - means[m][1]) for m, pairs in points.items() for d, saved in pairs]
         spread = sum(d * d for d, _ in centred)
         if spread < 1e-9:
             return None, {}
         slope = sum(d * saved for d, saved in centred) / spread
-        return slope, {method: slope * dropped - saved for method, (dropped, saved) in means.items()}
+        return slope, {line: slope * dropped - saved for line, (dropped, saved) in means.items()}
 
 
 def _check(agreement: Any, keep_ratios: Sequence[float], max_new_tokens: int, rounds: int) -> None:
@@ -361,26 +378,58 @@ def _check(agreement: Any, keep_ratios: Sequence[float], max_new_tokens: int, ro
     check_count("rounds", rounds, MAX_ROUNDS)
 
 
-def _configs(
-    model: nn.Module, methods: Sequence[str] | None, keep_ratios: Sequence[float], seed: int
-) -> tuple[list[CompressionConfig], dict[str, str]]:
-    """Return the configurations to try, and why other methods cannot be tried; named methods must be possible."""
+def _line(stages: Stages) -> str | None:
+    """Return the method whose overhead a setting tells of; None where tokens leave in front of the decoder as well."""
+    inside = any(isinstance(config.site, (Pixels, VisionLayer)) for config in stages)
+    return None if inside or len(stages) > 1 else stages[0].method
+
+
+def _settings(
+    model: nn.Module,
+    methods: Sequence[str] | None,
+    settings: Sequence[str] | None,
+    keep_ratios: Sequence[float],
+    seed: int,
+) -> tuple[list[Stages], dict[str, str]]:
+    """Return the settings to try, and why others cannot be tried; what was named must be possible."""
     if isinstance(methods, str) or (methods is not None and not len(methods)):
         raise ConfigError(f"methods must be names of methods, or None for all, got {methods!r}")
+    if isinstance(settings, str):
+        raise ConfigError(f"settings must be a sequence of lines such as 'vtc=0.25', got {settings!r}")
     adapter = adapter_for(model)
-    found, left_out = [], {}
-    names = dict.fromkeys([*_BASELINES, *(api.list_methods() if methods is None else methods)])
-    for name in names:
-        configs = [CompressionConfig(name, keep_ratio=float(ratio), seed=seed) for ratio in dict.fromkeys(keep_ratios)]
+    ratios = [float(ratio) for ratio in dict.fromkeys(keep_ratios)]
+    found: dict[Stages, None] = {}
+    left_out = {}
+
+    def add(name: str, candidates: Sequence[Sequence[CompressionConfig]], named: bool) -> None:
         try:
-            for config in configs:
-                make_plan([config], adapter)
-            found += configs
+            plans = [tuple(replace(config, seed=seed) for config in stages) for stages in candidates]
+            for stages in plans:
+                make_plan(list(stages), adapter)
+            found.update(dict.fromkeys(plans))
         except (UnsupportedMethodError, ConfigError) as error:
-            if methods is not None:
+            if named:
                 raise
             left_out[name] = str(error)
-    return found, left_out
+
+    for name in dict.fromkeys([*_BASELINES, *(api.list_methods() if methods is None else methods)]):
+        add(name, [[CompressionConfig(name, keep_ratio=ratio)] for ratio in ratios], methods is not None)
+    for text in settings or ():
+        add(text, [parse_stages(text)], True)
+    if methods is None and settings is None:
+        depth = len(adapter.tower_blocks("image" if "image" in adapter.modalities else "video"))
+        for share in _TOWER_SHARES:
+            add(
+                f"{share:g} in the tower",
+                [parse_stages(_in_tower(depth // 3, share, ratio)) for ratio in ratios if ratio < share],
+                False,
+            )
+    return list(found), left_out
+
+
+def _in_tower(layer: int, share: float, ratio: float) -> str:
+    """Return a setting of which the first stage is inside the tower, and the second before the decoder."""
+    return f"divprune@vision:{layer}={share:g}+vtc={ratio / share:.6g}"
 
 
 @torch.inference_mode()
