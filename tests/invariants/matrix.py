@@ -140,6 +140,10 @@ METHODS: tuple[Method, ...] = (
     Method("vscan", _one("vscan", 0.5, score_source="received", window=2), decoder=True, merges=True, by_ratio=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
+    Method("dycoke", _one("dycoke", 0.6), video=True),
+    Method("fastvid", _one("fastvid", 0.5, tau=-1.0, segments=1), merges=True, video=True),
+    # Random frames have little in common: no place would be static.
+    Method("prunevid", _one("prunevid", 0.5, tau=-0.5), merges=True, video=True),
 )
 DROPPING = tuple(m for m in METHODS if not m.merges and not m.tower)
 

@@ -16,7 +16,8 @@ from vtc.errors import ConfigError
 from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors.evs import change
-from vtc.selectors.vidcom2 import frame_budgets, lowest_per_frame, typicality
+from vtc.selectors.frames import lowest_per_group
+from vtc.selectors.vidcom2 import frame_budgets, typicality
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 EVS = dict(np.load(GOLDEN / "evs.npz", allow_pickle=False))
@@ -103,7 +104,7 @@ def test_vidcom2_scores_and_frame_budgets_are_the_authors(number: int) -> None:
             np.testing.assert_allclose(ours.numpy(), golden[name].flatten(), rtol=1e-4, atol=1e-5)
     shares = frame_budgets(to_video, frame, float(golden["base_scale"]))
     assert shares.tolist() == golden["per_frame_k"].tolist()
-    chosen = lowest_per_frame(to_video + to_frame, frame, shares).nonzero()[:, 0]
+    chosen = lowest_per_group(to_video + to_frame, frame, shares).nonzero()[:, 0]
     if number == 5:  # a newline after each row of 13, which counts in the authors' indices
         row, column = golden["global_indices"] // 14, golden["global_indices"] % 14
         patches = sorted((row * 13 + column)[column < 13].tolist())

@@ -8,6 +8,7 @@ optimised PyTorch implementation and, for most operations, a Triton implementati
 from __future__ import annotations
 
 from .attention import attention_column_sums, attention_rows
+from .cluster import density_peaks, nearest_in_group
 from .dispatch import use
 from .greedy import coverage_greedy, dpp_greedy
 from .merge import bipartite_merge, nearest_slots, recycle_cells, segment_merge
@@ -27,11 +28,13 @@ __all__ = [
     "bipartite_merge",
     "context_relevance",
     "coverage_greedy",
+    "density_peaks",
     "dpp_greedy",
     "earlier_tokens",
     "farthest_point",
     "gather_planes",
     "max_sum",
+    "nearest_in_group",
     "nearest_slots",
     "pagerank",
     "patch_entropy",

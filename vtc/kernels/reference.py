@@ -326,6 +326,31 @@ def nearest_slots(metric: Tensor, keep: Tensor, targets: Tensor | None = None) -
     return torch.searchsorted(keep, into).masked_fill(into < 0, -1)
 
 
+def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
+    """Return (N,) float32: log of density times separation, group by group, from the matrix of distances."""
+    scores = x.new_empty(len(x), dtype=torch.float32)
+    for one in group.unique():
+        mine = (group == one).nonzero()[:, 0]
+        wide = x[mine].double()
+        distance = (wide[:, None] - wide).square().sum(dim=2).sqrt() / x.shape[1] ** 0.5
+        near = distance.sort(dim=1).values[:, :neighbours]
+        density = (-near.square().mean(dim=1)).exp()
+        at = torch.arange(len(mine), device=x.device)
+        denser = (density > density[:, None]) | ((density == density[:, None]) & (at < at[:, None]))
+        separation = torch.where(denser, distance, distance.max()).amin(dim=1)
+        scores[mine] = (density * separation).log().float()
+    return scores
+
+
+def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "cosine") -> Tensor:
+    """Return (N,) long: for every token the place of the closest of the `targets` in its group; -1 without any."""
+    if not len(targets):
+        return torch.full_like(group, -1)
+    closeness = cosines(x)[:, targets] if metric == "cosine" else -torch.cdist(x.double(), x[targets].double())
+    closeness = closeness.masked_fill(group[:, None] != group[targets], -torch.inf)
+    return closeness.argmax(dim=1).masked_fill(closeness.amax(dim=1) == -torch.inf, -1)
+
+
 def segment_merge(x: Tensor, slot: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
     """Return (K, ...): for every slot the weighted sum of the rows of `x` (N, ...) assigned to it."""
     wide = x if x.dtype == torch.float64 else x.float()

@@ -9,15 +9,18 @@ from .atp import AtpSelector
 from .cdpruner import CdPrunerSelector
 from .dart import DartSelector
 from .divprune import DivPruneSelector
+from .dycoke import DyCokeSelector
 from .evs import EvsSelector
 from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
+from .fastvid import FastVidSelector
 from .flowcut import FlowCutSelector
 from .hiprune import HiPruneSelector
 from .holov import HoloVSelector
 from .pixelprune import PixelPruneSelector
 from .pool import PoolSelector
 from .prumerge import PruMergePlusSelector, PruMergeSelector
+from .prunevid import PruneVidSelector
 from .random import RandomSelector
 from .scope import ScopeSelector
 from .todre import ToDreSelector
@@ -38,8 +41,10 @@ __all__ = [
     "CdPrunerSelector",
     "DartSelector",
     "DivPruneSelector",
+    "DyCokeSelector",
     "EvsSelector",
     "FastVSelector",
+    "FastVidSelector",
     "FasterVlmSelector",
     "FlowCutSelector",
     "HiPruneSelector",
@@ -48,6 +53,7 @@ __all__ = [
     "PoolSelector",
     "PruMergePlusSelector",
     "PruMergeSelector",
+    "PruneVidSelector",
     "RandomSelector",
     "ScopeSelector",
     "ScoreSelector",

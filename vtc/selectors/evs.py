@@ -14,7 +14,7 @@ from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.signals import Origin, Signal
 from ..registry import register_selector
-from .uniform import UniformSelector
+from .frames import spread_over
 
 __all__ = ["EvsSelector"]
 
@@ -49,14 +49,7 @@ class EvsSelector(Selector):
         if budget >= len(whole):
             scores = scores.masked_fill(first, torch.inf)
             return Selection(ctx.n, kernels.topk_indices(scores, budget))
-        complete = len(whole) == sum(h * w for _, h, w in ctx.grids)
-        spread = VisualContext(
-            features=ctx.features[whole],
-            budget=budget,
-            generator=ctx.generator,
-            grids=tuple((1, h, w) for _, h, w in ctx.grids) if complete else ((1, 1, len(whole)),),
-        )
-        return Selection(ctx.n, whole[UniformSelector().select(spread).keep])
+        return Selection(ctx.n, spread_over(ctx, whole, budget, tuple((1, h, w) for _, h, w in ctx.grids)))
 
 
 def change(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from ..core.selector import Selector
 from ..core.signals import Origin, Signal
 from ..errors import ConfigError
 from ..registry import register_selector
+from .frames import frame_of, lowest_per_group
 
 __all__ = ["VidCom2Selector"]
 
@@ -62,12 +63,11 @@ class VidCom2Selector(Selector):
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         budget = min(ctx.budget, ctx.n)
-        origin = ctx[Origin]
-        _, frame = torch.unique(origin[:, 0] * (origin[:, 1].max() + 1) + origin[:, 1], return_inverse=True)
+        frame = frame_of(ctx[Origin])
         to_video, to_frame = typicality(ctx.features, frame)
         scores = to_video + to_frame
         shares = frame_budgets(to_video, frame, budget / ctx.n, self.temperature)
-        chosen = lowest_per_frame(scores, frame, shares)
+        chosen = lowest_per_group(scores, frame, shares)
         # Chosen tokens before the others, each by score: cutting this order at the budget drops or adds as it must.
         by_score = torch.argsort(scores, stable=True)
         order = by_score[torch.argsort((~chosen[by_score]).long(), stable=True)]
@@ -127,14 +127,3 @@ def frame_budgets(to_video: Tensor, frame: Tensor, keep: float, temperature: flo
     excess = torch.softmax((unlike - unlike.max()) / temperature, dim=0)
     scale = (keep * (1 + excess - excess.mean())).clamp(max=1.0)
     return (scale * count).round().long().clamp(min=1).minimum(count)
-
-
-def lowest_per_frame(scores: Tensor, frame: Tensor, shares: Tensor) -> Tensor:
-    """(N,) bool: the `shares[f]` lowest scores of every frame f, the lower index winning ties."""
-    by_score = torch.argsort(scores, stable=True)
-    order = by_score[torch.argsort(frame[by_score], stable=True)]  # by frame, and within it by score
-    count = torch.bincount(frame)
-    place = torch.arange(len(frame), device=frame.device) - (count.cumsum(0) - count)[frame[order]]
-    chosen = torch.zeros(len(frame), dtype=torch.bool, device=frame.device)
-    chosen[order] = place < shares[frame[order]]
-    return chosen

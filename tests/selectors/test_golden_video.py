@@ -1,0 +1,306 @@
+"""Video methods that merge or compare frames against their authors' functions, and by hand; see tests/golden/README.md.
+
+Where the authors' code loses tokens or fails, the tests say what ours does instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.selectors.inputs import make_context
+from tests.selectors.test_golden import case, load
+from tests.selectors.test_golden_peers import TOLERANCE, prefixes
+from vtc import kernels
+from vtc.core.observations import TokenGrids
+from vtc.errors import ConfigError
+from vtc.functional import select
+from vtc.registry import get_selector
+from vtc.selectors import FastVidSelector, PruneVidSelector
+from vtc.selectors.frames import earlier_at_place, frame_of
+from vtc.selectors.prunevid import group_shares, likeness, runs_of
+from vtc.selectors.static_cells import number_cells, static_units
+
+
+def test_all_files_are_there() -> None:
+    assert len(prefixes("fastvid", "T")) == 2
+    assert len(prefixes("prunevid", "labels")) == 2
+    assert len(prefixes("prunevid", "cluster_num")) == 2
+    assert len(prefixes("dycoke", "x")) == 5
+
+
+# --- fastvid ---------------------------------------------------------------------------------------------------------
+
+
+def _fastvid(golden: dict[str, Any]) -> tuple[FastVidSelector, Tensor, Tensor]:
+    """The selector of a case, its video tokens (N, D) and their frames (N,)."""
+    selector = FastVidSelector(
+        segments=golden["DySeg_c"],
+        tau=golden["DySeg_tau"],
+        context=golden["STPrune_d"],
+        interval=golden["DTM_p"],
+        beta=golden["DTM_beta"],
+    )
+    frames, per_frame, start = golden["T"], golden["tokens_per_frame"], golden["video_start"]
+    x = golden["hidden"][0, start : start + frames * per_frame]
+    return selector, x, torch.arange(frames).repeat_interleave(per_frame)
+
+
+@pytest.mark.parametrize("prefix", prefixes("fastvid", "T"))
+def test_fastvid(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = case(load("fastvid.npz"), prefix)
+    assert golden["noise_invariant"]
+    selector, x, frame = _fastvid(golden)
+    segment = selector.cut(golden["frame_global"])
+    assert torch.bincount(segment).tolist() == golden["segment_sizes"].tolist()
+    theirs = golden["keep_indices"] - golden["video_start"]
+    visual = (theirs >= 0) & (theirs < len(x))
+    theirs, out = theirs[visual], golden["out_hidden"][0, visual]
+    each = int(golden["tokens_per_frame"] * golden["retention_ratio"])
+    context = int(each * golden["STPrune_d"])
+    if len(theirs) < each * golden["T"]:  # anchor frames got a part that was rounded down
+        counts = selector._counts
+
+        def rounded(self: FastVidSelector, sizes: Tensor, segment: Tensor, budget: int) -> tuple[Tensor, ...]:
+            salient, anchors, turn = counts(sizes, segment, each * golden["T"])
+            lengths = torch.bincount(segment)
+            parts = context * lengths // -(-lengths // self.interval)
+            return salient, torch.where(anchors > 0, parts[segment], 0), turn
+
+        monkeypatch.setattr(FastVidSelector, "_counts", rounded)
+    selection = selector.merged(x, golden["frame_attn"].flatten(), frame, segment, len(theirs))
+    assert torch.equal(selection.keep, theirs)
+    torch.testing.assert_close(selection.merge(x), out, **TOLERANCE)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 7, 20, 41, 59])
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 12])
+def test_fastvid_gives_what_rounding_would_lose_to_anchors(frames: int, budget: int) -> None:
+    grid = (frames, 3, 60 // (3 * frames)) if 60 % (3 * frames) == 0 else (frames, 1, 60 // frames)
+    n = frames * grid[1] * grid[2]
+    selector = FastVidSelector(segments=2, tau=0.0)
+    sizes, segment = torch.full((frames,), n // frames), (torch.arange(frames) > 0).long()
+    salient, anchors, turn = selector._counts(sizes, segment, budget)
+    assert int(salient.sum() + anchors.sum()) == budget
+    assert bool((salient + anchors <= sizes).all())
+    assert not anchors[turn < 0].any()
+    assert [int(turn[segment == s].max()) + 1 for s in range(int(segment.max()) + 1)] == [
+        -(-int(length) // 4) for length in torch.bincount(segment)
+    ]
+
+
+def test_fastvid_by_hand() -> None:
+    """Two frames of one scene: the best token of each is salient, and the last frame has the anchor of both rests."""
+    x = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0], [1.0, 0.1], [1.0, 0.0]])
+    attention = torch.tensor([[[0.9, 0.1, 0.2, 0.9, 0.3, 0.1]]])
+    options = {"received_attention": attention, "grid_thw": (2, 1, 3), "segments": 1, "tau": -1.0}
+    selection = select("fastvid", features=x, keep_tokens=4, context=0.5, **options)
+    assert selection.keep.tolist() == [0, 3, 4, 5], "both other tokens of the last frame are anchors"
+    merged = selection.merge(x)
+    assert torch.equal(merged[:2], x[[0, 3]])
+    # To the first anchor the token that points most its way, (0, 1); to the second its equal in the other frame.
+    torch.testing.assert_close(merged[2], 0.6 * x[4] + 0.4 * (x[4] + x[2]) / 2)
+    torch.testing.assert_close(merged[3], x[5])
+    alone = select("fastvid", features=x, keep_tokens=4, context=0.5, **{**options, "segments": 8})
+    assert alone.keep.tolist() == [0, 1, 3, 4], "every frame is a segment, with an anchor of its own"
+
+
+# --- dycoke ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", prefixes("dycoke", "indices_in_output_order"))
+def test_dycoke(prefix: str) -> None:
+    golden = case(load("dycoke.npz"), prefix)
+    frames, n = golden["T"], golden["tokens_per_frame"]
+    each = int((1 - golden["k"]) * n)
+    first = -(-frames // 4)
+    grid = (frames, 1, n)
+    selection = select("dycoke", features=golden["x"], grid_thw=grid, keep_tokens=first * n + (frames - first) * each)
+    (mask,) = selection.grid_mask((grid,))
+    theirs = torch.zeros(frames * n, dtype=torch.bool)
+    theirs[golden["indices_in_output_order"]] = True
+    theirs = theirs.view(frames, 1, n)
+    last = 4 * ((frames - frames % 2 - 1) // 4) + 2  # the third frame of the last group stays whole there
+    for number in range(frames):
+        if number == last and frames % 2 == 0:
+            assert theirs[number].all()
+            assert int(mask[number].sum()) == each
+        elif number == frames - 1 and frames % 2:
+            assert not theirs[number].any(), "the last of an odd number of frames is lost there"
+            assert mask[number].any()
+        elif number != last:
+            assert torch.equal(mask[number], theirs[number]), number
+
+
+def test_dycoke_of_few_frames() -> None:
+    golden = case(load("dycoke.npz"), "c4_")
+    assert golden["raises"]
+    n = golden["tokens_per_frame"]
+    keep = select("dycoke", features=golden["x"], grid_thw=(4, 1, n), keep_tokens=n + 3).keep.tolist()
+    assert keep[:n] == list(range(n))
+    assert [index // n for index in keep[n:]] == [1, 2, 3], "one token of every other frame"
+    picture = select("dycoke", features=golden["x"][:n], grid_thw=(1, 3, 4), keep_tokens=5)
+    assert torch.equal(picture.keep, select("uniform", grid_thw=(1, 3, 4), keep_tokens=5).keep)
+
+
+def test_dycoke_by_hand() -> None:
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    # Place 0 turns in the second frame, 1 in the third (and stays so in the fourth), nothing in the fifth.
+    x = torch.stack([a, a, -a, a, a, b, b, b, a, a])
+    options = {"features": x, "grid_thw": (5, 1, 2)}
+    assert select("dycoke", keep_tokens=7, **options).keep.tolist() == [0, 1, 2, 5, 6, 8, 9]
+    # The fourth frame is compared with the third: place 0 turned, place 1 did not.
+    earlier = earlier_at_place(TokenGrids(((5, 1, 2),)).origin(), torch.tensor([0, 1, 2, 1, 0]).repeat_interleave(2))
+    assert earlier.tolist() == [-1, -1, 0, 1, 0, 1, 4, 5, -1, -1]
+
+
+def test_dycoke_windows_of_four_are_the_whole() -> None:
+    x = torch.randn(8 * 6, 5, generator=torch.Generator().manual_seed(0))
+    whole = select("dycoke", features=x, grid_thw=(8, 2, 3), keep_tokens=24).keep
+    parts = [select("dycoke", features=part, grid_thw=(4, 2, 3), keep_tokens=12).keep for part in x.split(24)]
+    assert torch.equal(whole, torch.cat([parts[0], parts[1] + 24]))
+
+
+def test_dycoke_after_a_stage_that_dropped_tokens() -> None:
+    origin = TokenGrids(((3, 1, 2),)).origin()[[0, 2, 3, 4]]  # place 1 of the first frame has gone
+    assert earlier_at_place(origin, torch.tensor([0, 1, 1, 2])).tolist() == [-1, 0, -1, 0]
+
+
+# --- prunevid --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", prefixes("prunevid", "cluster_num"))
+def test_prunevid_clusters(prefix: str) -> None:
+    golden = case(load("prunevid.npz"), prefix)
+    assert golden["noise_invariant"]
+    for x, labels in zip(golden["x"], golden["idx"], strict=True):
+        one = torch.zeros(len(x), dtype=torch.long)
+        centres = kernels.density_peaks(x, one, golden["k"]).sort(descending=True).indices[: golden["cluster_num"]]
+        assert torch.equal(kernels.nearest_in_group(x, one, centres, "euclidean"), labels)
+
+
+@pytest.mark.parametrize("prefix", prefixes("prunevid", "labels"))
+def test_prunevid_windows(prefix: str) -> None:
+    golden = case(load("prunevid.npz"), prefix)
+    (labels,), (segments,) = golden["labels"], golden["segments"]
+    assert torch.bincount(torch.tensor(runs_of(labels.tolist()))).tolist() == segments.tolist()
+
+
+def test_prunevid() -> None:
+    golden = case(load("prunevid.npz"), "c6_")
+    frames, _, width = golden["frames"].shape
+    x, (out,) = golden["frames"].reshape(-1, width), golden["out"]
+    options = {"segments": golden["temporal_segment_ratio"], "tau": golden["tau"]}
+    selection = select("prunevid", features=x, grid_thw=(frames, 6, 6), keep_tokens=len(out), **options)
+    window = PruneVidSelector(**options).windows(golden["frames"].mean(dim=1))
+    assert torch.bincount(window).tolist() == golden["window_sizes"].tolist()
+    # Theirs come window by window, static ones first, clusters by their centres: as sets they are ours.
+    ours = selection.merge(x)
+    partner = torch.cdist(out, ours).argmin(dim=1)
+    assert partner.unique().numel() == selection.k
+    torch.testing.assert_close(ours[partner], out, **TOLERANCE)
+
+
+def test_prunevid_by_hand() -> None:
+    """One window: the first place stands still and becomes its mean; with room for more, it does not."""
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, -1.0]])
+    frame, window = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0])
+    cells = number_cells(TokenGrids(((2, 1, 2),)).origin(), frame, window)
+    alike = likeness(x, cells)
+    assert alike.tolist() == pytest.approx([1.0, -1.0])
+    assert cells.of.tolist() == [0, 1, 0, 1]
+    units = static_units(cells, alike, 0.8, frame, window, 3)
+    assert units.tokens.tolist() == [0, 1, 3]
+    assert units.means(x).tolist() == [[2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]
+    assert len(static_units(cells, alike, 0.8, frame, window, 4).tokens) == 4
+    selection = select("prunevid", features=x, grid_thw=(2, 1, 2), keep_tokens=3)
+    assert selection.merge(x).tolist() == [[2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]
+
+
+def test_prunevid_takes_the_least_alike_apart_first() -> None:
+    frame, window = torch.arange(3).repeat_interleave(3), torch.zeros(3, dtype=torch.long)
+    cells = number_cells(TokenGrids(((3, 1, 3),)).origin(), frame, window)
+    alike = torch.tensor([0.95, 0.9, 0.85])
+    left = [static_units(cells, alike, 0.8, frame, window, budget).static.sum().item() for budget in (3, 4, 5, 6, 8)]
+    assert left == [3, 2, 2, 1, 0]
+    units = static_units(cells, alike, 0.8, frame, window, 4)
+    assert units.tokens.tolist() == [0, 1, 2, 5, 8], "the third place is in three frames"
+
+
+def test_prunevid_shares() -> None:
+    assert group_shares(10, torch.tensor([4, 20, 20])).tolist() == [4, 3, 3], "a small group stays whole"
+    assert group_shares(5, torch.tensor([4, 20, 20])).tolist() == [1, 2, 2], "unless nothing would be left"
+    assert group_shares(3, torch.tensor([1, 2])).tolist() == [1, 2]
+
+
+def test_runs_of_frames() -> None:
+    assert runs_of([0, 0, 1, 2, 2, 2]) == [0, 0, 1, 1, 1, 1], "the longer neighbour"
+    assert runs_of([0, 0, 1, 2, 2]) == [0, 0, 0, 1, 1], "the left of equals"
+    assert runs_of([3, 0, 0]) == [0, 0, 0]
+    assert runs_of([0, 0, 1, 0, 0]) == [0] * 5, "one window again"
+    assert runs_of([5]) == [0]
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+MERGING = ("fastvid", "prunevid")
+
+
+@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("grid", [(1, 3, 4), (2, 2, 3), (3, 2, 3), (5, 2, 3), (9, 2, 2)], ids=str)
+def test_mass_and_place(method: str, grid: tuple[int, int, int]) -> None:
+    """Merged tokens are averages, and stand at a token that flows into them."""
+    selector = get_selector(method)
+    for budget in (1, 2, 5, grid[0] * grid[1] * grid[2] - 1):
+        context = make_context(selector, budget, (grid,))
+        selection = selector.select(context)
+        assert selection.k == budget
+        torch.testing.assert_close(selection.merge(torch.ones(context.n, 1)), torch.ones(budget, 1))
+        assert torch.equal(selection.slots[selection.keep], torch.arange(budget))
+
+
+@pytest.mark.parametrize("method", ["dycoke", *MERGING])
+def test_frames_may_have_lost_tokens(method: str) -> None:
+    """An earlier stage has dropped some tokens, and one whole frame."""
+    selector = get_selector(method)
+    context = make_context(selector, 9, ((6, 2, 3),))
+    left = torch.tensor([i for i in range(36) if i not in (0, 7, 20) and i // 6 != 2])
+    context.features = context.features[left]
+    context.signals = {
+        signal: value[left] if signal.axes[0] == "N" else value[..., left] if signal.axes[-1] == "N" else value
+        for signal, value in context.signals.items()
+    }
+    context.grids = ((1, 1, len(left)),)
+    assert int(frame_of(context.check().signals[next(s for s in context.signals if s.name == "origin")]).max()) == 4
+    assert selector.select(context).k == 9
+
+
+@pytest.mark.parametrize("method", ["dycoke", *MERGING])
+def test_differs_from_chance(method: str) -> None:
+    grids = ((5, 3, 4),)
+    chosen, drawn = (
+        get_selector(name).select(make_context(get_selector(name), 20, grids)).keep.tolist()
+        for name in (method, "random")
+    )
+    assert chosen != drawn
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fastvid", {"segments": 0}),
+        ("fastvid", {"interval": 0}),
+        ("fastvid", {"tau": 1.5}),
+        ("fastvid", {"context": -0.1}),
+        ("fastvid", {"beta": True}),
+        ("fastvid", {"score_source": "pooling"}),
+        ("prunevid", {"segments": 2.0}),
+        ("prunevid", {"tau": "high"}),
+    ],
+)
+def test_refuses_options(method: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{method}: {next(iter(options))}"):
+        get_selector(method, **options)

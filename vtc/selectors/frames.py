@@ -1,0 +1,84 @@
+"""What methods share that look at the frames of a video, whatever an earlier stage has left of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..budget import largest_remainder
+from ..core.context import VisualContext
+from ..core.grids import Grid
+from .uniform import UniformSelector
+
+__all__ = ["earlier_at_place", "frame_means", "frame_of", "lowest_per_group", "proportional", "spread_over"]
+
+
+def frame_of(origin: Tensor) -> Tensor:
+    """(N,) long: the frame of every token, 0 to T - 1 in the order of the tokens; `origin` as the signal `Origin`.
+
+    Frames of different views are different, and the views of a picture are a frame each.
+    """
+    view, time = origin[:, 0], origin[:, 1]
+    return torch.unique(view * (time.max() + 1) + time, return_inverse=True)[1]
+
+
+def frame_means(x: Tensor, frame: Tensor) -> Tensor:
+    """(T, D) float32: mean of the tokens of every frame."""
+    count = torch.bincount(frame)
+    means = x.new_zeros(len(count), x.shape[1], dtype=torch.float32)
+    for rows, of in zip(x.split(4096), frame.split(4096), strict=True):  # no copy of all in float32
+        means.index_add_(0, of, rows.float())
+    return means / count[:, None]
+
+
+def earlier_at_place(origin: Tensor, back: Tensor) -> Tensor:
+    """(N,) long: the token at the same place `back` (N,) times before, -1 where there is none."""
+    view, time, row, column, _, width = origin.unbind(dim=1)
+    place = (view * (row.max() + 1) + row) * width.max() + column
+    key = place * (time.max() + 1) + time
+    ordered, order = key.sort()
+    wanted = key - back
+    at = torch.searchsorted(ordered, wanted).clamp(max=len(key) - 1)
+    # One time too far back is the last of another place.
+    there = (ordered[at] == wanted) & (back > 0) & (back <= time)
+    return torch.where(there, order[at], -1)
+
+
+def lowest_per_group(scores: Tensor, group: Tensor, counts: Tensor) -> Tensor:
+    """(N,) bool: the `counts[g]` lowest scores of every group g, the lower index winning ties.
+
+    Parameters
+    ----------
+    scores
+        (N,) float.
+    group
+        (N,) long, 0 to G - 1.
+    counts
+        (G,) long.
+    """
+    by_score = torch.argsort(scores, stable=True)
+    order = by_score[torch.argsort(group[by_score], stable=True)]  # by group, and within it by score
+    sizes = torch.bincount(group, minlength=len(counts))
+    place = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group[order]]
+    chosen = torch.zeros(len(group), dtype=torch.bool, device=group.device)
+    chosen[order] = place < counts[group[order]]
+    return chosen
+
+
+def proportional(total: int, sizes: Tensor) -> Tensor:
+    """(G,) long: `total`, at most the sum of the `sizes` (G,), in proportion to them, exactly."""
+    if not total:
+        return torch.zeros_like(sizes)
+    return torch.tensor(largest_remainder(total, sizes.tolist()), device=sizes.device)
+
+
+def spread_over(ctx: VisualContext, tokens: Tensor, budget: int, grids: tuple[Grid, ...]) -> Tensor:
+    """(budget,) long: an even spread over the `tokens`, which are `grids` if all of these are left."""
+    complete = len(tokens) == sum(t * h * w for t, h, w in grids)
+    part = VisualContext(
+        features=ctx.features[tokens],
+        budget=budget,
+        generator=ctx.generator,
+        grids=grids if complete else ((1, 1, len(tokens)),),
+    )
+    return tokens[UniformSelector().select(part).keep]
