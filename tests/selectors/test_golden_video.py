@@ -5,6 +5,7 @@ Where the authors' code loses tokens or fails, the tests say what ours does inst
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors import FastVidSelector, PruneVidSelector
 from vtc.selectors.frames import earlier_at_place, frame_of
+from vtc.selectors.holitom import best_windows
 from vtc.selectors.prunevid import group_shares, likeness, runs_of
 from vtc.selectors.static_cells import number_cells, static_units
 
@@ -244,9 +246,57 @@ def test_runs_of_frames() -> None:
     assert runs_of([5]) == [0]
 
 
+# --- holitom ---------------------------------------------------------------------------------------------------------
+
+
+def _saved(still: Tensor, window: Tensor) -> int:
+    """Tokens that merging in time saves in these windows."""
+    total = 0
+    for number in window.unique().tolist():
+        first, last = (window == number).nonzero()[[0, -1], 0].tolist()
+        total += int(still[first:last].all(dim=0).sum()) * (last - first)
+    return total
+
+
+def test_holitom_windows() -> None:
+    golden = load("holitom_windows_01.npz")
+    still = golden["similarity"] > golden["tau"]
+    window = best_windows(still)
+    ends = [(window == number).nonzero()[[0, -1], 0].tolist() for number in range(int(window.max()) + 1)]
+    assert ends == golden["windows"].tolist()
+    assert _saved(still, window) == golden["total_reduced"]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+def test_holitom_windows_save_the_most(frames: int) -> None:
+    for seed in range(10):
+        still = torch.rand(frames - 1, 4, generator=torch.Generator().manual_seed(seed)) > 0.3
+        cuts = itertools.product([0, 1], repeat=frames - 1)
+        best = max(_saved(still, torch.tensor([0, *cut]).cumsum(0)) for cut in cuts)
+        window = best_windows(still)
+        assert len(window) == frames
+        assert _saved(still, window) == best
+
+
+def test_holitom_by_hand() -> None:
+    """Of three frames, the third all new: two static places merge over the first two, the rest is by attention."""
+    a, b, c = torch.eye(3)
+    x = torch.stack([a, b, c, 3 * a, b, -c, -a, -b, c])
+    attention = torch.tensor([[[0.0, 0.0, 0.2, 0.0, 0.0, 0.1, 0.5, 0.7, 0.6]]])
+    options = {"features": x, "received_attention": attention, "grid_thw": (3, 1, 3)}
+    selection = select("holitom", keep_tokens=7, **options)
+    assert selection.keep.tolist() == [0, 1, 2, 5, 6, 7, 8]
+    assert selection.merge(x).tolist() == [[2.0, 0, 0], [0, 1.0, 0], *x[[2, 5, 6, 7, 8]].tolist()]
+    assert select("holitom", keep_tokens=8, **options).k == 8, "a static place is taken apart"
+    # Seven are left: of two static, one, one and three others, 4 tokens are 1.1, 0.6, 0.6 and 1.7.
+    few = select("holitom", keep_tokens=4, **options)
+    assert few.keep.tolist() == [0, 2, 7, 8]
+    torch.testing.assert_close(few.merge(x)[0], x[[0, 1, 3, 4]].mean(dim=0))
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------
 
-MERGING = ("fastvid", "prunevid")
+MERGING = ("fastvid", "prunevid", "holitom")
 
 
 @pytest.mark.parametrize("method", MERGING)
@@ -299,6 +349,7 @@ def test_differs_from_chance(method: str) -> None:
         ("fastvid", {"score_source": "pooling"}),
         ("prunevid", {"segments": 2.0}),
         ("prunevid", {"tau": "high"}),
+        ("holitom", {"tau": 2}),
     ],
 )
 def test_refuses_options(method: str, options: dict[str, Any]) -> None:

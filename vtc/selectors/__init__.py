@@ -16,6 +16,7 @@ from .fastv import FastVSelector
 from .fastvid import FastVidSelector
 from .flowcut import FlowCutSelector
 from .hiprune import HiPruneSelector
+from .holitom import HoliTomSelector
 from .holov import HoloVSelector
 from .pixelprune import PixelPruneSelector
 from .pool import PoolSelector
@@ -48,6 +49,7 @@ __all__ = [
     "FasterVlmSelector",
     "FlowCutSelector",
     "HiPruneSelector",
+    "HoliTomSelector",
     "HoloVSelector",
     "PixelPruneSelector",
     "PoolSelector",

@@ -1,0 +1,145 @@
+"""HoliTom: the windows in which most tokens stand still; these once, and of the others what the tower attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..core.actions import Action
+from ..core.context import VisualContext
+from ..core.ranges import Float, Range
+from ..core.selection import Selection
+from ..core.signals import Origin, Signal
+from ..core.sites import BeforeDecoder, Site
+from ..registry import register_selector
+from .frames import earlier_at_place, frame_of, lowest_per_group, proportional
+from .saliency import SaliencySelector
+from .schedule import check_number
+from .static_cells import clusters, number_cells, static_units
+
+__all__ = ["HoliTomSelector", "best_windows"]
+
+
+@register_selector
+@dataclass(frozen=True)
+class HoliTomSelector(SaliencySelector):
+    """Cut a video where that saves most, merge in time what stands still, and spend the budget on what is left.
+
+    A place is static in a window [a, b] of frames if the cosine of its tokens to those one frame earlier is above
+    `tau` in every step of it. The **windows** are those with the largest sum of ``(static places) * (b - a)``, the
+    tokens that merging in time saves, found by dynamic programming. The tokens of a static place become their mean, in
+    the first frame of the window. What is left shares the **budget** by size: each frame gets its part for the other
+    tokens with the most attention in the tower, and each window for its static places, which are clustered by density
+    (DPC-kNN with 7 neighbours, `vtc.kernels.density_peaks`); every cluster becomes its mean, at its centre.
+
+    This is the outer merging of the paper. The inner one, which averages tokens into each other at decoder layer 18, is
+    left out: tokens do not merge inside the decoder. Other differences from the released code. Parts of the budget are
+    exact, by the method of largest remainders, where it rounds the part of every frame and window. Where static places
+    leave fewer tokens than the budget, those with the lowest least cosine are not merged, where it keeps fewer. Its
+    option to cluster some of the other tokens, off by default, is not here. Its attention is that of SigLIP's pooling
+    head; here it is what a token receives in the layer that makes the features, or [CLS] attention. A picture is a
+    video of one frame. Of a video that is read in windows, each of those counts as a video.
+
+    Parameters
+    ----------
+    tau
+        Cosine to the frame before above which a token stands still.
+    score_source
+        "received": the attention that a token receives from all others; or "cls".
+
+    Raises
+    ------
+    ConfigError
+        An option is invalid.
+
+    References
+    ----------
+    "HoliTom: Holistic Token Merging for Fast Video Large Language Models", arXiv 2505.21334.
+    """
+
+    name: ClassVar[str] = "holitom"
+    paper: ClassVar[str] = "HoliTom, arXiv 2505.21334"
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
+    beside: ClassVar[tuple[Signal, ...]] = (Origin(),)
+    action: ClassVar[Action] = Action.MERGE
+
+    score_source: str = "received"
+    tau: float = 0.8
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
+        """Return the range of the threshold."""
+        return {"tau": Float(0.5, 1.0)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("holitom", "tau", self.tau, -1, 1)
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """Choose and merge into ``min(ctx.budget, N)`` tokens."""
+        if ctx.budget >= ctx.n:
+            return Selection.full(ctx.n, ctx.features.device)
+        origin = ctx[Origin]
+        frame = frame_of(origin)
+        earlier = earlier_at_place(origin, torch.ones_like(frame))
+        similarity = kernels.temporal_similarity(ctx.features, earlier).masked_fill(earlier < 0, -torch.inf)
+        window = best_windows(_still(similarity > self.tau, origin, frame)).to(frame.device)
+        cells = number_cells(origin, frame, window)
+        starts = torch.ones_like(window, dtype=torch.bool)
+        starts[1:] = window[1:] != window[:-1]
+        least = torch.full_like(cells.frames, torch.inf, dtype=torch.float32)
+        least.scatter_reduce_(0, cells.of, similarity.masked_fill(starts[frame], torch.inf), reduce="amin")
+        units = static_units(cells, least, self.tau, frame, window, ctx.budget)
+        shares = proportional(ctx.budget, torch.bincount(units.group))
+        scores = self.saliency(ctx)[units.tokens]
+        means = units.means(ctx.features)
+        static = units.static.nonzero()[:, 0]
+        if len(static):
+            groups = units.group[static].unique(return_inverse=True)[1]
+            scores = scores.index_copy(0, static, clusters(means[static], groups))
+        centres = lowest_per_group(-scores, units.group, shares).nonzero()[:, 0]
+        joined = kernels.nearest_in_group(means, units.group, centres, "euclidean").masked_fill(~units.static, -1)
+        joined[centres] = torch.arange(len(centres), device=centres.device)
+        return units.selection(centres, joined)
+
+
+def _still(above: Tensor, origin: Tensor, frame: Tensor) -> Tensor:
+    """(T - 1, P) bool: which of P places stand still in the step to every frame but the first."""
+    view, _, row, column, _, width = origin.unbind(dim=1)
+    place = ((view * (row.max() + 1) + row) * width.max() + column).unique(return_inverse=True)[1]
+    table = torch.zeros(int(frame.max()) + 1, int(place.max()) + 1, dtype=torch.bool, device=above.device)
+    table[frame, place] = above
+    return table[1:]
+
+
+def best_windows(still: Tensor) -> Tensor:
+    """(T,) long: the window of every frame, such that the windows together save the most tokens.
+
+    A window of d + 1 frames saves d tokens at every place that is `still` (T - 1, P) in all its steps. Of equal cuts
+    the one with the shorter last window is chosen.
+    """
+    still = still.cpu()
+    steps, places = still.shape
+    run = torch.zeros(places, dtype=torch.long)
+    saved = torch.zeros(steps + 2, dtype=torch.long)  # of the frames before this one
+    start = [0] * (steps + 1)  # of the window that ends with this frame
+    for last in range(steps + 1):
+        if last:
+            run = (run + 1) * still[last - 1]
+        # Places that are still in at least so many steps up to this frame.
+        long = torch.bincount(run, minlength=last + 1).flip(0).cumsum(0).flip(0)[: last + 1]
+        length = torch.arange(last + 1)
+        total = saved[: last + 1].flip(0) + long * length
+        best = int(total.argmax())  # the first of equals
+        saved[last + 1] = total[best]
+        start[last] = last - best
+    window = torch.zeros(steps + 1, dtype=torch.long)
+    last = steps
+    while last >= 0:
+        window[start[last] :] += 1
+        last = start[last] - 1
+    return window - 1
