@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.kernels import near_ties
 from vtc import kernels
 from vtc.bench.memory import peak_bytes
-from vtc.kernels import cosines, greedy, pick, reference
+from vtc.kernels import cosines, cover, greedy, pick, reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 quick = settings(max_examples=40, deadline=None)
@@ -39,6 +39,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         (cosines, "WORKSPACE", 0),
     ]:
         monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr(cover, "_STRIPE", 5)
     monkeypatch.setattr("vtc.kernels.cosines._STRIPE", 5)
 
 
@@ -191,3 +192,54 @@ def test_noise_is_searched_in_linear_memory() -> None:
         x = torch.randn(n, 128, generator=torch.Generator().manual_seed(n))
         peaks[n] = peak_bytes(lambda x=x: kernels.farthest_point(x, 4))
     assert peaks[32000] < 4.5 * peaks[8000]
+
+
+# --- distances with a bonus, and coverage of other things ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("sizes")
+@quick
+@given(rows(), st.integers(0, 45), st.sampled_from([0.0, 0.5, 3.0]))
+def test_relevant_farthest_point(x: torch.Tensor, k: int, weight: float) -> None:
+    bonus = weight * torch.rand(len(x), generator=torch.Generator().manual_seed(1))
+
+    def worth(similarity: torch.Tensor, picks: list[int]) -> torch.Tensor:
+        return bonus.double() - (similarity[picks].amax(dim=0) if picks else 0.0)
+
+    near_ties.assert_greedy(kernels.relevant_farthest_point(x, k, bonus), x, k, worth)
+    near_ties.assert_greedy(reference.relevant_farthest_point(x, k, bonus), x, k, worth)
+
+
+@pytest.mark.usefixtures("sizes")
+@quick
+@given(rows(), st.integers(0, 45))
+def test_weighted_coverage(x: torch.Tensor, k: int) -> None:
+    demand = torch.rand(len(x), generator=torch.Generator().manual_seed(1))
+
+    def worth(similarity: torch.Tensor, picks: list[int]) -> torch.Tensor:
+        table = demand.double()[:, None] * (1 + similarity) / 2
+        covered = table[:, picks].amax(dim=1, keepdim=True) if picks else 0.0
+        return (table - covered).clamp(min=0).sum(dim=0)
+
+    near_ties.assert_greedy(kernels.weighted_coverage(x, k, demand), x, k, worth, 1e-5 * len(x))
+    near_ties.assert_greedy(reference.weighted_coverage(x, k, demand), x, k, worth, 1e-5 * len(x))
+
+
+@pytest.mark.usefixtures("sizes")
+@quick
+@given(rows(), st.integers(0, 45), st.integers(0, 4), st.sampled_from([0.02, 0.2]))
+def test_multimodal_coverage(x: torch.Tensor, k: int, words: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(words, x.shape[1], generator=generator)
+    metric = torch.randn(len(x), 5, generator=generator).index_fill_(0, torch.tensor(0), 0.0)
+
+    def worth(similarity: torch.Tensor, picks: list[int]) -> torch.Tensor:
+        unit = [torch.nn.functional.normalize(part.double(), dim=1, eps=1e-12) for part in (text, x)]
+        asked = (unit[0] @ unit[1].T / 0.01).softmax(dim=1) / max(1, words)
+        table = torch.cat([asked, 0.5 * (near_ties.cosines(metric) / temperature).softmax(dim=1) / len(x)])
+        covered = table[:, picks].amax(dim=1, keepdim=True) if picks else 0.0
+        return (table - covered).clamp(min=0).sum(dim=0)
+
+    arguments = (x, k, text, metric, 0.5, 0.01, temperature)
+    near_ties.assert_greedy(kernels.multimodal_coverage(*arguments), x, k, worth, 1e-5 * len(x))
+    near_ties.assert_greedy(reference.multimodal_coverage(*arguments), x, k, worth, 1e-5 * len(x))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from .attention import attention_column_sums, attention_rows
 from .cluster import density_peaks, nearest_in_group
+from .cover import multimodal_coverage, weighted_coverage
 from .dispatch import use
 from .greedy import coverage_greedy, dpp_greedy
 from .merge import bipartite_merge, nearest_slots, recycle_cells, segment_merge
 from .pack import Packed, gather_planes, select_gather, topk_indices
-from .pick import farthest_point, max_sum
+from .pick import farthest_point, max_sum, relevant_farthest_point
 from .pixels import patch_entropy
 from .received import attention_received, context_relevance, pagerank, received_from
 from .video import earlier_tokens, temporal_similarity
@@ -34,15 +35,18 @@ __all__ = [
     "farthest_point",
     "gather_planes",
     "max_sum",
+    "multimodal_coverage",
     "nearest_in_group",
     "nearest_slots",
     "pagerank",
     "patch_entropy",
     "received_from",
     "recycle_cells",
+    "relevant_farthest_point",
     "segment_merge",
     "select_gather",
     "temporal_similarity",
     "topk_indices",
     "use",
+    "weighted_coverage",
 ]

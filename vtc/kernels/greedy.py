@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -163,24 +164,24 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
         (min(k, N),) long, in the order of the picks.
     """
     x, inverse = with_inverse_norms(x)
-    return lazy_greedy(_SimilarityRows(x, inverse), k, weight, combine, torch.zeros_like(inverse))
+    return lazy_greedy(SimilarityRows(x, inverse), k, weight, combine, torch.zeros_like(inverse))
 
 
 class Similarities(Protocol):
-    """Access to the similarities of N rows, as `lazy_greedy` requires it."""
+    """Access to the similarities of N rows to M that are to be covered, as `lazy_greedy` requires it."""
 
     def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Return the gains (M,) of all or the `chosen` rows over the coverage `covered` (N,)."""
+        """Return the gains (K,) of all or the `chosen` rows over the coverage `covered` (M,)."""
 
     def row(self, index: Tensor) -> Tensor:
-        """Return the similarities (N,) of the row `index` (1,) to all rows."""
+        """Return the similarities (M,) of the row `index` (1,)."""
 
 
 def lazy_greedy(rows: Similarities, k: int, weight: Tensor | None, combine: str, covered: Tensor) -> Tensor:
-    """Return the picks of `coverage_greedy`; `covered` (N,) is zeros."""
-    n = len(covered)
-    k = min(k, n)
+    """Return the picks of `coverage_greedy`; `covered` (M,) is zeros."""
     gain = rows.gains(covered)
+    n = len(gain)
+    k = min(k, n)
 
     def score(indices: Tensor | slice) -> Tensor:
         if weight is None:
@@ -189,7 +190,7 @@ def lazy_greedy(rows: Similarities, k: int, weight: Tensor | None, combine: str,
         return gain[indices] * part if combine == "multiply" else gain[indices] + part
 
     best = score(slice(None)).clone()
-    current = torch.ones_like(covered, dtype=torch.bool)  # whether `gain` is up to date
+    current = torch.ones_like(gain, dtype=torch.bool)  # whether `gain` is up to date
     picks: list[int] = []
     while len(picks) < k:
         place = int(best.argmax())  # the first of equals
@@ -207,7 +208,7 @@ def lazy_greedy(rows: Similarities, k: int, weight: Tensor | None, combine: str,
     return torch.tensor(picks, dtype=torch.long, device=covered.device)
 
 
-class _SimilarityRows:
+class SimilarityRows:
     """Rows of the similarity matrix: the whole matrix if it is small, else a cache of recently used rows."""
 
     def __init__(self, x: Tensor, inverse: Tensor) -> None:
@@ -216,14 +217,19 @@ class _SimilarityRows:
         self.table = inverse.new_empty(n, n) if 4 * n * n <= cosines.WORKSPACE else None
         self.cache: dict[int, Tensor] = {}
 
-    def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Return gains; those of all rows are computed once, before any coverage, from half of the symmetric matrix."""
-        if chosen is not None:
-            return (self._rows(chosen) - covered).clamp_(min=0).sum(dim=1)
-        total = torch.zeros_like(self.inverse)
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the upper half of the matrix as `upper_blocks` and write it into the table, if there is one."""
         for rows, block in upper_blocks(self.x, self.inverse):
             if self.table is not None:
                 write_block(self.table, rows, block)
+            yield rows, block
+
+    def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return gains; those of all rows are computed once, before any coverage, from half of the symmetric matrix."""
+        if chosen is not None:
+            return (self.rows(chosen) - covered).clamp_(min=0).sum(dim=1)
+        total = torch.zeros_like(self.inverse)
+        for rows, block in self.blocks():
             block.clamp_(min=0)
             total[rows.start :] += block.sum(dim=0)
             total[rows] += block[:, len(block) :].sum(dim=1)
@@ -231,9 +237,9 @@ class _SimilarityRows:
 
     def row(self, index: Tensor) -> Tensor:
         """Return one row."""
-        return self._rows(index)[0]
+        return self.rows(index)[0]
 
-    def _rows(self, indices: Tensor) -> Tensor:
+    def rows(self, indices: Tensor) -> Tensor:
         """Return the rows `indices` (M, N)."""
         if self.table is not None:
             return self.table.index_select(0, indices)

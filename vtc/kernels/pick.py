@@ -49,6 +49,44 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     if k * _DENSE_SHARE > x.shape[0] and 4 * x.shape[0] ** 2 <= cosines.WORKSPACE:
         return _from_matrix(x, inverse, k, first)
     taken = _most_isolated(x, inverse) if first is None else range(x.shape[0])[first]
+    return _from_pools(x, inverse, k, taken)
+
+
+@op()
+def relevant_farthest_point(x: Tensor, k: int, bonus: Tensor) -> Tensor:
+    """Select `k` rows of `x` (N, D) by greedy max-min under the distance 1 - cosine plus a bonus of every row.
+
+    Like `farthest_point`, but that it starts at the row with the largest bonus and then takes in every step the one
+    with the largest sum of its bonus and its distance to the nearest pick (ReDiPrune, arXiv 2603.24680).
+
+    Parameters
+    ----------
+    x
+        (N, D): a zero row has cosine 0 to every other.
+    k
+        Number of picks.
+    bonus
+        (N,).
+
+    Returns
+    -------
+    Tensor
+        (min(k, N),) long, in the order of the picks.
+    """
+    x, inverse = with_inverse_norms(x)
+    k = min(k, x.shape[0])
+    if k == 0:
+        return torch.empty(0, dtype=torch.long, device=x.device)
+    bonus = bonus.float()
+    first = int(bonus.argmax())
+    if k * _DENSE_SHARE > x.shape[0] and 4 * x.shape[0] ** 2 <= cosines.WORKSPACE:
+        return _from_matrix(x, inverse, k, first, bonus)
+    return _from_pools(x, inverse, k, first, bonus)
+
+
+def _from_pools(x: Tensor, inverse: Tensor, k: int, taken: int, bonus: Tensor | None = None) -> Tensor:
+    """Return `k` picks from `taken` on, computing few similarities."""
+    bonus = torch.zeros_like(inverse) if bonus is None else bonus
     picks: list[int] = [taken]
     near = torch.full_like(inverse, -torch.inf)  # similarity to the nearest of the applied picks; infinite for picks
     applied = 0  # picks that `near` includes
@@ -58,20 +96,22 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
             near[rows] = torch.maximum(near[rows], similarity.amax(dim=0))
         near[recent] = torch.inf
         applied = len(picks)
-        picks.append(int(near.argmin()))  # the first of equals
+        rank = near - bonus
+        picks.append(int(rank.argmin()))  # the first of equals
         if len(picks) == k:
             break
         # One row more than the pool holds gives the bound of all rows outside.
-        least = near.topk(min(_POOL + 1, near.numel()), largest=False)
+        least = rank.topk(min(_POOL + 1, rank.numel()), largest=False)
         bound = float(least.values[-1])
         pool = least.indices[:-1].sort().values
-        pooled, scale, value = x.index_select(0, pool).float(), inverse[pool], near[pool]
+        pooled, scale, value, extra = x.index_select(0, pool).float(), inverse[pool], near[pool], bonus[pool]
         while len(picks) < k:
             taken = picks[-1]
             value = torch.maximum(value, (pooled @ x[taken].float()) * scale * inverse[taken])
             value[pool == taken] = torch.inf
-            lowest = int(value.argmin())
-            if not float(value[lowest]) < bound:  # at a tie a row outside may have the lower index
+            rank = value - extra
+            lowest = int(rank.argmin())
+            if not float(rank[lowest]) < bound:  # at a tie a row outside may have the lower index
                 break
             picks.append(int(pool[lowest]))
     return torch.tensor(picks, device=x.device)
@@ -103,8 +143,8 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
-def _from_matrix(x: Tensor, inverse: Tensor, k: int, first: int | None) -> Tensor:
-    """Return the picks of `farthest_point` from the whole similarity matrix."""
+def _from_matrix(x: Tensor, inverse: Tensor, k: int, first: int | None, bonus: Tensor | None = None) -> Tensor:
+    """Return the picks of `farthest_point`, or with a bonus the others, from the whole similarity matrix."""
     table = inverse.new_empty(x.shape[0], x.shape[0])
     for rows, block in upper_blocks(x, inverse):
         write_block(table, rows, block)
@@ -117,7 +157,7 @@ def _from_matrix(x: Tensor, inverse: Tensor, k: int, first: int | None) -> Tenso
     near = table[taken].clone()
     while len(picks) < k:
         near[taken] = torch.inf
-        taken = int(near.argmin())  # the first of equals
+        taken = int((near if bonus is None else near - bonus).argmin())  # the first of equals
         picks.append(taken)
         torch.maximum(near, table[taken], out=near)
     return torch.tensor(picks, device=x.device)

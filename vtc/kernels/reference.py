@@ -230,6 +230,18 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
+def relevant_farthest_point(x: Tensor, k: int, bonus: Tensor) -> Tensor:
+    """Pick (min(k, N),) long: from the largest bonus on, in every step the row with the largest bonus and distance."""
+    distance = 1 - cosines(x)
+    near = torch.full_like(distance[:, :1].flatten(), torch.inf)
+    picks: list[int] = []
+    while len(picks) < min(k, x.shape[0]):
+        picks.append(int((near + bonus if picks else bonus).argmax()))
+        near = torch.minimum(near, distance[picks[-1]])
+        near[picks[-1]] = -torch.inf
+    return torch.tensor(picks, dtype=torch.long, device=x.device)
+
+
 def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     """Pick (min(k, N),) long: after `first`, in every step the row with the lowest sum of similarities to the picks."""
     similarity = cosines(x)
@@ -292,6 +304,34 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
         picked[picks[-1]] = True
         covered = torch.maximum(covered, similarity[:, picks[-1]])
     return torch.tensor(picks, dtype=torch.long, device=x.device)
+
+
+def weighted_coverage(x: Tensor, k: int, demand: Tensor) -> Tensor:
+    """Pick (min(k, N),) long: greedy facility location, rows of `demand`, similarity from 0 to 1."""
+    return _covering(demand[:, None] * (1 + cosines(x)) / 2, k)
+
+
+def multimodal_coverage(
+    x: Tensor, k: int, text: Tensor, metric: Tensor, alpha: float, text_temperature: float, temperature: float
+) -> Tensor:
+    """Pick (min(k, N),) long: greedy coverage of what text and tokens look for, each a softmax over the tokens."""
+    unit = torch.nn.functional.normalize
+    looks = unit(text.float(), dim=1, eps=1e-12) @ unit(x.float(), dim=1, eps=1e-12).T / text_temperature
+    parts = [looks.softmax(dim=1) / max(1, len(text)), alpha * (cosines(metric) / temperature).softmax(dim=1) / len(x)]
+    return _covering(torch.cat(parts), k)
+
+
+def _covering(table: Tensor, k: int) -> Tensor:
+    """Pick (min(k, N),) long: in every step the column of `table` (M, N) that raises the maxima of its rows most."""
+    covered = torch.zeros_like(table[:, 0])
+    picked = torch.zeros_like(table[0], dtype=torch.bool)
+    picks: list[int] = []
+    while len(picks) < min(k, table.shape[1]):
+        gain = (table - covered[:, None]).clamp(min=0).sum(dim=0)
+        picks.append(int(gain.masked_fill_(picked, -torch.inf).argmax()))
+        picked[picks[-1]] = True
+        covered = torch.maximum(covered, table[:, picks[-1]])
+    return torch.tensor(picks, dtype=torch.long, device=table.device)
 
 
 def bipartite_merge(metric: Tensor, r: int, order: str = "original", first: int = 0) -> tuple[Tensor, Tensor]:

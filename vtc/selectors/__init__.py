@@ -10,6 +10,7 @@ from .cdpruner import CdPrunerSelector
 from .dart import DartSelector
 from .divprune import DivPruneSelector
 from .dycoke import DyCokeSelector
+from .eadp import EadpSelector
 from .evs import EvsSelector
 from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
@@ -18,11 +19,13 @@ from .flowcut import FlowCutSelector
 from .hiprune import HiPruneSelector
 from .holitom import HoliTomSelector
 from .holov import HoloVSelector
+from .mmtok import MmTokSelector
 from .pixelprune import PixelPruneSelector
 from .pool import PoolSelector
 from .prumerge import PruMergePlusSelector, PruMergeSelector
 from .prunevid import PruneVidSelector
 from .random import RandomSelector
+from .rediprune import ReDiPruneSelector
 from .scope import ScopeSelector
 from .todre import ToDreSelector
 from .tome import ToMeSelector
@@ -43,6 +46,7 @@ __all__ = [
     "DartSelector",
     "DivPruneSelector",
     "DyCokeSelector",
+    "EadpSelector",
     "EvsSelector",
     "FastVSelector",
     "FastVidSelector",
@@ -51,12 +55,14 @@ __all__ = [
     "HiPruneSelector",
     "HoliTomSelector",
     "HoloVSelector",
+    "MmTokSelector",
     "PixelPruneSelector",
     "PoolSelector",
     "PruMergePlusSelector",
     "PruMergeSelector",
     "PruneVidSelector",
     "RandomSelector",
+    "ReDiPruneSelector",
     "ScopeSelector",
     "ScoreSelector",
     "Selector",

@@ -18,7 +18,7 @@ from ..errors import ConfigError, InputError
 from ..registry import register_selector
 from .schedule import check_number
 
-__all__ = ["CdPrunerSelector", "quality_of", "relevance_to_text"]
+__all__ = ["CdPrunerSelector", "check_widths", "quality_of", "relevance_to_text"]
 
 
 @register_selector
@@ -89,16 +89,21 @@ def relevance_to_text(x: Tensor, text: Tensor) -> Tensor:
     InputError
         The widths differ.
     """
-    if x.shape[1] != text.shape[1]:
-        raise InputError(
-            f"text_embeds are {text.shape[1]} wide and the features {x.shape[1]}; both are to be as wide as the "
-            "language model, or both embeddings of one contrastive model."
-        )
+    check_widths(x, text)
     if not len(text):
         return x.new_zeros(len(x), dtype=torch.float32)
     normalize = torch.nn.functional.normalize
     mean = normalize(text.float(), dim=1, eps=1e-12).mean(dim=0)
     return normalize(x.float(), dim=1, eps=1e-12) @ mean
+
+
+def check_widths(x: Tensor, text: Tensor) -> None:
+    """Raise InputError unless tokens (N, D) and text (T, D) can be compared."""
+    if x.shape[1] != text.shape[1]:
+        raise InputError(
+            f"text_embeds are {text.shape[1]} wide and the features {x.shape[1]}; both are to be as wide as the "
+            "language model, or both embeddings of one contrastive model."
+        )
 
 
 def quality_of(relevance: Tensor, theta: float | None = None) -> Tensor:

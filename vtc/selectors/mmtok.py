@@ -1,0 +1,90 @@
+"""MMTok: tokens that cover what the text and what all tokens look for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .. import kernels
+from ..core.context import VisualContext
+from ..core.ranges import Float, Range
+from ..core.selection import Selection
+from ..core.selector import Selector
+from ..core.signals import PreProjector, Signal, TextEmbeds
+from ..core.sites import BeforeDecoder, Site
+from ..registry import register_selector
+from .cdpruner import check_widths
+from .schedule import check_number
+
+__all__ = ["MmTokSelector"]
+
+
+@register_selector
+@dataclass(frozen=True)
+class MmTokSelector(Selector):
+    """Keep the tokens that cover best what the text and the picture itself look for: greedy maximum coverage.
+
+    What is looked for are T + N distributions over the N tokens,
+
+        softmax_j(cosine(text_t, x_j) / text_temperature) / T,    alpha * softmax_j(cosine(z_i, z_j) / temperature) / N,
+
+    with the features x as the language model sees them and z of the tower before the projector. Each counts as far as
+    its largest entry among the kept tokens; in every step the token that raises the sum of these most is kept, the
+    lower index winning ties (`vtc.kernels.multimodal_coverage`).
+
+    As released, but that gains are computed lazily. The text is the input embeddings of the whole prompt without its
+    pictures, the system's part included. The paper's model that improves the question beforehand is not here.
+
+    Parameters
+    ----------
+    alpha
+        Weight of what the picture looks for; 0: the text alone.
+    text_temperature, temperature
+        Of the two distributions; the lower, the fewer tokens satisfy.
+
+    Raises
+    ------
+    ConfigError
+        An option is invalid.
+    InputError
+        Text and features are not equally wide, which only `vtc.select` allows.
+
+    References
+    ----------
+    "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs", arXiv 2508.18264.
+    """
+
+    name: ClassVar[str] = "mmtok"
+    paper: ClassVar[str] = "MMTok, arXiv 2508.18264"
+    requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(), PreProjector())
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
+
+    alpha: float = 0.5
+    text_temperature: float = 0.01
+    temperature: float = 0.2
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
+        """Return ranges of the weight and of the temperatures."""
+        return {
+            "alpha": Float(0.0, 2.0),
+            "text_temperature": Float(0.01, 0.2, log=True),
+            "temperature": Float(0.05, 1.0, log=True),
+        }
+
+    def __post_init__(self) -> None:
+        check_number("mmtok", "alpha", self.alpha, 0, 100)
+        check_number("mmtok", "text_temperature", self.text_temperature, 0.001, 100)
+        # Below it exp(-1 / temperature) is no float32 any more.
+        check_number("mmtok", "temperature", self.temperature, 0.02, 100)
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """Choose ``min(ctx.budget, N)`` tokens."""
+        if ctx.budget >= ctx.n:
+            return Selection.full(ctx.n, ctx.features.device)
+        text = ctx[TextEmbeds]
+        check_widths(ctx.features, text)
+        picks = kernels.multimodal_coverage(
+            ctx.features, ctx.budget, text, ctx[PreProjector], self.alpha, self.text_temperature, self.temperature
+        )
+        return Selection.from_indices(ctx.n, picks)

@@ -1,0 +1,79 @@
+"""ReDiPrune: tokens far from each other, those that resemble the text first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .. import kernels
+from ..core.context import VisualContext
+from ..core.ranges import Float, Range
+from ..core.selection import Selection
+from ..core.selector import Selector
+from ..core.signals import Signal, TextEmbeds
+from ..core.sites import BeforeDecoder, Site
+from ..registry import register_selector
+from .cdpruner import relevance_to_text
+from .schedule import check_number
+
+__all__ = ["ReDiPruneSelector"]
+
+
+@register_selector
+@dataclass(frozen=True)
+class ReDiPruneSelector(Selector):
+    """Keep tokens that resemble the text and are far from those kept already.
+
+    The first is the one most relevant to the text; then in every step the token with the largest
+
+        min over kept j of (1 - cosine(x_i, x_j)) + alpha * rel_i,
+
+    where rel_i is the mean cosine of token i to the text's tokens. The lower index wins ties.
+
+    Differences from the released code. It works on the tower's features before the projector, with one vector of the
+    question, folded by averaging where that is wider; here the projected features are compared with the input
+    embeddings of the prompt's text, as in `cdpruner`. It leaves layouts with newlines between rows uncompressed; here
+    newlines take no part. Its option `tau`, 0 by default, is left out.
+
+    Parameters
+    ----------
+    alpha
+        Weight of relevance beside the distance; 0: distance alone, after the most relevant token.
+
+    Raises
+    ------
+    ConfigError
+        `alpha` is negative or no number.
+    InputError
+        Text and features are not equally wide, which only `vtc.select` allows.
+
+    References
+    ----------
+    "ReDiPrune", arXiv 2603.24680.
+    """
+
+    name: ClassVar[str] = "rediprune"
+    paper: ClassVar[str] = "ReDiPrune, arXiv 2603.24680"
+    requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(),)
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
+
+    alpha: float = 0.5
+
+    @classmethod
+    def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
+        """Return the range of the weight."""
+        return {"alpha": Float(0.0, 4.0)}
+
+    def __post_init__(self) -> None:
+        check_number("rediprune", "alpha", self.alpha, 0, 100)
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """Choose ``min(ctx.budget, N)`` tokens."""
+        if ctx.budget >= ctx.n:
+            return Selection.full(ctx.n, ctx.features.device)
+        relevance = relevance_to_text(ctx.features, ctx[TextEmbeds])
+        if not self.alpha:  # the most relevant all the same
+            picks = kernels.farthest_point(ctx.features, ctx.budget, int(relevance.argmax()))
+        else:
+            picks = kernels.relevant_farthest_point(ctx.features, ctx.budget, self.alpha * relevance)
+        return Selection.from_indices(ctx.n, picks)
