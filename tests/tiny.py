@@ -579,6 +579,11 @@ class Family:
     hybrid: bool = False
 
     @property
+    def any_size(self) -> bool:
+        """Whether the vision tower takes pictures of any size."""
+        return isinstance(ARCHITECTURES[self.architecture].visuals[self.modality], GridVisuals)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """Batch kinds that this family can be asked for."""
         return KINDS + (("mixed",) if len(ARCHITECTURES[self.architecture].visuals) == 2 else ())

@@ -57,6 +57,8 @@ class Method:
     """Whether it compares frames."""
     tower: bool = False
     """Whether patches leave inside the vision tower, which `test_8_towers.py` compares with masking them there."""
+    any_size: bool = False
+    """Whether the tower has to take pictures of any size."""
     by_ratio: bool = True
     """Whether every configuration is one stage that keeps its ratio of what enters it."""
     reads_text: bool = False
@@ -72,6 +74,8 @@ class Method:
         if not self.everywhere and (family.name not in REPRESENTATIVES or attention != "sdpa"):
             return False
         if self.video and family.modality != "video":
+            return False
+        if self.any_size and not family.any_size:
             return False
         if self.tower and family.name == "llava_onevision_video":  # whose features are interpolated across patches
             return False
@@ -106,6 +110,7 @@ METHODS: tuple[Method, ...] = (
     Method("random", _one("random", 0.5), drawn=True),
     Method("uniform", _one("uniform", 0.5)),
     Method("pool", _one("pool", 0.3), merges=True),
+    Method("resize", _one("resize", 0.5), any_size=True, tower=True, by_ratio=False),
     Method("uniform at decoder:2", (CompressionConfig("uniform", keep_ratio=0.5, at="decoder:2"),), decoder=True),
     Method("divprune at vision:1", (CompressionConfig("divprune", keep_ratio=0.5, at="vision:1"),), tower=True),
     Method("tome", _one("tome", 0.5), merges=True, tower=True, by_ratio=False),

@@ -156,7 +156,7 @@ def test_the_context_manager_restores_also_after_an_exception(name: str) -> None
 @torch.no_grad()
 def test_disabled_is_the_untouched_model_and_ends(name: str, method: Method) -> None:
     if not method.applies_to(tiny.family(name)):
-        pytest.skip("no [CLS] token")
+        pytest.skip("not on this family")
     model, inputs, logits = used(build(tiny.family(name)))
     with method.on(model):
         packed = model(**inputs).logits

@@ -40,7 +40,7 @@ def test_every_setting_is_measured_beside_the_uncompressed_model(
     before = set(case.model.__dict__), set(case.model.model.__dict__)
     found = quiet(case, rows, agreement=0.5)
     assert {(each.stages[0].method, each.stages[0].keep_ratio) for each in found.settings} == {
-        (method, ratio) for method in ("random", "uniform", "divprune") for ratio in (0.5, 0.25)
+        (method, ratio) for method in ("random", "uniform", "pool", "divprune") for ratio in (0.5, 0.25)
     }
     speeds = [each.speed_up for each in found.settings]
     assert speeds == sorted(speeds, reverse=True)
@@ -53,6 +53,14 @@ def test_every_setting_is_measured_beside_the_uncompressed_model(
     assert quarter.kl > 0
     assert found.prompts == 2
     assert (set(case.model.__dict__), set(case.model.model.__dict__)) == before
+
+
+def test_a_smaller_picture_comes_along_where_the_tower_takes_one() -> None:
+    case = tiny.build("qwen2_5_vl")
+    found = quiet(case, [case.batch("single")], keep_ratios=[0.5], rounds=1)
+    assert {each.stages[0].method for each in found.settings} == {"random", "uniform", "resize", "divprune"}
+    (smaller,) = (each for each in found.settings if each.stages[0].method == "resize")
+    assert smaller.tokens < 0.6 * found.visual
 
 
 def test_agreement_is_with_the_uncompressed_answer(
@@ -225,7 +233,7 @@ def test_the_command_advises_and_writes_the_setting(tmp_path: Path, capsys: pyte
     assert (status == 0) == output.exists() == ("vtc.compress(model" in printed)
     if status == 0:
         (only,) = vtc.load_stages(output)
-        assert only.method in ("divprune", "random", "uniform")
+        assert only.method in ("divprune", "random", "uniform", "pool")
 
     assert main(["advise", str(tmp_path / "nothing.jsonl")]) == 2
     assert main([*command, "--agreement", "2"]) == 2

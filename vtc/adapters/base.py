@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -87,6 +87,8 @@ class Adapter(ABC):
     multi_axis_positions: ClassVar[bool] = False
     #: Why decoder stages are refused, if they are.
     decoder_stages_refused: ClassVar[str | None] = None
+    #: Why the tower cannot be given smaller pictures, if it cannot.
+    resampling_refused: ClassVar[str | None] = "its tower takes pictures of one size"
     #: The outer model builds 4-D masks with bidirectional image blocks.
     builds_masks: ClassVar[bool] = False
     #: What the views of an image show: the image itself; a thumbnail and one large unpadded grid; tiles in raster order
@@ -250,6 +252,31 @@ class Adapter(ABC):
         config: Any = self.tower(modality).config
         size = config.patch_size
         return list(pixels), tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+    def token_grids(self, modality: str, call: Mapping[str, Any]) -> list[Grid]:
+        """Return the grid of tokens of every image or video of the call, where the tower takes pictures of any size."""
+        raise NotImplementedError
+
+    def resampled(
+        self, modality: str, call: Mapping[str, Any], sizes: Sequence[tuple[torch.Tensor, int, int]]
+    ) -> dict[str, Any]:
+        """Return the call's arguments with smaller pictures, where the tower takes pictures of any size.
+
+        Parameters
+        ----------
+        modality, call
+            As in `layout`.
+        sizes : sequence of (LongTensor (t,), int, int)
+            Of every image or video the steps of time that stay, and the rows and columns of tokens that it is to have.
+        """
+        raise NotImplementedError
+
+    def tower_sequences(self, modality: str, call: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return for every tower layer the lengths of the sequences that attention is computed in.
+
+        Only where the tower takes pictures of any size.
+        """
+        raise NotImplementedError
 
     def blocks(self, call: Mapping[str, Any]) -> torch.Tensor | None:
         """Number the tokens that see each other in both directions, where the family `builds_masks`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class QwenVLAdapter(Adapter):
 
     modalities = ("image", "video")
     multi_axis_positions = True
+    resampling_refused = None
 
     def tower(self, modality: str) -> nn.Module:
         return self.base.visual
@@ -26,9 +27,12 @@ class QwenVLAdapter(Adapter):
     def _grids(self, modality: str, call: Mapping[str, Any]) -> torch.Tensor:
         return call[f"{modality}_grid_thw"]
 
-    def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
+    def token_grids(self, modality: str, call: Mapping[str, Any]) -> list[Grid]:
         merge = self.base.visual.spatial_merge_size
-        grids = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in self._grids(modality, call)]
+        return [(t, h // merge, w // merge) for t, h, w in self._grids(modality, call).tolist()]
+
+    def layout(self, modality: str, call: Mapping[str, Any], output: Any) -> Layout:
+        grids = self.token_grids(modality, call)
         lengths = [t * h * w for t, h, w in grids]
         structural = torch.zeros(sum(lengths), dtype=torch.bool, device=rows_of(output).device)
         return Layout(lengths, [(grid,) for grid in grids], structural)
@@ -37,14 +41,13 @@ class QwenVLAdapter(Adapter):
         return patches.flatten(0, 1).unflatten(0, (-1, self.base.visual.spatial_merge_size**2)).mean(dim=1)
 
     def tower_units(self, modality: str, call: Mapping[str, Any], crops: int, patches: int) -> list[TowerUnit]:
-        merge = self.base.visual.spatial_merge_size
-        size = merge**2
+        size = self.base.visual.spatial_merge_size**2
         # A token is the mean of its patches, which are neighbours in the tower: their places follow from the mean.
         mean = self.patches_to_tokens(modality, call, torch.arange(patches, dtype=torch.float64)[None, :, None])
         inside = torch.arange(size)
         cells = (mean - (size - 1) / 2).round().long() + inside
         inputs = torch.arange(patches).view(-1, size)
-        grids: list[Grid] = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in self._grids(modality, call)]
+        grids = self.token_grids(modality, call)
         lengths = [t * h * w for t, h, w in grids]
         parts = zip(cells.split(lengths), inputs.split(lengths), grids, strict=True)
         return [TowerUnit(0, tower, given, grid) for tower, given, grid in parts]
@@ -62,6 +65,32 @@ class QwenVLAdapter(Adapter):
         """Take `pixels` as rows (M, C * P), one image after the other."""
         return list(pixels.unflatten(1, (3, -1)).split(self._grids(modality, call).prod(dim=1).tolist())), None
 
+    def resampled(
+        self, modality: str, call: Mapping[str, Any], sizes: Sequence[tuple[torch.Tensor, int, int]]
+    ) -> dict[str, Any]:
+        """Take pictures apart into pixels, resample these as the family's processor does, and cut them into patches."""
+        pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
+        config = self.base.visual.config
+        merge, edge, joined = self.base.visual.spatial_merge_size, config.patch_size, config.temporal_patch_size
+        grids = self._grids(modality, call)
+        parts = []
+        for part, grid, (steps, rows, columns) in zip(
+            call[pixels].split(grids.prod(dim=1).tolist()), grids.tolist(), sizes, strict=True
+        ):
+            smaller = (len(steps), rows * merge, columns * merge)
+            if smaller != tuple(grid):
+                frames = frames_of_patches(part, grid, merge, edge, joined)[steps.to(part.device)]
+                resized = resample_frames(frames.flatten(0, 1), (smaller[1] * edge, smaller[2] * edge))
+                part = patches_of_frames(resized.unflatten(0, frames.shape[:2]), merge, edge)
+            parts.append(part)
+        table = [(len(steps), rows * merge, columns * merge) for steps, rows, columns in sizes]
+        return {pixels: torch.cat(parts), f"{modality}_grid_thw": grids.new_tensor(table)}
+
+    def tower_sequences(self, modality: str, call: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Compute attention in single frames."""
+        t, h, w = self._grids(modality, call).unbind(dim=1)
+        return [(h * w).repeat_interleave(t)] * len(self.base.visual.blocks)
+
 
 @register_adapter("qwen2_5_vl")
 class Qwen2_5VLAdapter(QwenVLAdapter):
@@ -70,17 +99,26 @@ class Qwen2_5VLAdapter(QwenVLAdapter):
     lmms_eval = ("qwen2_5_vl", "simple.qwen2_5_vl.Qwen2_5_VL", "chat.qwen2_5_vl.Qwen2_5_VL")
 
     def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
+        units = super().patches_to_tokens(modality, call, patches)
+        return units[self._windows(modality, call)[0].argsort().to(units.device)]
+
+    def tower_sequences(self, modality: str, call: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Compute attention in windows, but in a few layers in whole frames."""
+        frames, windows = super().tower_sequences(modality, call), self._windows(modality, call)[1].diff()
+        whole = self.base.visual.fullatt_block_indexes
+        return [each if layer in whole else windows for layer, each in enumerate(frames)]
+
+    def _windows(self, modality: str, call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the order of the cells in the tower, and the borders of its windows, in patches."""
         from transformers.vision_utils import get_vision_window_index
 
         visual = self.base.visual
-        order, _ = get_vision_window_index(
+        return get_vision_window_index(
             self._grids(modality, call),
             spatial_merge_size=visual.spatial_merge_size,
             window_size=visual.window_size,
             patch_size=visual.patch_size,
         )
-        units = super().patches_to_tokens(modality, call, patches)
-        return units[order.argsort().to(units.device)]
 
 
 @register_adapter("qwen3_5")
@@ -90,3 +128,42 @@ class Qwen3_5Adapter(QwenVLAdapter):
     decoder_stages_refused = (
         "three of four decoder layers are recurrent: what they have read of a token cannot be taken back later"
     )
+
+
+def frames_of_patches(patches: torch.Tensor, grid: Sequence[int], merge: int, edge: int, joined: int) -> torch.Tensor:
+    """Put patches together again.
+
+    Parameters
+    ----------
+    patches : Tensor (t * h * w, C * joined * edge * edge)
+        As the processor cuts them: cells of merge x merge patches in raster order.
+    grid : (t, h, w)
+        Of the patches.
+    merge : int
+        Patches along the edge of a cell.
+    edge : int
+        Pixels along the edge of a patch.
+    joined : int
+        Frames that a patch reaches over.
+
+    Returns
+    -------
+    Tensor (t, joined, C, h * edge, w * edge)
+    """
+    t, h, w = grid
+    cells = patches.view(t, h // merge, w // merge, merge, merge, -1, joined, edge, edge)
+    return cells.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t, joined, -1, h * edge, w * edge)
+
+
+def patches_of_frames(frames: torch.Tensor, merge: int, edge: int) -> torch.Tensor:
+    """Undo `frames_of_patches`."""
+    t, joined, channels, height, width = frames.shape
+    cell = merge * edge
+    cells = frames.reshape(t, joined, channels, height // cell, merge, edge, width // cell, merge, edge)
+    return cells.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * joined * edge**2)
+
+
+def resample_frames(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resample frames (F, C, H, W) to a size, as Qwen2-VL's processor does: bicubic, with antialiasing."""
+    wide = frames if frames.dtype == torch.float64 else frames.float()
+    return nn.functional.interpolate(wide, size=size, mode="bicubic", antialias=True).to(frames.dtype)

@@ -20,4 +20,4 @@ class Action(str, enum.Enum):
     """Remove entries from key-value caches, per layer and optionally per head."""
 
     RESAMPLE = "resample"
-    """Replace N tokens by the outputs of a module."""
+    """Replace a picture that yields N tokens by a smaller one that yields K, a grid of its own."""

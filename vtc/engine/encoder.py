@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter, Layout, rows_of
+from vtc.core.grids import Grid
 from vtc.core.observations import Observation, PatchPixels, TokenGrids, VisionAttention, VisionHidden
 from vtc.core.signals import Signal, VisionSignal
 from vtc.core.sites import Site
@@ -26,6 +27,7 @@ from vtc.engine.hooks import Hooks
 from vtc.engine.in_tower import TowerPass, refuse_checkpointing
 from vtc.engine.plan import Plan, PlannedStage, tower_layer
 from vtc.engine.recorder import UNSEEN, masking, recording
+from vtc.engine.resample import resample
 from vtc.engine.shared import first_row, for_rows, output_for_rows
 from vtc.engine.watch import (
     ENCODING,
@@ -63,6 +65,8 @@ class Encoded:
         Milliseconds that methods took at each site in the tower.
     tower_flops
         FLOPs of the tower's layers with all patches, and with those that were left; None if none can leave.
+    resampled
+        Grids that the tokens of images or videos form, where pictures were made smaller before the tower.
     """
 
     modality: str
@@ -72,6 +76,7 @@ class Encoded:
     survivors: dict[Site, torch.Tensor] = field(default_factory=dict)
     spent: dict[Site, float] = field(default_factory=dict)
     tower_flops: tuple[int, int] | None = None
+    resampled: list[Grid] | None = None
 
 
 _Place = tuple[type[Observation], int]
@@ -222,7 +227,11 @@ class Encoder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, Encoded]:
-        call = self._arguments(modality, original, args, kwargs)
+        whole = call = self._arguments(modality, original, args, kwargs)
+        smaller = None
+        if self.plan.resampling is not None:
+            smaller = resample(self.adapter, self.plan.resampling, modality, call)
+            args, kwargs, call = (), smaller.call, smaller.call
         signals = [signal for signal in self.plan.token_signals if signal.wanted_of(modality)]
         layers = self._layers(modality, call, signals)
         run, found = self._run(memory, modality, call, layers, signals, original, args, kwargs)
@@ -247,7 +256,12 @@ class Encoder:
         encoded = Encoded(modality, rows_of(run.output).detach(), layout, known, survivors)
         if run.tower is not None:
             encoded.spent, encoded.tower_flops = run.tower.spent, self._tower_flops(modality, run.tower)
-        return run.output, encoded
+        if smaller is None:
+            return run.output, encoded
+        left = self._flops_of(modality, call) if encoded.tower_flops is None else encoded.tower_flops[1]
+        encoded.tower_flops = self._flops_of(modality, whole), left
+        output = smaller.output(run.output)
+        return output, smaller.encoded(encoded, output)
 
     def _arguments(self, modality: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if modality not in self._signatures:
@@ -282,7 +296,7 @@ class Encoder:
         kwargs: dict[str, Any],
     ) -> tuple[_Run, dict[tuple[Signal, int], list[torch.Tensor]]]:
         """Run the encoder, or remember that it ran, and compute the signals of every layer as its values pass."""
-        if self.plan.in_tower:  # what leaves the tower is of this plan alone
+        if self.plan.changes_encoder:  # what leaves the tower is of this plan alone
             memory = None
         known = None if memory is None else memory.runs.get(modality)
         missing = [signal for signal in signals if known is None or signal not in known.values]
@@ -372,6 +386,14 @@ class Encoder:
             *([block_flops(blocks[layer], *load) for load in pair] for layer, pair in loads), strict=True
         )
         return sum(before), sum(after)
+
+    def _flops_of(self, modality: str, call: Mapping[str, Any]) -> int:
+        """Return the FLOPs of the tower's layers on the pictures of a call."""
+        sequences = self.adapter.tower_sequences(modality, call)
+        loads = [(int(lengths.sum()), int((lengths.long() ** 2).sum())) for lengths in sequences]
+        return sum(
+            block_flops(block, *load) for block, load in zip(self.adapter.tower_blocks(modality), loads, strict=True)
+        )
 
     def _stages(self) -> list[PlannedStage]:
         """Stages inside the tower."""

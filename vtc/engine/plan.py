@@ -14,7 +14,7 @@ from vtc.adapters.base import Adapter
 from vtc.budget import resolve_budget
 from vtc.config import CompressionConfig
 from vtc.core.actions import Action
-from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText
+from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText, TokenGrids
 from vtc.core.selector import Selector
 from vtc.core.signals import ClsAttention, Signal, VisionSignal
 from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
@@ -26,7 +26,7 @@ from vtc.registry import get_selector
 __all__ = ["Plan", "PlannedStage", "make_plan", "no_merging_with_flash", "shape_of", "tower_layer"]
 
 ACTIONS: dict[type[Site], frozenset[Action]] = {
-    Pixels: frozenset({Action.KEEP}),
+    Pixels: frozenset({Action.KEEP, Action.RESAMPLE}),
     VisionLayer: frozenset({Action.KEEP, Action.MERGE}),
     BeforeDecoder: frozenset({Action.KEEP, Action.MERGE}),
     DecoderLayer: frozenset({Action.KEEP}),
@@ -88,13 +88,23 @@ class Plan:
 
     @cached_property
     def in_tower(self) -> dict[int, tuple[PlannedStage, ...]]:
-        """Tower layer to the stages on entering it; those at the pixels come before layer 0."""
+        """Tower layer to the stages on entering it; patches that leave at the pixels do so before layer 0."""
         stages: dict[int, tuple[PlannedStage, ...]] = {}
         for stage in self.stages:
-            if isinstance(stage.site, (Pixels, VisionLayer)):
+            if isinstance(stage.site, (Pixels, VisionLayer)) and stage.stage.action is not Action.RESAMPLE:
                 layer = tower_layer(stage.site)
                 stages[layer] = (*stages.get(layer, ()), stage)
         return stages
+
+    @cached_property
+    def resampling(self) -> PlannedStage | None:
+        """The stage that makes pictures smaller before they enter the tower, if there is one."""
+        return next((stage for stage in self.stages if stage.stage.action is Action.RESAMPLE), None)
+
+    @property
+    def changes_encoder(self) -> bool:
+        """Whether the encoder gives something else than that of the uncompressed model."""
+        return bool(self.in_tower) or self.resampling is not None
 
     @cached_property
     def before_decoder(self) -> tuple[PlannedStage, ...]:
@@ -228,6 +238,8 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
             why = f"it tells the patches of a token apart, which become one before {str(stage.site)!r}"
         if settled and tower and isinstance(signal, VisionSignal) and not tower_layer(stage.site):
             why = f"no layer of the tower has run at {str(stage.site)!r}"
+        if settled and stage.action is Action.RESAMPLE and signal.reads is not TokenGrids:
+            why = "the size of a picture is chosen by its grid alone"
         if why is not None:
             options = [text for needed, text in selector.instead.items() if isinstance(signal, needed)]
             instead = f"try {options[0]}, or see" if options else "see"
@@ -270,7 +282,12 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
             + ("slides windows over its caches" if windows else "lets images see each other in both directions")
             + ", where entries cannot be evicted exactly; use 'decoder' or 'decoder:K'"
         )
-    if isinstance(site, (Pixels, VisionLayer)):
+    if stage.action is Action.RESAMPLE and adapter.resampling_refused:
+        raise UnsupportedMethodError(
+            f"{selector.name} makes pictures smaller, which {kind} cannot take: {adapter.resampling_refused}; try "
+            "pool, which averages tokens, or see vtc.list_methods(model) for what works on this model"
+        )
+    if isinstance(site, (Pixels, VisionLayer)) and stage.action is not Action.RESAMPLE:
         for modality in adapter.modalities:
             last = adapter.feature_layer(modality, {})
             adapter.tower_blocks(modality)
@@ -305,3 +322,5 @@ def _check_order(stages: Sequence[PlannedStage]) -> None:
         raise ConfigError(
             f"stages must come in the order in which tokens meet them, one per decoder layer; got {sites}"
         )
+    if any(stage.stage.action is Action.RESAMPLE for stage in stages[1:]):
+        raise ConfigError("pictures are made smaller once, before any of their patches leave: give that stage first")

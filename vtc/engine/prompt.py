@@ -6,6 +6,7 @@ no cache. Decisions are therefore made once per prompt and looked up afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,8 @@ class Segment:
         (K,) scorable tokens that no stage has dropped so far, as indices within the segment.
     survivors
         (n,) bool: tokens that were left behind each site in the tower.
+    resampled
+        The grid that those left at the pixels form, where the picture was made smaller there.
     encoded
         `kept` as it was when the tower had run.
     other_visuals
@@ -69,6 +72,7 @@ class Segment:
     signals: dict[Signal, torch.Tensor]
     kept: torch.Tensor
     survivors: dict[Site, torch.Tensor] = field(default_factory=dict)
+    resampled: Grid | None = None
     encoded: torch.Tensor = field(init=False)
     other_visuals: int = 0
     merged: bool = False
@@ -98,7 +102,9 @@ class Segment:
             self.selections.append((site, Selection(len(left), keep)))
             if len(keep) == len(left):
                 continue
-            self.kept, self.grids = self.kept[keep], ((1, 1, len(keep)),)
+            grid = (1, 1, len(keep)) if self.resampled is None else self.resampled
+            self.kept = self.kept[keep]
+            self.grids = (grid if math.prod(grid) == len(keep) else (1, 1, len(keep)),)
             self.features = self.features[keep.to(self.features.device)]
             self.signals = {signal: value[keep.to(value.device)] for signal, value in self.signals.items()}
         self.encoded = self.kept
@@ -290,6 +296,7 @@ def _cut(where: torch.Tensor, encoded: Encoded) -> Iterator[Segment]:
                 signals={signal: value[rows][scorable] for signal, value in encoded.signals.items()},
                 kept=scorable.to(columns.device),
                 survivors=survivors,
+                resampled=None if encoded.resampled is None else encoded.resampled[part - 1],
             )
             columns, start = columns[length:], start + length
 

@@ -72,4 +72,5 @@ def for_rows(output: Any, encoded: Encoded, rows: int) -> tuple[Any, Encoded]:
         ),
         signals={signal: torch.cat([values] * rows) for signal, values in encoded.signals.items()},
         survivors={site: left.repeat(rows) for site, left in encoded.survivors.items()},
+        resampled=None if encoded.resampled is None else encoded.resampled * rows,
     )

@@ -26,6 +26,7 @@ from .prumerge import PruMergePlusSelector, PruMergeSelector
 from .prunevid import PruneVidSelector
 from .random import RandomSelector
 from .rediprune import ReDiPruneSelector
+from .resize import ResizeSelector
 from .scope import ScopeSelector
 from .todre import ToDreSelector
 from .tome import ToMeSelector
@@ -63,6 +64,7 @@ __all__ = [
     "PruneVidSelector",
     "RandomSelector",
     "ReDiPruneSelector",
+    "ResizeSelector",
     "ScopeSelector",
     "ScoreSelector",
     "Selector",

@@ -41,7 +41,6 @@ from vtc.tuning.samples import as_found, prompts
 
 __all__ = ["Advice", "AdvisedSetting", "advise"]
 
-_BASELINES = ("random", "uniform")
 _TOWER_SHARES = (0.5, 0.25)
 """What a stage at a third of the tower's depth leaves, in the settings that are tried beside the methods."""
 
@@ -223,7 +222,8 @@ def advise(
     agreement : float
         In (0, 1]: the share of prompts whose answer must stay the same, token for token.
     methods : sequence of str, optional
-        All that the model can run unless given. "random" and "uniform" come along.
+        All that the model can run unless given. The baselines come along: "random", "uniform", and a smaller picture,
+        which is "resize", or "pool" where the tower takes pictures of one size.
     settings : sequence of str, optional
         Stages in the notation of `compress`, such as "divprune@vision:8=0.5+vtc=0.25", tried beside the methods. With
         neither these nor methods: half and a quarter of the patches from a third of the tower's depth on, then "vtc".
@@ -268,6 +268,7 @@ class _Tried:
     visual: int
     whole: tuple[float, ...]
     seconds: tuple[float, ...]
+    in_front: bool = False  # tokens leave in front of the decoder
 
     @property
     def dropped(self) -> float:
@@ -295,26 +296,26 @@ class _Measured:
             kl = float((whole_logp.exp() * (whole_logp - logp)).nan_to_num(0.0).sum())
             if not report.visual_tokens_before:
                 raise InputError("a sample has no visual tokens, so there is nothing to compress in it")
-            answers[stages] = text == whole, max(0.0, kl), report.average_visual_tokens, report.visual_tokens_before
+            in_front = any(isinstance(site, (Pixels, VisionLayer)) for site, _, _ in report.sites)
+            kept = report.average_visual_tokens, report.visual_tokens_before
+            answers[stages] = (text == whole, max(0.0, kl), *kept), in_front
         run = partial(_first_token, model, prompt)
         cases = {_ALL: Case(run)}
         cases |= {
             str(number): Case(run, partial(api.compressed, model, stages)) for number, stages in enumerate(answers)
         }
         times = interleave(cases, repeats=rounds, warmup=0)
-        for number, (stages, answered) in enumerate(answers.items()):
+        for number, (stages, (answered, in_front)) in enumerate(answers.items()):
             self.tried[stages].append(
-                _Tried(*answered, times[_ALL]["ttft"].seconds, times[str(number)]["ttft"].seconds)
+                _Tried(*answered, times[_ALL]["ttft"].seconds, times[str(number)]["ttft"].seconds, in_front)
             )
 
     def advice(self, level: float, left_out: Mapping[str, str]) -> Advice:
         slope, overheads = self._saving()
-        settings = tuple(
-            sorted(
-                (self._setting(stages, tried, overheads.get(_line(stages))) for stages, tried in self.tried.items()),
-                key=lambda each: -each.speed_up,
-            )
-        )
+        found = [
+            self._setting(stages, tried, overheads.get(_line(stages, tried))) for stages, tried in self.tried.items()
+        ]
+        settings = tuple(sorted(found, key=lambda each: -each.speed_up))
         good = [each for each in settings if each.agreement >= level and each.speed_up > 1]
         chosen = good[0] if good else None
         about = chosen or settings[0]
@@ -353,7 +354,7 @@ class _Measured:
         """Fit s, and c by method; nothing where no method dropped two different numbers of tokens."""
         points: dict[str, list[tuple[float, float]]] = {}
         for stages, tried in self.tried.items():
-            if (line := _line(stages)) is not None:
+            if (line := _line(stages, tried)) is not None:
                 points.setdefault(line, []).extend((each.dropped, each.saving) for each in tried)
         means = {m: [statistics.fmean(axis) for axis in zip(*pairs, strict=True)] for m, pairs in points.items()}
         centred = [(d - means[m][0], saved - means[m][1]) for m, pairs in points.items() for d, saved in pairs]
@@ -378,10 +379,9 @@ def _check(agreement: Any, keep_ratios: Sequence[float], max_new_tokens: int, ro
     check_count("rounds", rounds, MAX_ROUNDS)
 
 
-def _line(stages: Stages) -> str | None:
+def _line(stages: Stages, tried: Sequence[_Tried]) -> str | None:
     """Return the method whose overhead a setting tells of; None where tokens leave in front of the decoder as well."""
-    inside = any(isinstance(config.site, (Pixels, VisionLayer)) for config in stages)
-    return None if inside or len(stages) > 1 else stages[0].method
+    return None if len(stages) > 1 or any(each.in_front for each in tried) else stages[0].method
 
 
 def _settings(
@@ -412,7 +412,8 @@ def _settings(
                 raise
             left_out[name] = str(error)
 
-    for name in dict.fromkeys([*_BASELINES, *(api.list_methods() if methods is None else methods)]):
+    baselines = ("random", "uniform", "pool" if adapter.resampling_refused else "resize")
+    for name in dict.fromkeys([*baselines, *(api.list_methods() if methods is None else methods)]):
         add(name, [[CompressionConfig(name, keep_ratio=ratio)] for ratio in ratios], methods is not None)
     for text in settings or ():
         add(text, [parse_stages(text)], True)

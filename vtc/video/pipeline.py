@@ -122,7 +122,7 @@ class VideoQAPipeline:
                     f"{method} must see the whole video at once, so it cannot be given budgets per frame or window; "
                     "use keep_ratio or keep_tokens"
                 )
-            if engine.plan.in_tower and self.budget.keep_ratio is None:
+            if engine.plan.changes_encoder and self.budget.keep_ratio is None:
                 raise UnsupportedMethodError(
                     f"{method} at {self.config.at!r} chooses in every frame, or window of frames, by itself, so "
                     "that it cannot be given a number of tokens; use keep_ratio"

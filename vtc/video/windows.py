@@ -274,6 +274,7 @@ def _select(engine: Engine, output: Any, budget: VideoBudget, share: int | None,
             features[place],
             {signal: value[place] for signal, value in signals.items()},
             {site: left[place] for site, left in survivors.items()},
+            encoded.resampled[0] if encoded.resampled is not None and step == len(scorable) else None,
             (step // (h * w), h, w),
             int(structural.sum()),
             share,
@@ -299,6 +300,7 @@ def _choose(
     features: torch.Tensor,
     signals: dict[Signal, torch.Tensor],
     survivors: dict[Site, torch.Tensor],
+    resampled: Grid | None,
     grid: Grid,
     structural: int,
     share: int | None,
@@ -318,6 +320,7 @@ def _choose(
         signals=signals,
         kept=torch.arange(n, device=features.device),
         survivors=survivors,
+        resampled=resampled,
     )
     segment.add_grid_signals(engine.plan.signals)
     segment.leave_tower()
