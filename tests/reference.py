@@ -137,17 +137,18 @@ def keep_masks(model: Any, inputs: Inputs, report: Any) -> dict[int, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """Tokens of one row that are averages of others when they come to the language model."""
+    """Tokens of one row that are averages of others when they come to the language model, or to one of its layers."""
 
     row: int
     columns: Tensor
-    """(N,) scorable columns of the segment."""
+    """(N,) columns of the scorable tokens of the segment that are left there."""
     selection: Any
     """Over those, with `assign`."""
+    stage: int = BEFORE_LM
 
 
 def merges(model: Any, inputs: Inputs, report: Any) -> list[Merge]:
-    """What merging methods did before the language model."""
+    """What merging methods did before the language model and inside it."""
     found: list[Merge] = []
     if not any(selection.assign is not None for s in report.segments for _, selection in s.selections):
         return found
@@ -158,35 +159,53 @@ def merges(model: Any, inputs: Inputs, report: Any) -> list[Merge]:
         start = taken.get((segment.row, segment.modality), 0)
         taken[segment.row, segment.modality] = start + segment.tokens_before
         columns = columns[start : start + segment.tokens_before]
+        left = columns[~structural[segment.row, columns]]
         before = [selection for site, selection in segment.selections if stage_of(site) == BEFORE_LM]
-        whole = before[0]
-        for selection in before[1:]:
-            whole = whole.then(selection)
-        found.append(Merge(segment.row, columns[~structural[segment.row, columns]], whole))
+        if before:
+            whole = before[0]
+            for selection in before[1:]:
+                whole = whole.then(selection)
+            found.append(Merge(segment.row, left, whole))
+            left = left[whole.keep]
+        for site, selection in segment.selections:
+            if stage_of(site) != BEFORE_LM:
+                if selection.assign is not None:
+                    found.append(Merge(segment.row, left, selection, stage_of(site)))
+                left = left[selection.keep]
     return found
 
 
 @contextlib.contextmanager
-def merged_before(model: Any, plan: Sequence[Merge]) -> Iterator[None]:
-    """Replace embeddings by the averages that stand for them, in forwards that bring the whole prompt."""
+def merging(model: Any, plan: Sequence[Merge], rows: int) -> Iterator[None]:
+    """Replace embeddings, or what enters a layer, by averages, in forwards that bring the whole prompt of `rows`."""
+    longest = max((int(merge.columns.max()) for merge in plan), default=0)
 
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        embeds = kwargs["inputs_embeds"]
-        if embeds.shape[1] <= max(int(merge.columns.max()) for merge in plan):
-            return args, kwargs
-        repeats = len(embeds) // (1 + max(merge.row for merge in plan))
-        embeds = embeds.clone()
-        for merge in plan:
-            for row in range(merge.row * repeats, (merge.row + 1) * repeats):
-                values = merge.selection.merge(embeds[row, merge.columns])
-                embeds[row, merge.columns[merge.selection.keep]] = values
-        return args, {**kwargs, "inputs_embeds": embeds}
+    def hook(some: Sequence[Merge]) -> Any:
+        def replace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            values = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
+            if values.shape[1] <= longest:
+                return args, kwargs
+            repeats, merged = len(values) // rows, values.clone()
+            for merge in some:
+                for row in range(merge.row * repeats, (merge.row + 1) * repeats):
+                    means = merge.selection.merge(values[row, merge.columns])
+                    merged[row, merge.columns[merge.selection.keep]] = means
+            if "inputs_embeds" in kwargs:
+                return args, {**kwargs, "inputs_embeds": merged}
+            return (merged, *args[1:]), kwargs
 
-    handle = text_model(model).register_forward_pre_hook(hook, with_kwargs=True) if plan else None
+        return replace
+
+    text = text_model(model)
+    handles = []
     try:
+        for stage in {merge.stage for merge in plan}:
+            module = text if stage == BEFORE_LM else text.layers[stage]
+            some = [merge for merge in plan if merge.stage == stage]
+            handles.append(module.register_forward_pre_hook(hook(some), with_kwargs=True))
         yield
     finally:
-        if handle is not None:
+        for handle in handles:
             handle.remove()
 
 
@@ -292,7 +311,8 @@ class Reference:
     def masked(self) -> Iterator[None]:
         """While entered, the model also hides what decoder stages dropped, and sees merged tokens as merged."""
         inside = {layer: keep for layer, keep in self.keep.items() if layer != BEFORE_LM}
-        with hidden_from_layer(self.model, inside), merged_before(self.model, self.merges):
+        rows = len(self.inputs["input_ids"])
+        with hidden_from_layer(self.model, inside), merging(self.model, self.merges, rows):
             yield
 
     def prefill(self, **kwargs: Any) -> Any:

@@ -87,7 +87,7 @@ def test_the_site_that_does_not_work_yet_is_refused(method: str) -> None:
         ("fastv", {}, "decoder", vtc.UnsupportedMethodError, "fastv cannot work at 'decoder'; it can at: decoder:K"),
         ("todre", {}, "decoder:2", vtc.UnsupportedMethodError, "todre .* places of its own .decoder, decoder:3"),
         ("atp", {}, "decoder", vtc.UnsupportedMethodError, "atp cannot be placed at 'decoder'"),
-        ("aim", {"prune": False}, "decoder:2", vtc.UnsupportedMethodError, "aim would merge tokens at 'decoder:2'"),
+        ("aim", {"prune": False}, "decoder:2", vtc.UnsupportedMethodError, "aim cannot work at 'decoder:2'"),
     ],
 )
 def test_impossible_places_are_refused_before_the_model_is_touched(

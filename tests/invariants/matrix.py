@@ -110,6 +110,13 @@ METHODS: tuple[Method, ...] = (
     Method("random", _one("random", 0.5), drawn=True),
     Method("uniform", _one("uniform", 0.5)),
     Method("pool", _one("pool", 0.3), merges=True),
+    Method(
+        "pool at decoder:2",
+        (CompressionConfig("pool", keep_ratio=0.4, at="decoder:2"),),
+        decoder=True,
+        merges=True,
+        everywhere=False,
+    ),
     Method("resize", _one("resize", 0.5), any_size=True, tower=True, by_ratio=False),
     Method("uniform at decoder:2", (CompressionConfig("uniform", keep_ratio=0.5, at="decoder:2"),), decoder=True),
     Method("divprune at vision:1", (CompressionConfig("divprune", keep_ratio=0.5, at="vision:1"),), tower=True),

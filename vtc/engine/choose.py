@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from vtc.core.actions import Action
 from vtc.core.context import VisualContext
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
@@ -61,7 +62,8 @@ def choose(
         began = time.perf_counter()
         selection = stage.selector.select(context.check())
         spent = 1e3 * (time.perf_counter() - began)
-    if selection.assign is not None and not isinstance(stage.site, BeforeDecoder):
+    merges = isinstance(stage.site, BeforeDecoder) or stage.stage.action is Action.MERGE
+    if selection.assign is not None and not merges:
         raise UnsupportedMethodError(
             f"{stage.selector.name} merged tokens at {str(stage.site)!r} though its stage declares {stage.stage.action}"
         )

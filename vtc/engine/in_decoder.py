@@ -1,18 +1,20 @@
 """Inside the language model: on entering a layer its stage chooses, and hidden states and rotary tables become shorter.
 
-A stage at layer k may read the attention of layer k - 1, which is recorded while that layer runs. Layers behind a stage
-get masks and rotary tables of their own.
+A stage at layer k may read the attention of layer k - 1, which is recorded while that layer runs. One that merges gives
+the tokens that stay weighted sums of hidden states; their positions stay. Layers behind a stage get masks and rotary
+tables of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vtc import kernels
 from vtc.core.observations import DecoderAttention, DecoderHidden
+from vtc.core.selection import Selection
 from vtc.core.signals import Signal
 from vtc.core.sites import DecoderLayer
 from vtc.engine.before_decoder import require_whole_prompt
@@ -66,11 +68,12 @@ def _prune(
     prompt: Prompt,
     hidden: torch.Tensor,
 ) -> torch.Tensor:
-    """Return hidden states (B, T, D) without the tokens that the stage on entering `layer` drops."""
-    known = dict(forward.layer_plans).get(layer)
-    if known is not None:  # gradient checkpointing runs a layer again
-        return known.take(hidden)
+    """Return hidden states (B, T, D) without the tokens that the stage on entering `layer` drops or merges away."""
     site = DecoderLayer(layer)
+    if layer in forward.layer_merges:  # gradient checkpointing runs a layer again
+        hidden = _merged(forward.layer_merges[layer], hidden)
+        known = dict(forward.layer_plans).get(layer)
+        return hidden if known is None else known.take(hidden)
     if not prompt.decided(site):
         require_whole_prompt(forward, stage)
         values = _values(stage, layer, forward, hidden)
@@ -80,12 +83,37 @@ def _prune(
             extra = {s: value[row][places] if s.per_token else value[row] for s, value in values.items()}
             prompt.spend(stage.site, choose(stage, segment, extra, structural=compression.plan.structural))
         prompt.decide(site)
+    forward.layer_merges[layer] = _merges(forward, prompt, site)
+    hidden = _merged(forward.layer_merges[layer], hidden)
     keep = forward.keeping(prompt.keep_at(site))
     if torch.equal(keep, forward.valid):
         return hidden
     hidden = forward.pack_at(layer, keep, hidden)
     forward.write_record(compression.owner, forward.shift)
     return hidden
+
+
+def _merges(forward: ForwardState, prompt: Prompt, site: DecoderLayer) -> list[tuple[int, torch.Tensor, Selection]]:
+    """Find the current tokens that the stage at `site` merges: see `ForwardState.layer_merges`."""
+    found = []
+    repeats = len(forward.source_index) // prompt.rows
+    for segment in prompt.segments:
+        entering, selection = segment.entering(site)
+        if selection.assign is None:
+            continue
+        for row in range(segment.row * repeats, (segment.row + 1) * repeats):
+            found.append((row, forward.find(row, segment.columns[entering]), selection))
+    return found
+
+
+def _merged(merges: Sequence[tuple[int, torch.Tensor, Selection]], hidden: torch.Tensor) -> torch.Tensor:
+    """Return hidden states (B, T, D) with merged tokens in the places of those that stay."""
+    if not merges:
+        return hidden
+    merged = hidden.clone()
+    for row, places, selection in merges:
+        merged[row, places[selection.keep.to(places.device)]] = selection.merge(hidden[row, places])
+    return merged
 
 
 def _values(stage: PlannedStage, layer: int, forward: ForwardState, hidden: torch.Tensor) -> dict[Signal, torch.Tensor]:

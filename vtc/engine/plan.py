@@ -29,7 +29,7 @@ ACTIONS: dict[type[Site], frozenset[Action]] = {
     Pixels: frozenset({Action.KEEP, Action.RESAMPLE}),
     VisionLayer: frozenset({Action.KEEP, Action.MERGE}),
     BeforeDecoder: frozenset({Action.KEEP, Action.MERGE}),
-    DecoderLayer: frozenset({Action.KEEP}),
+    DecoderLayer: frozenset({Action.KEEP, Action.MERGE}),
     CacheAfterPrefill: frozenset({Action.EVICT}),
 }
 """Actions that the engine can carry out at each kind of site; the other kinds do not work yet."""

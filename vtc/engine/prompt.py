@@ -17,7 +17,7 @@ from vtc.core.grids import Grid
 from vtc.core.observations import TokenGrids
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
-from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Site
+from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
 from vtc.engine.encoder import Encoded
 from vtc.errors import InputError
 
@@ -124,6 +124,16 @@ class Segment:
         if before:
             self.anchors = self.kept
         self.grids = self.grids if selection.k == selection.n else ((1, 1, selection.k),)
+
+    def entering(self, site: Site) -> tuple[torch.Tensor, Selection]:
+        """Return the scorable tokens (K,) that entered the stage at `site` behind the tower, and what it answered."""
+        kept = self.encoded
+        for decided, selection in self.selections:
+            if decided == site:
+                return kept, selection
+            if not isinstance(decided, (Pixels, VisionLayer)):  # `encoded` is what these left
+                kept = kept[selection.keep.to(kept.device)]
+        raise KeyError(site)
 
     def merge(self, rows: torch.Tensor) -> torch.Tensor:
         """Reduce any values of the scorable tokens as the stages before the language model reduced the features."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vtc.core.packing import PackPlan
+from vtc.core.selection import Selection
 from vtc.engine.cache import CacheRecord, Owner, compacted, record_of
 from vtc.engine.encoder import Encoded
 from vtc.engine.masks import LayerTypes, causal_mask
@@ -159,6 +160,8 @@ class ForwardState:
         What was packed before the first layer.
     layer_plans : list of (layer, PackPlan)
         What was packed on entering decoder layers.
+    layer_merges : dict of layer to list of (row, LongTensor (N,), Selection)
+        What was merged there just before: the tokens of a row that one selection is about, and the selection.
     prompt : Prompt or None
         The prompt, if this pass brings visual tokens; `prompt_row` (B,) has the prompt's row of every row.
     """
@@ -182,6 +185,7 @@ class ForwardState:
         self.blocks: torch.Tensor | None = None
         self.packed: PackPlan | None = None
         self.layer_plans: list[tuple[int, PackPlan]] = []
+        self.layer_merges: dict[int, list[tuple[int, torch.Tensor, Selection]]] = {}
         self.prompt: Prompt | None = None
         self.prompt_row: torch.Tensor | None = None
         self.shift = history.shift

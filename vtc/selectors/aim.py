@@ -18,7 +18,7 @@ from ..core.ranges import Float, Int, Range
 from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.signals import Signal, VisionKeys
-from ..core.sites import DecoderLayer
+from ..core.sites import BeforeDecoder, DecoderLayer, Site
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
@@ -106,6 +106,7 @@ class AimSelector(Selector):
 
     name: ClassVar[str] = "aim"
     paper: ClassVar[str] = "AIM, arXiv 2412.03248"
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 
     metric: str = "released"
     key_layer: int | None = None

@@ -14,7 +14,7 @@ from ..core.context import VisualContext
 from ..core.grids import Grid
 from ..core.selection import Selection
 from ..core.selector import Selector
-from ..core.sites import BeforeDecoder, Site
+from ..core.sites import BeforeDecoder, DecoderLayer, Site
 from ..core.stage import ModelShape, Stage
 from ..registry import register_selector
 
@@ -30,12 +30,13 @@ class PoolSelector(Selector):
     evenly to the frames; the m cells of a frame h x w to ``round(sqrt(m * h / w))`` bands of rows (at least
     ``ceil(m / w)``, at most h); those of a band to its columns. Bands, and cells within a band, differ by one row or
     column at most. With fewer tokens than frames, neighbouring frames share a cell. Several views (tiles) share K by
-    the method of largest remainders; a view that gets no token is dropped.
+    the method of largest remainders; a view that gets no token is dropped. Inside the decoder it is hidden states that
+    become means; behind a stage that dropped tokens there is no grid any more, and what is left is cut like one row.
     """
 
     name: ClassVar[str] = "pool"
     paper: ClassVar[str] = "baseline; average pooling of the token grid"
-    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer)
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Return one stage before the language model."""

@@ -17,7 +17,7 @@ from ..core.ranges import Float, Range
 from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.signals import MeanKeys
-from ..core.sites import VisionLayer
+from ..core.sites import Site, VisionLayer
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
@@ -67,6 +67,7 @@ class ToMeSelector(Selector):
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "ToMe, arXiv 2210.09461"
+    sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False
 
     inflection: float = 0.0
