@@ -130,9 +130,14 @@ def confirm(rule: Rule, job: Job, number: int | None, folder: Path = LOCKS) -> s
     sweep.answer(job, job.load())
     found = sweep.results(job.out)
     found.write(job.out)
-    differences = [each for a, b in rule.pairs() for each in comparison.compare(a, b, job.out)]
-    head = f"{drawn}, {rule.task}, {job.model}; rule {rule.fingerprint[:12]}"
-    return f"{head}\n\n{found.markdown()}\n{comparison.to_markdown(differences)}"
+    answered = set(found.frame["run"])
+    pairs = [(a, b) for a, b in rule.pairs() if {a, b} <= answered]
+    parts = [f"{drawn}, {rule.task}, {job.model}; rule {rule.fingerprint[:12]}", found.markdown()]
+    if pairs:
+        parts.append(comparison.to_markdown([each for a, b in pairs for each in comparison.compare(a, b, job.out)]))
+    missing = dict.fromkeys(name for pair in rule.pairs() for name in pair if name not in answered)
+    parts += [f"Not on this model: {', '.join(missing)}."] if missing else []
+    return "\n\n".join(part.strip() for part in parts)
 
 
 def _short(keep: float | None) -> float | None:
