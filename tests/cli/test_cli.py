@@ -258,7 +258,7 @@ for command in sys.argv[1:]:
         loaded = [name for name in ("torch", "transformers", "numpy", "PIL") if name in sys.modules]
         print(command, exit.code, loaded, file=sys.stderr)
 """
-        commands = ["", *COMMANDS, "bench prefill", "bench overhead", "bench kernels"]
+        commands = ["", *COMMANDS, "bench prefill", "bench overhead", "bench kernels", "bench selectors"]
         result = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
         assert result.stderr.splitlines() == [f"{command} 0 []" for command in commands]
 

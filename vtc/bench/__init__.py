@@ -1,4 +1,5 @@
 """Measurements of compression on models of real shape with random weights.
 
-`prefill`, `overhead` and `kernels` define the options of `vtc bench` and import torch only when they run.
+`prefill`, `tower`, `overhead`, `selectors` and `kernels` define the options of `vtc bench` and import torch only when
+they run.
 """

@@ -189,7 +189,7 @@ def check_arguments(args: argparse.Namespace, *outputs: Path | None) -> None:
     ------
     ConfigError
         A size, a fraction or a number of seconds is out of its range, which the message names; there is no such method;
-        or the device does not exist.
+        the clock does not see the device; or the device does not exist.
     InputError
         A file cannot be written.
     """
@@ -203,6 +203,8 @@ def check_arguments(args: argparse.Namespace, *outputs: Path | None) -> None:
             raise ConfigError(f"--most-seconds must be positive and at most {_DAY:,}, a day, got {seconds}.")
     for method in _given(args, "method"):
         get_selector(method)
+    if getattr(args, "clock", "wall") == "cpu" and args.device.partition(":")[0] != "cpu":
+        raise ConfigError(f"--clock cpu does not see what runs on {args.device}; use --clock wall.")
     check_device(args.device)
     check_writable(*(path for path in (args.json, *outputs) if path is not None))
 
