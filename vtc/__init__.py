@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     )
     from vtc.config import CompressionConfig, load_stages, save_stages
     from vtc.core.actions import Action
+    from vtc.core.cache_signals import AttentionSums, ResidualCosine, WindowAttention
     from vtc.core.context import VisualContext
+    from vtc.core.eviction import CacheContext, CacheSelector, Eviction
+    from vtc.core.layer_budgets import LayerBudgets
     from vtc.core.observations import (
         DecoderAttention,
         DecoderHidden,
+        DecoderUpdate,
         PatchPixels,
         PromptText,
         TokenGrids,
@@ -85,8 +89,11 @@ else:
 __all__ = [
     "Action",
     "Advice",
+    "AttentionSums",
     "BeforeDecoder",
     "CacheAfterPrefill",
+    "CacheContext",
+    "CacheSelector",
     "CacheWhileDecoding",
     "ClsAttention",
     "CompressionConfig",
@@ -94,10 +101,13 @@ __all__ = [
     "DecoderAttention",
     "DecoderHidden",
     "DecoderLayer",
+    "DecoderUpdate",
     "EncoderMemory",
+    "Eviction",
     "HiddenStates",
     "InputError",
     "KernelError",
+    "LayerBudgets",
     "ModelShape",
     "Origin",
     "PackPlan",
@@ -107,6 +117,7 @@ __all__ = [
     "PromptText",
     "ReceivedAttention",
     "Report",
+    "ResidualCosine",
     "ScoreSelector",
     "SegmentReport",
     "Selection",
@@ -129,6 +140,7 @@ __all__ = [
     "VisionSignal",
     "VisualContext",
     "VtcError",
+    "WindowAttention",
     "__version__",
     "advise",
     "calibrate",
@@ -166,10 +178,14 @@ _HOME = {
     ),
     "vtc.config": ("CompressionConfig", "load_stages", "save_stages"),
     "vtc.core.actions": ("Action",),
+    "vtc.core.cache_signals": ("AttentionSums", "ResidualCosine", "WindowAttention"),
     "vtc.core.context": ("VisualContext",),
+    "vtc.core.eviction": ("CacheContext", "CacheSelector", "Eviction"),
+    "vtc.core.layer_budgets": ("LayerBudgets",),
     "vtc.core.observations": (
         "DecoderAttention",
         "DecoderHidden",
+        "DecoderUpdate",
         "PatchPixels",
         "PromptText",
         "TokenGrids",

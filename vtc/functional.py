@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .budget import check_budget, check_seed, resolve_budget
 from .core.context import VisualContext
+from .core.eviction import CacheSelector, nothing_to_select
 from .core.grids import Grid
 from .core.observations import TokenGrids
 from .core.selection import Selection
@@ -75,7 +76,7 @@ def select(
     Raises
     ------
     UnsupportedMethodError
-        There is no such method.
+        There is no such method, or it works at the key-value caches of a model.
     ConfigError
         An option, a count or the budget is invalid, or an input that the method needs is missing.
     InputError
@@ -86,6 +87,8 @@ def select(
     seed = check_seed(seed)
     structural, other_visuals = _count("structural", structural), _count("other_visuals", other_visuals)
     given, selector = _split(method, {} if signals is None else signals, named)
+    if isinstance(selector, CacheSelector):
+        raise nothing_to_select(selector.name)
     features = None if features is None else _tensor("features", features)
     selector = selector.resolve(None, keep_ratio)
     stage = selector.stages()[0]

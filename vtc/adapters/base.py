@@ -301,6 +301,10 @@ class Adapter(ABC):
         """Return the attention module of decoder layer `layer`."""
         return self.text_model.layers[layer].self_attn
 
+    def norm_after_attention(self, layer: int) -> nn.Module:
+        """Return the norm of decoder layer `layer` that is given the residual stream with the attention added."""
+        return self.text_model.layers[layer].post_attention_layernorm
+
     # -- pictures -------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -30,8 +30,10 @@ def run(_: argparse.Namespace) -> int:
 
 def where(stages: Sequence[Stage]) -> str:
     """Say in words where a method of these stages drops tokens."""
-    from vtc.core.sites import DecoderLayer
+    from vtc.core.sites import CacheAfterPrefill, DecoderLayer
 
+    if all(isinstance(stage.site, CacheAfterPrefill) for stage in stages):
+        return "in the caches, after the prefill"
     layers = [str(stage.site.layer) for stage in stages if isinstance(stage.site, DecoderLayer)]
     before = ["before the language model"] if len(layers) < len(stages) else []
     inside = [f"entering decoder layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"] if layers else []

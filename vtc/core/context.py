@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from .grids import Grid, count_tokens, grid_coords
-from .signals import Signal
+from .signals import Signal, named_signal
 from .sites import BeforeDecoder, Site
 
-__all__ = ["VisualContext"]
+__all__ = ["VisualContext", "check_finite"]
 
 _LARGEST = 1e15
 
@@ -77,15 +77,7 @@ class VisualContext:
         InputError
             It was not supplied, or the type does not say which of several is meant.
         """
-        if not isinstance(signal, type):
-            found = [value for known, value in self.signals.items() if known == signal]
-        else:
-            found = [value for known, value in self.signals.items() if isinstance(known, signal)]
-        if not found:
-            raise InputError(f"This selection needs {signal.name}, which was not supplied; declare it in `requires`.")
-        if len(found) > 1:
-            raise InputError(f"There are {len(found)} signals {signal.name}; name one by its parameters.")
-        return found[0]
+        return named_signal(self.signals, signal)
 
     def coords(self) -> Tensor:
         """(N, 4) long: (view, t, row, column) of every token, on the features' device."""
@@ -106,11 +98,11 @@ class VisualContext:
             raise InputError(f"grids {self.grids} hold {count_tokens(self.grids)} tokens, but features have {n} rows.")
         for signal, value in self.signals.items():
             signal.check(value, n)
-        _check_finite({"features": self.features, **{signal.name: value for signal, value in self.signals.items()}})
+        check_finite({"features": self.features, **{signal.name: value for signal, value in self.signals.items()}})
         return self
 
 
-def _check_finite(values: Mapping[str, Tensor]) -> None:
+def check_finite(values: Mapping[str, Tensor]) -> None:
     """Raise InputError, naming them, if some of these tensors hold NaN or infinite numbers."""
     present = {name: value for name, value in values.items() if value.numel()}
     if not present:

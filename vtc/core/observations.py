@@ -7,7 +7,7 @@ a decoder layer, d head width, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from .grids import Grid, grid_coords
 __all__ = [
     "DecoderAttention",
     "DecoderHidden",
+    "DecoderUpdate",
     "Observation",
     "PatchPixels",
     "PromptText",
@@ -145,7 +146,7 @@ class PromptText(Observation):
 
 @dataclass(frozen=True, eq=False)
 class DecoderAttention(Observation):
-    """The attention of the decoder layer in front of a site, when a whole prompt is read.
+    """The attention of a decoder layer when a whole prompt is read: the one in front of a site; at the cache, each.
 
     Attributes
     ----------
@@ -177,6 +178,62 @@ class DecoderAttention(Observation):
     visual: Tensor
     last: Tensor
 
+    @property
+    def past(self) -> int:
+        """Keys of earlier turns, which stand before those of the current tokens."""
+        return self.key_length - self.queries.shape[2]
+
+    def rows(self, chosen: slice) -> DecoderAttention:
+        """Return some rows of the batch."""
+        blocks = self.visibility.blocks
+        visibility = kernels.VisibilityMask(
+            self.visibility.query_positions[chosen],
+            self.visibility.key_positions[chosen],
+            self.visibility.window,
+            None if blocks is None else blocks[chosen],
+        )
+        parts = (self.valid, self.text, self.visual, self.last)
+        queries, keys, values = (x[chosen] for x in (self.queries, self.keys, self.values))
+        masks = (x[chosen] for x in parts)
+        return DecoderAttention(queries, keys, values, self.scaling, visibility, self.key_length, *masks)
+
+    def per_row(self, compute: Callable[[DecoderAttention], Tensor]) -> Tensor:
+        """Compute values of the prompt's tokens row by row, so that a batch equals its rows.
+
+        Parameters
+        ----------
+        compute
+            Given one row without padding and without tokens outside the prompt, returns (n, ...).
+
+        Returns
+        -------
+        Tensor (B, T, ...)
+            0 for padding and other tokens.
+        """
+        prompt = self.valid & (self.text | self.visual)
+        rows = [compute(self._row(row, own.nonzero()[:, 0])) for row, own in enumerate(prompt)]
+        values = rows[0].new_zeros(*prompt.shape, *rows[0].shape[1:])
+        values[prompt] = torch.cat(rows)
+        return values
+
+    def _row(self, row: int, own: Tensor) -> DecoderAttention:
+        """Return one row of the batch with the tokens `own` (n,) and the keys of earlier turns alone."""
+        queries, keys, values = (x[row : row + 1] for x in (self.queries, self.keys, self.values))
+        positions, blocks = self.visibility.key_positions[row], self.visibility.blocks
+        keys, values = keys[:, :, : self.key_length], values[:, :, : self.key_length]
+        known = torch.cat([(positions[: self.past] >= 0).nonzero()[:, 0], own + self.past])
+        if len(known) < self.key_length:
+            queries, keys, values = queries[:, :, own], keys[:, :, known], values[:, :, known]
+        visibility = kernels.VisibilityMask(
+            self.visibility.query_positions[row : row + 1, own],
+            positions[None, known],
+            self.visibility.window,
+            None if blocks is None else blocks[row : row + 1, own],
+        )
+        valid, text, visual = (mask[row : row + 1, own] for mask in (self.valid, self.text, self.visual))
+        last = torch.full_like(self.last[:1], len(own) - 1)
+        return DecoderAttention(queries, keys, values, self.scaling, visibility, len(known), valid, text, visual, last)
+
     def text_and_visual(self, text: str) -> Tensor:
         """(B, 2, T) bool: the text that counts, and the visual tokens.
 
@@ -205,3 +262,20 @@ class DecoderHidden(Observation):
     """Hidden states of all current tokens on entering the decoder layer of a site: `hidden` (B, T, D)."""
 
     hidden: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderUpdate(Observation):
+    """What the attention of a decoder layer does to the hidden states.
+
+    Attributes
+    ----------
+    before, after
+        (B, T, D): the residual stream on entering the layer, and with the output of its attention added.
+    prompt
+        (B, T) bool: tokens of the prompt.
+    """
+
+    before: Tensor
+    after: Tensor
+    prompt: Tensor

@@ -18,7 +18,7 @@ once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,6 +50,7 @@ __all__ = [
     "TextEmbeds",
     "VisionKeys",
     "VisionSignal",
+    "named_signal",
     "resolve_layers",
 ]
 
@@ -341,6 +342,25 @@ class HiddenStates(Signal):
     def compute(self, raw: DecoderHidden) -> Tensor:
         """(B, T, D)."""
         return raw.hidden
+
+
+def named_signal(signals: Mapping[Signal, Tensor], signal: type[Signal] | Signal) -> Tensor:
+    """Return the value of a signal, named by its type or, where there are several of the type, by itself.
+
+    Raises
+    ------
+    InputError
+        It was not supplied, or the type does not say which of several is meant.
+    """
+    if not isinstance(signal, type):
+        found = [value for known, value in signals.items() if known == signal]
+    else:
+        found = [value for known, value in signals.items() if isinstance(known, signal)]
+    if not found:
+        raise InputError(f"This selection needs {signal.name}, which was not supplied; declare it in `requires`.")
+    if len(found) > 1:
+        raise InputError(f"There are {len(found)} signals {signal.name}; name one by its parameters.")
+    return found[0]
 
 
 SHARED: tuple[type[Signal], ...] = (

@@ -48,8 +48,12 @@ class CacheRecord:
     groups : list of (start_layer, source_index)
         Decoder layers from `start_layer` on (until the next group) store P keys, of which `source_index` (B, P) says
         where each stands in the uncompressed conversation, -1 for padding. Ascending in `start_layer`, the first is 0.
+        Behind a method that chooses per layer or head, those of a group are padded alike but hold other tokens, and
+        `source_index` is that of the first layer and head.
     shift : LongTensor (B,) or None
         With compact positions: how far each row's text positions moved down.
+    complete : set of int
+        Starts of groups that are known to have no padding.
     owner : Owner
         Whoever masks this cache's padding.
     """
@@ -57,6 +61,7 @@ class CacheRecord:
     logical: int = 0
     groups: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     shift: torch.Tensor | None = None
+    complete: set[int] = field(default_factory=set)
     owner: Owner = field(default_factory=Owner)
 
     def keys_of(self, layer: int) -> torch.Tensor:
@@ -65,7 +70,8 @@ class CacheRecord:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
         # A copied cache depends on the engine that filled it; a copied model has an engine of its own.
-        return replace(self, groups=deepcopy(self.groups, memo), shift=deepcopy(self.shift, memo))
+        groups, shift = deepcopy(self.groups, memo), deepcopy(self.shift, memo)
+        return replace(self, groups=groups, shift=shift, complete=set(self.complete))
 
     def map(self, rows: Any) -> None:
         """Apply `rows`, a function of a tensor with the batch first, to everything that has a batch dimension."""

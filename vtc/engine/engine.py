@@ -28,7 +28,8 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter
-from vtc.core.observations import DecoderAttention, VisionAttention
+from vtc.core.eviction import CacheSelector
+from vtc.core.observations import DecoderAttention, DecoderUpdate, VisionAttention
 from vtc.core.sites import CacheAfterPrefill, Site
 from vtc.engine.after_prefill import after_prefill
 from vtc.engine.before_decoder import before_decoder
@@ -36,7 +37,7 @@ from vtc.engine.cache import Owner, cache_in, record_of
 from vtc.engine.compression import Compression
 from vtc.engine.encoder import Encoded, EncoderMemory
 from vtc.engine.hooks import Hooks
-from vtc.engine.in_decoder import enter_layer
+from vtc.engine.in_decoder import enter_layer, see_update
 from vtc.engine.plan import Plan
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import Recorder
@@ -95,8 +96,14 @@ class Engine(Compression):
             self._hooks.after(text, self.after_text)
             if hasattr(text, "_deepstack_process"):
                 self._hooks.wrap(text, "_deepstack_process", self.around_deepstack)
-            if self.plan.in_decoder:
+            if self.plan.cache_signals:
+                self._follow_from(0)
+            elif self.plan.in_decoder:
                 self._follow_from(max(0, min(self.plan.in_decoder) - 1))
+            if any(signal.reads is DecoderUpdate for signal in self.plan.cache_signals):
+                for index in range(len(text.layers)):
+                    norm = self.adapter.norm_after_attention(index)
+                    self._hooks.before(norm, functools.partial(self.after_attention, index))
             reads_attention = any(signal.reads in (VisionAttention, DecoderAttention) for signal in self.plan.signals)
             if reads_attention or self.plan.in_tower:
                 self._recorder = Recorder()
@@ -184,10 +191,15 @@ class Engine(Compression):
         depth = self.plan.shape.decoder_layers
         lengths = [(valid & prompt.keep_at_layer(layer)).sum(dim=1).tolist() for layer in range(depth)]
         stored = None
-        if prompt.decided(CacheAfterPrefill()):  # every layer stores what is left behind all sites
+        scopes = [s.selector.scope for s in self.plan.after_prefill if isinstance(s.selector, CacheSelector)]
+        if prompt.stored is not None:
+            stored = [(index[:, 0] >= 0).sum(dim=1).tolist() for index in prompt.stored]
+        elif prompt.decided(CacheAfterPrefill()):  # every layer stores what is left behind all sites
             stored = [(valid & prompt.keep_at(CacheAfterPrefill())).sum(dim=1).tolist()] * depth
         before = valid.sum(dim=1).tolist()
-        return self.build_report(segments, before, lengths, prompt.spent, stored, prompt.tower_flops)
+        return self.build_report(
+            segments, before, lengths, prompt.spent, stored, prompt.tower_flops, prompt.stored, *scopes
+        )
 
     def build_report(
         self,
@@ -197,6 +209,8 @@ class Engine(Compression):
         spent: Mapping[Site, float],
         stored_per_layer: Sequence[Sequence[int]] | None = None,
         tower_flops: tuple[int, int] | None = None,
+        entries: Sequence[torch.Tensor] | None = None,
+        scope: str | None = None,
     ) -> Report:
         """Build a report of this model and configuration; arguments as in `Report.build`."""
         import transformers
@@ -211,6 +225,8 @@ class Engine(Compression):
             stored_per_layer=stored_per_layer,
             spent=spent,
             tower_flops=tower_flops,
+            entries=entries,
+            scope=scope,
             dtype=self.model.dtype,
             transformers_version=transformers.__version__,
         )
@@ -381,6 +397,12 @@ class Engine(Compression):
         if tables is not None and module.training and getattr(module, "gradient_checkpointing", False):
             self._replays[tables] = forward  # checkpointing runs this layer again, after the call
         return enter_layer(self, forward, layer, args, kwargs)
+
+    def after_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See the residual stream behind the attention of a layer."""
+        call = current_call(self)
+        if call is not None and isinstance(call.forward, ForwardState):
+            see_update(call.forward, self.plan.cache_signals, layer, args[0] if args else kwargs["hidden_states"])
 
     def _replayed(self, kwargs: dict[str, Any]) -> ForwardState | None:
         """The pass that gradient checkpointing runs a layer of again, known by its rotary tables."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from vtc import kernels
-from vtc.core.observations import DecoderAttention, DecoderHidden
+from vtc.core.observations import DecoderAttention, DecoderHidden, DecoderUpdate
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
-from vtc.core.sites import DecoderLayer
+from vtc.core.sites import CacheAfterPrefill, DecoderLayer
 from vtc.engine.before_decoder import require_whole_prompt
 from vtc.engine.cache import cache_in
 from vtc.engine.choose import choose
@@ -27,7 +27,9 @@ from vtc.engine.recorder import UNSEEN, record_once
 from vtc.engine.state import ForwardState
 from vtc.errors import InputError, StateError
 
-__all__ = ["enter_layer"]
+__all__ = ["enter_layer", "see_update"]
+
+_CACHE = CacheAfterPrefill()
 
 
 def enter_layer(
@@ -46,8 +48,13 @@ def enter_layer(
         stage, following = (compression.plan.in_decoder.get(place) for place in (layer, layer + 1))
         if stage is not None:
             hidden = _prune(compression, stage, layer, forward, forward.prompt, hidden)
-        if following is not None and not forward.prompt.decided(following.site):
-            _record(compression, following, layer, forward)
+        if following is not None and forward.prompt.decided(following.site):
+            following = None
+        at_cache = () if forward.prompt.decided(_CACHE) else compression.plan.cache_signals
+        if at_cache:
+            _begin_layer(at_cache, layer, forward, hidden)
+        if following is not None or at_cache:
+            _record(compression, following, at_cache, layer, forward)
     if not forward.touched:
         return None
     kwargs = {**kwargs, "position_ids": None}  # flash attention would read gaps as packed sequences
@@ -134,12 +141,39 @@ def _values(stage: PlannedStage, layer: int, forward: ForwardState, hidden: torc
     return values
 
 
-def _record(compression: Compression, following: PlannedStage, layer: int, forward: ForwardState) -> None:
-    """Record the attention of this layer, if the stage behind it requires a signal of it."""
-    signals = [signal for signal in following.stage.requires if signal.reads is DecoderAttention]
-    if not signals:
+def see_update(forward: ForwardState, signals: Sequence[Signal], layer: int, after: torch.Tensor) -> None:
+    """Compute the signals of what the attention of a layer did to the hidden states, `after` (B, T, D) it was added."""
+    before = forward.entering.pop(layer, None)
+    if before is not None:
+        rows = forward.first_rows()
+        raw = DecoderUpdate(before[rows], after.detach()[rows], forward.prompt_columns()[rows] >= 0)
+        values = forward.entry_values.setdefault(layer, {})
+        values |= {signal: signal.compute(raw) for signal in signals if signal.reads is DecoderUpdate}
+
+
+def _begin_layer(signals: Sequence[Signal], layer: int, forward: ForwardState, hidden: torch.Tensor) -> None:
+    """Compute the signals of the hidden states that enter a layer; keep these where its attention is to be compared."""
+    rows = forward.first_rows()
+    raw = DecoderHidden(hidden.detach()[rows])
+    forward.entry_values[layer] = {signal: signal.compute(raw) for signal in signals if signal.reads is DecoderHidden}
+    if any(signal.reads is DecoderUpdate for signal in signals):
+        forward.entering[layer] = hidden.detach()
+
+
+def _record(
+    compression: Compression,
+    following: PlannedStage | None,
+    at_cache: Sequence[Signal],
+    layer: int,
+    forward: ForwardState,
+) -> None:
+    """Record the attention of this layer, if the stage behind it or one at the cache requires a signal of it."""
+    signals = [signal for signal in at_cache if signal.reads is DecoderAttention]
+    behind = [] if following is None else [s for s in following.stage.requires if s.reads is DecoderAttention]
+    if following is not None and behind:
+        require_whole_prompt(forward, following)
+    if not signals and not behind:
         return
-    require_whole_prompt(forward, following)
     keys = forward.keys_of(layer)
     visibility = kernels.VisibilityMask(forward.source_index, keys, forward.types.windows[layer], forward.blocks)
     columns, visual = forward.prompt_columns(), forward.visual()
@@ -149,10 +183,18 @@ def _record(compression: Compression, following: PlannedStage, layer: int, forwa
         raw = DecoderAttention(
             query, key, value, scaling, visibility, keys.shape[1], valid, text, visual, columns.argmax(dim=1)
         )
-        try:
-            forward.records[layer] = {signal: signal.compute(raw) for signal in signals}
-        except InputError as error:
-            names = ", ".join(signal.name for signal in signals)
-            raise InputError(f"{following.selector.name} needs {names}, but {error}") from error
+        if following is not None and behind:
+            forward.records[layer] = _computed(behind, raw, following.selector.name)
+        if signals:
+            at = raw.rows(forward.first_rows())
+            forward.entry_values[layer] |= _computed(signals, at, compression.plan.after_prefill[0].selector.name)
 
     record_once(compression.adapter.decoder_attention(layer), record)
+
+
+def _computed(signals: Sequence[Signal], raw: DecoderAttention, method: str) -> dict[Signal, torch.Tensor]:
+    try:
+        return {signal: signal.compute(raw) for signal in signals}
+    except InputError as error:
+        names = ", ".join(signal.name for signal in signals)
+        raise InputError(f"{method} needs {names}, but {error}") from error

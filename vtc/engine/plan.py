@@ -14,7 +14,8 @@ from vtc.adapters.base import Adapter
 from vtc.budget import resolve_budget
 from vtc.config import CompressionConfig
 from vtc.core.actions import Action
-from vtc.core.observations import DecoderAttention, DecoderHidden, PromptText, TokenGrids
+from vtc.core.eviction import CacheSelector
+from vtc.core.observations import DecoderAttention, DecoderHidden, DecoderUpdate, PromptText, TokenGrids
 from vtc.core.selector import Selector
 from vtc.core.signals import ClsAttention, Signal, VisionSignal
 from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
@@ -35,6 +36,8 @@ ACTIONS: dict[type[Site], frozenset[Action]] = {
 """Actions that the engine can carry out at each kind of site; the other kinds do not work yet."""
 
 _IN_DECODER = (DecoderAttention, DecoderHidden)
+
+_AT_CACHE = (*_IN_DECODER, DecoderUpdate)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,11 @@ class Plan:
     def after_prefill(self) -> tuple[PlannedStage, ...]:
         """Stages at the key-value cache, once the prompt was read."""
         return tuple(stage for stage in self.stages if isinstance(stage.site, CacheAfterPrefill))
+
+    @cached_property
+    def cache_signals(self) -> tuple[Signal, ...]:
+        """Signals of every decoder layer that methods at the cache require, each once."""
+        return tuple(dict.fromkeys(signal for stage in self.after_prefill for signal in stage.stage.requires))
 
     @cached_property
     def signals(self) -> tuple[Signal, ...]:
@@ -229,10 +237,8 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
         for modality in adapter.modalities:
             if signal.wanted_of(modality):
                 why = why or adapter.why_not(signal, modality)
-        if settled and signal.reads in _IN_DECODER and not isinstance(stage.site, DecoderLayer):
-            why = f"it is read inside the decoder, not at {str(stage.site)!r}"
-        if settled and signal.reads is PromptText and not isinstance(stage.site, BeforeDecoder):
-            why = f"it is read before the decoder, not at {str(stage.site)!r}"
+        if settled:
+            why = why or _misplaced(selector, signal, stage.site)
         tower = isinstance(stage.site, (Pixels, VisionLayer))
         if settled and not tower and signal.per_patch:
             why = f"it tells the patches of a token apart, which become one before {str(stage.site)!r}"
@@ -253,6 +259,18 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
                 if tower:  # the last layer that has run is the one before
                     depth, feature_layer = tower_layer(stage.site), tower_layer(stage.site) - 1
                 signal.vision_layers(depth, feature_layer)
+
+
+def _misplaced(selector: Selector, signal: Signal, site: Site) -> str | None:
+    """Say why a signal of the decoder or of the text cannot be read at a site; None if it can."""
+    if isinstance(selector, CacheSelector):
+        here = isinstance(site, CacheAfterPrefill) and signal.reads in _AT_CACHE
+        return None if here else "only signals of the decoder layers are there at the caches"
+    if signal.reads in _AT_CACHE and not (isinstance(site, DecoderLayer) and signal.reads in _IN_DECODER):
+        return f"it is read inside the decoder, not at {str(site)!r}"
+    if signal.reads is PromptText and not isinstance(site, BeforeDecoder):
+        return f"it is read before the decoder, not at {str(site)!r}"
+    return None
 
 
 def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: ModelShape) -> None:
@@ -324,3 +342,10 @@ def _check_order(stages: Sequence[PlannedStage]) -> None:
         )
     if any(stage.stage.action is Action.RESAMPLE for stage in stages[1:]):
         raise ConfigError("pictures are made smaller once, before any of their patches leave: give that stage first")
+    at_cache = [stage.selector for stage in stages if isinstance(stage.site, CacheAfterPrefill)]
+    if len(at_cache) > 1 and any(isinstance(selector, CacheSelector) for selector in at_cache):
+        names = " and ".join(selector.name for selector in at_cache)
+        raise ConfigError(
+            f"{names} cannot both work at 'cache': behind a method that chooses per layer, layers differ in what is "
+            "left; give one of them"
+        )

@@ -204,6 +204,7 @@ class Prompt:
             for segment in self.segments:
                 first[segment.row, segment.columns[segment.structural]] = False
         self._all = first
+        self.stored: list[torch.Tensor] | None = None  # per layer (S, G, P'): columns whose entries a method left
         self._keep: dict[Site, torch.Tensor] = {}  # in the order of the sites
         for site in dict.fromkeys(site for segment in self.segments for site in segment.survivors):
             self._keep[site] = first.clone()
@@ -264,6 +265,13 @@ class Prompt:
         """Return the indices within the segment of the tokens that all stages kept, structural ones included."""
         keep = list(self._keep.values())[-1] if self._keep else self._all
         return keep[segment.row, segment.columns].nonzero()[:, 0]
+
+    def segment_of_columns(self) -> torch.Tensor:
+        """Return (S, P) long: number of the segment whose token a column is, -1 for text, newlines and separators."""
+        numbers = torch.full_like(self.ids, -1)
+        for number, segment in enumerate(self.segments):
+            numbers[segment.row, segment.columns[~segment.structural]] = number
+        return numbers
 
     def release(self) -> None:
         """Free the features; the decisions stay for the report."""

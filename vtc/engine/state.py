@@ -18,6 +18,7 @@ import torch
 
 from vtc.core.packing import PackPlan
 from vtc.core.selection import Selection
+from vtc.core.signals import Signal
 from vtc.engine.cache import CacheRecord, Owner, compacted, record_of
 from vtc.engine.encoder import Encoded
 from vtc.engine.masks import LayerTypes, causal_mask
@@ -156,6 +157,8 @@ class ForwardState:
         Where every current token stands in the uncompressed conversation; -1 for padding.
     key_groups : list of (start_layer, LongTensor (B, P))
         As in `CacheRecord`, this pass's tokens included.
+    complete : set of int
+        Starts of groups that are known to have no padding, current tokens included.
     packed : PackPlan or None
         What was packed before the first layer.
     layer_plans : list of (layer, PackPlan)
@@ -177,11 +180,13 @@ class ForwardState:
     ) -> None:
         self.types, self.cache, self.past, self.mode = types, cache, past, mode
         # A copy: `write_record` moves on the one that the cache holds.
-        self.history = CacheRecord(history.logical, list(history.groups), history.shift)
+        self.history = CacheRecord(history.logical, list(history.groups), history.shift, set(history.complete))
         self.source_index = source_index
         self.length = source_index.shape[1]
         self.seen = past + self.length
         self.key_groups = [(start, torch.cat([keys, source_index], dim=1)) for start, keys in history.groups]
+        unpadded = bool(history.complete) and bool((source_index >= 0).all())
+        self.complete = set(history.complete) if unpadded else set()
         self.blocks: torch.Tensor | None = None
         self.packed: PackPlan | None = None
         self.layer_plans: list[tuple[int, PackPlan]] = []
@@ -190,7 +195,10 @@ class ForwardState:
         self.prompt_row: torch.Tensor | None = None
         self.shift = history.shift
         self.records: dict[int, Any] = {}  # decoder layer -> its attention, until the stage behind it has read it
+        self.entering: dict[int, torch.Tensor] = {}  # decoder layer -> hidden states, until its attention has run
+        self.entry_values: dict[int, dict[Signal, torch.Tensor]] = {}  # decoder layer -> (S, T, ...) for the cache
         self._masks: dict[tuple[int, str], Any] = {}
+        self._unmasked: set[str] = set()  # types of layers that need no mask where nothing is padded
         self._rotary: dict[tuple[int, str], Any] = {}
 
     # -- tokens ---------------------------------------------------------------------------------------------------
@@ -214,18 +222,18 @@ class ForwardState:
 
     def prompt_columns(self) -> torch.Tensor:
         """Return (B, T): column of every current token within the prompt, -1 outside."""
-        prompt = self._prompt()
+        prompt = self.attached()
         columns = self.source_index - prompt.offset
         return torch.where((columns >= 0) & (columns < prompt.columns) & self.valid, columns, -1)
 
     def brings_all(self) -> bool:
         """Tell whether this pass reads the prompt in one piece."""
-        prompt = self._prompt()
+        prompt = self.attached()
         return self.past <= prompt.offset and self.seen >= prompt.offset + prompt.columns
 
     def find(self, row: int, columns: torch.Tensor) -> torch.Tensor:
         """Find the prompt's `columns` among the current tokens of row `row`; -1 for those that are not there."""
-        at = torch.full((self._prompt().columns + 1,), -1, dtype=torch.long, device=self.source_index.device)
+        at = torch.full((self.attached().columns + 1,), -1, dtype=torch.long, device=self.source_index.device)
         here = self.prompt_columns()[row]
         at[here] = torch.arange(len(here), device=at.device)
         at[-1] = -1
@@ -240,7 +248,7 @@ class ForwardState:
 
     def keeping_of(self, source_index: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Return (B, P) bool: keys at `source_index` (B, P) that a decision about the prompt (S, P') keeps."""
-        prompt = self._prompt()
+        prompt = self.attached()
         columns = source_index - prompt.offset
         outside = (columns < 0) | (columns >= prompt.columns)
         if self.prompt_row is None:
@@ -251,13 +259,18 @@ class ForwardState:
     def visual(self) -> torch.Tensor:
         """Return (B, T) bool: current tokens that are visual tokens of the prompt."""
         columns = self.prompt_columns()
-        return (columns >= 0) & self._prompt().visual[self.prompt_row].gather(1, columns.clamp(min=0))
+        return (columns >= 0) & self.attached().visual[self.prompt_row].gather(1, columns.clamp(min=0))
 
     def first_row(self, prompt_row: int) -> int:
         """Return the first of the rows that repeat a row of the prompt."""
-        return prompt_row * (len(self.source_index) // self._prompt().rows)
+        return prompt_row * (len(self.source_index) // self.attached().rows)
 
-    def _prompt(self) -> Prompt:
+    def first_rows(self) -> slice:
+        """Return the S rows of the batch that stand for those of the prompt."""
+        return slice(0, None, len(self.source_index) // self.attached().rows)
+
+    def attached(self) -> Prompt:
+        """Return the prompt that was attached."""
         if self.prompt is None:
             raise RuntimeError("no prompt was attached")
         return self.prompt
@@ -302,6 +315,7 @@ class ForwardState:
         marked: Sequence[torch.Tensor] = (),
     ) -> tuple[PackPlan, list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Pack the given planes and those of this state in one operation."""
+        self.complete = set()
         own = [self.source_index] if self.blocks is None else [self.source_index, self.blocks]
         planes, dims = [*planes, *own], [*dims, *[1] * len(own)]
         plan, packed, rows = PackPlan.pack(keep, planes, dims, marks=marks, marked=marked)
@@ -321,6 +335,7 @@ class ForwardState:
             record = compacted(self.cache)
             record.owner, record.shift = owner, shift
             record.logical, record.groups = self.seen, list(self.key_groups)
+            record.complete = set(self.complete)
 
     def scatter(self, hidden: torch.Tensor) -> torch.Tensor:
         """Put hidden states back among the tokens that came in, with zeros where tokens were dropped."""
@@ -352,6 +367,10 @@ class ForwardState:
         """Return (B, P): positions of the keys of a layer in the conversation, current ones included."""
         return next(keys for start, keys in reversed(self.key_groups) if start <= layer)
 
+    def group_of(self, layer: int) -> int:
+        """Return the start of the group of `key_groups` that a layer belongs to."""
+        return max(start for start, _ in self.key_groups if start <= layer)
+
     def valid_keys(self, layer: int) -> torch.Tensor:
         """Return (B, P) bool: keys of a layer that are no padding."""
         return self.keys_of(layer) >= 0
@@ -365,6 +384,9 @@ class ForwardState:
             The attention function counts a window in stored tokens, of which there are fewer than were seen.
         """
         key = self._key(layer)
+        complete = self.length == 1 and key[0] in self.complete
+        if complete and key[1] in self._unmasked:
+            return None
         if key not in self._masks:
             window = self.types.windows[layer]
             if window is not None and self.seen > window and "flash" in str(self.types.config._attn_implementation):
@@ -375,6 +397,8 @@ class ForwardState:
             self._masks[key] = causal_mask(
                 self.types, layer, hidden, self.keys_of(layer), self.cache, blocks=self.blocks, seen=self.seen
             )
+            if complete and self._masks[key] is None:
+                self._unmasked.add(key[1])
         return self._masks[key]
 
     def rotary(self, layer: int, tables: Any) -> Any:
@@ -388,4 +412,4 @@ class ForwardState:
         return self._rotary[key]
 
     def _key(self, layer: int) -> tuple[int, str]:
-        return max(start for start, _ in self.key_groups if start <= layer), self.types.names[layer]
+        return self.group_of(layer), self.types.names[layer]

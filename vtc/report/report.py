@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ class SegmentReport:
         its stage.
     kept : torch.Tensor
         (tokens_after,) long, ascending: the indices within the segment of the tokens that remain after the last stage.
+        Where a method chooses per decoder layer or head at the cache: of those that some layer and head still stores.
     """
 
     row: int
@@ -108,6 +109,13 @@ class Report:
         Wall-clock milliseconds that methods took at each site.
     tower_flops_before, tower_flops_after : int or None
         FLOPs of the layers of the vision tower, all rows together; None where no stage works inside it.
+    stored_per_layer : tuple of tuple of int, or None
+        (L, B) tokens per row whose keys and values stay in the cache of every layer; None where no stage works there.
+    entries : tuple of torch.Tensor, or None
+        (L,) tensors (B, G, P) long: columns of the prompt that a layer's cache stores, for all heads (G = 1) or for
+        each, -1 for padding and for what is not of this prompt; None where no method chooses layer by layer.
+    scope : str or None
+        Which entries such a method may evict: those of "visual" tokens, or of "all".
     dtype : torch.dtype
         Of the decoder, and so of its cache.
     versions : tuple of (str, str)
@@ -134,6 +142,9 @@ class Report:
     reused: tuple[str, ...] = ()
     tower_flops_before: int | None = None
     tower_flops_after: int | None = None
+    stored_per_layer: tuple[tuple[int, ...], ...] | None = None
+    entries: tuple[torch.Tensor, ...] | None = field(default=None, repr=False)
+    scope: str | None = None
 
     @classmethod
     def build(
@@ -150,6 +161,8 @@ class Report:
         transformers_version: str,
         stored_per_layer: Sequence[Sequence[int]] | None = None,
         tower_flops: tuple[int, int] | None = None,
+        entries: Sequence[torch.Tensor] | None = None,
+        scope: str | None = None,
     ) -> Report:
         """Compute the report of one prefill.
 
@@ -175,6 +188,9 @@ class Report:
             (L, B) tokens per row whose keys and values stay in the cache, if fewer than the layer saw.
         tower_flops : (int, int), optional
             FLOPs of the tower's layers on all patches, and on those that were left.
+        entries : sequence of Tensor, optional
+        scope : str, optional
+            As in the report.
 
         Raises
         ------
@@ -211,6 +227,9 @@ class Report:
             spent=tuple(spent.items()),
             tower_flops_before=None if tower_flops is None else tower_flops[0],
             tower_flops_after=None if tower_flops is None else tower_flops[1],
+            stored_per_layer=None if stored_per_layer is None else tuple(map(tuple, stored_per_layer)),
+            entries=None if entries is None else tuple(entries),
+            scope=scope,
             dtype=dtype,
             versions=(("vtc", __version__), ("torch", torch.__version__), ("transformers", transformers_version)),
         )
@@ -277,6 +296,20 @@ class Report:
         """Cache bytes of all layers as run; None where the formula is not known."""
         return _total(self.kv_bytes_after)
 
+    def _cache_rows(self) -> list[tuple[str, str, str, str]]:
+        """Make table rows of what the caches store, layer by layer where they differ in few places."""
+        if self.stored_per_layer is None or self.scope is None:
+            return []
+        before, counts = sum(self.lengths_before), [sum(lengths) for lengths in self.stored_per_layer]
+        groups = _layer_groups(counts)
+        if len(groups) > 6:
+            least, most = min(counts), max(counts)
+            groups = [(f"least, layer {counts.index(least)}", least), (f"most, layer {counts.index(most)}", most)]
+        mean = sum(counts) / len(counts)
+        named = [_counted(f"cache entries, {where}", before, count) for where, count in groups]
+        row = "cache entries, mean over layers", f"{before}", f"{mean:.1f}", _percent(mean, before)
+        return [row, *(named if len(groups) > 1 else [])]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types, derived figures included."""
         return {
@@ -304,6 +337,8 @@ class Report:
             "flops_note": self.flops_note,
             "tower_flops_before": self.tower_flops_before,
             "tower_flops_after": self.tower_flops_after,
+            "stored_per_layer": None if self.stored_per_layer is None else [list(n) for n in self.stored_per_layer],
+            "scope": self.scope,
             "selector_ms": self.selector_ms,
             "sites": [
                 {"site": str(site), "came": came, "left": left, "selector_ms": dict(self.spent).get(site, 0.0)}
@@ -328,6 +363,7 @@ class Report:
                 _counted(f"visual tokens, {where}", self.visual_tokens_before, count)
                 for where, count in _layer_groups(self.visual_tokens_per_layer)
             ]
+        rows += self._cache_rows()
         before_, average = self.visual_tokens_before, self.average_visual_tokens
         rows.append(("visual tokens, mean over layers", f"{before_}", f"{average:.1f}", _percent(average, before_)))
         flops = self.prefill_flops_before, self.prefill_flops_after
@@ -344,6 +380,8 @@ class Report:
         else:
             rows.append(("selector", "", f"{self.selector_ms:.2f} ms", ""))
         notes = [] if self.flops_note is None else [f"No FLOPs and KV bytes: {self.flops_note}"]
+        if self.scope is not None:
+            notes.append(f"Entries of {self.scope} tokens may leave the caches, other ones in each layer")
         if self.reused:
             notes.append(f"Made by an earlier question and re-used: {', '.join(self.reused)}")
         stages = " then ".join(_described(config) for config in self.configs)
