@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vtc
+from tests.selectors.inputs import SELECTING
 from vtc.core.observations import TokenGrids
 from vtc.errors import ConfigError, InputError, VtcError
 from vtc.functional import select
@@ -77,7 +78,7 @@ def inputs(method: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("method", vtc.list_methods())
+@pytest.mark.parametrize("method", SELECTING)
 @pytest.mark.parametrize("kind", [*TAKEN, *INTEGERS])
 def test_arrays_lists_and_integers_select_what_tensors_do(method: str, kind: str) -> None:
     given = inputs(method)
@@ -91,7 +92,7 @@ def test_arrays_lists_and_integers_select_what_tensors_do(method: str, kind: str
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch says that quantised tensors are deprecated
-@pytest.mark.parametrize("method", vtc.list_methods())
+@pytest.mark.parametrize("method", SELECTING)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_holds_no_real_numbers_is_refused_by_name(method: str, kind: str) -> None:
     given = inputs(method)
@@ -101,7 +102,7 @@ def test_what_holds_no_real_numbers_is_refused_by_name(method: str, kind: str) -
         assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("method", vtc.list_methods())
+@pytest.mark.parametrize("method", SELECTING)
 def test_numbers_of_numpy_are_numbers(method: str) -> None:
     given = inputs(method)
     shared = {"seed": 3, "structural": 2, "other_visuals": 1}
@@ -152,7 +153,7 @@ def test_random_mixtures_never_end_inside_torch(seed: int) -> None:
     drawn = random.Random(seed)
     numbers = [np.int64(3), np.float32(0.5), True, -1, 10**30, 1.5, "3", None, [], {}, 2**63 - 1, np.uint64(2**63)]
     for _ in range(60):
-        method = drawn.choice(list(vtc.list_methods()))
+        method = drawn.choice(SELECTING)
         given: dict[str, Any] = dict(inputs(method))
         for name, value in inputs(method).items():
             if drawn.random() < 0.2:

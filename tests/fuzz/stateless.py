@@ -26,7 +26,7 @@ from PIL import Image
 
 import vtc
 from tests.fuzz.campaign import COUNTS, settings, watched
-from tests.selectors.inputs import shape_of
+from tests.selectors.inputs import SELECTING, shape_of
 from tests.video import clips
 from vtc.cli import samples
 from vtc.config import CompressionConfig
@@ -61,7 +61,7 @@ a_budget = st.one_of(
 )
 a_selection = st.fixed_dictionaries(
     {
-        "method": st.sampled_from(METHODS),
+        "method": st.sampled_from(SELECTING),
         "grids": some_grids,
         "budget": a_budget,
         "width": st.sampled_from((1, 2, 3, 12, 64)),
@@ -489,7 +489,7 @@ PROPERTIES: dict[str, dict[str, tuple[dict[str, Any], Callable[..., None]]]] = {
     # Part, name: what is drawn, and what is done with it.
     "selections": {
         "selection": ({"drawn": a_selection}, check_selection),
-        "wrong selection": ({"method": st.sampled_from(METHODS), "given": a_wrong_argument}, check_wrong_selection),
+        "wrong selection": ({"method": st.sampled_from(SELECTING), "given": a_wrong_argument}, check_wrong_selection),
     },
     "configs": {
         "configuration": ({"values": a_configuration}, _here(check_configuration)),

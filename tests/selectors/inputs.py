@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from vtc.core.context import VisualContext
+from vtc.core.eviction import CacheSelector
 from vtc.core.grids import Grid
 from vtc.core.observations import TokenGrids
 from vtc.core.signals import SHARED, Signal
+from vtc.registry import selectors
 from vtc.selectors import Selector
 from vtc.selectors.adaptive_sparse_vit import HeadWeightedAttention
 from vtc.selectors.aim import PageRank
@@ -22,6 +24,9 @@ from vtc.selectors.pixelprune import BlockPixels
 from vtc.selectors.prumerge import WideClsAttention
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
+
+SELECTING = sorted(name for name, cls in selectors().items() if not issubclass(cls, CacheSelector))
+"""Methods that select among the tokens of a picture."""
 
 SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6}
 """Sizes of the named axes of signals; N is the number of tokens, and any other axis has two entries."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.selectors.inputs import make_context, replace_floats
+from tests.selectors.inputs import SELECTING, make_context, replace_floats
 from vtc.core.selection import Selection
 from vtc.core.signals import HiddenStates, VisionKeys
 from vtc.core.sites import Site
@@ -13,7 +13,6 @@ from vtc.core.stage import ModelShape
 from vtc.registry import get_selector, selectors
 from vtc.selectors import ScoreSelector, Selector
 
-METHODS = sorted(selectors())
 GRIDS = {
     "image": ((1, 6, 6),),
     "wide image": ((1, 3, 11),),
@@ -29,7 +28,7 @@ def assert_budget(selector: Selector, selection: Selection, budget: int = 9) -> 
     assert selection.k == budget or (selector.adaptive and 1 <= selection.k < budget)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTING)
 @pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)
 def test_keeps_exactly_the_budget(method: str, grids: tuple[tuple[int, int, int], ...]) -> None:
     selector = get_selector(method)
@@ -40,14 +39,14 @@ def test_keeps_exactly_the_budget(method: str, grids: tuple[tuple[int, int, int]
         assert_budget(selector, selection, min(budget, n))  # ascending and distinct is what Selection itself checks
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTING)
 def test_same_seed_same_selection(method: str) -> None:
     selector = get_selector(method)
     one, two = (selector.select(make_context(selector, 9)) for _ in range(2))
     assert one.to_dict() == two.to_dict()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTING)
 def test_no_side_effects(method: str) -> None:
     selector = get_selector(method)
     context = make_context(selector, 9)
@@ -60,7 +59,7 @@ def test_no_side_effects(method: str) -> None:
         assert torch.equal(values[name], value), f"{name} was modified"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTING)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision_is_computed_in_float32(method: str, dtype: torch.dtype) -> None:
     selector = get_selector(method)
@@ -71,7 +70,7 @@ def test_half_precision_is_computed_in_float32(method: str, dtype: torch.dtype) 
         assert torch.equal(selector.score(half), selector.score(wide))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTING)
 def test_large_half_precision_features_stay_finite(method: str) -> None:
     selector = get_selector(method)
     context = make_context(selector, 9, dtype=torch.float16)
@@ -82,21 +81,21 @@ def test_large_half_precision_features_stay_finite(method: str) -> None:
     assert_budget(selector, selector.select(context.check()))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTING)
 def test_equal_tokens_are_legal(method: str) -> None:
     selector = get_selector(method)
     context = replace_floats(make_context(selector, 9), torch.ones_like)
     assert_budget(selector, selector.select(context))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTING)
 def test_zero_tokens_are_legal(method: str) -> None:
     selector = get_selector(method)
     context = replace_floats(make_context(selector, 9), torch.zeros_like)
     assert_budget(selector, selector.select(context))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if issubclass(selectors()[m], ScoreSelector)])
+@pytest.mark.parametrize("method", [m for m in SELECTING if issubclass(selectors()[m], ScoreSelector)])
 def test_kept_are_the_best_under_the_own_score(method: str) -> None:
     selector = get_selector(method)
     assert isinstance(selector, ScoreSelector)
@@ -107,7 +106,7 @@ def test_kept_are_the_best_under_the_own_score(method: str) -> None:
         assert scores[mask].min() >= scores[~mask].max()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(selectors()))
 def test_metadata(method: str) -> None:
     cls = selectors()[method]
     assert cls.name == method

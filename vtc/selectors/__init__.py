@@ -11,23 +11,28 @@ from .dart import DartSelector
 from .divprune import DivPruneSelector
 from .dycoke import DyCokeSelector
 from .eadp import EadpSelector
+from .elastic_cache import ElasticCacheSelector
 from .evs import EvsSelector
 from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
 from .fastvid import FastVidSelector
 from .flowcut import FlowCutSelector
+from .h2o import H2oSelector
 from .hiprune import HiPruneSelector
 from .holitom import HoliTomSelector
 from .holov import HoloVSelector
 from .mmtok import MmTokSelector
 from .pixelprune import PixelPruneSelector
 from .pool import PoolSelector
+from .prefixkv import PrefixKvSelector
 from .prumerge import PruMergePlusSelector, PruMergeSelector
 from .prunevid import PruneVidSelector
 from .random import RandomSelector
 from .rediprune import ReDiPruneSelector
 from .resize import ResizeSelector
 from .scope import ScopeSelector
+from .snapkv import SnapKvSelector
+from .streaming import StreamingSelector
 from .todre import ToDreSelector
 from .tome import ToMeSelector
 from .uniform import UniformSelector
@@ -48,17 +53,20 @@ __all__ = [
     "DivPruneSelector",
     "DyCokeSelector",
     "EadpSelector",
+    "ElasticCacheSelector",
     "EvsSelector",
     "FastVSelector",
     "FastVidSelector",
     "FasterVlmSelector",
     "FlowCutSelector",
+    "H2oSelector",
     "HiPruneSelector",
     "HoliTomSelector",
     "HoloVSelector",
     "MmTokSelector",
     "PixelPruneSelector",
     "PoolSelector",
+    "PrefixKvSelector",
     "PruMergePlusSelector",
     "PruMergeSelector",
     "PruneVidSelector",
@@ -68,6 +76,8 @@ __all__ = [
     "ScopeSelector",
     "ScoreSelector",
     "Selector",
+    "SnapKvSelector",
+    "StreamingSelector",
     "ToDreSelector",
     "ToMeSelector",
     "UniformSelector",

@@ -1,0 +1,221 @@
+"""Methods at the cache on the entries of one layer: laws that all keep, and cases worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import vtc
+import vtc.kernels
+from tests.selectors.caches import context, observed, read
+from vtc.core.cache_signals import AttentionSums, WindowAttention
+from vtc.core.eviction import CacheSelector, Eviction, protect
+from vtc.core.layer_budgets import parse_budgets, smallest_split
+from vtc.registry import get_selector, selectors
+
+METHODS = sorted(name for name, cls in selectors().items() if issubclass(cls, CacheSelector))
+N = 24
+
+
+def drawn(seed: int = 0, dtype: torch.dtype = torch.float32, batch: int = 1) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys, values = (torch.randn(batch, heads, N, 8, generator=generator) for heads in (4, 2, 2))
+    return observed(queries.to(dtype), keys.to(dtype), values.to(dtype))
+
+
+def method_of(name: str, **options: Any) -> Any:
+    small = {"window": 4} if name == "snapkv" else {}
+    return get_selector(name, scope="all", **{**small, **options})
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("budget", [1, 5, N - 1])
+def test_keeps_exactly_the_budget_in_every_head(name: str, budget: int) -> None:
+    method = method_of(name)
+    answer = method.evict(read(method, drawn(), budget))
+    assert answer.n == N
+    assert answer.k == budget
+    assert len(answer.keep) in (1, 2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_kept_are_the_best_under_the_own_score(name: str) -> None:
+    method = method_of(name)
+    for seed in range(3):
+        ctx = read(method, drawn(seed), 9)
+        answer, scores = method.evict(ctx), method.score(ctx)
+        assert scores.dtype == torch.float32
+        rows = scores if scores.ndim == 2 else scores[None]
+        for row, keep in zip(rows, answer.keep, strict=True):
+            left = torch.ones(N, dtype=torch.bool).index_fill(0, keep, False)
+            assert row[keep].min() >= row[left].max()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_pure_and_repeatable(name: str) -> None:
+    method = method_of(name)
+    ctx = read(method, drawn(), 9)
+    before, state = {s: value.clone() for s, value in ctx.signals.items()}, torch.get_rng_state()
+    one, two = method.evict(ctx), method.evict(ctx)
+    assert torch.equal(one.keep, two.keep)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(ctx.signals[s], value) for s, value in before.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision_is_computed_in_float32(name: str) -> None:
+    method, raw = method_of(name), drawn(dtype=torch.bfloat16)
+    wide = dataclasses.replace(raw, queries=raw.queries.float(), keys=raw.keys.float(), values=raw.values.float())
+    assert torch.equal(method.evict(read(method, raw, 9)).keep, method.evict(read(method, wide, 9)).keep)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equal_entries_are_legal(name: str) -> None:
+    method, raw = method_of(name), drawn()
+    same = dataclasses.replace(raw, queries=torch.zeros_like(raw.queries), keys=torch.zeros_like(raw.keys))
+    assert method.evict(read(method, same, 9)).k == 9
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_without_a_model_there_is_nothing_to_select(name: str) -> None:
+    with pytest.raises(vtc.UnsupportedMethodError, match="evicts entries of key-value caches"):
+        vtc.select(name, features=torch.rand(9, 4), keep_tokens=3)
+
+
+@pytest.mark.parametrize("signal", [AttentionSums(), WindowAttention(3), WindowAttention(40, kernel=3)], ids=str)
+def test_signals_of_a_padded_batch_are_those_of_its_rows(signal: Any) -> None:
+    raw = drawn(batch=3)
+    lengths = (N, 17, 2)
+    valid = torch.stack([torch.arange(N) >= N - length for length in lengths])
+    places = raw.visibility.query_positions.masked_fill(~valid, -1)
+    padded = dataclasses.replace(raw, valid=valid, text=valid, visibility=vtc.kernels.VisibilityMask(places, places))
+    values = signal.compute(padded)
+    assert values.shape == (3, N, 2)
+    for row, length in enumerate(lengths):
+        alone = observed(*(x[row : row + 1, :, N - length :] for x in (raw.queries, raw.keys, raw.values)))
+        torch.testing.assert_close(values[row, N - length :], signal.compute(alone)[0])
+        assert not values[row, : N - length].any()
+
+
+def test_attention_sums_are_column_sums_of_the_softmax() -> None:
+    raw = drawn()
+    logits = raw.queries[0] @ raw.keys[0].repeat_interleave(2, dim=0).transpose(1, 2) * raw.scaling
+    causal = torch.ones(N, N, dtype=torch.bool).tril()
+    attention = logits.masked_fill(~causal, -torch.inf).softmax(dim=-1)
+    sums = attention.sum(dim=1).view(2, 2, N).mean(dim=1)
+    torch.testing.assert_close(AttentionSums().compute(raw)[0].T, sums)
+    last = attention[:, -3:].mean(dim=1)[:, : N - 3].view(2, 2, -1).mean(dim=1)
+    window = WindowAttention(3, kernel=1).compute(raw)[0].T
+    torch.testing.assert_close(window[:, : N - 3], last)
+    torch.testing.assert_close(window[:, N - 3 :], (last.max() + 1).expand(2, 3))
+
+
+def test_earlier_turns_count_in_the_softmax_and_not_in_the_signal() -> None:
+    raw = drawn()
+    split = 10
+    places = torch.arange(N)[None]
+    later = dataclasses.replace(
+        observed(raw.queries[:, :, split:], raw.keys[:, :, split:]),
+        keys=raw.keys,
+        visibility=vtc.kernels.VisibilityMask(places[:, split:], places),
+        key_length=N,
+    )
+    window = WindowAttention(3, kernel=1)
+    torch.testing.assert_close(window.compute(later)[0][: N - split - 3], window.compute(raw)[0][split : N - 3])
+
+
+def test_h2o_keeps_half_of_the_budget_for_recent_entries() -> None:
+    scores = torch.arange(N, 0, -1).float().expand(2, -1)  # the earlier, the more attention
+    whole, visual = get_selector("h2o", scope="all"), get_selector("h2o")
+    ctx = context(whole, N, 8, {AttentionSums(): scores})  # type: ignore[arg-type]
+    assert whole.evict(ctx).keep[0].tolist() == [0, 1, 2, 3, N - 4, N - 3, N - 2, N - 1]  # type: ignore[attr-defined]
+    ctx.scope = "visual"
+    assert visual.evict(ctx).keep[0].tolist() == list(range(8))  # type: ignore[attr-defined]
+
+
+def test_prefixkv_gives_flat_attention_more_entries_than_peaked() -> None:
+    method: Any = get_selector("prefixkv")
+    flat, peaked = torch.ones(1, 100), torch.full((1, 100), 1e-3).index_fill(1, torch.arange(5), 1.0)
+    contexts = [
+        context(method, 100, 50, {AttentionSums(): scores}, layer=i, layers=2)
+        for i, scores in enumerate((flat, peaked))
+    ]
+    counts = method.share(contexts)
+    assert 95 <= sum(counts) <= 102
+    assert counts[0] > 80
+    assert counts[1] < 20
+
+
+def test_elastic_cache_merges_into_the_nearest() -> None:
+    method: Any = get_selector("elastic-cache", scope="all", start=1)
+    scores = torch.tensor([[0.0, 5.0, 1.0, 1.0, 4.0, 1.0, 0.0]])
+    ctx = context(method, 7, 4, {AttentionSums(): scores})
+    answer = method.evict(ctx)
+    assert answer.keep.tolist() == [[0, 1, 4, 6]]
+    assert answer.assign.tolist() == [[0, 1, 1, 2, 2, 2, 3]]  # 5 stands nearer to 4 than 6 does, and 6 is the end
+    x = torch.arange(7.0)[None, :, None]
+    assert answer.merge(x)[0, :, 0].tolist() == [0.0, 1.5, 4.0, 6.0]
+
+
+def test_eviction_checks_itself() -> None:
+    keep = torch.tensor([[0, 2]])
+    for broken in (
+        {"keep": torch.tensor([0, 2])},
+        {"keep": torch.tensor([[2, 0]])},
+        {"keep": torch.tensor([[0, 4]])},
+        {"keep": keep, "assign": torch.tensor([[0, 0, 0, 0]])},
+        {"keep": keep, "assign": torch.tensor([[0, 2, 1, 0]])},
+        {"keep": keep, "assign": torch.tensor([[0, 0, 1]])},
+        {"keep": keep, "weight": torch.ones(1, 4)},
+        {"keep": keep, "assign": torch.tensor([[0, 0, 1, 1]]), "weight": torch.tensor([[0.0, 1, 1, 1]])},
+    ):
+        with pytest.raises(vtc.InputError, match="Eviction"):
+            Eviction(4, **broken)
+    weighted = Eviction(4, keep, torch.tensor([[0, 0, 1, -1]]), torch.tensor([[1.0, 3.0, 1.0, 0.0]]))
+    assert weighted.merge(torch.tensor([[[0.0], [4.0], [7.0], [9.0]]])).flatten().tolist() == [3.0, 7.0]
+
+
+def test_protected_entries_rank_above_all_others() -> None:
+    scores = protect(torch.tensor([[1.0, 5.0, 2.0]]), torch.tensor([True, False, False]))
+    assert scores.tolist() == [[6.0, 5.0, 2.0]]
+
+
+def test_clusters_are_the_best_of_all_splits() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        values = torch.rand(9, generator=generator, dtype=torch.float64).tolist()
+        ranked = sorted(values)
+
+        def cost(parts: list[list[float]]) -> float:
+            return sum(sum((v - sum(p) / len(p)) ** 2 for v in p) for p in parts)
+
+        best = min(cost([ranked[:a], ranked[a:b], ranked[b:]]) for a in range(1, 8) for b in range(a + 1, 9))
+        groups = smallest_split(values, 3)
+        assert cost([[v for v, g in zip(values, groups, strict=True) if g == c] for c in range(3)]) == pytest.approx(
+            best
+        )
+    assert smallest_split([3.0, 1.0], 3) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "steep",
+        3,
+        {},
+        {"name": "pyramid", "beta": 0.5},
+        {"name": "pyramid", "window": -1},
+        {"name": "pyramid", "variant": "new"},
+        {"name": "squeeze", "least": 2},
+        {"name": "cumulative", "protect": 1.5},
+        [],
+        ["a"],
+    ],
+    ids=str,
+)
+def test_broken_budgets_are_refused(broken: Any) -> None:
+    with pytest.raises(vtc.ConfigError, match="budgets"):
+        parse_budgets(broken)

@@ -1,0 +1,150 @@
+"""Methods at the cache against the authors' own functions; see tests/golden/README.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.selectors.caches import context, observed, read
+from tests.selectors.test_golden import GOLDEN, load
+from vtc.core.cache_signals import AttentionSums, ResidualCosine, WindowAttention
+from vtc.core.layer_budgets import PyramidBudgets, SqueezeBudgets, cumulative_drops, smallest_split
+from vtc.registry import get_selector
+
+
+def names(pattern: str, least: int) -> list[str]:
+    found = sorted(path.name for path in GOLDEN.glob(pattern))
+    assert len(found) >= least
+    return found
+
+
+def padded(rows: torch.Tensor) -> list[list[int]]:
+    return [[int(i) for i in row if i >= 0] for row in rows]
+
+
+@pytest.mark.parametrize("name", names("snapkv_official_*", 3))
+def test_snapkv(name: str) -> None:
+    golden = load(name)
+    pooling = "max" if golden["pooling_is_max"] else "mean"
+    method: Any = get_selector(
+        "snapkv", scope="all", window=golden["window"], kernel=golden["kernel_size"], pooling=pooling
+    )
+    ctx = read(method, observed(golden["queries"], golden["keys"]), golden["capacity"])
+    assert torch.equal(method.evict(ctx).keep, golden["kept_positions_sorted"][0])
+
+
+def test_snapkv_with_shared_keys() -> None:
+    golden = load("kvpress_snapkv_01.npz")
+    window, n = golden["window"], golden["keys"].shape[2]
+    queries = torch.nn.functional.pad(golden["queries_window"], (0, 0, n - window, 0))
+    method: Any = get_selector("snapkv", scope="all", window=window, kernel=golden["kernel_size"])
+    ctx = read(method, observed(queries, golden["keys"]), int(n * (1 - golden["compression_ratio"])))
+    ours, theirs = ctx[WindowAttention], golden["scores"][0]
+    torch.testing.assert_close(ours[:, : n - window], theirs[:, : n - window], rtol=1e-4, atol=1e-5)
+    assert torch.equal(method.evict(ctx).keep, golden["kept_positions_sorted"][0])
+
+
+@pytest.mark.parametrize("name", names("kvfactory_pyramidkv_*", 3))
+def test_pyramidkv(name: str) -> None:
+    golden = load(name)
+    budgets = {"name": "pyramid", "beta": golden["beta"], "window": golden["window"]}
+    method: Any = get_selector(
+        "snapkv", scope="all", window=golden["window"], kernel=golden["kernel_size"], budgets=budgets
+    )
+    raw, depth = observed(golden["queries"], golden["keys"]), golden["num_hidden_layers"]
+    contexts = [read(method, raw, golden["capacity"], layer=layer, layers=depth) for layer in range(depth)]
+    ctx = contexts[golden["layer_idx"]]
+    ctx.budget = method.share(contexts)[golden["layer_idx"]]
+    assert torch.equal(method.evict(ctx).keep, golden["kept_positions_sorted"][0])
+
+
+def test_pyramid_budgets_by_true_division() -> None:
+    method: Any = get_selector("streaming")
+    for n, ratio, window, beta, *counts in load("kvpress_pyramidkv_budgets.npz")["table"].tolist():
+        budget = n * (1 - ratio)
+        shares = PyramidBudgets(beta, int(window), "exact")
+        contexts = [context(method, int(n), budget, layer=layer, layers=8) for layer in range(8)]
+        assert [int(count) for count in shares.share(contexts)] == counts, (n, ratio, window, beta)
+
+
+def test_h2o() -> None:
+    golden = load("kvfactory_h2o_01.npz")
+    method: Any = get_selector("h2o", scope="all", recent=golden["window"])
+    ctx = read(method, observed(golden["queries"], golden["keys"]), golden["capacity"])
+    assert torch.equal(method.evict(ctx).keep, golden["kept_positions_sorted"][0])
+
+
+@pytest.mark.parametrize("name", ["kvfactory_streaming_01.npz", "kvpress_streamingllm_01.npz"])
+def test_streaming(name: str) -> None:
+    golden = load(name)
+    n, kept = golden["keys"].shape[2], golden["kept_positions_sorted"][0]
+    sinks = golden["n_sink"] if "n_sink" in golden else golden["capacity"] - golden["window"]
+    method: Any = get_selector("streaming", scope="all", sinks=sinks)
+    assert torch.equal(method.evict(context(method, n, kept.shape[1])).keep.expand(len(kept), -1), kept)
+
+
+@pytest.mark.parametrize("name", names("prefixkv_cdf_*", 3))
+def test_lengths_of_prefixes(name: str) -> None:
+    golden = load(name)
+    drops = cumulative_drops(list(golden["score_sum"]), golden["target_num"], golden["protect"])
+    assert drops == golden["forget_counts"].tolist()
+
+
+@pytest.mark.parametrize("name", names("prefixkv_prefill_*", 3))
+def test_prefixkv(name: str) -> None:
+    golden = load(name)
+    start, kept = golden["start_size"], padded(golden["kept_indices"][:, 0])
+    method: Any = get_selector(
+        "prefixkv", scope="all", start=start, budgets={"name": "cumulative", "protect": start + 1}
+    )
+    n, depth = golden["attn"].shape[-1], len(kept)
+    sums = golden["attn"].sum(dim=3)[:, 0]
+    budget = n - round(n * golden["ratio"])
+    contexts = [context(method, n, budget, {AttentionSums(): own}, layer=i, layers=depth) for i, own in enumerate(sums)]
+    for ctx, count, theirs in zip(contexts, method.share(contexts), kept, strict=True):
+        ctx.budget = count
+        assert method.evict(ctx).keep[0].tolist() == theirs
+
+
+@pytest.mark.parametrize("name", names("prefixkv_released_*", 3))
+def test_prefixkv_with_a_profile(name: str) -> None:
+    golden = load(name)
+    kept, n = padded(golden["kept_indices"]), golden["n_prompt"]
+    shares = tuple(1 - ratio for ratio in golden["ratios_per_layer"].tolist())
+    method: Any = get_selector("prefixkv", scope="all", start=golden["start_size"], budgets=shares)
+    contexts = [context(method, n, n, {AttentionSums(): own[None]}) for own in golden["score_sum"]]
+    for ctx, count, theirs in zip(contexts, method.share(contexts), kept, strict=True):
+        ctx.budget = count
+        assert method.evict(ctx).keep[0].tolist() == theirs
+
+
+@pytest.mark.parametrize("name", names("elastic_prefill_*", 2))
+def test_elastic_cache_as_released(name: str) -> None:
+    golden = load(name)
+    n = golden["attn"].shape[-1]
+    method: Any = get_selector("elastic-cache", scope="all", start=golden["start_size"], variant="released")
+    for layer, scores in enumerate(golden["score_sum"]):
+        answer = method.evict(context(method, n, n - golden["forget_num"], {AttentionSums(): scores[None]}))
+        assert answer.k == golden["out_len"][layer]
+        for ours, theirs in (("keys", "out_keys"), ("values", "out_values")):
+            merged = answer.merge(golden[ours][layer, 0])
+            torch.testing.assert_close(merged, golden[theirs][layer, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", names("squeeze_*", 3))
+def test_squeeze_attention(name: str) -> None:
+    golden = load(name)
+    cosines, n = golden["mean_cosine"], golden["prompt_len"]
+    assert smallest_split(cosines.tolist(), 3) == golden["group"].tolist()
+    method: Any = get_selector("streaming", scope="all")
+    signals = [{ResidualCosine(): cosine} for cosine in cosines]
+    contexts = [context(method, n, round(n * golden["ini_ratio"]), own) for own in signals]
+    counts = SqueezeBudgets(golden["class3_ratio"]).share(contexts)
+    if golden["class12_ratio"] > 1:  # the authors' would keep more than there is
+        total = sum(ctx.budget for ctx in contexts)
+        assert total - len(counts) < sum(counts) <= total, "rounded down layer by layer"
+        assert all(count == n for count, group in zip(counts, golden["group"], strict=True) if group < 2)
+    else:
+        assert counts == golden["budget_tokens"].tolist()

@@ -1,0 +1,80 @@
+"""PrefixKV: every decoder layer keeps as many cache entries as hold the same share of its attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..core.cache_signals import AttentionSums
+from ..core.eviction import CacheContext, CacheSelector, protect
+from ..core.signals import Signal
+from ..errors import ConfigError
+from ..plain import shown
+from ..registry import register_selector
+
+__all__ = ["PrefixKvSelector", "check_start", "mean_over_heads"]
+
+
+@register_selector
+@dataclass(frozen=True)
+class PrefixKvSelector(CacheSelector):
+    """Rank the entries of each layer by the attention they received, and keep prefixes of other lengths per layer.
+
+    ``score_j = sum over queries i of the mean over heads of A[i, j]``; all heads of a layer keep the same entries. The
+    lengths follow from one cumulative threshold c that is searched such that all layers together keep the budget: layer
+    l keeps the shortest prefix of its ranking that holds a share c of its attention.
+
+    By default the threshold is searched for each prompt. The paper finds the lengths beforehand, as means over
+    samples: `vtc.calibrate_cache` makes such a profile, the fractions of ``budgets=(...)``, for a user's own prompts.
+
+    Differences from the released code: it profiles the first row of a batch only and applies its lengths to all; its
+    search may not end; and it ranks text like pictures, which here is ``scope="all"``.
+
+    Parameters
+    ----------
+    scope
+        As in `CacheSelector`.
+    budgets
+        "cumulative", or the fractions of a profile; see `CacheSelector`.
+    start
+        How many of the first tokens of the prompt, and beside them its last one, stay before all others.
+
+    Raises
+    ------
+    ConfigError
+        An option is invalid.
+
+    References
+    ----------
+    "PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient Generation",
+    arXiv 2412.03409, sections 3.2 and 3.3.
+    """
+
+    name: ClassVar[str] = "prefixkv"
+    paper: ClassVar[str] = "PrefixKV, arXiv 2412.03409"
+    requires: ClassVar[tuple[Signal, ...]] = (AttentionSums(),)
+
+    budgets: Any = "cumulative"
+    start: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_start(self.name, self.start)
+
+    def score(self, ctx: CacheContext) -> Tensor:
+        """(N,) attention received."""
+        edge = (ctx.places < self.start) | (ctx.places == ctx.length - 1)
+        return protect(mean_over_heads(ctx), edge)
+
+
+def check_start(method: str, start: Any) -> None:
+    """Raise ConfigError unless `start` is a number of tokens."""
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ConfigError(f"{method}: start must be an integer of at least 0, got {shown(start)}.")
+
+
+def mean_over_heads(ctx: CacheContext) -> Tensor:
+    """(N,) attention that entries received from all queries, averaged over heads."""
+    return ctx[AttentionSums].float().mean(dim=0)
