@@ -59,6 +59,8 @@ class Method:
     """Whether patches leave inside the vision tower, which `test_8_towers.py` compares with masking them there."""
     any_size: bool = False
     """Whether the tower has to take pictures of any size."""
+    cache: bool = False
+    """Whether entries leave the caches, which `tests/engine/test_eviction.py` compares with masking them there."""
     by_ratio: bool = True
     """Whether every configuration is one stage that keeps its ratio of what enters it."""
     reads_text: bool = False
@@ -153,6 +155,8 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("prumerge-plus", _one("prumerge-plus", 0.5), merges=True, needs_cls=True, by_ratio=False, everywhere=False),
     Method("vscan", _one("vscan", 0.5, score_source="received", window=2), decoder=True, merges=True, by_ratio=False),
+    Method("snapkv", _one("snapkv", 0.5, window=4), decoder=True, cache=True, everywhere=False),
+    Method("prefixkv", _one("prefixkv", 0.5, scope="all"), decoder=True, cache=True, by_ratio=False, everywhere=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
     Method("dycoke", _one("dycoke", 0.6), video=True),
@@ -161,7 +165,7 @@ METHODS: tuple[Method, ...] = (
     Method("prunevid", _one("prunevid", 0.5, tau=-0.5), merges=True, video=True),
     Method("holitom", _one("holitom", 0.5, tau=-0.5), merges=True, video=True),
 )
-DROPPING = tuple(m for m in METHODS if not m.merges and not m.tower)
+DROPPING = tuple(m for m in METHODS if not m.merges and not m.tower and not m.cache)
 
 
 def method(name: str) -> Method:

@@ -193,7 +193,7 @@ def test_the_global_random_state_is_left_alone(method: Method) -> None:
 
 
 @over_matrix(
-    methods=tuple(m for m in METHODS if not m.tower),  # those in `test_8_towers.py`
+    methods=tuple(m for m in METHODS if not m.tower and not m.cache),  # towers: in `test_8_towers.py`
     families=tuple(tiny.family(name) for name in (*REPRESENTATIVES, "llava_next", "gemma3", "paligemma")),
     attentions=("sdpa",),
 )

@@ -115,9 +115,11 @@ def _entries(forward: ForwardState, stage: PlannedStage, method: CacheSelector, 
         segments = prompt.segment_of_columns()[row, columns]
         places = (segments >= 0).nonzero()[:, 0]
         sizes = torch.bincount(segments[places]).tolist()
-    else:
+    elif any(segment.row == row for segment in prompt.segments):
         places = torch.arange(len(own), device=own.device)
         sizes = [len(own)]
+    else:  # a row without a picture stays as it is, in company as it would alone
+        places, sizes = own[:0], []
     return _Entries(
         valid=(index >= 0).nonzero()[:, 0],
         length=len(own),
