@@ -27,7 +27,7 @@ class PrefixKvSelector(CacheSelector):
     l keeps the shortest prefix of its ranking that holds a share c of its attention.
 
     By default the threshold is searched for each prompt. The paper finds the lengths beforehand, as means over
-    samples: `vtc.calibrate_cache` makes such a profile, the fractions of ``budgets=(...)``, for a user's own prompts.
+    samples: `vtc.calibrate` makes such a profile, the fractions of ``budgets=(...)``, from a user's own prompts.
 
     Differences from the released code: it profiles the first row of a batch only and applies its lengths to all; its
     search may not end; and it ranks text like pictures, which here is ``scope="all"``.

@@ -20,6 +20,7 @@ from torch.nn import functional
 from vtc import api
 from vtc.budget import check_seed
 from vtc.config import CompressionConfig
+from vtc.core.eviction import CacheSelector
 from vtc.core.ranges import Range
 from vtc.core.selector import Selector
 from vtc.engine.encoder import EncoderMemory
@@ -30,6 +31,7 @@ from vtc.files import check_writable, cut_incomplete_line, replacing
 from vtc.limits import MAX_ROUNDS, check_count
 from vtc.plain import parse_json, real, shown
 from vtc.registry import get_selector
+from vtc.tuning.layers import fit_layer_budgets
 from vtc.tuning.samples import as_found, prompts
 from vtc.tuning.search import suggest
 
@@ -65,6 +67,9 @@ def calibrate(
     many stay are held to `keep_ratio`. Images are encoded once: what a method reads inside the vision tower is kept,
     and the tower runs again only where a trial reads a layer that none has read before. The model is left as it was
     found.
+
+    Of methods at the caches the layer budgets are fitted, without a search and without trials: what each decoder layer
+    keeps on average over the samples becomes the fraction that it keeps (`vtc.tuning.layers`).
 
     Parameters
     ----------
@@ -108,7 +113,6 @@ def calibrate(
     PlotError
         An `OSError` whose `config` is the result: the disk was full when the picture was written.
     """
-    optuna = _optuna()
     if not 0 < (real(keep_ratio) or 0) < 1:
         raise ConfigError(
             f"keep_ratio must lie between 0 and 1, got {shown(keep_ratio)}; keeping all needs no calibration"
@@ -119,8 +123,13 @@ def calibrate(
         check_count("patience", patience, MAX_ROUNDS)
     if sampler not in _SAMPLERS:
         raise ConfigError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
-    adapter = adapter_for(model)
     selector = type(get_selector(method, **options))
+    if issubclass(selector, CacheSelector):
+        if searching := [name for name, value in (("space", space), ("storage", storage), ("plot", plot)) if value]:
+            raise ConfigError(f"{', '.join(searching)}: {method} fits its layer budgets without a search")
+        return fit_layer_budgets(model, processor, samples, keep_ratio=keep_ratio, method=method, seed=seed, **options)
+    optuna = _optuna()
+    adapter = adapter_for(model)
     options = {**_normalisation(selector, processor), **options}
     ranges = dict(selector.search_space(len(adapter.text_model.layers), keep_ratio) if space is None else space)
     ranges = {name: values for name, values in ranges.items() if name not in options}
