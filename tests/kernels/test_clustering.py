@@ -17,7 +17,7 @@ quick = settings(max_examples=60, deadline=None)
 
 def grouped(n: int, groups: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    group = torch.randint(groups, (n,), generator=generator).unique(return_inverse=True)[1]
+    group = torch.randint(-1, groups, (n,), generator=generator)
     return torch.randn(n, 5, generator=generator), group
 
 
@@ -54,8 +54,9 @@ def test_density_peaks_of_many_tokens_need_no_matrix() -> None:
 def test_nearest_in_group(metric: str, n: int, groups: int, targets: int, block: int, seed: int) -> None:
     x, group = grouped(n, groups, seed)
     named = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:targets]
+    named = named[group[named] >= 0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "_BLOCK", block)
+        patch.setattr(cluster, "_BLOCK", block)  # which may also be smaller than the least block
         found = kernels.nearest_in_group(x, group, named, metric)
     assert torch.equal(found, reference.nearest_in_group(x, group, named, metric))
 

@@ -14,7 +14,7 @@ __all__ = ["density_peaks", "nearest_in_group"]
 
 _BLOCK = 512  # rows compared at a time
 _ELEMENTS = 2**22  # distances held at a time
-_ROUNDING = 1e-6  # share of the squared norms below which a squared distance is rounding
+_ROUNDING = 4e-6  # share of the squared norms below which a squared distance is rounding
 _METRICS = ("cosine", "euclidean")
 
 
@@ -34,48 +34,54 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
     x
         (N, D).
     group
-        (N,) long, 0 to G - 1.
+        (N,) long, at least 0; -1 for tokens that have no part in it.
     neighbours
         At least 1; groups may be smaller.
 
     Returns
     -------
     Tensor
-        (N,) float32: logarithm of density times separation, minus infinity for all but the first of equal vectors.
+        (N,) float32: logarithm of density times separation, minus infinity for all but the first of equal vectors and
+        for tokens without a group.
     """
-    scores = x.new_empty(len(x), dtype=torch.float32)
-    if not len(x):
+    scores = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
+    grouped = (group >= 0).nonzero()[:, 0]
+    if not len(grouped):
         return scores
-    members, there = _table(group)
+    members, there = _table(grouped, group[grouped])
     size = members.shape[1]
     for index, exists in zip(*(part.split(max(1, _ELEMENTS // size**2)) for part in (members, there)), strict=True):
         scores[index[exists]] = _peaks(x[index].float(), exists, neighbours)[exists]
     return scores
 
 
-def _table(group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens (G, m) of every group, ascending, and (G, m) bool: it has as many."""
-    order = group.argsort(stable=True)
-    sizes = torch.bincount(group)
+def _table(tokens: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens (G, m) of every group that occurs, ascending, and (G, m) bool: it has as many."""
+    sizes = group.unique(return_counts=True)[1]
     there = torch.arange(int(sizes.max()), device=group.device) < sizes[:, None]
-    return torch.zeros_like(there, dtype=torch.long).masked_scatter_(there, order), there
+    ordered = tokens[group.argsort(stable=True)]
+    return torch.zeros_like(there, dtype=torch.long).masked_scatter_(there, ordered), there
 
 
 def _peaks(x: Tensor, there: Tensor, neighbours: int) -> Tensor:
-    """Return the scores (G, m) of groups `x` (G, m, D) whose tokens are `there` (G, m)."""
-    exists = there[..., None]
+    """Return the scores (G, m) of groups `x` (G, m, D) whose tokens are `there` (G, m); `x` is written over."""
+    absent = None if bool(there.all()) else ~there[..., None]
+    if absent is not None:
+        x.masked_fill_(absent, 0.0)
     # Relative to the mean of the group, where products lose fewer digits.
-    x = torch.where(exists, x - (x * exists).sum(dim=1, keepdim=True) / there.sum(dim=1)[:, None, None], 0.0)
-    x = x / x.shape[2] ** 0.5
-    lengths = x.square().sum(dim=2)
+    x -= x.sum(dim=1, keepdim=True) / there.sum(dim=1)[:, None, None]
+    if absent is not None:
+        x.masked_fill_(absent, 0.0)
+    lengths = torch.linalg.vector_norm(x, dim=2).square() / x.shape[2]
     rows = max(1, _ELEMENTS // there.numel())
     blocks = range(0, x.shape[1], rows)
 
     def distances(start: int) -> Tensor:
         ours = slice(start, start + rows)
         both = lengths[:, ours, None] + lengths[:, None]
-        squared = torch.baddbmm(both, x[:, ours], x.transpose(1, 2), alpha=-2)
-        return squared.masked_fill_(squared <= _ROUNDING * both, 0.0).masked_fill_(~there[:, None], torch.inf)
+        squared = torch.baddbmm(both, x[:, ours], x.transpose(1, 2), alpha=-2 / x.shape[2])
+        squared.masked_fill_(squared <= _ROUNDING * both, 0.0)
+        return squared if absent is None else squared.masked_fill_(absent[:, None, :, 0], torch.inf)
 
     count = there.sum(dim=1, keepdim=True).clamp(max=neighbours)
     spreads, largest = [], lengths.new_zeros(len(x), 1)
@@ -111,16 +117,16 @@ def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "c
     x
         (N, D): a zero row has cosine 0 to every other.
     group
-        (N,) long, at least 0.
+        (N,) long, at least 0; -1 for tokens that are not looked at.
     targets
-        (T,) long: tokens.
+        (T,) long: tokens of groups.
     metric
         "cosine", or "euclidean": the least distance.
 
     Returns
     -------
     Tensor
-        (N,) long: place among `targets`, -1 where the group has none.
+        (N,) long: place among `targets`, -1 without a group, and where the group has none.
 
     Raises
     ------
@@ -139,12 +145,15 @@ def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "c
     goals = x.index_select(0, targets).float()
     goals = goals * inverse[targets, None] if metric == "cosine" else goals
     half = goals.square().sum(dim=1) / 2
-    order = group.argsort(stable=True)
+    order = (group >= 0).nonzero()[:, 0]
+    order = order[group[order].argsort(stable=True)]
     sorted_group = group[order]
-    last = torch.arange(_BLOCK - 1, len(order) + _BLOCK - 1, _BLOCK, device=order.device).clamp(max=len(order) - 1)
-    starts = torch.searchsorted(of, sorted_group[::_BLOCK].contiguous()).tolist()
+    # About a group per block: it is compared with the targets of all groups that it has a part in.
+    size = min(_BLOCK, max(64, len(order) // len(of.unique())))
+    last = torch.arange(size - 1, len(order) + size - 1, size, device=order.device).clamp(max=len(order) - 1)
+    starts = torch.searchsorted(of, sorted_group[::size].contiguous()).tolist()
     stops = torch.searchsorted(of, sorted_group[last], right=True).tolist()
-    for rows, start, stop in zip(order.split(_BLOCK), starts, stops, strict=True):
+    for rows, start, stop in zip(order.split(size), starts, stops, strict=True):
         if start == stop:
             continue
         closeness = x.index_select(0, rows).float() @ goals[start:stop].T

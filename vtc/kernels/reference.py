@@ -368,8 +368,8 @@ def nearest_slots(metric: Tensor, keep: Tensor, targets: Tensor | None = None) -
 
 def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
     """Return (N,) float32: log of density times separation, group by group, from the matrix of distances."""
-    scores = x.new_empty(len(x), dtype=torch.float32)
-    for one in group.unique():
+    scores = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
+    for one in group[group >= 0].unique():
         mine = (group == one).nonzero()[:, 0]
         wide = x[mine].double()
         distance = (wide[:, None] - wide).square().sum(dim=2).sqrt() / x.shape[1] ** 0.5
@@ -387,7 +387,7 @@ def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "c
     if not len(targets):
         return torch.full_like(group, -1)
     closeness = cosines(x)[:, targets] if metric == "cosine" else -torch.cdist(x.double(), x[targets].double())
-    closeness = closeness.masked_fill(group[:, None] != group[targets], -torch.inf)
+    closeness = closeness.masked_fill((group[:, None] != group[targets]) | (group[:, None] < 0), -torch.inf)
     return closeness.argmax(dim=1).masked_fill(closeness.amax(dim=1) == -torch.inf, -1)
 
 

@@ -14,6 +14,9 @@ __all__ = ["earlier_tokens", "temporal_similarity"]
 _BLOCK = 2**18
 """Elements of `x` per block, which bounds the memory."""
 
+_LEAST = 1e-12  # norm
+_NEAR = 1 - 1e-4  # cosines of equal rows differ from 1 by less
+
 _AGAINST = ("previous", "groups")
 
 
@@ -46,14 +49,22 @@ def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
     >>> temporal_similarity(x.mean(dim=1), earlier_tokens(len(x), 1))  # FastVID: means of frames
     """
     check(x, earlier)
-    similarity = x.new_zeros(len(x), dtype=torch.float32)
     step = max(1, _BLOCK // max(1, x.shape[1]))
+    # In blocks, because the norm of a half-precision tensor makes a float32 copy of it.
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in x.split(step)]
+    norm = torch.cat(norms).clamp_(min=_LEAST) if norms else x.new_zeros(0, dtype=torch.float32)
+    similarity = torch.zeros_like(norm)
     for start in range(0, len(x), step):
         index = earlier[start : start + step]
-        own, its = x[start : start + step].float(), x.index_select(0, index.clamp(min=0)).float()
-        norms = own.norm(dim=1).clamp_(min=1e-12) * its.norm(dim=1).clamp_(min=1e-12)
-        equal = (own == its).all(dim=1)
-        cosine = ((own * its).sum(dim=1) / norms).masked_fill_(equal, 1.0)
+        place = index.clamp(min=0)
+        own, its = x[start : start + step].float(), x.index_select(0, place).float()
+        lengths = norm[start : start + step]
+        cosine = (own * its).sum(dim=1) / (lengths * norm[place])
+        # Only these can be equal, and of most videos few tokens are.
+        near = ((cosine > _NEAR) | (lengths == _LEAST)).nonzero()[:, 0]
+        if len(near):
+            equal = near[(own[near] == its[near]).all(dim=1)]
+            cosine[equal] = 1.0
         similarity[start : start + step] = cosine.clamp_(-1.0, 1.0).masked_fill_(index < 0, 0.0)
     return similarity
 

@@ -15,10 +15,13 @@ from ..core.selector import Selector
 from ..core.signals import Signal, TextEmbeds
 from ..core.sites import BeforeDecoder, Site
 from ..errors import ConfigError, InputError
+from ..kernels.cosines import with_inverse_norms
 from ..registry import register_selector
 from .schedule import check_number
 
 __all__ = ["CdPrunerSelector", "check_widths", "quality_of", "relevance_to_text"]
+
+_BLOCK = 4096  # tokens that are looked at in float32 at a time
 
 
 @register_selector
@@ -92,9 +95,9 @@ def relevance_to_text(x: Tensor, text: Tensor) -> Tensor:
     check_widths(x, text)
     if not len(text):
         return x.new_zeros(len(x), dtype=torch.float32)
-    normalize = torch.nn.functional.normalize
-    mean = normalize(text.float(), dim=1, eps=1e-12).mean(dim=0)
-    return normalize(x.float(), dim=1, eps=1e-12) @ mean
+    mean = torch.nn.functional.normalize(text.float(), dim=1, eps=1e-12).mean(dim=0)
+    x, inverse = with_inverse_norms(x)
+    return torch.cat([part.float() @ mean for part in x.split(_BLOCK)]) * inverse
 
 
 def check_widths(x: Tensor, text: Tensor) -> None:

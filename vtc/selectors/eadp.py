@@ -16,6 +16,7 @@ from ..core.selector import Selector
 from ..core.signals import Origin, Signal, TextEmbeds
 from ..core.sites import BeforeDecoder, Site
 from ..errors import ConfigError
+from ..kernels.cosines import with_inverse_norms
 from ..registry import register_selector
 from .cdpruner import check_widths, quality_of, relevance_to_text
 from .schedule import check_fraction, check_number
@@ -125,14 +126,15 @@ def dense_relevance(x: Tensor, text: Tensor, words: float, sign: float = 1.0) ->
     check_widths(x, text)
     if not len(text):
         return x.new_zeros(len(x), dtype=torch.float32)
-    unit = torch.nn.functional.normalize(x.float(), dim=1, eps=1e-12)
+    x, inverse = with_inverse_norms(x)
+    x = x.float()
     lines = sign * torch.nn.functional.normalize(text.float(), dim=1, eps=1e-12)
-    logs = ((_SHARPNESS * part @ unit.T).log_softmax(dim=1) for part in lines.split(_BLOCK))
+    logs = ((_SHARPNESS * (part @ x.T) * inverse).log_softmax(dim=1) for part in lines.split(_BLOCK))
     entropy = torch.cat([-(log.exp() * log).sum(dim=1) for log in logs])
     clear, place = entropy.sort(stable=True)
     count = max(1, int(words * len(text)))
     weight = (-clear[:count] / _ENTROPY_TEMPERATURE).softmax(dim=0)
-    return unit @ (weight @ lines[place[:count]])
+    return x @ (weight @ lines[place[:count]]) * inverse
 
 
 def smoothed(values: Tensor, origin: Tensor) -> Tensor:

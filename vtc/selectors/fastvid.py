@@ -137,23 +137,21 @@ class FastVidSelector(SaliencySelector):
         sizes = torch.bincount(frame)
         salient, anchors, turn = self._counts(sizes, segment, budget)
         kept = lowest_per_group(-attention, frame, salient)
+        peaks = kernels.density_peaks(x, frame.masked_fill(kept | (anchors[frame] == 0), -1), _NEIGHBOURS)
         rest = (~kept).nonzero()[:, 0]
-        peaked = rest[anchors[frame[rest]] > 0]
-        peaks = kernels.density_peaks(x[peaked], frame[peaked].unique(return_inverse=True)[1], _NEIGHBOURS)
         centre = torch.zeros_like(kept)
-        centre[peaked] = lowest_per_group(-peaks, frame[peaked], anchors)
+        centre[rest] = lowest_per_group(-peaks[rest], frame[rest], anchors)
         keep = (kept | centre).nonzero()[:, 0]
         slot = torch.full_like(frame, -1).index_copy_(0, keep, torch.arange(len(keep), device=keep.device))
-        group = (frame if self.interval == 1 else segment[frame])[rest]
+        group = (frame if self.interval == 1 else segment[frame]).masked_fill(kept, -1)
         tokens, slots = [kept.nonzero()[:, 0]], [slot[kept]]
-        others, centred = x[rest], centre[rest].nonzero()[:, 0]
         for number in range(int(turn.max()) + 1):  # the first anchor frame of every segment, then the second, ...
-            goals = centred[turn[frame[rest[centred]]] == number]
-            joined = kernels.nearest_in_group(others, group, goals)
+            goals = (centre & (turn[frame] == number)).nonzero()[:, 0]
+            joined = kernels.nearest_in_group(x, group, goals)
             joined[goals] = torch.arange(len(goals), device=goals.device)  # of equal anchors, each itself
             found = (joined >= 0).nonzero()[:, 0]
-            tokens.append(rest[found])
-            slots.append(slot[rest[goals[joined[found]]]])
+            tokens.append(found)
+            slots.append(slot[goals[joined[found]]])
         return self._summed(keep, torch.cat(tokens), torch.cat(slots), kept)
 
     def _counts(self, sizes: Tensor, segment: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:

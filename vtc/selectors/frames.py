@@ -5,12 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..budget import largest_remainder
 from ..core.context import VisualContext
 from ..core.grids import Grid
 from .uniform import UniformSelector
 
-__all__ = ["earlier_at_place", "frame_means", "frame_of", "lowest_per_group", "proportional", "spread_over"]
+__all__ = [
+    "earlier_at_place",
+    "frame_means",
+    "frame_of",
+    "group_sums",
+    "lowest_per_group",
+    "proportional",
+    "spread_over",
+]
+
+_BLOCK = 4096  # tokens that are looked at in float32 at a time
 
 
 def frame_of(origin: Tensor) -> Tensor:
@@ -25,10 +36,21 @@ def frame_of(origin: Tensor) -> Tensor:
 def frame_means(x: Tensor, frame: Tensor) -> Tensor:
     """(T, D) float32: mean of the tokens of every frame."""
     count = torch.bincount(frame)
-    means = x.new_zeros(len(count), x.shape[1], dtype=torch.float32)
-    for rows, of in zip(x.split(4096), frame.split(4096), strict=True):  # no copy of all in float32
-        means.index_add_(0, of, rows.float())
-    return means / count[:, None]
+    return group_sums(x, frame, len(count)).div_(count[:, None])
+
+
+def group_sums(x: Tensor, group: Tensor, count: int, unit: bool = False) -> Tensor:
+    """(G, D) float32: sum of the rows of `x` (N, D) in each of `count` groups (N,), scaled to length 1 if `unit`.
+
+    The same on every device and in every run, and without a copy of all of `x` in float32.
+    """
+    total = x.new_zeros(count, x.shape[1], dtype=torch.float32)
+    for rows in group.argsort(stable=True).split(_BLOCK) if len(x) else ():
+        part, of = x[rows].float(), group[rows]
+        first, last = int(of[0]), int(of[-1])
+        part = torch.nn.functional.normalize(part, dim=1, eps=1e-12) if unit else part
+        total[first : last + 1] += kernels.segment_merge(part, of - first, last - first + 1)
+    return total
 
 
 def earlier_at_place(origin: Tensor, back: Tensor) -> Tensor:

@@ -95,15 +95,18 @@ class HoliTomSelector(SaliencySelector):
         least.scatter_reduce_(0, cells.of, similarity.masked_fill(starts[frame], torch.inf), reduce="amin")
         units = static_units(cells, least, self.tau, frame, window, ctx.budget)
         shares = proportional(ctx.budget, torch.bincount(units.group))
-        scores = self.saliency(ctx)[units.tokens]
-        means = units.means(ctx.features)
         static = units.static.nonzero()[:, 0]
-        if len(static):
-            groups = units.group[static].unique(return_inverse=True)[1]
-            scores = scores.index_copy(0, static, clusters(means[static], groups))
+        means, group = units.means(ctx.features, static), units.group[static]
+        scores = self.saliency(ctx)[units.tokens].index_copy(0, static, clusters(means, group))
         centres = lowest_per_group(-scores, units.group, shares).nonzero()[:, 0]
-        joined = kernels.nearest_in_group(means, units.group, centres, "euclidean").masked_fill(~units.static, -1)
-        joined[centres] = torch.arange(len(centres), device=centres.device)
+        # Of static places the others join the nearest centre; other tokens that are not kept are dropped.
+        number = torch.full_like(units.tokens, -1)
+        number[centres] = torch.arange(len(centres), device=centres.device)
+        among = (number[static] >= 0).nonzero()[:, 0]
+        nearest = kernels.nearest_in_group(means, group, among, "euclidean")
+        joined = number.clone()
+        joined[static] = torch.where(nearest >= 0, number[static[among]][nearest], -1) if len(among) else -1
+        joined[centres] = number[centres]
         return units.selection(centres, joined)
 
 

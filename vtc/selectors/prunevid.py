@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import kernels
 from ..core.actions import Action
@@ -22,7 +21,7 @@ from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
 from ..core.stage import ModelShape, Stage
 from ..registry import register_selector
-from .frames import frame_means, frame_of, lowest_per_group, proportional
+from .frames import frame_means, frame_of, group_sums, lowest_per_group, proportional
 from .schedule import check_fraction, check_number
 from .static_cells import Cells, clusters, number_cells, static_units
 
@@ -30,7 +29,6 @@ __all__ = ["PruneVidSelector", "runs_of"]
 
 _NEIGHBOURS = 7  # of a frame, in the density of the video
 _SMALL = 14  # units of a group that is not clustered
-_BLOCK = 4096  # tokens that are looked at in float32 at a time
 
 
 @register_selector
@@ -145,14 +143,10 @@ def runs_of(labels: Sequence[int]) -> list[int]:
 
 def likeness(x: Tensor, cells: Cells) -> Tensor:
     """(C,) float32: mean cosine of the tokens of every cell to each other; 0 of a single token."""
-    total = x.new_zeros(len(cells.frames), x.shape[1], dtype=torch.float32)
-    own = torch.zeros_like(total[:, 0])
-    for rows, of in zip(x.split(_BLOCK), cells.of.split(_BLOCK), strict=True):
-        unit = F.normalize(rows.float(), dim=1, eps=1e-12)
-        total.index_add_(0, of, unit)
-        own.index_add_(0, of, unit.square().sum(dim=1))
+    total = group_sums(x, cells.of, len(cells.frames), unit=True)
+    own = torch.bincount(cells.of[(x != 0).any(dim=1)], minlength=len(total))  # a token of zeros is like none
     pairs = cells.frames * (cells.frames - 1)
-    return (total.square().sum(dim=1) - own) / pairs.clamp(min=1)
+    return (total.square_().sum(dim=1) - own) / pairs.clamp(min=1)
 
 
 def group_shares(budget: int, sizes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.selection import Selection
+from .frames import group_sums
 
 __all__ = ["Cells", "Units", "clusters", "number_cells", "static_units"]
 
@@ -65,10 +66,17 @@ class Units:
     group: Tensor
     static: Tensor
 
-    def means(self, x: Tensor) -> Tensor:
-        """(U, D) float32: mean of the tokens (N, D) of every unit."""
-        share = torch.bincount(self.of).float().reciprocal()[self.of]
-        return kernels.segment_merge(x.float(), self.of, len(self.tokens), share)
+    def means(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """(U, D) float32: mean of the tokens `x` (N, D) of every unit, or of the `chosen` ones, ascending."""
+        wide = x[self.tokens if chosen is None else self.tokens[chosen]].float()
+        place = torch.arange(len(self.tokens), device=x.device)
+        if chosen is not None:
+            place = torch.full_like(place, -1).index_copy_(0, chosen, place[: len(chosen)])
+        # What stands for a unit is there already; of most units, that is all.
+        more = ((self.tokens[self.of] != torch.arange(len(x), device=x.device)) & (place[self.of] >= 0)).nonzero()[:, 0]
+        into = place[self.of[more]]
+        wide += group_sums(x[more], into, len(wide))
+        return wide.div_((1 + torch.bincount(into, minlength=len(wide)))[:, None])
 
     def selection(self, centres: Tensor, joined: Tensor) -> Selection:
         """Let every unit flow into one of the units `centres` (K,), ascending, whose number `joined` (U,) says.
