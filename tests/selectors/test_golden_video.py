@@ -216,7 +216,9 @@ def test_prunevid_by_hand() -> None:
     assert cells.of.tolist() == [0, 1, 0, 1]
     units = static_units(cells, alike, 0.8, frame, window, 3)
     assert units.tokens.tolist() == [0, 1, 3]
-    assert units.means(x).tolist() == [[2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]
+    assert units.means(x).tolist() == [[2.0, 0.0]]
+    assert units.own.tolist() == [-1, 0, -1, 1]
+    assert units.group.tolist() == [2, 0, 1]
     assert len(static_units(cells, alike, 0.8, frame, window, 4).tokens) == 4
     selection = select("prunevid", features=x, grid_thw=(2, 1, 2), keep_tokens=3)
     assert selection.merge(x).tolist() == [[2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]

@@ -13,7 +13,7 @@ from .dispatch import op
 __all__ = ["density_peaks", "nearest_in_group"]
 
 _BLOCK = 512  # rows compared at a time
-_ELEMENTS = 2**22  # distances held at a time
+_ELEMENTS = 2**22  # distances, and features, held at a time
 _ROUNDING = 4e-6  # share of the squared norms below which a squared distance is rounding
 _METRICS = ("cosine", "euclidean")
 
@@ -50,7 +50,8 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
         return scores
     members, there = _table(grouped, group[grouped])
     size = members.shape[1]
-    for index, exists in zip(*(part.split(max(1, _ELEMENTS // size**2)) for part in (members, there)), strict=True):
+    step = max(1, min(_ELEMENTS // size**2, _ELEMENTS // (size * max(1, x.shape[1]))))
+    for index, exists in zip(members.split(step), there.split(step), strict=True):
         scores[index[exists]] = _peaks(x[index].float(), exists, neighbours)[exists]
     return scores
 

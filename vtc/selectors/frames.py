@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ __all__ = [
     "spread_over",
 ]
 
-_BLOCK = 4096  # tokens that are looked at in float32 at a time
+_BLOCK = 2**20  # numbers that are looked at in float32 at a time
 
 
 def frame_of(origin: Tensor) -> Tensor:
@@ -42,15 +44,22 @@ def frame_means(x: Tensor, frame: Tensor) -> Tensor:
 def group_sums(x: Tensor, group: Tensor, count: int, unit: bool = False) -> Tensor:
     """(G, D) float32: sum of the rows of `x` (N, D) in each of `count` groups (N,), scaled to length 1 if `unit`.
 
-    The same on every device and in every run, and without a copy of all of `x` in float32.
+    A row of group -1 is in no sum. The same on every device and in every run, in blocks that fit into a cache.
     """
     total = x.new_zeros(count, x.shape[1], dtype=torch.float32)
-    for rows in group.argsort(stable=True).split(_BLOCK) if len(x) else ():
-        part, of = x[rows].float(), group[rows]
-        first, last = int(of[0]), int(of[-1])
+    order = (group >= 0).nonzero()[:, 0]
+    order = order[group[order].argsort(stable=True)]
+    blocks = order.split(max(1, _BLOCK // max(1, x.shape[1]))) if len(order) else ()
+    for rows, (first, last) in zip(blocks, _ends(group, blocks), strict=True):
+        part = x.index_select(0, rows).float()
         part = torch.nn.functional.normalize(part, dim=1, eps=1e-12) if unit else part
-        total[first : last + 1] += kernels.segment_merge(part, of - first, last - first + 1)
+        total[first : last + 1] += kernels.segment_merge(part, group[rows] - first, last - first + 1)
     return total
+
+
+def _ends(group: Tensor, blocks: Sequence[Tensor]) -> list[list[int]]:
+    """Return the groups of the first and the last token of every block, with one transfer."""
+    return torch.stack([group[rows[[0, -1]]] for rows in blocks]).tolist() if blocks else []
 
 
 def earlier_at_place(origin: Tensor, back: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..registry import register_selector
 from .frames import earlier_at_place, frame_of, lowest_per_group, proportional
 from .saliency import SaliencySelector
 from .schedule import check_number
-from .static_cells import clusters, number_cells, static_units
+from .static_cells import join, number_cells, peaks, static_units
 
 __all__ = ["HoliTomSelector", "best_windows"]
 
@@ -95,19 +95,13 @@ class HoliTomSelector(SaliencySelector):
         least.scatter_reduce_(0, cells.of, similarity.masked_fill(starts[frame], torch.inf), reduce="amin")
         units = static_units(cells, least, self.tau, frame, window, ctx.budget)
         shares = proportional(ctx.budget, torch.bincount(units.group))
-        static = units.static.nonzero()[:, 0]
-        means, group = units.means(ctx.features, static), units.group[static]
-        scores = self.saliency(ctx)[units.tokens].index_copy(0, static, clusters(means, group))
-        centres = lowest_per_group(-scores, units.group, shares).nonzero()[:, 0]
-        # Of static places the others join the nearest centre; other tokens that are not kept are dropped.
-        number = torch.full_like(units.tokens, -1)
-        number[centres] = torch.arange(len(centres), device=centres.device)
-        among = (number[static] >= 0).nonzero()[:, 0]
-        nearest = kernels.nearest_in_group(means, group, among, "euclidean")
-        joined = number.clone()
-        joined[static] = torch.where(nearest >= 0, number[static[among]][nearest], -1) if len(among) else -1
-        joined[centres] = number[centres]
-        return units.selection(centres, joined)
+        means, group, static = units.means(ctx.features), units.group[units.static], units.static
+        scores = self.saliency(ctx)[units.tokens]
+        scores[static] = peaks(means, group)
+        chosen = lowest_per_group(-scores, units.group, shares)
+        joined = units.numbers(chosen)  # what is not kept is dropped, but for static places
+        joined[static] = join(means, group, joined[static])
+        return units.selection(chosen, joined)
 
 
 def _still(above: Tensor, origin: Tensor, frame: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..core.stage import ModelShape, Stage
 from ..registry import register_selector
 from .frames import frame_means, frame_of, group_sums, lowest_per_group, proportional
 from .schedule import check_fraction, check_number
-from .static_cells import Cells, clusters, number_cells, static_units
+from .static_cells import Cells, join, number_cells, peaks, static_units
 
 __all__ = ["PruneVidSelector", "runs_of"]
 
@@ -100,13 +100,15 @@ class PruneVidSelector(Selector):
         window = self.windows(frame_means(ctx.features, frame))
         cells = number_cells(ctx[Origin], frame, window)
         units = static_units(cells, likeness(ctx.features, cells), self.tau, frame, window, ctx.budget)
-        means = units.means(ctx.features)
+        means, own, static = units.means(ctx.features), units.own, units.static
+        scores = peaks(ctx.features, own)[units.tokens]
+        scores[static] = peaks(means, units.group[static])
         shares = group_shares(ctx.budget, torch.bincount(units.group))
-        chosen = lowest_per_group(-clusters(means, units.group), units.group, shares)
-        centres = chosen.nonzero()[:, 0]
-        joined = kernels.nearest_in_group(means, units.group, centres, "euclidean")
-        joined[centres] = torch.arange(len(centres), device=centres.device)  # of equal centres, each itself
-        return units.selection(centres, joined)
+        chosen = lowest_per_group(-scores, units.group, shares)
+        numbers = units.numbers(chosen)
+        joined = join(ctx.features, own, torch.full_like(own, -1).index_copy(0, units.tokens, numbers))[units.tokens]
+        joined[static] = join(means, units.group[static], numbers[static])
+        return units.selection(chosen, joined)
 
     def windows(self, means: Tensor) -> Tensor:
         """(T,) long: the window of every frame, given the mean of each (T, D)."""

@@ -11,7 +11,7 @@ from .. import kernels
 from ..core.selection import Selection
 from .frames import group_sums
 
-__all__ = ["Cells", "Units", "clusters", "number_cells", "static_units"]
+__all__ = ["Cells", "Units", "join", "number_cells", "peaks", "static_units"]
 
 _NEIGHBOURS = 7  # of a token, in the density of its set
 
@@ -66,24 +66,29 @@ class Units:
     group: Tensor
     static: Tensor
 
-    def means(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """(U, D) float32: mean of the tokens `x` (N, D) of every unit, or of the `chosen` ones, ascending."""
-        wide = x[self.tokens if chosen is None else self.tokens[chosen]].float()
-        place = torch.arange(len(self.tokens), device=x.device)
-        if chosen is not None:
-            place = torch.full_like(place, -1).index_copy_(0, chosen, place[: len(chosen)])
-        # What stands for a unit is there already; of most units, that is all.
-        more = ((self.tokens[self.of] != torch.arange(len(x), device=x.device)) & (place[self.of] >= 0)).nonzero()[:, 0]
-        into = place[self.of[more]]
-        wide += group_sums(x[more], into, len(wide))
-        return wide.div_((1 + torch.bincount(into, minlength=len(wide)))[:, None])
+    @property
+    def own(self) -> Tensor:
+        """(N,) long: group of every token that is a unit by itself, -1 for the others."""
+        own = torch.full_like(self.of, -1)
+        own[self.tokens[~self.static]] = self.group[~self.static]
+        return own
 
-    def selection(self, centres: Tensor, joined: Tensor) -> Selection:
-        """Let every unit flow into one of the units `centres` (K,), ascending, whose number `joined` (U,) says.
+    def means(self, x: Tensor) -> Tensor:
+        """(S, D) float32: mean of the tokens `x` (N, D) of every static unit."""
+        count = int(self.static.sum())
+        number = torch.where(self.static, self.static.long().cumsum(0) - 1, -1)[self.of]
+        return group_sums(x, number, count).div_(torch.bincount(number[number >= 0], minlength=count)[:, None])
 
-        -1: it is dropped. A token that is kept becomes the mean of all tokens that flow into it.
+    def numbers(self, chosen: Tensor) -> Tensor:
+        """(U,) long: number the `chosen` (U,) units in their order; -1 for the others."""
+        return torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
+
+    def selection(self, chosen: Tensor, joined: Tensor) -> Selection:
+        """Let every unit flow into the one of the `chosen` (U,) units whose number `joined` (U,) says; -1: drop it.
+
+        A token that is kept becomes the mean of all tokens that flow into it.
         """
-        return Selection(len(self.of), self.tokens[centres], joined[self.of])
+        return Selection(len(self.of), self.tokens[chosen], joined[self.of])
 
 
 def static_units(cells: Cells, likeness: Tensor, least: float, frame: Tensor, window: Tensor, budget: int) -> Units:
@@ -106,6 +111,19 @@ def static_units(cells: Cells, likeness: Tensor, least: float, frame: Tensor, wi
     return Units(kept, torch.searchsorted(kept, stands), group.unique(return_inverse=True)[1], within[kept])
 
 
-def clusters(means: Tensor, group: Tensor) -> Tensor:
-    """(U,): how good a centre of a cluster of its group every unit is, by density and separation (DPC-kNN, 7)."""
-    return kernels.density_peaks(means, group, _NEIGHBOURS)
+def peaks(x: Tensor, group: Tensor) -> Tensor:
+    """(M,): how good a centre of a cluster of its group every row of `x` (M, D) is (DPC-kNN, 7 neighbours)."""
+    return kernels.density_peaks(x, group, _NEIGHBOURS)
+
+
+def join(x: Tensor, group: Tensor, number: Tensor) -> Tensor:
+    """(M,) long: the number of the centre of its group that every row of `x` (M, D) is nearest to.
+
+    `number` (M,) is that of the centres themselves, which stay with it, and -1 for all other rows.
+    """
+    centres = (number >= 0).nonzero()[:, 0]
+    nearest = kernels.nearest_in_group(x, group, centres, "euclidean")
+    if not len(centres):
+        return nearest
+    joined = number[centres][nearest.clamp(min=0)].masked_fill(nearest < 0, -1)
+    return joined.index_copy(0, centres, number[centres])
