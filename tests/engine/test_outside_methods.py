@@ -157,6 +157,7 @@ def method_of(signal: vtc.Signal) -> type[vtc.Selector]:
         name = f"by-{signal.name.replace('_', '-')}"
         paper = "tests"
         requires = (signal,)
+        sites = (vtc.VisionLayer, vtc.BeforeDecoder, vtc.DecoderLayer)
         seen = []  # noqa: RUF012
 
         def score(self, ctx: vtc.VisualContext) -> torch.Tensor:
@@ -174,6 +175,7 @@ def cases() -> list[Any]:
         (Brightness(), None),
         (Row(), "decoder:3"),
         (TextSimilarity(), None),
+        (TextSimilarity(), "decoder:2"),
         (FromText(), "decoder:2"),
         (Entering(), "decoder:1"),
     )
@@ -205,7 +207,7 @@ def test_a_signal_of_every_observation(signal: vtc.Signal, at: str | None, name:
     ("signal", "at", "match"),
     [
         (FromText(), None, "by-from-text needs from_text.*it is read inside the decoder, not at 'decoder'"),
-        (TextSimilarity(), "decoder:2", "by-text-similarity needs text_similarity.*not at 'decoder:2'"),
+        (TextSimilarity(), "vision:1", "by-text-similarity needs text_similarity.*not at 'vision:1'"),
         (Hidden((9,)), None, "hidden: layer 9 was asked for, but the tower has layers 0 to 3"),
     ],
 )

@@ -22,6 +22,8 @@ from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
 from vtc.selectors.flowcut import InformationFlow
 from vtc.selectors.pixelprune import BlockPixels
 from vtc.selectors.prumerge import WideClsAttention
+from vtc.selectors.pyramiddrop import EnteringAttention
+from vtc.selectors.sparsevlm import Raters, TextRows
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 
@@ -44,6 +46,9 @@ METHOD_SIGNALS = (
     BlockPixels,
     InformationFlow,
     HeadWeightedAttention,
+    EnteringAttention,
+    Raters,
+    TextRows,
 )
 """Signals that one method brings with it."""
 

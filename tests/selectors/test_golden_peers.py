@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.selectors.test_golden import case, load
 from vtc import kernels
 from vtc.core.context import VisualContext
-from vtc.core.observations import DecoderAttention, DecoderHidden, VisionAttention
+from vtc.core.observations import DecoderAttention, DecoderHidden, EnteredAttention, VisionAttention
 from vtc.core.selection import Selection
 from vtc.core.signals import HiddenStates, MeanKeys, ReceivedAttention, TextEmbeds
 from vtc.core.sites import DecoderLayer
@@ -27,6 +27,8 @@ from vtc.selectors import HiPruneSelector
 from vtc.selectors.cdpruner import quality_of, relevance_to_text
 from vtc.selectors.dart import KeyLength, PromptStates, TextPivots, unlike
 from vtc.selectors.prumerge import PruMergePlusSelector, WideClsAttention, outliers
+from vtc.selectors.pyramiddrop import EnteringAttention
+from vtc.selectors.sparsevlm import Raters, TextRows, TextRowsOfHeads, clustered, raters_of, score_text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
@@ -54,6 +56,8 @@ def test_all_files_are_there() -> None:
     assert len(prefixes("hiprune", "mask")) == 3
     assert len(prefixes("prumerge", "hidden")) == 4
     assert len(prefixes("dart", "keys")) == 4
+    assert len(prefixes("sparsevlm", "attn_text_visual")) == 7
+    assert len(prefixes("pyramiddrop", "x")) == 1
 
 
 # --- cdpruner --------------------------------------------------------------------------------------------------------
@@ -413,3 +417,156 @@ def test_dart_before_the_decoder() -> None:
     assert select("dart", keep_tokens=1, **options).keep.tolist() == [0]
     assert select("dart", features=x, keep_tokens=2, image_pivots=1, text_pivots=0).keep.tolist() == [0, 3]
     assert get_selector("dart").stages()[0].requires == (TextEmbeds(),)
+
+
+# --- sparsevlm -------------------------------------------------------------------------------------------------------
+
+_LISTS = {
+    "1_0": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "2_0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
+
+
+def rated(golden: dict[str, Any], budget: int, *, heads: bool = False) -> VisualContext:
+    """What the engine shows the method of a case with attention from text to visual tokens."""
+    rows = golden["attn_text_visual"][0]  # (H, T, N)
+    raters = torch.zeros(rows.shape[1])
+    raters[golden["text_rater_idx"]] = 1.0
+    attention = {TextRowsOfHeads(): rows.permute(2, 0, 1)} if heads else {TextRows(): rows.mean(dim=0).T}
+    n = rows.shape[2]
+    return VisualContext(
+        torch.zeros(n, 1),
+        budget,
+        torch.Generator(),
+        ((1, 1, n),),
+        site=DecoderLayer(3),
+        signals={Raters(): raters, **attention, HiddenStates(): torch.zeros(n, 1)},
+    ).check()
+
+
+@pytest.mark.parametrize("prefix", prefixes("sparsevlm", "retain"))
+def test_sparsevlm_keeps_what_raters_look_at(prefix: str) -> None:
+    golden = case(load("sparsevlm.npz"), prefix)
+    plus = golden["version"] == "2_0"
+    stage = {2: 0, 6: 1, 15: 2}[golden["layer"]]
+    count = min(_LISTS[golden["version"]][golden["retain"]][stage], golden["v_num"] - 1)
+    assert count == golden["n_kept"]
+    selector = get_selector("sparsevlm", recycle=False, heads=14 if plus else None)
+    context = rated(golden, count, heads=plus)
+    assert torch.equal(selector.select(context).mask, golden["mask"][0])
+    torch.testing.assert_close(selector.score(context), golden["relation"][0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("prefix", prefixes("sparsevlm", "rank"))
+def test_sparsevlm_counts_by_rank(prefix: str) -> None:
+    golden = case(load("sparsevlm.npz"), prefix)
+    options = {"scale": golden["scale"], "bias": golden["bias"], "recycle": False}
+    selection = get_selector("sparsevlm-rank", **options).select(rated(golden, golden["v_num"]))
+    assert selection.k == golden["n_kept"]
+    assert torch.equal(selection.mask, golden["mask"][0])
+
+
+@pytest.mark.parametrize("prefix", prefixes("sparsevlm", "merged"))
+def test_sparsevlm_clusters(prefix: str) -> None:
+    golden = case(load("sparsevlm.npz"), prefix)
+    assert golden["noise_invariant"]
+    x, clusters = golden["x"][0], golden["cluster_num"]
+    centres, cluster = clustered(x, clusters)
+    merged = Selection(len(x), centres, cluster).merge(x)
+    # Theirs come in the order of their scores.
+    nearest = torch.cdist(merged, golden["merged"][0])
+    torch.testing.assert_close(merged, golden["merged"][0][nearest.argmin(dim=1)], **TOLERANCE)
+    assert sorted(nearest.argmin(dim=1).tolist()) == list(range(clusters))
+
+
+@pytest.mark.parametrize("prefix", prefixes("sparsevlm", "score"))
+def test_sparsevlm_raters(prefix: str) -> None:
+    golden = case(load("sparsevlm.npz"), prefix)
+    score = score_text(golden["visual"][0], golden["text"][0])
+    torch.testing.assert_close(score, golden["score"][0], **TOLERANCE)
+    assert torch.equal(raters_of(score).nonzero()[:, 0], golden["rater_idx"])
+    assert raters_of(torch.ones(3)).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("tokens", "lists"), _LISTS["1_0"].items())
+def test_sparsevlm_settings_are_the_released_lists(tokens: int, lists: tuple[int, ...]) -> None:
+    """The budget of a stage is the released number and its clusters, from which the number follows."""
+    shape = ModelShape(32)
+    selector = get_selector("sparsevlm").resolve(shape, tokens / 576)
+    assert selector.layers == (3, 7, 16)  # behind the layers 2, 6 and 15
+    n = 576
+    for stage, released in zip(selector.stages(shape, tokens / 576), lists, strict=True):
+        budget = round(n * stage.keep)
+        assert selector.kept_of(n, budget) == released
+        n = budget
+    plain = get_selector("sparsevlm", recycle=False)
+    shares = [round(576 * share) for share in plain.shares_of(tokens / 576)]
+    assert tuple(shares) == _LISTS["2_0"][tokens]
+
+
+# --- pyramiddrop -----------------------------------------------------------------------------------------------------
+
+
+def _rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding of (B, H, L, d) as in Llama, base 10,000."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None, :, None] / 10000 ** (torch.arange(half) / half)
+    cos, sin = torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+
+@pytest.mark.parametrize("prefix", prefixes("pyramiddrop", "kept_positions"))
+def test_pyramiddrop(prefix: str) -> None:
+    golden = case(load("pyramiddrop.npz"), prefix)
+    x, there = golden["x"], golden["attention_mask"].bool()
+    rows, length, heads = *x.shape[:2], golden["heads"]
+    positions = torch.arange(length).expand(rows, -1)
+    queries, keys = (
+        _rotated((x @ golden[name]).view(rows, length, heads, -1).transpose(1, 2), positions) for name in ("wq", "wk")
+    )
+    source = positions.masked_fill(~there, -1)
+    visual = torch.stack(
+        [
+            (positions[0] >= start) & (positions[0] < start + count)
+            for start, count in zip(golden["image_pos"].tolist(), golden["image_tokens"].tolist(), strict=True)
+        ]
+    )
+    last = golden["prompt_len"] + golden["image_tokens"] - 1
+    raw = EnteredAttention(
+        queries,
+        keys,
+        keys,
+        queries.shape[-1] ** -0.5,
+        kernels.VisibilityMask(source, source),
+        length,
+        there,
+        there & ~visual,
+        visual,
+        last,
+    )
+    values = EnteringAttention().compute(raw)
+    ratio = golden["ratios"][golden["stage"] + 1].item()
+    selector = get_selector("pyramiddrop").resolve(ModelShape(32), ratio)
+    for row in range(rows):
+        n = int(golden["image_tokens"][row])
+        context = VisualContext(
+            torch.zeros(n, 1),
+            n,
+            torch.Generator(),
+            ((1, 1, n),),
+            site=DecoderLayer(8),
+            keep_ratio=ratio,
+            tokens_at_input=n,
+            signals={EnteringAttention(): EnteringAttention().present(values[row][visual[row]])},
+        )
+        kept = selector.select(context.check()).keep + golden["image_pos"][row]
+        theirs = golden["kept_positions"][row]
+        assert torch.equal(kept, theirs[(theirs >= 0) & visual[row][theirs.clamp(min=0)]])
+
+
+def test_pyramiddrop_keeps_the_papers_shares() -> None:
+    selector = get_selector("pyramiddrop").resolve(ModelShape(32), 0.125)
+    assert selector.layers == (8, 16, 24)
+    assert [stage.keep for stage in selector.stages(ModelShape(32), 0.125)] == [0.5] * 3
+    with pytest.raises(ConfigError, match="give keep_ratio, not keep_tokens"):
+        selector.stages(ModelShape(32), None)

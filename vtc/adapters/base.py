@@ -305,6 +305,11 @@ class Adapter(ABC):
         """Return the norm of decoder layer `layer` that is given the residual stream with the attention added."""
         return self.text_model.layers[layer].post_attention_layernorm
 
+    def before_attention(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the attention module of decoder layer `layer` is given, of what enters the layer."""
+        normed: torch.Tensor = self.text_model.layers[layer].input_layernorm(hidden)
+        return normed
+
     # -- pictures -------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -21,6 +21,7 @@ __all__ = [
     "DecoderAttention",
     "DecoderHidden",
     "DecoderUpdate",
+    "EnteredAttention",
     "Observation",
     "PatchPixels",
     "PromptText",
@@ -135,10 +136,22 @@ class TokenGrids(Observation):
 
 @dataclass(frozen=True, eq=False)
 class PromptText(Observation):
-    """The text tokens of the prompt that an image or video stands in: `ids` (T,) and input embeddings (T, D)."""
+    """The text tokens of the prompt that an image or video stands in, when it comes to the language model.
+
+    Attributes
+    ----------
+    ids, embeddings
+        (T,) and input embeddings (T, D).
+    behind
+        (T,) bool: those behind the first visual token of the prompt; the engine always says.
+    visual
+        (N, D) input embeddings of the tokens of the image or video that are left there; the engine always says.
+    """
 
     ids: Tensor
     embeddings: Tensor
+    behind: Tensor | None = None
+    visual: Tensor | None = None
 
 
 # -- while the language model runs -----------------------------------------------------------------------------------
@@ -255,6 +268,14 @@ class DecoderAttention(Observation):
             )
             raise InputError(f"row {int(silent[0])} of the prompt has no {lacks}")
         return torch.stack([chosen, self.visual], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class EnteredAttention(DecoderAttention):
+    """The attention that the decoder layer of a site would compute if no token left on entering it.
+
+    Its queries and keys are computed once more than the model does.
+    """
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import kernels
@@ -321,8 +320,7 @@ class TextAttention(Signal):
         heads, current = raw.queries.shape[1:3]
         row = raw.last[:, None, None, None].expand(-1, heads, 1, raw.queries.shape[-1])
         width, past = raw.keys.shape[2], raw.key_length - current
-        rows = enumerate(raw.last.tolist())
-        allowed = torch.cat([raw.visibility.row(b)(slice(last, last + 1), width) for b, last in rows])
+        allowed = raw.visibility.rows(raw.last[:, None], width)
         attention = kernels.attention_rows(raw.queries.gather(2, row), raw.keys, raw.scaling, allowed)
         return attention[..., past : raw.key_length].permute(0, 3, 1, 2)
 

@@ -191,23 +191,35 @@ def _select(compression: Compression, forward: ForwardState, prompt: Prompt, emb
     if prompt.decided():
         return
     for stage in compression.plan.before_decoder:
-        text_signals = [signal for signal in stage.stage.requires if signal.reads is PromptText]
-        if text_signals:
-            require_whole_prompt(forward, stage)
         for segment in prompt.segments:
-            extra = _text_values(text_signals, forward, prompt, segment, embeds) if text_signals else {}
+            extra = _text_values(stage, forward, prompt, segment, embeds)
             prompt.spend(stage.site, choose(stage, segment, extra, structural=compression.plan.structural))
+    for stage in compression.plan.in_decoder.values():
+        for segment in prompt.segments:
+            segment.text_signals |= _text_values(stage, forward, prompt, segment, embeds)
     prompt.decide()
 
 
+@torch.no_grad()
 def _text_values(
-    signals: list[Signal], forward: ForwardState, prompt: Prompt, segment: Segment, embeds: torch.Tensor
+    stage: PlannedStage, forward: ForwardState, prompt: Prompt, segment: Segment, embeds: torch.Tensor
 ) -> dict[Signal, torch.Tensor]:
-    """Compute signals of the text of the row of a segment."""
+    """Compute the signals of the text of the row of a segment that a stage requires."""
+    wanted = [signal for signal in stage.stage.requires if signal.reads is PromptText]
+    signals = [signal for signal in wanted if signal not in segment.text_signals]
+    if not signals:
+        return {}
+    require_whole_prompt(forward, stage)
     row = forward.first_row(segment.row)
     columns = forward.prompt_columns()[row]
-    text = (columns >= 0) & ~prompt.visual[segment.row][columns.clamp(min=0)]
-    raw = PromptText(prompt.ids[segment.row][columns[text]], embeds[row, text].detach())
+    visual = (columns >= 0) & prompt.visual[segment.row][columns.clamp(min=0)]
+    text = (columns >= 0) & ~visual
+    raw = PromptText(
+        ids=prompt.ids[segment.row][columns[text]],
+        embeddings=embeds[row, text].detach(),
+        behind=(visual.cumsum(dim=0) > 0)[text],
+        visual=segment.features.detach(),
+    )
     return {signal: signal.compute(raw) for signal in signals}
 
 

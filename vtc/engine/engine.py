@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter
 from vtc.core.eviction import CacheSelector
-from vtc.core.observations import DecoderAttention, DecoderUpdate, VisionAttention
+from vtc.core.observations import DecoderAttention, DecoderUpdate, EnteredAttention, VisionAttention
 from vtc.core.sites import CacheAfterPrefill, Site
 from vtc.engine.after_prefill import after_prefill
 from vtc.engine.before_decoder import before_decoder
@@ -104,7 +104,8 @@ class Engine(Compression):
                 for index in range(len(text.layers)):
                     norm = self.adapter.norm_after_attention(index)
                     self._hooks.before(norm, functools.partial(self.after_attention, index))
-            reads_attention = any(signal.reads in (VisionAttention, DecoderAttention) for signal in self.plan.signals)
+            attentions = (VisionAttention, DecoderAttention, EnteredAttention)
+            reads_attention = any(signal.reads in attentions for signal in self.plan.signals)
             if reads_attention or self.plan.in_tower:
                 self._recorder = Recorder()
         except BaseException:

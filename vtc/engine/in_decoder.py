@@ -7,13 +7,13 @@ tables of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vtc import kernels
-from vtc.core.observations import DecoderAttention, DecoderHidden, DecoderUpdate
+from vtc.core.observations import DecoderAttention, DecoderHidden, DecoderUpdate, EnteredAttention
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
 from vtc.core.sites import CacheAfterPrefill, DecoderLayer
@@ -23,13 +23,15 @@ from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt
-from vtc.engine.recorder import UNSEEN, record_once
+from vtc.engine.recorder import UNSEEN, Recording, record_once, recording
 from vtc.engine.state import ForwardState
 from vtc.errors import InputError, StateError
 
 __all__ = ["enter_layer", "see_update"]
 
 _CACHE = CacheAfterPrefill()
+
+_TABLES = "position_embeddings"
 
 
 def enter_layer(
@@ -47,7 +49,7 @@ def enter_layer(
     if forward.prompt is not None:
         stage, following = (compression.plan.in_decoder.get(place) for place in (layer, layer + 1))
         if stage is not None:
-            hidden = _prune(compression, stage, layer, forward, forward.prompt, hidden)
+            hidden = _prune(compression, stage, layer, forward, forward.prompt, hidden, kwargs.get(_TABLES))
         if following is not None and forward.prompt.decided(following.site):
             following = None
         at_cache = () if forward.prompt.decided(_CACHE) else compression.plan.cache_signals
@@ -59,7 +61,7 @@ def enter_layer(
         return None
     kwargs = {**kwargs, "position_ids": None}  # flash attention would read gaps as packed sequences
     if forward.layer_plans:
-        kwargs["position_embeddings"] = forward.rotary(layer, kwargs["position_embeddings"])
+        kwargs[_TABLES] = forward.rotary(layer, kwargs[_TABLES])
     if forward.needs_mask(layer) or compression.adapter.builds_masks:
         kwargs["attention_mask"] = forward.mask(layer, hidden)
     if args:
@@ -74,8 +76,12 @@ def _prune(
     forward: ForwardState,
     prompt: Prompt,
     hidden: torch.Tensor,
+    tables: Any,
 ) -> torch.Tensor:
-    """Return hidden states (B, T, D) without the tokens that the stage on entering `layer` drops or merges away."""
+    """Return hidden states (B, T, D) without the tokens that the stage on entering `layer` drops or merges away.
+
+    `tables` are the rotary tables of the tokens that came in.
+    """
     site = DecoderLayer(layer)
     if layer in forward.layer_merges:  # gradient checkpointing runs a layer again
         hidden = _merged(forward.layer_merges[layer], hidden)
@@ -83,11 +89,12 @@ def _prune(
         return hidden if known is None else known.take(hidden)
     if not prompt.decided(site):
         require_whole_prompt(forward, stage)
-        values = _values(stage, layer, forward, hidden)
+        values = _values(compression, stage, layer, forward, hidden, tables)
         for segment in prompt.segments:
             row = forward.first_row(segment.row)
             places = forward.find(row, segment.columns[segment.kept])
             extra = {s: value[row][places] if s.per_token else value[row] for s, value in values.items()}
+            extra |= segment.text_signals
             prompt.spend(stage.site, choose(stage, segment, extra, structural=compression.plan.structural))
         prompt.decide(site)
     forward.layer_merges[layer] = _merges(forward, prompt, site)
@@ -123,21 +130,35 @@ def _merged(merges: Sequence[tuple[int, torch.Tensor, Selection]], hidden: torch
     return merged
 
 
-def _values(stage: PlannedStage, layer: int, forward: ForwardState, hidden: torch.Tensor) -> dict[Signal, torch.Tensor]:
+def _values(
+    compression: Compression,
+    stage: PlannedStage,
+    layer: int,
+    forward: ForwardState,
+    hidden: torch.Tensor,
+    tables: Any,
+) -> dict[Signal, torch.Tensor]:
     """Compute the decoder signals that a stage on entering `layer` requires, for all current tokens.
 
     Raises
     ------
     StateError
-        The layer before ran without its attention being seen.
+        The layer before ran without its attention being seen, or this one cannot be looked into.
     """
-    recorded = forward.records.pop(layer - 1, None)
-    values: dict[Signal, torch.Tensor] = dict(recorded or {})
+    values = forward.records.pop(layer - 1, {})
     for signal in stage.stage.requires:
-        if signal.reads is DecoderAttention and recorded is None:
+        if signal.reads is DecoderAttention and signal not in values:
             raise StateError(f"decoder layer {layer - 1} ran without its attention being seen: {UNSEEN}")
         if signal.reads is DecoderHidden:
             values[signal] = signal.compute(DecoderHidden(hidden.detach()))
+    ahead = [signal for signal in stage.stage.requires if signal.reads is EnteredAttention]
+    if ahead:
+        observed = _observed(layer, forward, EnteredAttention)
+
+        def see(*seen: Any) -> None:
+            values.update(_computed(ahead, observed(*seen), stage.selector.name))
+
+        _look_ahead(compression, layer, forward, hidden, tables, see)
     return values
 
 
@@ -160,6 +181,44 @@ def _begin_layer(signals: Sequence[Signal], layer: int, forward: ForwardState, h
         forward.entering[layer] = hidden.detach()
 
 
+class _SeenError(Exception):
+    """Raised to end a call of an attention module once its queries and keys were seen."""
+
+
+@torch.no_grad()
+def _look_ahead(
+    compression: Compression, layer: int, forward: ForwardState, hidden: torch.Tensor, tables: Any, see: Recording
+) -> None:
+    """Let `see` see the attention that `layer` would compute on the current tokens, and none of it be computed.
+
+    Raises
+    ------
+    StateError
+        The layer ran without its attention being seen.
+    """
+    adapter, attention = compression.adapter, compression.adapter.decoder_attention(layer)
+
+    def see_and_stop(query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]) -> None:
+        stored = forward.cache.layers[layer] if forward.past and forward.cache is not None else None
+        if stored is not None:  # an earlier turn of the conversation
+            past = forward.keys_of(layer).shape[1] - key.shape[2]
+            key = torch.cat([stored.keys[:, :, :past], key], dim=2)
+            value = torch.cat([stored.values[:, :, :past], value], dim=2)
+        see(query, key, value, mask, scaling, kwargs)
+        raise _SeenError
+
+    with recording({attention: see_and_stop}):
+        try:
+            attention(
+                hidden_states=adapter.before_attention(layer, hidden.detach()),
+                attention_mask=None,
+                **{_TABLES: forward.rotary(layer, tables)},
+            )
+        except _SeenError:
+            return
+    raise StateError(f"decoder layer {layer} ran without its attention being seen: {UNSEEN}")
+
+
 def _record(
     compression: Compression,
     following: PlannedStage | None,
@@ -174,15 +233,10 @@ def _record(
         require_whole_prompt(forward, following)
     if not signals and not behind:
         return
-    keys = forward.keys_of(layer)
-    visibility = kernels.VisibilityMask(forward.source_index, keys, forward.types.windows[layer], forward.blocks)
-    columns, visual = forward.prompt_columns(), forward.visual()
-    valid, text = forward.valid, (columns >= 0) & ~visual
+    observed = _observed(layer, forward, DecoderAttention)
 
-    def record(query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]) -> None:
-        raw = DecoderAttention(
-            query, key, value, scaling, visibility, keys.shape[1], valid, text, visual, columns.argmax(dim=1)
-        )
+    def record(*seen: Any) -> None:
+        raw = observed(*seen)
         if following is not None and behind:
             forward.records[layer] = _computed(behind, raw, following.selector.name)
         if signals:
@@ -190,6 +244,21 @@ def _record(
             forward.entry_values[layer] |= _computed(signals, at, compression.plan.after_prefill[0].selector.name)
 
     record_once(compression.adapter.decoder_attention(layer), record)
+
+
+def _observed(layer: int, forward: ForwardState, kind: type[DecoderAttention]) -> Callable[..., DecoderAttention]:
+    """Make what turns queries and keys of `layer`, as they pass to the attention function, into an observation."""
+    keys = forward.keys_of(layer)
+    visibility = kernels.VisibilityMask(forward.source_index, keys, forward.types.windows[layer], forward.blocks)
+    columns, visual = forward.prompt_columns(), forward.visual()
+    valid, text = forward.valid, (columns >= 0) & ~visual
+
+    def observed(
+        query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]
+    ) -> DecoderAttention:
+        return kind(query, key, value, scaling, visibility, keys.shape[1], valid, text, visual, columns.argmax(dim=1))
+
+    return observed
 
 
 def _computed(signals: Sequence[Signal], raw: DecoderAttention, method: str) -> dict[Signal, torch.Tensor]:

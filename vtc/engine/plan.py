@@ -15,7 +15,14 @@ from vtc.budget import resolve_budget
 from vtc.config import CompressionConfig
 from vtc.core.actions import Action
 from vtc.core.eviction import CacheSelector
-from vtc.core.observations import DecoderAttention, DecoderHidden, DecoderUpdate, PromptText, TokenGrids
+from vtc.core.observations import (
+    DecoderAttention,
+    DecoderHidden,
+    DecoderUpdate,
+    EnteredAttention,
+    PromptText,
+    TokenGrids,
+)
 from vtc.core.selector import Selector
 from vtc.core.signals import ClsAttention, Signal, VisionSignal
 from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
@@ -35,9 +42,9 @@ ACTIONS: dict[type[Site], frozenset[Action]] = {
 }
 """Actions that the engine can carry out at each kind of site; the other kinds do not work yet."""
 
-_IN_DECODER = (DecoderAttention, DecoderHidden)
+_IN_DECODER = (DecoderAttention, DecoderHidden, EnteredAttention)
 
-_AT_CACHE = (*_IN_DECODER, DecoderUpdate)
+_AT_CACHE = (DecoderAttention, DecoderHidden, DecoderUpdate)
 
 
 @dataclass(frozen=True)
@@ -266,10 +273,11 @@ def _misplaced(selector: Selector, signal: Signal, site: Site) -> str | None:
     if isinstance(selector, CacheSelector):
         here = isinstance(site, CacheAfterPrefill) and signal.reads in _AT_CACHE
         return None if here else "only signals of the decoder layers are there at the caches"
-    if signal.reads in _AT_CACHE and not (isinstance(site, DecoderLayer) and signal.reads in _IN_DECODER):
+    inside = isinstance(site, DecoderLayer)
+    if signal.reads in (*_IN_DECODER, *_AT_CACHE) and not (inside and signal.reads in _IN_DECODER):
         return f"it is read inside the decoder, not at {str(site)!r}"
-    if signal.reads is PromptText and not isinstance(site, BeforeDecoder):
-        return f"it is read before the decoder, not at {str(site)!r}"
+    if signal.reads is PromptText and not isinstance(site, (BeforeDecoder, DecoderLayer)):
+        return f"it is read before the decoder and inside it, not at {str(site)!r}"
     return None
 
 

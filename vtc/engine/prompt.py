@@ -44,6 +44,8 @@ class Segment:
         (K, D) embeddings of the kept tokens, merged ones included.
     signals
         Values per kept token (K, ...), not yet in the form that methods see.
+    text_signals
+        Values of the text of the prompt that stages inside the language model read.
     kept
         (K,) scorable tokens that no stage has dropped so far, as indices within the segment.
     survivors
@@ -74,6 +76,7 @@ class Segment:
     survivors: dict[Site, torch.Tensor] = field(default_factory=dict)
     resampled: Grid | None = None
     encoded: torch.Tensor = field(init=False)
+    text_signals: dict[Signal, torch.Tensor] = field(default_factory=dict)
     other_visuals: int = 0
     merged: bool = False
     anchors: torch.Tensor | None = None
@@ -278,7 +281,7 @@ class Prompt:
         for segment in self.segments:
             segment.features = segment.features.new_empty(0)
             segment.anchor_features = None
-            segment.signals = {}
+            segment.signals, segment.text_signals = {}, {}
 
 
 def _cut(where: torch.Tensor, encoded: Encoded) -> Iterator[Segment]:

@@ -194,7 +194,7 @@ class ForwardState:
         self.prompt: Prompt | None = None
         self.prompt_row: torch.Tensor | None = None
         self.shift = history.shift
-        self.records: dict[int, Any] = {}  # decoder layer -> its attention, until the stage behind it has read it
+        self.records: dict[int, dict[Signal, torch.Tensor]] = {}  # of a decoder layer, until the stage behind it
         self.entering: dict[int, torch.Tensor] = {}  # decoder layer -> hidden states, until its attention has run
         self.entry_values: dict[int, dict[Signal, torch.Tensor]] = {}  # decoder layer -> (S, T, ...) for the cache
         self._masks: dict[tuple[int, str], Any] = {}

@@ -33,13 +33,23 @@ class VisibilityMask:
 
     def __call__(self, part: slice, key_length: int) -> Tensor:
         """Return the mask (B, 1, R, key_length) bool of the queries of `part`."""
-        keys, queries = self.keys_for(key_length)[:, None], self.query_positions[:, part, None]
+        blocks = None if self.blocks is None else self.blocks[:, part]
+        return self._allowed(self.query_positions[:, part], blocks, key_length)
+
+    def rows(self, index: Tensor, key_length: int) -> Tensor:
+        """Return the mask (B, 1, R, key_length) bool of the queries at `index` (B, R) long."""
+        blocks = None if self.blocks is None else self.blocks.gather(1, index)
+        return self._allowed(self.query_positions.gather(1, index), blocks, key_length)
+
+    def _allowed(self, positions: Tensor, blocks: Tensor | None, key_length: int) -> Tensor:
+        """Return the mask of queries with these positions and block numbers (B, R)."""
+        keys, queries = self.keys_for(key_length)[:, None], positions[:, :, None]
         allowed = keys <= queries
         if self.window is not None:
             allowed &= queries - keys < self.window
-        blocks = self.key_blocks_for(key_length)
-        if self.blocks is not None and blocks is not None:
-            allowed |= (blocks[:, None] == self.blocks[:, part, None]) & (blocks[:, None] >= 0)
+        key_blocks = self.key_blocks_for(key_length)
+        if blocks is not None and key_blocks is not None:
+            allowed |= (key_blocks[:, None] == blocks[:, :, None]) & (key_blocks[:, None] >= 0)
         allowed &= (keys >= 0) & (queries >= 0)
         return allowed[:, None]
 

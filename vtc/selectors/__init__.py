@@ -27,11 +27,13 @@ from .pool import PoolSelector
 from .prefixkv import PrefixKvSelector
 from .prumerge import PruMergePlusSelector, PruMergeSelector
 from .prunevid import PruneVidSelector
+from .pyramiddrop import PyramidDropSelector
 from .random import RandomSelector
 from .rediprune import ReDiPruneSelector
 from .resize import ResizeSelector
 from .scope import ScopeSelector
 from .snapkv import SnapKvSelector
+from .sparsevlm import SparseVlmRankSelector, SparseVlmSelector
 from .streaming import StreamingSelector
 from .todre import ToDreSelector
 from .tome import ToMeSelector
@@ -70,6 +72,7 @@ __all__ = [
     "PruMergePlusSelector",
     "PruMergeSelector",
     "PruneVidSelector",
+    "PyramidDropSelector",
     "RandomSelector",
     "ReDiPruneSelector",
     "ResizeSelector",
@@ -77,6 +80,8 @@ __all__ = [
     "ScoreSelector",
     "Selector",
     "SnapKvSelector",
+    "SparseVlmRankSelector",
+    "SparseVlmSelector",
     "StreamingSelector",
     "ToDreSelector",
     "ToMeSelector",
