@@ -14,6 +14,7 @@ import pytest
 
 import vtc
 from vtc import registry
+from vtc.cli import methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,6 +93,15 @@ def _first_column(heading: str, column: int) -> set[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row[column])}
+
+
+def test_the_table_of_methods_is_the_commands() -> None:
+    """`vtc methods --markdown` between the two marks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = (f"<!-- vtc methods --markdown: {mark} -->\n" for mark in ("begin", "end"))
+    table = text.split(begin, 1)[1].split(end, 1)[0]
+    own = {name: method for name, method in registry.selectors().items() if method.__module__.startswith("vtc.")}
+    assert table == methods.markdown(own)
 
 
 def test_tables_name_every_family_and_method_and_no_other():

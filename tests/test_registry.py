@@ -197,6 +197,14 @@ BROKEN = {
 }
 
 
+def test_methods_are_found_by_a_pattern() -> None:
+    assert list(vtc.list_methods("*zip*")) == ["visionzip"]
+    assert list(vtc.list_methods("Fast*")) == ["fastervlm", "fastv"]
+    assert vtc.list_methods("*s?ze") == {"resize": "baseline; a smaller picture"}
+    with pytest.raises(UnsupportedMethodError, match=r"No method matches '\*vzip\*'\. Did you mean 'visionzip'"):
+        vtc.list_methods("*vzip*")
+
+
 @pytest.mark.usefixtures("plugins")
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_package_is_left_out_of_lists_with_one_warning(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

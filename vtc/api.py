@@ -180,10 +180,21 @@ def remember(model: Model, memory: EncoderMemory) -> Iterator[Model]:
         yield model
 
 
-def list_methods(model: nn.Module | None = None) -> dict[str, str]:
-    """List all methods with their sources; with a model, methods that it cannot run say why instead."""
-    methods = {name: cls.paper for name, cls in selectors().items()}
-    if model is None:
+def list_methods(model: nn.Module | str | None = None) -> dict[str, str]:
+    """List methods with their sources; with a model, methods that it cannot run say why instead.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or str, optional
+        Instead of a model a pattern of names, with the wildcards of a shell: ``list_methods("*zip*")``.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        No name matches.
+    """
+    methods = {name: cls.paper for name, cls in selectors(model if isinstance(model, str) else "*").items()}
+    if model is None or isinstance(model, str):
         return methods
     adapter = adapter_for(model)
     for name in methods:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import importlib
 import importlib.metadata
 import inspect
@@ -209,9 +210,26 @@ def get_selector(name: str, /, **options: Any) -> Selector:
         raise ConfigError(f"{name} does not take the options {shown(options)}: {error}.") from error
 
 
-def selectors() -> dict[str, type[Selector]]:
-    """Return all methods, those of other packages included: id to class, sorted."""
-    return _SELECTORS.all()
+def selectors(pattern: str = "*") -> dict[str, type[Selector]]:
+    """Return all methods, those of other packages included: id to class, sorted.
+
+    Parameters
+    ----------
+    pattern
+        Only those whose id matches, with the wildcards of a shell.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        None matches.
+    """
+    found = _SELECTORS.all()
+    matching = {name: cls for name, cls in found.items() if fnmatch.fnmatchcase(name, pattern.lower())}
+    if not matching:
+        close = difflib.get_close_matches(pattern.lower().strip("*"), found, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnsupportedMethodError(f"No method matches {pattern!r}.{hint} Known: {', '.join(found)}.")
+    return matching
 
 
 def register_adapter(*model_types: str) -> Callable[[T], T]:

@@ -230,6 +230,31 @@ class TestLists:
     def test_places_of_several_stages_read_as_a_sentence(self, layers, text):
         assert methods.where([vtc.Stage(vtc.DecoderLayer(n) if n else vtc.BeforeDecoder()) for n in layers]) == text
 
+    def test_methods_say_in_which_models_on_what_and_at_what_cost(self, capsys):
+        assert main(["methods"]) == 0
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+        assert all(word in lines["fastv"] for word in ("not qwen3_5", "image, video", "N d"))
+        assert "glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe" in lines["resize"]
+        assert 'with [CLS] or score_source="received"' in lines["visionzip"]
+        assert "place, (cls_attention)" in lines["vtc"]
+        assert "entering tower layers 1 to 21 in steps of 2" in lines["flowcut"]
+        own = [cls for cls in vtc.registry.selectors().values() if cls.__module__.startswith("vtc.")]
+        assert all(cls.cost and set(cls.inputs) <= {"image", "video"} for cls in own)
+
+    def test_methods_of_a_name(self, capsys):
+        assert main(["methods", "*zip*"]) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["method", "visionzip"]
+        assert main(["methods", "*zap*"]) == 2
+        assert "No method matches '*zap*'" in capsys.readouterr().err
+
+    def test_a_table_for_the_readme(self, capsys):
+        assert main(["methods", "--markdown", "fastv"]) == 0
+        *_, row = capsys.readouterr().out.splitlines()
+        assert row.startswith("| `fastv` | Keep, from decoder layer `layer` on,")
+        assert row.endswith("| [2403.06764](https://arxiv.org/abs/2403.06764) |")
+        assert methods.movable_to(vtc.registry.selectors()["todre"]) == []
+        assert methods.movable_to(vtc.registry.selectors()["pool"]) == ["decoder", "decoder:K"]
+
     def test_models_are_those_with_an_adapter(self, capsys):
         assert main(["models"]) == 0
         names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]

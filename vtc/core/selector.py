@@ -47,6 +47,11 @@ class Selector(ABC):
         True if the method itself decides how many tokens stay; the budget is then at most a ceiling.
     instead
         Options to propose where a model cannot supply a signal.
+    cost
+        Operations that grow fastest, of its signals and its choice, in the N tokens, K kept, T of text and the width d;
+        for `vtc methods`. Empty: not said.
+    inputs
+        What it is made for, "image" or "video" or both; for `vtc methods`. It runs on either.
     """
 
     name: ClassVar[str]
@@ -56,6 +61,8 @@ class Selector(ABC):
     reads_features: ClassVar[bool] = True
     adaptive: ClassVar[bool] = False
     instead: ClassVar[Mapping[type[Signal], str]] = {}
+    cost: ClassVar[str] = ""
+    inputs: ClassVar[tuple[str, ...]] = ("image", "video")
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Return the stages of the method in the order of their sites; by default one, before the language model.

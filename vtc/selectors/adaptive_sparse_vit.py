@@ -142,6 +142,7 @@ class AdaptiveSparseVitSelector(Selector):
 
     name: ClassVar[str] = "adaptive-sparse-vit"
     paper: ClassVar[str] = "Adaptive Sparse ViT, arXiv 2209.13802"
+    cost: ClassVar[str] = "N d"
     requires: ClassVar[tuple[Signal, ...]] = (HeadWeightedAttention(),)
     sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False

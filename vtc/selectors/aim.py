@@ -106,6 +106,7 @@ class AimSelector(Selector):
 
     name: ClassVar[str] = "aim"
     paper: ClassVar[str] = "AIM, arXiv 2412.03248"
+    cost: ClassVar[str] = "N^2 d"
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 
     metric: str = "released"

@@ -137,6 +137,7 @@ class AtpSelector(Selector):
 
     name: ClassVar[str] = "atp"
     paper: ClassVar[str] = "ATP-LLaVA, arXiv 2412.00447"
+    cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (ModalityAttention(), Origin())
     sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False

@@ -63,6 +63,7 @@ class CdPrunerSelector(Selector):
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "CDPruner, arXiv 2506.10967"
+    cost: ClassVar[str] = "K N (d + K)"
     requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(),)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 

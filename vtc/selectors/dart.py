@@ -120,6 +120,7 @@ class DartSelector(Selector):
 
     name: ClassVar[str] = "dart"
     paper: ClassVar[str] = "DART, arXiv 2502.11494"
+    cost: ClassVar[str] = "N d"
     sites: ClassVar[tuple[type, ...]] = ()
 
     layer: int | None = None

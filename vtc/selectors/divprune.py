@@ -33,6 +33,7 @@ class DivPruneSelector(Selector):
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "DivPrune, arXiv 2503.02175"
+    cost: ClassVar[str] = "N^2 d"
     sites: ClassVar[tuple[type[Site], ...]] = (Pixels, VisionLayer, BeforeDecoder, DecoderLayer)
 
     def select(self, ctx: VisualContext) -> Selection:

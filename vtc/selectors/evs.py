@@ -39,6 +39,8 @@ class EvsSelector(Selector):
 
     name: ClassVar[str] = "evs"
     paper: ClassVar[str] = "EVS, arXiv 2510.14624"
+    cost: ClassVar[str] = "N d"
+    inputs: ClassVar[tuple[str, ...]] = ("video",)
     requires: ClassVar[tuple[Signal, ...]] = (Origin(),)
 
     def select(self, ctx: VisualContext) -> Selection:

@@ -41,6 +41,7 @@ class FasterVlmSelector(SaliencySelector, ScoreSelector):
 
     name: ClassVar[str] = "fastervlm"
     paper: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
+    cost: ClassVar[str] = "N d"
     reads_features: ClassVar[bool] = False
 
     def score(self, ctx: VisualContext) -> Tensor:

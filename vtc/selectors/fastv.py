@@ -43,6 +43,7 @@ class FastVSelector(ScoreSelector):
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "FastV, arXiv 2403.06764"
+    cost: ClassVar[str] = "N d"
     requires: ClassVar[tuple[Signal, ...]] = (TextAttention(),)
     sites: ClassVar[tuple[type[Site], ...]] = (DecoderLayer,)
     reads_features: ClassVar[bool] = False

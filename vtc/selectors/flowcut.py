@@ -193,6 +193,7 @@ class FlowCutSelector(Selector):
 
     name: ClassVar[str] = "flowcut"
     paper: ClassVar[str] = "FlowCut, arXiv 2505.19536"
+    cost: ClassVar[str] = "N d"
     requires: ClassVar[tuple[Signal, ...]] = (InformationFlow(), Origin())
     sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False

@@ -28,7 +28,7 @@ _RELEASED = {24: 8, 32: 15}  # depth of the tower to its object layer: LLaVA's, 
 @register_selector
 @dataclass(frozen=True)
 class HiPruneSelector(Selector):
-    """Keep anchors with their neighbours, and registers.
+    """Keep anchors, which the middle of the tower attends to, with their neighbours, and registers, which its end does.
 
     Scores are the attention that a token receives, averaged over heads and queries. Anchors are the
     ``round(K * alpha / 5)`` tokens with the best score in the object layer, in the middle of the tower; the tokens
@@ -63,6 +63,7 @@ class HiPruneSelector(Selector):
 
     name: ClassVar[str] = "hiprune"
     paper: ClassVar[str] = "HiPrune, arXiv 2508.00553"
+    cost: ClassVar[str] = "N^2 d"
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer)
     reads_features: ClassVar[bool] = False
 

@@ -58,6 +58,7 @@ class HoloVSelector(SaliencySelector):
 
     name: ClassVar[str] = "holov"
     paper: ClassVar[str] = "HoloV, arXiv 2510.02912"
+    cost: ClassVar[str] = "K N d"
     reads_features: ClassVar[bool] = False
     beside: ClassVar[tuple[Signal, ...]] = (PreProjector(),)
 

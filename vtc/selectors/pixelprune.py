@@ -115,6 +115,7 @@ class PixelPruneSelector(Selector):
 
     name: ClassVar[str] = "pixelprune"
     paper: ClassVar[str] = "PixelPrune, github.com/OPPO-Mente-Lab/PixelPrune"
+    cost: ClassVar[str] = "pixels"
     requires: ClassVar[tuple[Signal, ...]] = (BlockPixels(), Origin())
     sites: ClassVar[tuple[type[Site], ...]] = (Pixels, VisionLayer)
     reads_features: ClassVar[bool] = False

@@ -36,6 +36,7 @@ class PoolSelector(Selector):
 
     name: ClassVar[str] = "pool"
     paper: ClassVar[str] = "baseline; average pooling of the token grid"
+    cost: ClassVar[str] = "N d"
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer)
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:

@@ -131,6 +131,7 @@ class PruMergeSelector(_Centred):
 
     name: ClassVar[str] = "prumerge"
     paper: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388"
+    cost: ClassVar[str] = "K N d"
 
     def centres(self, attention: Tensor, most: int) -> Tensor:
         """(M,) by descending attention."""
@@ -170,6 +171,7 @@ class PruMergePlusSelector(_Centred):
 
     name: ClassVar[str] = "prumerge-plus"
     paper: ClassVar[str] = "LLaVA-PruMerge+, arXiv 2403.15388"
+    cost: ClassVar[str] = "K N d"
 
     def centres(self, attention: Tensor, most: int) -> Tensor:
         """(M,): outliers by descending attention, then the spread."""

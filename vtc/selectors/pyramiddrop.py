@@ -68,6 +68,7 @@ class PyramidDropSelector(ScoreSelector):
 
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "PyramidDrop, arXiv 2410.17247"
+    cost: ClassVar[str] = "N d^2"
     requires: ClassVar[tuple[Signal, ...]] = (EnteringAttention(),)
     sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False

@@ -26,6 +26,7 @@ class RandomSelector(Selector):
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline; uniform sampling without replacement"
+    cost: ClassVar[str] = "N"
     sites: ClassVar[tuple[type[Site], ...]] = (
         Pixels,
         VisionLayer,

@@ -55,6 +55,7 @@ class ResizeSelector(Selector):
 
     name: ClassVar[str] = "resize"
     paper: ClassVar[str] = "baseline; a smaller picture"
+    cost: ClassVar[str] = "pixels"
     sites: ClassVar[tuple[type[Site], ...]] = (Pixels,)
     reads_features: ClassVar[bool] = False
     adaptive: ClassVar[bool] = True

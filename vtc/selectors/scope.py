@@ -50,6 +50,7 @@ class ScopeSelector(SaliencySelector):
 
     name: ClassVar[str] = "scope"
     paper: ClassVar[str] = "SCOPE, arXiv 2510.24214"
+    cost: ClassVar[str] = "N^2 d"
     reads_features: ClassVar[bool] = False
     beside: ClassVar[tuple[Signal, ...]] = (PreProjector(),)
 

@@ -182,6 +182,7 @@ class SparseVlmSelector(Selector):
 
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "SparseVLM, arXiv 2410.04417"
+    cost: ClassVar[str] = "T N d + (0.3 N)^2 d"
     sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False
 

@@ -100,6 +100,7 @@ class ToDreSelector(Selector):
 
     name: ClassVar[str] = "todre"
     paper: ClassVar[str] = "ToDRE, arXiv 2505.18757"
+    cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (ClsAttention((-1,)),)
     instead: ClassVar[Mapping[type[Signal], str]] = {ClsAttention: 'pivot="random", "received" or "center"'}
 

@@ -67,6 +67,7 @@ class ToMeSelector(Selector):
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "ToMe, arXiv 2210.09461"
+    cost: ClassVar[str] = "N^2 d"
     sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False
 

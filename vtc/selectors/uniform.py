@@ -39,6 +39,7 @@ class UniformSelector(Selector):
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "baseline; strided sampling of the token grid"
+    cost: ClassVar[str] = "N"
     sites: ClassVar[tuple[type[Site], ...]] = (
         Pixels,
         VisionLayer,

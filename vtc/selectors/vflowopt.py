@@ -156,6 +156,7 @@ class VFlowOptSelector(Selector):
 
     name: ClassVar[str] = "vflowopt"
     paper: ClassVar[str] = "VFlowOpt, arXiv 2508.05211"
+    cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (ContextRelevance(),)
     sites: ClassVar[tuple[type[Site], ...]] = ()
     reads_features: ClassVar[bool] = False

@@ -52,6 +52,8 @@ class VidCom2Selector(Selector):
 
     name: ClassVar[str] = "vidcom2"
     paper: ClassVar[str] = "VidCom2, arXiv 2505.14454"
+    cost: ClassVar[str] = "N d"
+    inputs: ClassVar[tuple[str, ...]] = ("video",)
     requires: ClassVar[tuple[Signal, ...]] = (Origin(),)
 
     temperature: float = 0.01

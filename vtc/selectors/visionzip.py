@@ -23,7 +23,7 @@ __all__ = ["VisionZipSelector"]
 @register_selector
 @dataclass(frozen=True)
 class VisionZipSelector(SaliencySelector):
-    """Keep dominant tokens, and contextual tokens that take up the rest.
+    """Keep dominant tokens, which [CLS] looks at most, and contextual tokens that take up the rest.
 
     Dominant are the tokens with the most [CLS] attention in the layer that makes the features, averaged over heads. Of
     the R others, in raster order, every ``max(1, R // C)``-th is a contextual token, C in all. What is left flows into
@@ -55,6 +55,7 @@ class VisionZipSelector(SaliencySelector):
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "VisionZip, arXiv 2412.04467"
+    cost: ClassVar[str] = "K N d"
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
     reads_features: ClassVar[bool] = False
     beside: ClassVar[tuple[Signal, ...]] = (MeanKeys(),)

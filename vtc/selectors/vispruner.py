@@ -57,6 +57,7 @@ class VisPrunerSelector(SaliencySelector):
 
     name: ClassVar[str] = "vispruner"
     paper: ClassVar[str] = "VisPruner, arXiv 2412.01818"
+    cost: ClassVar[str] = "N^2 d"
     reads_features: ClassVar[bool] = False
     beside: ClassVar[tuple[Signal, ...]] = (PreProjector(),)
 

@@ -79,6 +79,7 @@ class VScanSelector(Selector):
 
     name: ClassVar[str] = "vscan"
     paper: ClassVar[str] = "VScan, arXiv 2505.22654"
+    cost: ClassVar[str] = "K N d"
     requires: ClassVar[tuple[Signal, ...]] = (ClsAttention(),)
     sites: ClassVar[tuple[type[Site], ...]] = ()
     instead: ClassVar[Mapping[type[Signal], str]] = {ClsAttention: 'score_source="received"'}

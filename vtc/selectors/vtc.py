@@ -112,6 +112,7 @@ class VtcSelector(Selector):
 
     name: ClassVar[str] = "vtc"
     paper: ClassVar[str] = "vtc, this library's own"
+    cost: ClassVar[str] = "K N (d + K)"
     sites: ClassVar[tuple[type[Site], ...]] = (Pixels, VisionLayer, BeforeDecoder, DecoderLayer)
     instead: ClassVar[Mapping[type[Signal], str]] = {ClsAttention: 'quality="none"'}
 

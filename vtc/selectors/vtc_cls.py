@@ -51,6 +51,7 @@ class VtcClsSelector(ScoreSelector):
 
     name: ClassVar[str] = "vtc-cls"
     paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
+    cost: ClassVar[str] = "N d"
     sites: ClassVar[tuple[type[Site], ...]] = (VisionLayer, BeforeDecoder, DecoderLayer)
     reads_features: ClassVar[bool] = False
     instead: ClassVar[Mapping[type[Signal], str]] = {ClsAttention: 'score_source="received"'}
