@@ -138,7 +138,12 @@ METHODS: tuple[Method, ...] = (
     Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False),
     Method("aim", _one("aim", 0.4), decoder=True, merges=True, by_ratio=False),
     Method("vtc", _one("vtc", 0.4), merges=True),
-    Method("cdpruner", _one("cdpruner", 0.5), reads_text=True, everywhere=False),
+    Method(
+        "cdpruner",
+        _one("cdpruner", 0.5, relevance_weight=0.5, text="after"),
+        reads_text=True,
+        everywhere=False,
+    ),
     Method("rediprune", _one("rediprune", 0.5), reads_text=True, everywhere=False),
     Method("mmtok", _one("mmtok", 0.5), reads_text=True, everywhere=False),
     Method("eadp", _one("eadp", 0.5), reads_text=True, everywhere=False),

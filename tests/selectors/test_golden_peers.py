@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.selectors.test_golden import case, load
 from vtc import kernels
 from vtc.core.context import VisualContext
-from vtc.core.observations import DecoderAttention, DecoderHidden, EnteredAttention, VisionAttention
+from vtc.core.observations import DecoderAttention, DecoderHidden, EnteredAttention, PromptText, VisionAttention
 from vtc.core.selection import Selection
 from vtc.core.signals import HiddenStates, MeanKeys, ReceivedAttention, TextEmbeds
 from vtc.core.sites import DecoderLayer
@@ -24,7 +24,7 @@ from vtc.errors import ConfigError, InputError
 from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors import HiPruneSelector
-from vtc.selectors.cdpruner import quality_of, relevance_to_text
+from vtc.selectors.cdpruner import blended, quality_of, relevance_to_text
 from vtc.selectors.dart import KeyLength, PromptStates, TextPivots, unlike
 from vtc.selectors.prumerge import PruMergePlusSelector, WideClsAttention, outliers
 from vtc.selectors.pyramiddrop import EnteringAttention
@@ -82,6 +82,38 @@ def test_cdpruner_is_made_of_these_parts() -> None:
         quality = quality_of(sign * relevance_to_text(x, text))
         selection = select("cdpruner", features=x, text_embeds=text, keep_tokens=16, similarity=similarity)
         assert torch.equal(selection.keep, kernels.dpp_greedy(x, 16, quality).sort().values)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0])
+def test_cdpruner_blends_relevance_into_the_kernel(weight: float) -> None:
+    """Against determinants of the kernel as it is written."""
+    draw = torch.Generator().manual_seed(4)
+    x, text = torch.randn(9, 5, generator=draw, dtype=torch.float64), torch.randn(3, 5, generator=draw)
+    relevance = quality_of(relevance_to_text(x, text)).double()
+    unit = x / x.norm(dim=1, keepdim=True)
+    kernel = ((1 - weight) + weight * relevance[:, None] * relevance) * (unit @ unit.T)
+    rows, norms = blended(x, relevance.float(), weight)
+    made = torch.nn.functional.normalize(rows.double(), dim=1)
+    torch.testing.assert_close(
+        norms[:, None] * (made @ made.T) * norms, kernel, rtol=1e-5, atol=1e-6, check_dtype=False
+    )
+    picked: list[int] = []
+    for _ in range(4):
+        worth = [-1.0 if i in picked else float(torch.det(kernel[[*picked, i]][:, [*picked, i]])) for i in range(9)]
+        picked.append(max(range(9), key=worth.__getitem__))
+    options = {"keep_tokens": 4, "relevance_weight": weight}
+    assert select("cdpruner", features=x, text_embeds=text, **options).keep.tolist() == sorted(picked)
+
+
+def test_cdpruner_reads_the_text_that_it_is_told_to() -> None:
+    raw = PromptText(torch.arange(4), torch.randn(4, 3), behind=torch.tensor([False, False, True, True]))
+    (stage,) = get_selector("cdpruner", text="after").stages()
+    assert torch.equal(stage.requires[0].compute(raw), raw.embeddings[2:])
+    (stage,) = get_selector("cdpruner").stages()
+    assert torch.equal(stage.requires[0].compute(raw), raw.embeddings)
+    for options in ({"text": "before"}, {"relevance_weight": 1.5}):
+        with pytest.raises(ConfigError, match=f"cdpruner: {next(iter(options))} must be"):
+            get_selector("cdpruner", **options)
 
 
 def test_cdpruner_beyond_the_rank_keeps_the_budget() -> None:

@@ -292,16 +292,25 @@ class Origin(Signal):
 
 @dataclass(frozen=True)
 class TextEmbeds(Signal):
-    """Input embeddings of the text of the prompt, (T, D)."""
+    """Input embeddings of the text of the prompt, (T, D).
+
+    Parameters
+    ----------
+    text
+        "all": the whole prompt's; "after": what stands behind the first visual token, so that what stands before it
+        counts as the system's.
+    """
 
     name: ClassVar[str] = "text_embeds"
     reads: ClassVar[type[Observation]] = PromptText
     axes: ClassVar[tuple[str, ...]] = ("T", "D")
     per_token: ClassVar[bool] = False
 
+    text: str = "all"
+
     def compute(self, raw: PromptText) -> Tensor:
         """(T, D)."""
-        return raw.embeddings
+        return raw.embeddings if self.text == "all" or raw.behind is None else raw.embeddings[raw.behind]
 
 
 # -- of the language model -------------------------------------------------------------------------------------------

@@ -12,14 +12,15 @@ from .. import kernels
 from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.selector import Selector
-from ..core.signals import Signal, TextEmbeds
+from ..core.signals import TextEmbeds
 from ..core.sites import BeforeDecoder, Site
+from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError, InputError
 from ..kernels.cosines import with_inverse_norms
 from ..registry import register_selector
-from .schedule import check_number
+from .schedule import check_fraction, check_number
 
-__all__ = ["CdPrunerSelector", "check_widths", "quality_of", "relevance_to_text"]
+__all__ = ["CdPrunerSelector", "blended", "check_widths", "quality_of", "relevance_to_text"]
 
 _BLOCK = 4096  # tokens that are looked at in float32 at a time
 
@@ -35,12 +36,18 @@ class CdPrunerSelector(Selector):
     ``exp(theta / (2 (1 - theta)) r_i)``. rel_i is the mean cosine of token i to the input embeddings of the text.
 
     The released code measures relevance between CLIP's image and text embeddings, which needs a text tower that the
-    models here do not have. The model's own embeddings stand in for it, as in Intel's OpenVINO GenAI: of the whole
-    prompt but for its pictures, the system's part included. There similarity counts as it is, while the released code
-    turns it round, presumably because similarities of CLIP's patches are known to be inverted; `similarity="inverted"`
-    does the same. Three differences more: what resembles the text equally counts equally, instead of dividing by 0;
-    beyond the rank of the kernel the most relevant of the other tokens follow, where the released code computes NaN
-    and keeps too few; all is float32, and tiles of one picture are chosen from together.
+    models here do not have. The model's own embeddings stand in for it, as in Intel's OpenVINO GenAI. There similarity
+    counts as it is, while the released code turns it round, presumably because similarities of CLIP's patches are known
+    to be inverted; `similarity="inverted"` does the same. With w the `relevance_weight` the kernel is
+
+        ((1 - w) + w q_i q_j) cosine(x_i, x_j),
+
+    CDPruner's at 1 and OpenVINO GenAI's at 0.5; at 0 the text does not count. That one also cuts the tokens into halves
+    that it chooses from separately, which is left out.
+
+    Three differences more from the released code: what resembles the text equally counts equally, instead of dividing
+    by 0; beyond the rank of the kernel the most relevant of the other tokens follow, where the released code computes
+    NaN and keeps too few; all is float32, and tiles of one picture are chosen from together.
 
     Parameters
     ----------
@@ -48,6 +55,11 @@ class CdPrunerSelector(Selector):
         "direct": what resembles the text is relevant; "inverted": what does not.
     theta
         How much relevance counts against diversity, from 0 to less than 1; None: the relevance itself is the quality.
+    relevance_weight
+        w, from 0 to 1.
+    text
+        Which text counts. "all": the whole prompt's, the system's part included; "after": what stands behind the first
+        visual token of the prompt, which is the instruction, as in OpenVINO GenAI, where it follows the picture.
 
     Raises
     ------
@@ -64,17 +76,25 @@ class CdPrunerSelector(Selector):
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "CDPruner, arXiv 2506.10967"
     cost: ClassVar[str] = "K N (d + K)"
-    requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(),)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 
     similarity: str = "direct"
     theta: float | None = None
+    relevance_weight: float = 1.0
+    text: str = "all"
 
     def __post_init__(self) -> None:
         if self.similarity not in ("direct", "inverted"):
             raise ConfigError(f'cdpruner: similarity must be "direct" or "inverted", got {self.similarity!r}.')
         if self.theta is not None:
             check_number("cdpruner", "theta", self.theta, 0, 0.99)
+        check_fraction("cdpruner", "relevance_weight", self.relevance_weight)
+        if self.text not in ("all", "after"):
+            raise ConfigError(f'cdpruner: text must be "all" or "after", got {self.text!r}.')
+
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Once, before the language model."""
+        return (Stage(requires=(TextEmbeds(self.text),)),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
@@ -82,7 +102,8 @@ class CdPrunerSelector(Selector):
             return Selection.full(ctx.n, ctx.features.device)
         relevance = relevance_to_text(ctx.features, ctx[TextEmbeds])
         quality = quality_of(-relevance if self.similarity == "inverted" else relevance, self.theta)
-        return Selection.from_indices(ctx.n, kernels.dpp_greedy(ctx.features, ctx.budget, quality))
+        x, norms = blended(ctx.features, quality, self.relevance_weight)
+        return Selection.from_indices(ctx.n, kernels.dpp_greedy(x, ctx.budget, norms))
 
 
 def relevance_to_text(x: Tensor, text: Tensor) -> Tensor:
@@ -108,6 +129,21 @@ def check_widths(x: Tensor, text: Tensor) -> None:
             f"text_embeds are {text.shape[1]} wide and the features {x.shape[1]}; both are to be as wide as the "
             "language model, or both embeddings of one contrastive model."
         )
+
+
+def blended(x: Tensor, quality: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Return rows and qualities of which ``q_i cosine(i, j) q_j`` is ``((1 - w) + w q_i q_j) cosine(x_i, x_j)``.
+
+    The latter is the product of rows of twice the width, ``sqrt(1 - w) u_i`` beside ``sqrt(w) q_i u_i`` with u_i the
+    normalised row of `x` (N, D).
+    """
+    if weight == 1:
+        return x, quality
+    if weight == 0:
+        return x, torch.ones_like(quality)
+    unit = torch.nn.functional.normalize(x.float(), dim=1, eps=1e-12)
+    norms = ((1 - weight) + weight * quality**2).sqrt()
+    return torch.cat([(1 - weight) ** 0.5 * unit, weight**0.5 * quality[:, None] * unit], dim=1), norms
 
 
 def quality_of(relevance: Tensor, theta: float | None = None) -> Tensor:

@@ -47,6 +47,8 @@ class DyCokeSelector(Selector):
 
     name: ClassVar[str] = "dycoke"
     paper: ClassVar[str] = "DyCoke, arXiv 2411.15024"
+    cost: ClassVar[str] = "N d"
+    inputs: ClassVar[tuple[str, ...]] = ("video",)
     requires: ClassVar[tuple[Signal, ...]] = (Origin(),)
 
     def select(self, ctx: VisualContext) -> Selection:

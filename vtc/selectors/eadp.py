@@ -73,6 +73,7 @@ class EadpSelector(Selector):
 
     name: ClassVar[str] = "eadp"
     paper: ClassVar[str] = "EADP, ECCV 2026, github.com/SJTU-DeepVisionLab/EADP"
+    cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(), Origin())
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 

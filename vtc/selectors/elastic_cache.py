@@ -51,6 +51,7 @@ class ElasticCacheSelector(CacheSelector):
 
     name: ClassVar[str] = "elastic-cache"
     paper: ClassVar[str] = "Elastic Cache, arXiv 2407.18121"
+    cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (AttentionSums(),)
     adaptive: ClassVar[bool] = True  # the released variant keeps one entry less
 

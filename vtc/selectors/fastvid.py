@@ -79,6 +79,8 @@ class FastVidSelector(SaliencySelector):
 
     name: ClassVar[str] = "fastvid"
     paper: ClassVar[str] = "FastVID, arXiv 2503.11187"
+    cost: ClassVar[str] = "n N d"
+    inputs: ClassVar[tuple[str, ...]] = ("video",)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
     beside: ClassVar[tuple[Signal, ...]] = (Origin(),)
     action: ClassVar[Action] = Action.MERGE

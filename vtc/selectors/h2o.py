@@ -48,6 +48,7 @@ class H2oSelector(CacheSelector):
 
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
+    cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (AttentionSums(),)
 
     recent: int | None = None

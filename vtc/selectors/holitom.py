@@ -63,6 +63,8 @@ class HoliTomSelector(SaliencySelector):
 
     name: ClassVar[str] = "holitom"
     paper: ClassVar[str] = "HoliTom, arXiv 2505.21334"
+    cost: ClassVar[str] = "n N d"
+    inputs: ClassVar[tuple[str, ...]] = ("video",)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
     beside: ClassVar[tuple[Signal, ...]] = (Origin(),)
     action: ClassVar[Action] = Action.MERGE

@@ -56,6 +56,7 @@ class MmTokSelector(Selector):
 
     name: ClassVar[str] = "mmtok"
     paper: ClassVar[str] = "MMTok, arXiv 2508.18264"
+    cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(), PreProjector())
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 

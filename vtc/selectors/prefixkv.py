@@ -54,6 +54,7 @@ class PrefixKvSelector(CacheSelector):
 
     name: ClassVar[str] = "prefixkv"
     paper: ClassVar[str] = "PrefixKV, arXiv 2412.03409"
+    cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (AttentionSums(),)
 
     budgets: Any = "cumulative"

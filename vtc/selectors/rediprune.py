@@ -54,6 +54,7 @@ class ReDiPruneSelector(Selector):
 
     name: ClassVar[str] = "rediprune"
     paper: ClassVar[str] = "ReDiPrune, arXiv 2603.24680"
+    cost: ClassVar[str] = "K N d"
     requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(),)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 

@@ -43,6 +43,7 @@ class StreamingSelector(CacheSelector):
 
     name: ClassVar[str] = "streaming"
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
+    cost: ClassVar[str] = "N"
 
     sinks: int = 4
 
