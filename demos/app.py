@@ -32,7 +32,7 @@ from vtc.chat import image_inputs
 from vtc.console import finish
 
 EXAMPLES = (
-    (6, "What is left of the cup?", "vtc-cls", 0.25),
+    (6, "What is left of the cup?", "vtc", 0.25),
     (0, "What color is the leftmost thing?", "divprune", 0.1),
     (1, "What does the sign say?", "fastv", 0.25),
 )
@@ -304,7 +304,7 @@ def build(models: Models) -> Any:
         with gr.Row():
             with gr.Column(scale=4):
                 with gr.Tab("image"):
-                    chosen = settings(models.names, "vtc-cls")
+                    chosen = settings(models.names, "vtc")
                     # The file as it is: gradio's own conversion turns a picture of 16 bits white.
                     kept = {"type": "filepath", "image_mode": None}
                     image = gr.Image(label="image", sources=["upload", "clipboard"], height=300, **kept)

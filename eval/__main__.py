@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(sought)
     _add_pictures(sought, 12, 5)
     sought.set_defaults(run=_bound)
-    page = commands.add_parser("readme", help="write README's table from the committed results")
+    page = commands.add_parser("readme", help="write README's table and picture from the committed results")
     page.set_defaults(run=_readme)
     return parser
 
@@ -395,6 +395,7 @@ def _bound(args: argparse.Namespace) -> int:
 
 def _readme(_: argparse.Namespace) -> int:
     readme.write()
+    readme.draw()
     return 0
 
 

@@ -40,45 +40,66 @@ def against_cost(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     folder : Path
     title : str
     """
-    plt = _pyplot()
     written = []
-    full = frame[frame["run"] == FULL.name].iloc[0]
     for column, label, name in _AXES:
-        if column not in frame:
-            continue
-        known = frame[frame[column].notna() & ~frame["run"].isin((FULL.name, BLIND.name))]
-        if known.empty:
-            continue
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        colours = {method: plt.get_cmap("tab20")(i % 20) for i, method in enumerate(known["method"].unique())}
-        for (method, positions), lines in known.groupby(["method", "positions"], sort=False):
-            ordered = lines.sort_values(column)
-            compact = positions == "compact"
-            axes.plot(
-                ordered[column],
-                ordered["score"],
-                marker="s" if compact else "o",
-                markersize=4,
-                markerfacecolor="none" if compact else None,
-                linestyle="--" if method in BASELINES or method in BOUNDS else ":" if compact else "-",
-                color=colours[method],
-                label=f"{method}, compact" if compact else method,
-            )
-        axes.axhline(full["score"], color="black", linewidth=0.8, label=FULL.name)
-        for floor in frame[frame["run"] == BLIND.name]["score"]:
-            axes.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label=BLIND.name)
-        if column != "kept":
-            points = frame[frame[column].notna()]  # the uncompressed model is one of the points
-            best = points.iloc[pareto(points[column].tolist(), points["score"].tolist())]
-            axes.plot(best[column], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, alpha=0.6)
-            axes.scatter(best[column], best["score"], s=110, facecolors="none", edgecolors="black", label="front")
-        else:
-            axes.set_xscale("log")
-        axes.set(xlabel=label, ylabel="score", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, ncols=2)
-        written.append(_saved(figure, folder / name))
+        if column in frame and _known(frame, column).any():
+            written.append(_against(frame, column, label, folder / name, title))
     return written
+
+
+def against_call(frame: pd.DataFrame, path: Path, title: str) -> Path:
+    """Plot score against the seconds of a whole call, with the Pareto front marked.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        The result of `tables.with_cost`.
+    path : Path
+    title : str
+    """
+    column, label, _ = _AXES[-1]
+    return _against(frame, column, label, path, title)
+
+
+def _known(frame: pd.DataFrame, column: str) -> pd.Series:
+    return frame[column].notna() & ~frame["run"].isin((FULL.name, BLIND.name))
+
+
+def _against(frame: pd.DataFrame, column: str, label: str, path: Path, title: str) -> Path:
+    plt = _pyplot()
+    full = frame[frame["run"] == FULL.name].iloc[0]
+    known = frame[_known(frame, column)]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    # Stages at other budgets are points of one line.
+    known = known.assign(line=known["method"].str.replace(r"=[^+]*", "", regex=True))
+    colours = {line: plt.get_cmap("tab20")(i % 20) for i, line in enumerate(known["line"].unique())}
+    for (method, positions), lines in known.groupby(["line", "positions"], sort=False):
+        ordered = lines.sort_values(column)
+        compact = positions == "compact"
+        axes.plot(
+            ordered[column],
+            ordered["score"],
+            marker="s" if compact else "o",
+            markersize=4,
+            markerfacecolor="none" if compact else None,
+            linestyle="--" if method in BASELINES or method in BOUNDS else ":" if compact else "-",
+            color=colours[method],
+            label=f"{method}, compact" if compact else method,
+        )
+    axes.axhline(full["score"], color="black", linewidth=0.8, label=FULL.name)
+    for floor in frame[frame["run"] == BLIND.name]["score"]:
+        axes.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label=BLIND.name)
+    if column != "kept":
+        points = frame[frame[column].notna()]  # the uncompressed model is one of the points
+        best = points.iloc[pareto(points[column].tolist(), points["score"].tolist())]
+        axes.plot(best[column], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, alpha=0.6)
+        axes.scatter(best[column], best["score"], s=110, facecolors="none", edgecolors="black", label="front")
+    else:
+        axes.set_xscale("log")
+    axes.set(xlabel=label, ylabel="score", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    return _saved(figure, path)
 
 
 def bars(scores: pd.DataFrame, frame: pd.DataFrame, path: Path, title: str) -> Path:

@@ -1,4 +1,4 @@
-"""Writes README's table from the committed results, so that the two cannot differ."""
+"""Writes README's table and picture from the committed results, so that they cannot differ."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 import pandas as pd
 
 import vtc
-from eval import tables
+from eval import plots, tables
 from eval.runs import BASELINES, BLIND, BOUNDS, FULL
 from vtc.files import write_text
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "README.md"
 RESULTS = ROOT / "eval" / "results" / "scenes-llava"
+FRONT = ROOT / "eval" / "results" / "front-qwen2_5_vl"
+PICTURE = ROOT / "docs" / "assets" / "score-by-call.png"
 BEGIN, END = "<!-- python -m eval readme: begin -->", "<!-- python -m eval readme: end -->"
 SHARES = (0.25, 0.11)
 
@@ -53,6 +55,13 @@ def block(results: Path = RESULTS) -> str:
 
 def _figures(line: pd.Series) -> list[str]:
     return [f"{line['score']:.3f}", f"{100 * line['kept']:.1f} %"]
+
+
+def draw(results: Path = FRONT, path: Path = PICTURE) -> None:
+    """Draw score against the seconds of a whole call, as the results' table has them."""
+    frame = pd.read_csv(results / "table.csv")
+    shown = frame[~frame["method"].isin(BOUNDS) & (frame["run"] != BLIND.name)]
+    plots.against_call(shown, path, "the reference Qwen2.5-VL on drawn scenes; times at the shape of Qwen2.5-VL-3B")
 
 
 def write(page: Path = PAGE) -> None:

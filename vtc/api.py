@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vtc.config import CompressionConfig
+from vtc.config import DEFAULT_METHOD, CompressionConfig
 from vtc.core.sites import Site
 from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of, find_engine, install, paused, uninstall
@@ -25,7 +25,7 @@ Method = str | CompressionConfig | Sequence[CompressionConfig]
 
 def compress(
     model: Model,
-    method: Method = "divprune",
+    method: Method = DEFAULT_METHOD,
     *,
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
@@ -105,7 +105,7 @@ def restore(model: Model) -> Model:
 
 
 @contextmanager
-def compressed(model: Model, method: Method = "divprune", **arguments: Any) -> Iterator[Model]:
+def compressed(model: Model, method: Method = DEFAULT_METHOD, **arguments: Any) -> Iterator[Model]:
     """Compress for the length of a `with` block, then put an earlier configuration back."""
     with paused(model):
         compress(model, method, **arguments)

@@ -18,6 +18,7 @@ from .plain import parse_json, plain, shown
 
 __all__ = ["CompressionConfig", "load_stages", "save_stages"]
 
+DEFAULT_METHOD = "vtc"
 POSITIONS = ("original", "compact")
 STRUCTURAL = ("keep", "drop")
 

@@ -100,7 +100,7 @@ class TestAsk:
         assert out[0] == "what is this?  [photo.png]"
         assert out[1].startswith("  all tokens: ")
         assert out[2].startswith("  4 of 16: ")
-        assert out[4] == "vtc-cls(keep_ratio=0.25) on llava"
+        assert out[4] == "vtc(keep_ratio=0.25) on llava"
 
     def test_options_reach_the_method(self, checkpoint, photo, capsys):
         command = [

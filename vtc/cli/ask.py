@@ -9,6 +9,7 @@ from typing import Any
 import vtc
 from vtc import limits
 from vtc.cli import arguments
+from vtc.config import DEFAULT_METHOD
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE", help="any file that pillow reads")
     parser.add_argument("question", metavar="QUESTION")
     arguments.add_model(parser)
-    arguments.add_method(parser, "vtc-cls", "-o", "--option")
+    arguments.add_method(parser, DEFAULT_METHOD, "-o", "--option")
     arguments.add_budget(parser, of="each image")
     arguments.add_site(parser)
     parser.add_argument(

@@ -79,7 +79,7 @@ class FastVidSelector(SaliencySelector):
 
     name: ClassVar[str] = "fastvid"
     paper: ClassVar[str] = "FastVID, arXiv 2503.11187"
-    cost: ClassVar[str] = "n N d"
+    cost: ClassVar[str] = "N^2 d / frames"
     inputs: ClassVar[tuple[str, ...]] = ("video",)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
     beside: ClassVar[tuple[Signal, ...]] = (Origin(),)

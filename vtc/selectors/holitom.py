@@ -63,7 +63,7 @@ class HoliTomSelector(SaliencySelector):
 
     name: ClassVar[str] = "holitom"
     paper: ClassVar[str] = "HoliTom, arXiv 2505.21334"
-    cost: ClassVar[str] = "n N d"
+    cost: ClassVar[str] = "N^2 d / frames"
     inputs: ClassVar[tuple[str, ...]] = ("video",)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
     beside: ClassVar[tuple[Signal, ...]] = (Origin(),)

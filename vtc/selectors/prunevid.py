@@ -73,7 +73,7 @@ class PruneVidSelector(Selector):
 
     name: ClassVar[str] = "prunevid"
     paper: ClassVar[str] = "PruneVID, arXiv 2412.16117"
-    cost: ClassVar[str] = "n N d"
+    cost: ClassVar[str] = "N^2 d / frames"
     inputs: ClassVar[tuple[str, ...]] = ("video",)
     requires: ClassVar[tuple[Signal, ...]] = (Origin(),)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)

@@ -51,7 +51,7 @@ class SnapKvSelector(CacheSelector):
 
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
-    cost: ClassVar[str] = "w N d"
+    cost: ClassVar[str] = "N d"
 
     window: int = 32
     kernel: int = 5
