@@ -10,6 +10,7 @@ import torch
 from tests.selectors.caches import context, observed, read
 from tests.selectors.test_golden import GOLDEN, load
 from vtc.core.cache_signals import AttentionSums, ResidualCosine, WindowAttention
+from vtc.core.eviction import DecodingState
 from vtc.core.layer_budgets import PyramidBudgets, SqueezeBudgets, cumulative_drops, smallest_split
 from vtc.registry import get_selector
 
@@ -148,3 +149,36 @@ def test_squeeze_attention(name: str) -> None:
         assert all(count == n for count, group in zip(counts, golden["group"], strict=True) if group < 2)
     else:
         assert counts == golden["budget_tokens"].tolist()
+
+
+def decoded(method: Any, kept: list[int], n: int, steps: int) -> list[list[int]]:
+    """Entries after each step, by the method's rule."""
+    entries, found = list(kept), []
+    for step in range(1, steps + 1):
+        entries.append(n + step - 1)
+        leaving = method.leaving(DecodingState(0, len(entries), len(kept), n + step, n))
+        del entries[leaving.place : leaving.place + leaving.count]
+        found.append(list(entries))
+    return found
+
+
+@pytest.mark.parametrize("name", names("prefixkv_prefill_*", 3))
+def test_prefixkv_while_decoding(name: str) -> None:
+    golden = load(name)
+    method: Any = get_selector("prefixkv", scope="all")
+    n, theirs = golden["attn"].shape[-1], golden["kept_after_decode_steps"][:, :, 0]
+    for layer, kept in enumerate(padded(golden["kept_indices"][:, 0])):
+        assert decoded(method, kept, n, len(theirs)) == padded(theirs[:, layer])
+
+
+@pytest.mark.parametrize("name", names("prefixkv_released_*", 3))
+def test_prefixkv_while_decoding_with_a_profile(name: str) -> None:
+    golden = load(name)
+    method: Any = get_selector("prefixkv", scope="all")
+    lengths, last = golden["kept_len_per_decode_step"], padded(golden["kept_after_40_steps"])
+    for layer, kept in enumerate(padded(golden["kept_indices"])):
+        steps = decoded(method, kept, golden["n_prompt"], len(lengths))
+        # The authors multiply by the rounded ratio of the file, where ours is what the layer really kept.
+        assert max(abs(len(own) - int(n)) for own, n in zip(steps, lengths[:, layer], strict=True)) <= 1
+        common = set(steps[-1]) & set(last[layer])
+        assert len(common) >= len(last[layer]) - 1

@@ -26,7 +26,16 @@ from .signals import Signal, named_signal
 from .sites import CacheAfterPrefill, Site
 from .stage import ModelShape, Stage
 
-__all__ = ["SCOPES", "CacheContext", "CacheSelector", "Eviction", "nothing_to_select", "protect"]
+__all__ = [
+    "SCOPES",
+    "CacheContext",
+    "CacheSelector",
+    "DecodingState",
+    "Eviction",
+    "Leaving",
+    "nothing_to_select",
+    "protect",
+]
 
 SCOPES = ("visual", "all")
 """Which entries of a prompt may leave: those of its visual tokens, or its text as well."""
@@ -186,11 +195,65 @@ class CacheContext:
 
 
 @dataclass(frozen=True)
+class DecodingState:
+    """Numbers of one row in one decoder layer's cache after a step of decoding.
+
+    Attributes
+    ----------
+    layer
+        The decoder layer (0-based).
+    stored
+        Entries of the row, those of the step included.
+    kept
+        Entries that were left after the prefill.
+    seen
+        Tokens that the row has seen, those of the step included.
+    read
+        Tokens that it had seen after the prefill.
+    """
+
+    layer: int
+    stored: int
+    kept: int
+    seen: int
+    read: int
+
+    @property
+    def excess(self) -> int:
+        """Entries more than after the prefill."""
+        return max(0, self.stored - self.kept)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Entries that leave at a step of decoding.
+
+    Attributes
+    ----------
+    count
+        How many.
+    place
+        Where they stand among the entries of the row, the oldest being 0: this one and those that follow it, while no
+        others have left in between. None: those of the lowest scores.
+    recent
+        With scores: how many of the latest entries stay in any case.
+    """
+
+    count: int
+    place: int | None = 0
+    recent: int = 0
+
+
+@dataclass(frozen=True)
 class CacheSelector(Selector):
     """A method at the key-value caches: entries of one row and layer in, one `Eviction` out.
 
     Subclasses write `score`, or `evict` if they do more than rank. What they read is in `requires`, or in `reads` where
     it depends on their options. How many entries a layer keeps is not their business but that of `budgets`.
+
+    Methods that name `CacheWhileDecoding` among their `sites` have a rule for decoding as well, `leaving`: at that site
+    entries leave after the prefill and after each step. With `accumulates` the entries have scores: `accumulated` after
+    the prefill, to which the attention of each step is added.
 
     Parameters
     ----------
@@ -209,6 +272,7 @@ class CacheSelector(Selector):
 
     sites: ClassVar[tuple[type[Site], ...]] = (CacheAfterPrefill,)
     reads_features: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
 
     scope: str = "visual"
     budgets: Any = "uniform"
@@ -242,6 +306,14 @@ class CacheSelector(Selector):
     def evict(self, ctx: CacheContext) -> Eviction:
         """Keep exactly ``min(ctx.budget, N)`` entries per head, the best scores."""
         return Eviction.best(self.score(ctx), ctx.budget)
+
+    def accumulated(self, ctx: CacheContext) -> Tensor:
+        """(N,) or (heads, N): scores of the entries when decoding begins; by default those of `score`."""
+        return self.score(ctx)
+
+    def leaving(self, state: DecodingState) -> Leaving:
+        """Return what leaves one row of one layer after a step; by default nothing does."""
+        return Leaving(0)
 
     def share(self, contexts: Sequence[CacheContext]) -> list[int]:
         """Return how many entries each layer keeps, given those of one row in all layers."""

@@ -107,7 +107,7 @@ class CacheAfterPrefill(Site):
 
 @dataclass(frozen=True)
 class CacheWhileDecoding(Site):
-    """At every decode step: entries leave the key-value caches so that they do not grow."""
+    """After the prefill and every later pass: entries leave the key-value caches so that they do not grow."""
 
     word: ClassVar[str] = "cache:decoding"
 

@@ -18,6 +18,7 @@ from vtc.core.sites import CacheAfterPrefill
 from vtc.engine.before_decoder import require_dynamic_cache, require_whole_prompt
 from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
+from vtc.engine.decoding import after_step
 from vtc.engine.evict import evict_by_layer
 from vtc.engine.state import ForwardState
 
@@ -35,6 +36,8 @@ def after_prefill(compression: Compression, forward: ForwardState, output: Any) 
         There is no cache, or one of a kind whose entries cannot be removed; or the prompt came in pieces.
     """
     stages, prompt = compression.plan.after_prefill, forward.prompt
+    if prompt is None and after_step(forward):
+        forward.write_record(compression.owner, forward.shift)
     if not stages or prompt is None or prompt.decided(_SITE):
         return
     if forward.cache is None:  # the language model has made one

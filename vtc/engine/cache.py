@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from vtc.errors import StateError
+from vtc.errors import StateError, UnsupportedMethodError
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What transformers calls a cache where it passes one on: `past_key_values` until 5.23, `cache` since."""
@@ -54,6 +54,8 @@ class CacheRecord:
         With compact positions: how far each row's text positions moved down.
     complete : set of int
         Starts of groups that are known to have no padding.
+    decoding : DecodingCaches or None
+        What a method has to know that evicts while decoding.
     owner : Owner
         Whoever masks this cache's padding.
     """
@@ -62,6 +64,7 @@ class CacheRecord:
     groups: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     shift: torch.Tensor | None = None
     complete: set[int] = field(default_factory=set)
+    decoding: Any = None
     owner: Owner = field(default_factory=Owner)
 
     def keys_of(self, layer: int) -> torch.Tensor:
@@ -71,13 +74,16 @@ class CacheRecord:
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
         # A copied cache depends on the engine that filled it; a copied model has an engine of its own.
         groups, shift = deepcopy(self.groups, memo), deepcopy(self.shift, memo)
-        return replace(self, groups=groups, shift=shift, complete=set(self.complete))
+        complete, decoding = set(self.complete), deepcopy(self.decoding, memo)
+        return replace(self, groups=groups, shift=shift, complete=complete, decoding=decoding)
 
     def map(self, rows: Any) -> None:
         """Apply `rows`, a function of a tensor with the batch first, to everything that has a batch dimension."""
         self.groups = [(start, rows(keys)) for start, keys in self.groups]
         if self.shift is not None:
             self.shift = rows(self.shift)
+        if self.decoding is not None:
+            self.decoding = self.decoding.map(rows)
 
 
 class CompactedCache:
@@ -101,6 +107,11 @@ class CompactedCache:
 
     def crop(self, tokens_to_remove: int) -> None:
         record = record_of(self)
+        if record is not None and record.decoding is not None:
+            raise UnsupportedMethodError(
+                f"{record.decoding.method.name} at 'cache:decoding' has evicted entries for tokens that are now to be "
+                "taken back, as assisted decoding and prompt lookup do; use at='cache', or decode without a draft"
+            )
         if record is not None and tokens_to_remove > 0:
             # Older releases also read a positive number as the length to keep, which here is the logical one.
             tokens_to_remove = min(0, tokens_to_remove - record.logical)
@@ -119,7 +130,7 @@ class CompactedCache:
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        _map_record(self, lambda x: x[indices])
+        _map_record(self, lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

@@ -16,7 +16,9 @@ from torch import nn
 from vtc.core.eviction import CacheContext, CacheSelector, Eviction
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
+from vtc.core.sites import CacheAfterPrefill, CacheWhileDecoding
 from vtc.engine.compression import Compression
+from vtc.engine.decoding import begin
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import UNSEEN
@@ -57,6 +59,34 @@ class _Entries:
     budget: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """What a method says of the entries of one row in one layer; `answer` None: all stay."""
+
+    entries: _Entries
+    context: CacheContext
+    answer: Eviction | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """What a layer's cache holds in the end.
+
+    Attributes
+    ----------
+    index
+        (B, G, P) long: where each entry stands in the conversation, for all heads (G = 1) or each; -1 for padding.
+    slots
+        (B, G, P) long: slot that each entry came from, -1 for padding; None: nothing was moved.
+    counts
+        How many entries each row of the prompt has, if they were moved.
+    """
+
+    index: torch.Tensor
+    slots: torch.Tensor | None = None
+    counts: tuple[int, ...] = ()
+
+
 def evict_by_layer(compression: Compression, forward: ForwardState, stage: PlannedStage, method: CacheSelector) -> bool:
     """Let a method choose among the entries of every layer, and take what it drops out of the caches.
 
@@ -68,7 +98,7 @@ def evict_by_layer(compression: Compression, forward: ForwardState, stage: Plann
     prompt = forward.attached()
     values = _values(forward, stage)
     layers = range(len(forward.cache.layers))
-    chosen: list[list[tuple[_Entries, Eviction | None]]] = [[] for _ in layers]
+    chosen: list[list[_Chosen]] = [[] for _ in layers]
     with torch.no_grad():
         for row in range(prompt.rows):
             found = {start: _entries(forward, stage, method, row, start) for start, _ in forward.key_groups}
@@ -80,13 +110,19 @@ def evict_by_layer(compression: Compression, forward: ForwardState, stage: Plann
             began = time.perf_counter()
             counts = method.share(contexts)
             for layer, count in enumerate(counts):
-                chosen[layer].append((entries[layer], _evict(method, contexts[layer], count)))
+                context = contexts[layer]
+                chosen[layer].append(_Chosen(entries[layer], context, _evict(method, context, count)))
             prompt.spend(stage.site, 1e3 * (time.perf_counter() - began))
-    stored = [_shorten(forward, layer, chosen[layer]) for layer in layers]
+    decoding = isinstance(stage.site, CacheWhileDecoding)
+    stored = [_shorten(forward, layer, chosen[layer], pack=decoding) for layer in layers]
+    if decoding:
+        scores = [_scores(forward, method, own, rows) for own, rows in zip(stored, chosen, strict=True)]
     _regroup(forward, stored)
     forward.entry_values = {}
-    _note(forward, prompt, stage, [index for index, _ in stored])
-    return any(counts is not None for _, counts in stored)
+    _note(forward, prompt, [own.index for own in stored])
+    if decoding:
+        forward.decoding = begin(forward, method, scores if method.accumulates else [])
+    return decoding or any(own.slots is not None for own in stored)
 
 
 def _values(forward: ForwardState, stage: PlannedStage) -> dict[int, dict[Signal, torch.Tensor]]:
@@ -183,46 +219,51 @@ def _evict(method: CacheSelector, context: CacheContext, count: int) -> Eviction
     return answer
 
 
-def _shorten(
-    forward: ForwardState, layer: int, rows: Sequence[tuple[_Entries, Eviction | None]]
-) -> tuple[torch.Tensor, tuple[int, ...] | None]:
-    """Take evicted entries out of the cache of a layer.
-
-    Returns
-    -------
-    LongTensor (B, G, P)
-        Where each entry stands in the conversation, for all heads (G = 1) or each.
-    tuple of int, or None
-        How many entries each row of the prompt keeps; None: nothing has left.
-    """
+def _shorten(forward: ForwardState, layer: int, rows: Sequence[_Chosen], *, pack: bool) -> _Stored:
+    """Take evicted entries out of the cache of a layer; with `pack` move padding to the left where none leave, too."""
     index = forward.keys_of(layer)
-    if all(answer is None for _, answer in rows):
-        return index[:, None], None
+    if all(row.answer is None for row in rows) and not pack:
+        return _Stored(index[:, None])
     cached = forward.cache.layers[layer]
-    groups = max([1, *(len(answer.keep) for _, answer in rows if answer is not None)])
-    tables = [_slots(entries, answer, groups) for entries, answer in rows]
+    groups = max([1, *(len(row.answer.keep) for row in rows if row.answer is not None)])
+    tables = [_slots(row, groups) for row in rows]
     width = max(table.shape[1] for table in tables)
     slots = torch.stack([nn.functional.pad(table, (width - table.shape[1], 0), value=-1) for table in tables])
     repeats = len(index) // len(rows)
     slots = slots.repeat_interleave(repeats, dim=0).to(index.device)
     for name in ("keys", "values"):
         entries = getattr(cached, name)
-        for row, (each, answer) in enumerate(rows):
-            if answer is not None and answer.assign is not None:
-                entries = _merged(entries, slice(row * repeats, (row + 1) * repeats), each.candidates, answer)
-        heads, size = entries.shape[1], entries.shape[3]
-        at = slots.clamp(min=0).to(entries.device)[..., None].expand(-1, heads, -1, size)
-        setattr(cached, name, entries.gather(2, at))
+        for number, row in enumerate(rows):
+            if row.answer is not None and row.answer.assign is not None:
+                those = slice(number * repeats, (number + 1) * repeats)
+                entries = _merged(entries, those, row.entries.candidates, row.answer)
+        at = slots.clamp(min=0).to(entries.device)[..., None]
+        setattr(cached, name, entries.gather(2, at.expand(-1, entries.shape[1], -1, entries.shape[3])))
     taken = index[:, None].expand(-1, groups, -1).gather(2, slots.clamp(min=0))
-    return taken.masked_fill(slots < 0, -1), tuple(table.shape[1] for table in tables)
+    return _Stored(taken.masked_fill(slots < 0, -1), slots, tuple(table.shape[1] for table in tables))
 
 
-def _slots(entries: _Entries, answer: Eviction | None, groups: int) -> torch.Tensor:
+def _scores(forward: ForwardState, method: CacheSelector, stored: _Stored, rows: Sequence[_Chosen]) -> torch.Tensor:
+    """(B, Hkv, P) float32: scores that entries have when decoding begins; infinite for those of earlier turns."""
+    if stored.slots is None:
+        raise RuntimeError("entries were not packed")
+    heads, repeats = rows[0].context.heads, len(stored.slots) // len(rows)
+    width = max(int(row.entries.valid[-1]) + 1 if len(row.entries.valid) else 1 for row in rows)
+    table = torch.full((len(rows), heads, width), torch.inf, device=stored.slots.device)
+    for number, row in enumerate(rows):
+        if method.accumulates and row.context.n:
+            table[number, :, row.entries.candidates] = method.accumulated(row.context).float()
+    table = table.repeat_interleave(repeats, dim=0)
+    return table.gather(2, stored.slots.clamp(min=0).expand(-1, heads, -1))
+
+
+def _slots(row: _Chosen, groups: int) -> torch.Tensor:
     """(G, M') long, ascending: the slots of a row that stay."""
+    valid, candidates, answer = row.entries.valid, row.entries.candidates, row.answer
     if answer is None:
-        return entries.valid.expand(groups, -1)
-    fixed = entries.valid[~torch.isin(entries.valid, entries.candidates)]
-    kept = entries.candidates[answer.keep.to(fixed.device)].expand(groups, -1)
+        return valid.expand(groups, -1)
+    fixed = valid[~torch.isin(valid, candidates)]
+    kept = candidates[answer.keep.to(fixed.device)].expand(groups, -1)
     return torch.cat([fixed.expand(groups, -1), kept], dim=1).sort(dim=1).values
 
 
@@ -235,37 +276,35 @@ def _merged(entries: torch.Tensor, rows: slice, candidates: torch.Tensor, answer
     return torch.cat([entries[: rows.start], torch.stack(changed), entries[rows.stop :]])
 
 
-def _regroup(forward: ForwardState, stored: Sequence[tuple[torch.Tensor, tuple[int, ...] | None]]) -> None:
+def _regroup(forward: ForwardState, stored: Sequence[_Stored]) -> None:
     """Write down what the layers store; neighbours that are padded alike share a group, and so a mask."""
     groups: list[tuple[int, torch.Tensor]] = []
     complete: set[int] = set()
     before: tuple[int, ...] | int | None = None
-    for layer, (index, counts) in enumerate(stored):
+    for layer, own in enumerate(stored):
         start = forward.group_of(layer)
-        kind = start if counts is None else counts
+        kind = start if own.slots is None else own.counts
         if kind == before:
             continue
         before = kind
-        groups.append((layer, index[:, 0]))
-        if start in forward.complete if counts is None else len(set(counts)) == 1:
+        groups.append((layer, own.index[:, 0]))
+        if start in forward.complete if own.slots is None else len(set(own.counts)) == 1:
             complete.add(layer)
     forward.key_groups, forward.complete = groups, complete
 
 
-def _note(forward: ForwardState, prompt: Prompt, stage: PlannedStage, stored: Sequence[torch.Tensor]) -> None:
+def _note(forward: ForwardState, prompt: Prompt, stored: Sequence[torch.Tensor]) -> None:
     """Write down for the report which columns of the prompt each layer stores."""
-    tables = []
-    for index in stored:
-        columns = index[forward.first_rows()] - prompt.offset
-        tables.append(
-            torch.where((index[forward.first_rows()] >= 0) & (columns < prompt.columns), columns, -1).clamp(min=-1)
-        )
-    prompt.stored = tables
+    prompt.stored = []
     anywhere = torch.zeros_like(prompt.visual)
-    for columns in tables:
+    for index in stored:
+        index = index[forward.first_rows()]
+        columns = index - prompt.offset
+        columns = torch.where((index >= 0) & (columns >= 0) & (columns < prompt.columns), columns, -1)
+        prompt.stored.append(columns)
         rows = torch.arange(prompt.rows, device=columns.device)[:, None, None].expand_as(columns)
         anywhere[rows[columns >= 0], columns[columns >= 0]] = True
     for segment in prompt.segments:
         left = anywhere[segment.row, segment.columns[segment.kept]]
-        segment.apply(stage.site, Selection(len(left), left.nonzero()[:, 0]))
-    prompt.decide(stage.site)
+        segment.apply(CacheAfterPrefill(), Selection(len(left), left.nonzero()[:, 0]))
+    prompt.decide(CacheAfterPrefill())

@@ -21,6 +21,7 @@ from vtc.engine.before_decoder import require_whole_prompt
 from vtc.engine.cache import cache_in
 from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
+from vtc.engine.decoding import record_step
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import UNSEEN, Recording, record_once, recording
@@ -57,6 +58,8 @@ def enter_layer(
             _begin_layer(at_cache, layer, forward, hidden)
         if following is not None or at_cache:
             _record(compression, following, at_cache, layer, forward)
+    else:
+        record_step(forward, layer, compression.adapter.decoder_attention(layer))
     if not forward.touched:
         return None
     kwargs = {**kwargs, "position_ids": None}  # flash attention would read gaps as packed sequences

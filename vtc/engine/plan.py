@@ -25,7 +25,15 @@ from vtc.core.observations import (
 )
 from vtc.core.selector import Selector
 from vtc.core.signals import ClsAttention, Signal, VisionSignal
-from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
+from vtc.core.sites import (
+    BeforeDecoder,
+    CacheAfterPrefill,
+    CacheWhileDecoding,
+    DecoderLayer,
+    Pixels,
+    Site,
+    VisionLayer,
+)
 from vtc.core.stage import ModelShape, Stage
 from vtc.engine.masks import LayerTypes
 from vtc.errors import ConfigError, UnsupportedMethodError, UnsupportedModelError
@@ -39,8 +47,11 @@ ACTIONS: dict[type[Site], frozenset[Action]] = {
     BeforeDecoder: frozenset({Action.KEEP, Action.MERGE}),
     DecoderLayer: frozenset({Action.KEEP, Action.MERGE}),
     CacheAfterPrefill: frozenset({Action.EVICT}),
+    CacheWhileDecoding: frozenset({Action.EVICT}),
 }
-"""Actions that the engine can carry out at each kind of site; the other kinds do not work yet."""
+"""Actions that the engine can carry out at each kind of site."""
+
+_CACHES = (CacheAfterPrefill, CacheWhileDecoding)
 
 _IN_DECODER = (DecoderAttention, DecoderHidden, EnteredAttention)
 
@@ -128,8 +139,8 @@ class Plan:
 
     @cached_property
     def after_prefill(self) -> tuple[PlannedStage, ...]:
-        """Stages at the key-value cache, once the prompt was read."""
-        return tuple(stage for stage in self.stages if isinstance(stage.site, CacheAfterPrefill))
+        """Stages at the key-value cache once the prompt was read; those at every step begin there, too."""
+        return tuple(stage for stage in self.stages if isinstance(stage.site, _CACHES))
 
     @cached_property
     def cache_signals(self) -> tuple[Signal, ...]:
@@ -227,13 +238,13 @@ def _placed(selector: Selector, planned: tuple[Stage, ...], site: Site) -> tuple
             f"{selector.name} cannot be placed at {str(site)!r}: it works at places of its own ({own or 'none'}); "
             "leave `at` out"
         )
-    if type(site) in ACTIONS and type(site) not in selector.sites:
+    if type(site) not in selector.sites:
         kinds = ", ".join(
             f"{kind.word}:K" if kind in (DecoderLayer, VisionLayer) else kind.word for kind in selector.sites
         )
         raise UnsupportedMethodError(f"{selector.name} cannot work at {str(site)!r}; it can at: {kinds}")
     moved = selector.moved(planned[0], site)
-    return (replace(moved, action=Action.EVICT) if isinstance(site, CacheAfterPrefill) else moved,)
+    return (replace(moved, action=Action.EVICT) if isinstance(site, _CACHES) else moved,)
 
 
 def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settled: bool = True) -> None:
@@ -271,7 +282,7 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
 def _misplaced(selector: Selector, signal: Signal, site: Site) -> str | None:
     """Say why a signal of the decoder or of the text cannot be read at a site; None if it can."""
     if isinstance(selector, CacheSelector):
-        here = isinstance(site, CacheAfterPrefill) and signal.reads in _AT_CACHE
+        here = isinstance(site, _CACHES) and signal.reads in _AT_CACHE
         return None if here else "only signals of the decoder layers are there at the caches"
     inside = isinstance(site, DecoderLayer)
     if signal.reads in (*_IN_DECODER, *_AT_CACHE) and not (inside and signal.reads in _IN_DECODER):
@@ -284,11 +295,14 @@ def _misplaced(selector: Selector, signal: Signal, site: Site) -> str | None:
 def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: ModelShape) -> None:
     """Refuse places where tokens cannot leave, and actions that cannot be carried out there."""
     site, kind = stage.site, adapter.config.model_type
-    possible = ACTIONS.get(type(site))
-    if possible is None:
+    possible = ACTIONS[type(site)]
+    if isinstance(site, CacheWhileDecoding) and not isinstance(selector, CacheSelector):
         raise UnsupportedMethodError(
-            f"{selector.name} was placed at {str(site)!r}, but tokens cannot leave there yet; they can at 'pixels', "
-            "'vision:K', 'decoder', 'decoder:K' and 'cache'"
+            f"{selector.name} selects tokens of pictures and has no rule for steps of decoding"
+        )
+    if isinstance(site, CacheWhileDecoding) and selector.scope != "all":  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{selector.name} at {str(site)!r} keeps a budget of all entries, generated ones too: give scope='all'"
         )
     if stage.action not in possible:
         verbs = " or ".join(sorted(action.value for action in possible))
@@ -296,13 +310,13 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
             f"{selector.name} would {stage.action.value} tokens at {str(site)!r}, where they can only be acted on by: "
             f"{verbs}"
         )
-    if isinstance(site, (DecoderLayer, CacheAfterPrefill)) and adapter.decoder_stages_refused:
+    if isinstance(site, (DecoderLayer, *_CACHES)) and adapter.decoder_stages_refused:
         raise UnsupportedMethodError(
             f"{selector.name} removes tokens inside the decoder, which {kind} cannot do: "
             f"{adapter.decoder_stages_refused}"
         )
     windows = LayerTypes(adapter.text_model.config).shortest is not None
-    if isinstance(site, CacheAfterPrefill) and (adapter.builds_masks or windows):
+    if isinstance(site, _CACHES) and (adapter.builds_masks or windows):
         raise UnsupportedMethodError(
             f"{selector.name} was placed at {str(site)!r}, but {kind} "
             + ("slides windows over its caches" if windows else "lets images see each other in both directions")
@@ -350,7 +364,7 @@ def _check_order(stages: Sequence[PlannedStage]) -> None:
         )
     if any(stage.stage.action is Action.RESAMPLE for stage in stages[1:]):
         raise ConfigError("pictures are made smaller once, before any of their patches leave: give that stage first")
-    at_cache = [stage.selector for stage in stages if isinstance(stage.site, CacheAfterPrefill)]
+    at_cache = [stage.selector for stage in stages if isinstance(stage.site, _CACHES)]
     if len(at_cache) > 1 and any(isinstance(selector, CacheSelector) for selector in at_cache):
         names = " and ".join(selector.name for selector in at_cache)
         raise ConfigError(

@@ -269,6 +269,11 @@ class Prompt:
         keep = list(self._keep.values())[-1] if self._keep else self._all
         return keep[segment.row, segment.columns].nonzero()[:, 0]
 
+    def rows_with_pictures(self) -> torch.Tensor:
+        """Return (S,) bool, on the CPU: rows that have an image or a video."""
+        rows = {segment.row for segment in self.segments}
+        return torch.tensor([row in rows for row in range(self.rows)])
+
     def segment_of_columns(self) -> torch.Tensor:
         """Return (S, P) long: number of the segment whose token a column is, -1 for text, newlines and separators."""
         numbers = torch.full_like(self.ids, -1)

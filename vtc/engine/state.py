@@ -180,10 +180,11 @@ class ForwardState:
     ) -> None:
         self.types, self.cache, self.past, self.mode = types, cache, past, mode
         # A copy: `write_record` moves on the one that the cache holds.
-        self.history = CacheRecord(history.logical, list(history.groups), history.shift, set(history.complete))
+        self.history = replace(history, groups=list(history.groups), complete=set(history.complete))
         self.source_index = source_index
         self.length = source_index.shape[1]
         self.seen = past + self.length
+        self.arrived = source_index
         self.key_groups = [(start, torch.cat([keys, source_index], dim=1)) for start, keys in history.groups]
         unpadded = bool(history.complete) and bool((source_index >= 0).all())
         self.complete = set(history.complete) if unpadded else set()
@@ -195,6 +196,8 @@ class ForwardState:
         self.prompt_row: torch.Tensor | None = None
         self.shift = history.shift
         self.records: dict[int, dict[Signal, torch.Tensor]] = {}  # of a decoder layer, until the stage behind it
+        self.decoding: Any = history.decoding
+        self.step_scores: dict[int, torch.Tensor] = {}  # decoder layer -> (B, Hkv, P) attention of this pass
         self.entering: dict[int, torch.Tensor] = {}  # decoder layer -> hidden states, until its attention has run
         self.entry_values: dict[int, dict[Signal, torch.Tensor]] = {}  # decoder layer -> (S, T, ...) for the cache
         self._masks: dict[tuple[int, str], Any] = {}
@@ -335,7 +338,7 @@ class ForwardState:
             record = compacted(self.cache)
             record.owner, record.shift = owner, shift
             record.logical, record.groups = self.seen, list(self.key_groups)
-            record.complete = set(self.complete)
+            record.complete, record.decoding = set(self.complete), self.decoding
 
     def scatter(self, hidden: torch.Tensor) -> torch.Tensor:
         """Put hidden states back among the tokens that came in, with zeros where tokens were dropped."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..core.cache_signals import AttentionSums
-from ..core.eviction import CacheContext, CacheSelector, Eviction, protect
+from ..core.eviction import CacheContext, CacheSelector, DecodingState, Eviction, Leaving, protect
 from ..core.signals import Signal
+from ..core.sites import CacheAfterPrefill, CacheWhileDecoding, Site
 from ..errors import ConfigError
 from ..plain import shown
 from ..registry import register_selector
-from .prefixkv import check_start, mean_over_heads
+from .prefixkv import check_start, leave_behind_prefix, mean_over_heads
 
 __all__ = ["ElasticCacheSelector"]
 
@@ -27,6 +28,8 @@ class ElasticCacheSelector(CacheSelector):
     ``score_j = sum over queries i of the mean over heads of A[i, j]``, one ranking per layer. Keys and values of a kept
     entry become the mean of its own and of those merged into it; the nearer place in the prompt decides, and the
     earlier one in ties. The first `start` entries of the prompt and the last stay as they are.
+
+    At ``at="cache:decoding"`` entries leave by the rule of `prefixkv`, unmerged, as in the paper.
 
     Parameters
     ----------
@@ -53,6 +56,7 @@ class ElasticCacheSelector(CacheSelector):
     paper: ClassVar[str] = "Elastic Cache, arXiv 2407.18121"
     cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (AttentionSums(),)
+    sites: ClassVar[tuple[type[Site], ...]] = (CacheAfterPrefill, CacheWhileDecoding)
     adaptive: ClassVar[bool] = True  # the released variant keeps one entry less
 
     start: int = 1
@@ -63,6 +67,10 @@ class ElasticCacheSelector(CacheSelector):
         check_start(self.name, self.start)
         if self.variant not in ("paper", "released"):
             raise ConfigError(f'elastic-cache: variant must be "paper" or "released", got {shown(self.variant)}.')
+
+    def leaving(self, state: DecodingState) -> Leaving:
+        """Return one entry, or none."""
+        return leave_behind_prefix(state)
 
     def score(self, ctx: CacheContext) -> Tensor:
         """(N,) attention received."""

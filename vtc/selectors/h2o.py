@@ -8,8 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core.cache_signals import AttentionSums
-from ..core.eviction import CacheContext, CacheSelector, protect
+from ..core.eviction import CacheContext, CacheSelector, DecodingState, Leaving, protect
 from ..core.signals import Signal
+from ..core.sites import CacheAfterPrefill, CacheWhileDecoding, Site
 from ..errors import ConfigError
 from ..plain import shown
 from ..registry import register_selector
@@ -25,8 +26,8 @@ class H2oSelector(CacheSelector):
     ``score_j = sum over all queries i of A[i, j]``, averaged over the query heads that share a key head. Because every
     query counts, early entries are seen by more of them and rank high.
 
-    This is the form for the prefill: scores are of the prompt. Only entries of visual tokens leave, unless
-    ``scope="all"``.
+    At ``at="cache:decoding"`` the attention of every further token is added to the scores, and for each one the entry
+    with the lowest leaves. Only entries of visual tokens leave, unless ``scope="all"``.
 
     Parameters
     ----------
@@ -50,6 +51,8 @@ class H2oSelector(CacheSelector):
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
     cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (AttentionSums(),)
+    sites: ClassVar[tuple[type[Site], ...]] = (CacheAfterPrefill, CacheWhileDecoding)
+    accumulates: ClassVar[bool] = True
 
     recent: int | None = None
 
@@ -59,6 +62,15 @@ class H2oSelector(CacheSelector):
             raise ConfigError(f"h2o: recent must be an integer or None, got {shown(self.recent)}.")
         if self.recent is not None and self.recent < 0:
             raise ConfigError(f"h2o: recent must be at least 0, got {self.recent}.")
+
+    def accumulated(self, ctx: CacheContext) -> Tensor:
+        """(heads, N) attention received."""
+        return ctx[AttentionSums].float()
+
+    def leaving(self, state: DecodingState) -> Leaving:
+        """Return as many of the lowest scores as there are entries more than after the prefill."""
+        recent = state.kept // 2 if self.recent is None else min(self.recent, state.kept - 1)
+        return Leaving(state.excess, None, recent)
 
     def score(self, ctx: CacheContext) -> Tensor:
         """(heads, N) attention received."""

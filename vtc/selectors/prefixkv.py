@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..core.cache_signals import AttentionSums
-from ..core.eviction import CacheContext, CacheSelector, protect
+from ..core.eviction import CacheContext, CacheSelector, DecodingState, Leaving, protect
 from ..core.signals import Signal
+from ..core.sites import CacheAfterPrefill, CacheWhileDecoding, Site
 from ..errors import ConfigError
 from ..plain import shown
 from ..registry import register_selector
 
-__all__ = ["PrefixKvSelector", "check_start", "mean_over_heads"]
+__all__ = ["PrefixKvSelector", "check_start", "leave_behind_prefix", "mean_over_heads"]
 
 
 @register_selector
@@ -28,6 +29,10 @@ class PrefixKvSelector(CacheSelector):
 
     By default the threshold is searched for each prompt. The paper finds the lengths beforehand, as means over
     samples: `vtc.calibrate` makes such a profile, the fractions of ``budgets=(...)``, from a user's own prompts.
+
+    At ``at="cache:decoding"`` a layer may hold the fraction of all tokens seen that it kept of the prompt. If it holds
+    at least one entry more, the one leaves that stands 25 before the end of what the prefill left (in the middle of it,
+    if that is shorter): behind a prefix that stays, older entries make way for the latest.
 
     Differences from the released code: it profiles the first row of a batch only and applies its lengths to all; its
     search may not end; and it ranks text like pictures, which here is ``scope="all"``.
@@ -56,6 +61,7 @@ class PrefixKvSelector(CacheSelector):
     paper: ClassVar[str] = "PrefixKV, arXiv 2412.03409"
     cost: ClassVar[str] = "N^2 d"
     requires: ClassVar[tuple[Signal, ...]] = (AttentionSums(),)
+    sites: ClassVar[tuple[type[Site], ...]] = (CacheAfterPrefill, CacheWhileDecoding)
 
     budgets: Any = "cumulative"
     start: int = 1
@@ -64,10 +70,21 @@ class PrefixKvSelector(CacheSelector):
         super().__post_init__()
         check_start(self.name, self.start)
 
+    def leaving(self, state: DecodingState) -> Leaving:
+        """Return one entry, or none."""
+        return leave_behind_prefix(state)
+
     def score(self, ctx: CacheContext) -> Tensor:
         """(N,) attention received."""
         edge = (ctx.places < self.start) | (ctx.places == ctx.length - 1)
         return protect(mean_over_heads(ctx), edge)
+
+
+def leave_behind_prefix(state: DecodingState) -> Leaving:
+    """Return one entry behind a prefix of the prompt's if the row holds more than its fraction, as released."""
+    place = state.kept - 25
+    over = state.stored * state.read - state.seen * state.kept >= state.read  # of integers, so that it is exact
+    return Leaving(int(over), place if place >= 1 else state.kept // 2)
 
 
 def check_start(method: str, start: Any) -> None:
