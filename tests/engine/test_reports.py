@@ -13,7 +13,7 @@ from tests.invariants.matrix import METHODS, Method, build, method, over_matrix
 from vtc.engine.cache import CACHE
 
 
-@over_matrix(attentions=("sdpa",))
+@over_matrix(methods=tuple(m for m in METHODS if not m.cache), attentions=("sdpa",))
 @torch.no_grad()
 def test_counts_are_those_of_the_tensors(family: tiny.Family, method: Method, attention: str) -> None:
     case = build(family)
