@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vtc.core.layer_budgets import LayerBudgets
     from vtc.core.observations import (
         DecoderAttention,
+        DecoderCall,
         DecoderHidden,
         DecoderUpdate,
         EnteredAttention,
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from vtc.registry import register_adapter, register_selector
     from vtc.report.report import Report, SegmentReport
     from vtc.report.visualize import visualize
+    from vtc.selectors.kvpress import press
     from vtc.tuning.advise import Advice, advise
     from vtc.tuning.calibrate import calibrate
     from vtc.video.pipeline import VideoAnswer, VideoQAPipeline
@@ -100,6 +102,7 @@ __all__ = [
     "CompressionConfig",
     "ConfigError",
     "DecoderAttention",
+    "DecoderCall",
     "DecoderHidden",
     "DecoderLayer",
     "DecoderUpdate",
@@ -153,6 +156,7 @@ __all__ = [
     "list_methods",
     "load_stages",
     "open_image",
+    "press",
     "register_adapter",
     "register_selector",
     "remember",
@@ -186,6 +190,7 @@ _HOME = {
     "vtc.core.layer_budgets": ("LayerBudgets",),
     "vtc.core.observations": (
         "DecoderAttention",
+        "DecoderCall",
         "DecoderHidden",
         "DecoderUpdate",
         "EnteredAttention",
@@ -234,6 +239,7 @@ _HOME = {
     "vtc.registry": ("register_adapter", "register_selector"),
     "vtc.report.report": ("Report", "SegmentReport"),
     "vtc.report.visualize": ("visualize",),
+    "vtc.selectors.kvpress": ("press",),
     "vtc.core.selector": ("ScoreSelector", "Selector"),
     "vtc.tuning.advise": ("Advice", "advise"),
     "vtc.tuning.calibrate": ("calibrate",),

@@ -16,7 +16,7 @@ from vtc.core.eviction import CacheSelector, Eviction, protect
 from vtc.core.layer_budgets import parse_budgets, smallest_split
 from vtc.registry import get_selector, selectors
 
-METHODS = sorted(name for name, cls in selectors().items() if issubclass(cls, CacheSelector))
+METHODS = sorted(name for name, cls in selectors().items() if issubclass(cls, CacheSelector) and name != "kvpress")
 N = 24
 
 

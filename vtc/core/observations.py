@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .grids import Grid, grid_coords
 
 __all__ = [
     "DecoderAttention",
+    "DecoderCall",
     "DecoderHidden",
     "DecoderUpdate",
     "EnteredAttention",
@@ -224,10 +226,7 @@ class DecoderAttention(Observation):
             0 for padding and other tokens.
         """
         prompt = self.valid & (self.text | self.visual)
-        rows = [compute(self._row(row, own.nonzero()[:, 0])) for row, own in enumerate(prompt)]
-        values = rows[0].new_zeros(*prompt.shape, *rows[0].shape[1:])
-        values[prompt] = torch.cat(rows)
-        return values
+        return _by_rows(prompt, lambda row, own: compute(self._row(row, own)))
 
     def _row(self, row: int, own: Tensor) -> DecoderAttention:
         """Return one row of the batch with the tokens `own` (n,) and the keys of earlier turns alone."""
@@ -300,3 +299,59 @@ class DecoderUpdate(Observation):
     before: Tensor
     after: Tensor
     prompt: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderCall(Observation):
+    """One call of the attention module of a decoder layer, for code that was written against the module itself.
+
+    Attributes
+    ----------
+    model, module
+        The language model, and the module that was called.
+    hidden
+        (B, T, D) that it was given.
+    keys, values
+        (B, Hkv, T, d) of these tokens, as the cache has them.
+    tables
+        Cosines and sines (B, T, d) of their positions.
+    rotary
+        Computes such tables: ``rotary(x, position_ids)`` with positions (1, n) of text.
+    attention
+        (B, H, T, T) probabilities, where the implementation tells them.
+    prompt
+        (B, T) bool: tokens of the prompt.
+    """
+
+    model: Any
+    module: Any
+    hidden: Tensor
+    keys: Tensor
+    values: Tensor
+    tables: tuple[Tensor, Tensor]
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    attention: Tensor | None
+    prompt: Tensor
+
+    def per_row(self, compute: Callable[[DecoderCall], Tensor]) -> Tensor:
+        """Compute values of the prompt's tokens row by row, as `DecoderAttention.per_row` does."""
+        return _by_rows(self.prompt, lambda row, own: compute(self._row(row, own)))
+
+    def _row(self, row: int, own: Tensor) -> DecoderCall:
+        keys, values = (x[row : row + 1, :, own] for x in (self.keys, self.values))
+        cos, sin = (table[row : row + 1, own] for table in self.tables)
+        attention = self.attention
+        if attention is not None:
+            attention = attention[row : row + 1][:, :, own][..., own]
+        hidden, prompt = self.hidden[row : row + 1, own], self.prompt[row : row + 1, own]
+        return replace(
+            self, hidden=hidden, keys=keys, values=values, tables=(cos, sin), attention=attention, prompt=prompt
+        )
+
+
+def _by_rows(prompt: Tensor, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Put the values (n, ...) of each row's own tokens at their places in (B, T, ...), 0 elsewhere."""
+    rows = [compute(row, own.nonzero()[:, 0]) for row, own in enumerate(prompt)]
+    values = rows[0].new_zeros(*prompt.shape, *rows[0].shape[1:])
+    values[prompt] = torch.cat(rows)
+    return values

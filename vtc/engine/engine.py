@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter
 from vtc.core.eviction import CacheSelector
-from vtc.core.observations import DecoderAttention, DecoderUpdate, EnteredAttention, VisionAttention
+from vtc.core.observations import DecoderAttention, DecoderCall, DecoderUpdate, EnteredAttention, VisionAttention
 from vtc.core.sites import CacheAfterPrefill, Site
 from vtc.engine.after_prefill import after_prefill
 from vtc.engine.before_decoder import before_decoder
@@ -37,7 +37,7 @@ from vtc.engine.cache import Owner, cache_in, record_of
 from vtc.engine.compression import Compression
 from vtc.engine.encoder import Encoded, EncoderMemory
 from vtc.engine.hooks import Hooks
-from vtc.engine.in_decoder import enter_layer, see_update
+from vtc.engine.in_decoder import enter_layer, see_call, see_update
 from vtc.engine.plan import Plan
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import Recorder
@@ -103,7 +103,11 @@ class Engine(Compression):
             if any(signal.reads is DecoderUpdate for signal in self.plan.cache_signals):
                 for index in range(len(text.layers)):
                     norm = self.adapter.norm_after_attention(index)
-                    self._hooks.before(norm, functools.partial(self.after_attention, index))
+                    self._hooks.before(norm, functools.partial(self.behind_attention, index))
+            if any(signal.reads is DecoderCall for signal in self.plan.cache_signals):
+                for index in range(len(text.layers)):
+                    attention = self.adapter.decoder_attention(index)
+                    self._hooks.after(attention, functools.partial(self.after_attention, index), with_kwargs=True)
             attentions = (VisionAttention, DecoderAttention, EnteredAttention)
             reads_attention = any(signal.reads in attentions for signal in self.plan.signals)
             if reads_attention or self.plan.in_tower:
@@ -399,7 +403,16 @@ class Engine(Compression):
             self._replays[tables] = forward  # checkpointing runs this layer again, after the call
         return enter_layer(self, forward, layer, args, kwargs)
 
-    def after_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def after_attention(
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See the call of the attention module of a layer."""
+        call = current_call(self)
+        if call is not None and isinstance(call.forward, ForwardState):
+            given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments) if args else kwargs
+            see_call(self, call.forward, layer, module, given, output)
+
+    def behind_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See the residual stream behind the attention of a layer."""
         call = current_call(self)
         if call is not None and isinstance(call.forward, ForwardState):

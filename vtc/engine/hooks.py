@@ -62,9 +62,9 @@ class Hooks:
         """Call `hook(module, args, kwargs)` before each forward."""
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Call `hook(module, args, output)` after each forward that did not raise."""
-        self._handles.append(module.register_forward_hook(hook))
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
+        """Call `hook(module, args, output)`, or `(module, args, kwargs, output)`, after each forward without errors."""
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))
 
     def remove(self) -> None:
         """Take everything away, in any state of the model; a second call does nothing.

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from vtc import kernels
-from vtc.core.observations import DecoderAttention, DecoderHidden, DecoderUpdate, EnteredAttention
+from vtc.core.observations import (
+    DecoderAttention,
+    DecoderCall,
+    DecoderHidden,
+    DecoderUpdate,
+    EnteredAttention,
+    Observation,
+)
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
 from vtc.core.sites import CacheAfterPrefill, DecoderLayer
@@ -28,7 +35,7 @@ from vtc.engine.recorder import UNSEEN, Recording, record_once, recording
 from vtc.engine.state import ForwardState
 from vtc.errors import InputError, StateError
 
-__all__ = ["enter_layer", "see_update"]
+__all__ = ["enter_layer", "see_call", "see_update"]
 
 _CACHE = CacheAfterPrefill()
 
@@ -175,6 +182,55 @@ def see_update(forward: ForwardState, signals: Sequence[Signal], layer: int, aft
         values |= {signal: signal.compute(raw) for signal in signals if signal.reads is DecoderUpdate}
 
 
+class TextRotary:
+    """The rotary embedding of a language model, called with positions (B, n) of text whatever positions it has."""
+
+    def __init__(self, rotary: Any, multi_axis: bool) -> None:
+        self._rotary, self._multi_axis = rotary, multi_axis
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Any:
+        """Return cosines and sines (B, n, d)."""
+        return self._rotary(x, positions.expand(3, *positions.shape) if self._multi_axis else positions)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._rotary, name)
+
+
+@torch.no_grad()
+def see_call(
+    compression: Compression,
+    forward: ForwardState,
+    layer: int,
+    module: Any,
+    given: Mapping[str, Any],
+    output: Any,
+) -> None:
+    """Compute the signals of a call of the attention module of a layer, while it reads a prompt."""
+    if forward.prompt is None or forward.prompt.decided(_CACHE) or forward.cache is None:
+        return
+    rows, length = forward.first_rows(), forward.source_index.shape[1]
+    text, hidden = compression.adapter.text_model, given["hidden_states"].detach()
+    cached = forward.cache.layers[layer]
+    cos, sin = given["position_embeddings"]
+    probabilities = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    raw = DecoderCall(
+        text,
+        module,
+        hidden[rows],
+        cached.keys[rows, :, -length:].detach(),
+        cached.values[rows, :, -length:].detach(),
+        (cos.expand(len(hidden), -1, -1)[rows], sin.expand(len(hidden), -1, -1)[rows]),
+        TextRotary(text.rotary_emb, compression.adapter.multi_axis_positions),
+        None if probabilities is None else probabilities[rows, ..., -length:].detach(),
+        forward.prompt_columns()[rows] >= 0,
+    )
+    signals = [signal for signal in compression.plan.cache_signals if signal.reads is DecoderCall]
+    values = forward.entry_values.setdefault(layer, {})
+    values |= _computed(signals, raw, compression.plan.after_prefill[0].selector.name)
+
+
 def _begin_layer(signals: Sequence[Signal], layer: int, forward: ForwardState, hidden: torch.Tensor) -> None:
     """Compute the signals of the hidden states that enter a layer; keep these where its attention is to be compared."""
     rows = forward.first_rows()
@@ -264,7 +320,7 @@ def _observed(layer: int, forward: ForwardState, kind: type[DecoderAttention]) -
     return observed
 
 
-def _computed(signals: Sequence[Signal], raw: DecoderAttention, method: str) -> dict[Signal, torch.Tensor]:
+def _computed(signals: Sequence[Signal], raw: Observation, method: str) -> dict[Signal, torch.Tensor]:
     try:
         return {signal: signal.compute(raw) for signal in signals}
     except InputError as error:

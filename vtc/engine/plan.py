@@ -17,6 +17,7 @@ from vtc.core.actions import Action
 from vtc.core.eviction import CacheSelector
 from vtc.core.observations import (
     DecoderAttention,
+    DecoderCall,
     DecoderHidden,
     DecoderUpdate,
     EnteredAttention,
@@ -55,7 +56,7 @@ _CACHES = (CacheAfterPrefill, CacheWhileDecoding)
 
 _IN_DECODER = (DecoderAttention, DecoderHidden, EnteredAttention)
 
-_AT_CACHE = (DecoderAttention, DecoderHidden, DecoderUpdate)
+_AT_CACHE = (DecoderAttention, DecoderCall, DecoderHidden, DecoderUpdate)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .h2o import H2oSelector
 from .hiprune import HiPruneSelector
 from .holitom import HoliTomSelector
 from .holov import HoloVSelector
+from .kvpress import KvPressSelector
 from .mmtok import MmTokSelector
 from .pixelprune import PixelPruneSelector
 from .pool import PoolSelector
@@ -65,6 +66,7 @@ __all__ = [
     "HiPruneSelector",
     "HoliTomSelector",
     "HoloVSelector",
+    "KvPressSelector",
     "MmTokSelector",
     "PixelPruneSelector",
     "PoolSelector",
