@@ -90,8 +90,8 @@ def main() -> int:
     print(
         f"This table was made by `python -m eval.presses` on the reference model {args.model}: "
         f"kvpress {importlib.metadata.version('kvpress')}, transformers {transformers.__version__}, one prompt,\n"
-        f"offline, compression ratio {_RATIO}, around another press KnormPress, windows of 8. Presses that ask for files from a "
-        "hub may work online.\n"
+        f"offline, compression ratio {_RATIO}, around another press KnormPress, windows of 8. Presses that ask for "
+        "files from a hub may work online.\n"
     )
     print('| press | `scope="visual"` | `scope="all"` |\n| --- | --- | --- |')
     for name in names:

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 import vtc
-from vtc.bench import _models, _overhead, _prefill, _ragged, _tower, _whole_models, prefill
+from vtc.bench import _cache, _models, _overhead, _prefill, _ragged, _tower, _whole_models, prefill
 from vtc.bench.timing import Case, Timing, interleave, markdown_table
 from vtc.errors import ConfigError
 from vtc.notation import parse_stages
@@ -217,6 +217,26 @@ class TestCommands:
         assert data["conditions"]["versions"]["torch"] == torch.__version__
         assert data["conditions"]["repeats"] == 1
         assert data["results"][0]["tokens_before"] == 640
+
+    def test_cache_prints_a_table_and_measures_what_is_stored(self, shape, monkeypatch, tmp_path, capsys):
+        from vtc.cli import main
+
+        monkeypatch.setattr(_cache, "MODELS", {"llava-1.5-7b": shape})
+        out = tmp_path / "cache.json"
+        sizes = ["--layers", "2", "--visual-tokens", "576", "--steps", "2", "--batch", "1", "2"]
+        settings = ["--setting", "random@decoder=0.25", "snapkv=0.25"]
+        timing = ["--repeats", "1", "--warmup", "0", "--dtype", "float32", "--json", str(out)]
+        assert main(["bench", "cache", *sizes, *settings, *timing]) == 0
+        printed = capsys.readouterr().out
+        assert "| snapkv=0.25" in printed
+        assert "2 of 2 layers" in printed
+        data = json.loads(out.read_text())["results"]
+        assert [(r["setting"], r["batch"]) for r in data] == [
+            (name, rows) for rows in (1, 2) for name in ("untouched", "random@decoder=0.25", "snapkv=0.25")
+        ]
+        entry = 2 * 2 * 32 * 4  # layers, keys and values, width, bytes
+        assert [r["cache_bytes"] for r in data[:3]] == [640 * entry, 208 * entry, 208 * entry]
+        assert data[5]["cache_bytes"] == 2 * data[2]["cache_bytes"]
 
     def test_overhead_prints_a_table_and_writes_its_conditions(self, shape, monkeypatch, tmp_path, capsys):
         from vtc.cli import main

@@ -44,6 +44,7 @@ _SIZES = {
     "visual_tokens": (1, 100_000),
     "text_tokens": (1, 100_000),
     "steps": (1, MAX_NEW_TOKENS),
+    "batch": (1, 4096),
 }
 """Least and most of the sizes that benchmarks have, by the names of their arguments."""
 

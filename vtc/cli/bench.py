@@ -8,6 +8,7 @@ import importlib
 BENCHES = {
     "prefill": "speed-up and realised share at the decoder shapes of real checkpoints",
     "tower": "the whole call, vision tower included, at the shapes of real checkpoints",
+    "cache": "decoding with smaller key-value caches, at the decoder shapes of real checkpoints",
     "overhead": "what compression costs on a small model",
     "selectors": "each method before the decoder, alone, beside a transcription of its equations",
     "kernels": "each operation of vtc.kernels beside its formula in plain PyTorch",
