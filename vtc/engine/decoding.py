@@ -85,6 +85,12 @@ def record_step(forward: ForwardState, layer: int, attention: Any) -> None:
     keys, valid = forward.keys_of(layer), forward.valid
 
     def record(query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]) -> None:
+        if query.shape[2] == 1:  # one query sees all keys: no tiles are needed
+            grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1)).float() * scaling
+            logits = grouped @ key.float().transpose(2, 3)
+            rows = logits.masked_fill((keys < 0)[:, None, None], -torch.inf).softmax(dim=-1)
+            forward.step_scores[layer] = rows.mean(dim=2).masked_fill(~valid[:, None], 0.0)
+            return
         visibility = kernels.VisibilityMask(forward.source_index, keys)
         sums = kernels.attention_column_sums(query, key, scaling, valid[:, None, None].float(), visibility)
         forward.step_scores[layer] = sums[:, :, 0].unflatten(1, (key.shape[1], -1)).mean(dim=2)
