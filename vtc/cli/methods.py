@@ -65,8 +65,13 @@ def _facts(cls: type[Selector]) -> tuple[str, ...]:
 
 
 def _stages(cls: type[Selector], shape: Any) -> tuple[Stage, ...]:
+    from vtc.errors import ConfigError
+
     selector = cls()
-    return selector.resolve(shape, 0.25).stages(shape, 0.25)
+    try:
+        return selector.resolve(shape, 0.25).stages(shape, 0.25)
+    except ConfigError:  # it needs a package that is not installed
+        return selector.stages(None, 0.25)
 
 
 def where(stages: Sequence[Stage]) -> str:
