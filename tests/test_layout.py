@@ -238,9 +238,9 @@ assert state() == before
 
 # A changed line here is a change that users notice: it belongs into the changelog.
 PUBLIC = {
-    "compress": "(model, method='divprune', *, keep_ratio=None, keep_tokens=None, positions='original',"
+    "compress": "(model, method='vtc', *, keep_ratio=None, keep_tokens=None, positions='original',"
     " structural='keep', seed=0, at=None, **options)",
-    "compressed": "(model, method='divprune', **arguments)",
+    "compressed": "(model, method='vtc', **arguments)",
     "disabled": "(model)",
     "is_compressed": "(model)",
     "list_methods": "(model=None)",

@@ -121,6 +121,7 @@ class KvPressSelector(CacheSelector):
 
     name: ClassVar[str] = "kvpress"
     paper: ClassVar[str] = "presses of NVIDIA kvpress"
+    cost: ClassVar[str] = "the press's"
 
     press: Any = "SnapKVPress"
 
