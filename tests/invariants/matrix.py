@@ -178,6 +178,7 @@ METHODS: tuple[Method, ...] = (
     Method("fastvid", _one("fastvid", 0.5, tau=-1.0, segments=1), merges=True, video=True),
     # Random frames have little in common: no place would be static.
     Method("prunevid", _one("prunevid", 0.5, tau=-0.5), merges=True, video=True),
+    Method("flashvid", _one("flashvid", 0.5, tau=-1.0, segments=1, link=0.0), merges=True, video=True),
     Method("holitom", _one("holitom", 0.5, tau=-0.5), merges=True, video=True),
 )
 DROPPING = tuple(m for m in METHODS if not m.merges and not m.tower and not m.cache)

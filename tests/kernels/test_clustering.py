@@ -66,5 +66,8 @@ def test_nearest_in_group_ties_and_metrics() -> None:
     group = torch.tensor([0, 0, 0, 1])
     assert kernels.nearest_in_group(x, group, torch.tensor([1, 0])).tolist() == [0, 0, 0, -1]
     assert kernels.nearest_in_group(x, group, torch.tensor([2, 0]), "euclidean").tolist() == [1, 1, 0, -1]
+    nobody = torch.full((4,), -1)
+    assert kernels.nearest_in_group(x, nobody, torch.tensor([1])).tolist() == [-1] * 4
+    assert bool((kernels.density_peaks(x, nobody, 3) == -torch.inf).all())
     with pytest.raises(ConfigError, match="metric is one of"):
         kernels.nearest_in_group(x, group, group, "manhattan")

@@ -21,7 +21,8 @@ from vtc.errors import ConfigError
 from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors import FastVidSelector, PruneVidSelector
-from vtc.selectors.frames import earlier_at_place, frame_of
+from vtc.selectors.flashvid import attended_and_diverse
+from vtc.selectors.frames import cut_scenes, earlier_at_place, frame_of
 from vtc.selectors.holitom import best_windows
 from vtc.selectors.prunevid import group_shares, likeness, runs_of
 from vtc.selectors.static_cells import number_cells, static_units
@@ -56,7 +57,7 @@ def test_fastvid(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = case(load("fastvid.npz"), prefix)
     assert golden["noise_invariant"]
     selector, x, frame = _fastvid(golden)
-    segment = selector.cut(golden["frame_global"])
+    segment = cut_scenes(golden["frame_global"], selector.segments, selector.tau)
     assert torch.bincount(segment).tolist() == golden["segment_sizes"].tolist()
     theirs = golden["keep_indices"] - golden["video_start"]
     visual = (theirs >= 0) & (theirs < len(x))
@@ -224,6 +225,17 @@ def test_prunevid_by_hand() -> None:
     assert selection.merge(x).tolist() == [[2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]
 
 
+def test_prunevid_of_a_still_video() -> None:
+    """All places are static: there is no token by itself."""
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).repeat(5, 1)
+    selection = select("prunevid", features=x, grid_thw=(5, 2, 3), keep_tokens=4, segments=0.1)
+    assert selection.keep.max() < 6
+    torch.testing.assert_close(selection.sizes.sum(), torch.tensor(30))
+    assert (
+        select("holitom", features=x, received_attention=torch.ones(1, 1, 30), grid_thw=(5, 2, 3), keep_tokens=4).k == 4
+    )
+
+
 def test_prunevid_takes_the_least_alike_apart_first() -> None:
     frame, window = torch.arange(3).repeat_interleave(3), torch.zeros(3, dtype=torch.long)
     cells = number_cells(TokenGrids(((3, 1, 3),)).origin(), frame, window)
@@ -296,9 +308,47 @@ def test_holitom_by_hand() -> None:
     torch.testing.assert_close(few.merge(x)[0], x[[0, 1, 3, 4]].mean(dim=0))
 
 
+# --- flashvid --------------------------------------------------------------------------------------------------------
+
+
+def test_flashvid_attention_and_diversity() -> None:
+    golden = load("flashvid_adts_01.npz")
+    x, attention, k = golden["features"], golden["cls_attention"], golden["k"]
+    frames, n = attention.shape
+    frame = torch.arange(frames).repeat_interleave(n)
+    mask = attended_and_diverse(x.flatten(0, 1), attention.flatten(), frame, torch.full((frames,), k))
+    for row, kept in zip(mask.view(frames, n), golden["selected_sorted"], strict=True):
+        assert torch.equal(row.nonzero()[:, 0], kept)
+    # Frames of other sizes and counts do not matter to each other.
+    left = torch.cat([torch.arange(n), n + torch.arange(5), 2 * n + torch.arange(n)])
+    ragged = attended_and_diverse(
+        x.flatten(0, 1)[left], attention.flatten()[left], frame[left], torch.tensor([k, 2, k])
+    )
+    assert torch.equal(ragged[:n], mask[:n])
+    assert torch.equal(ragged[-n:], mask[-n:])
+    assert int(ragged.sum()) == 2 * k + 2
+
+
+def test_flashvid_by_hand() -> None:
+    """Two frames of one scene: the second token moves to the third place, where its tree is found."""
+    a, b, c = torch.eye(3)
+    x = torch.stack([a, b, 0.1 * a + c, a, c, 3 * b])
+    attention = torch.tensor([[[0.9, 0.1, 0.1, 0.9, 0.1, 0.1]]])
+    options = {"features": x, "received_attention": attention, "grid_thw": (2, 1, 3), "segments": 1, "tau": -1.0}
+    selection = select("flashvid", keep_tokens=4, alpha=0.5, **options)
+    assert selection.keep.tolist() == [0, 1, 2, 3], "of either frame the most attended; trees stand in the first"
+    torch.testing.assert_close(selection.merge(x), torch.stack([x[0], 2 * b, (x[2] + x[4]) / 2, x[3]]))
+    cut = select("flashvid", keep_tokens=5, alpha=0.5, **options)
+    assert cut.keep.tolist() == [0, 1, 2, 3, 4], "with room for one more, the weaker link is cut"
+    scenes = select("flashvid", keep_tokens=4, alpha=0.5, **{**options, "segments": 2})
+    assert [index // 3 for index in scenes.keep.tolist()] == [0, 0, 1, 1], "trees end with a scene"
+    alone = select("flashvid", keep_tokens=4, alpha=0.5, link=1.0, **options)
+    assert [index // 3 for index in alone.keep.tolist()] == [0, 0, 1, 1]
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------
 
-MERGING = ("fastvid", "prunevid", "holitom")
+MERGING = ("fastvid", "prunevid", "holitom", "flashvid")
 
 
 @pytest.mark.parametrize("method", MERGING)
@@ -352,6 +402,9 @@ def test_differs_from_chance(method: str) -> None:
         ("prunevid", {"segments": 2.0}),
         ("prunevid", {"tau": "high"}),
         ("holitom", {"tau": 2}),
+        ("flashvid", {"link": 2}),
+        ("flashvid", {"alpha": 2}),
+        ("flashvid", {"segments": 0}),
     ],
 )
 def test_refuses_options(method: str, options: dict[str, Any]) -> None:

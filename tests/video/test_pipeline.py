@@ -216,7 +216,7 @@ def test_methods_inside_the_decoder_reuse_the_features(
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl_video", "llava_onevision_video", "video_llava"])
-@pytest.mark.parametrize("method", ["evs", "vidcom2", "dycoke", "fastvid", "prunevid", "holitom", "uniform", "vtc"])
+@pytest.mark.parametrize("method", ["evs", "vidcom2", "dycoke", "fastvid", "prunevid", "holitom", "flashvid", "vtc"])
 def test_budgets_are_exact(built: Any, clip: Path, family: str, method: str) -> None:
     def scored(**budget: Any) -> tuple[list[int], Any]:
         answer = pipeline(built, family, method, window=4, **budget)(clip, QUESTION)

@@ -42,7 +42,7 @@ from vtc.errors import ConfigError
 
 __all__ = ["VIDEO", "draw_context", "measure", "methods", "run", "saved_seconds", "summary", "table"]
 
-VIDEO = ("dycoke", "evs", "fastvid", "holitom", "prunevid", "vidcom2")
+VIDEO = ("dycoke", "evs", "fastvid", "flashvid", "holitom", "prunevid", "vidcom2")
 GRIDS: dict[int, tuple[Grid, ...]] = {576: ((1, 24, 24),), 2880: ((1, 24, 24),) * 5, 12544: ((1, 112, 112),)}
 VIDEOS: dict[int, tuple[Grid, ...]] = {576: ((4, 12, 12),), 2880: ((20, 12, 12),), 12544: ((64, 14, 14),)}
 

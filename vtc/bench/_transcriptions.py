@@ -309,18 +309,23 @@ def _clustered(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return centres, torch.stack([x[label == number].mean(dim=0) for number in range(count)])
 
 
-def fastvid(selector: Any, ctx: VisualContext) -> Choice:
-    """The salient tokens of every frame, and anchors with the means of their segment."""
-    x, attention = _frames(ctx.features.float(), ctx), _frames(_attention(selector, ctx), ctx)
-    frames, n = x.shape[:2]
+def _scenes(x: Tensor, selector: Any) -> list[tuple[int, int]]:
+    """First frame, and last frame plus one, of every scene of the frames (T, n, D)."""
     means = x.mean(dim=1)
     similarity = F.cosine_similarity(means[1:], means[:-1], dim=1)
     cuts = {int(t) + 1 for t in similarity.sort(stable=True).indices[: selector.segments - 1]}
     cuts |= {t + 1 for t, value in enumerate(similarity.tolist()) if value < selector.tau}
+    return list(itertools.pairwise([0, *sorted(cuts), len(x)]))
+
+
+def fastvid(selector: Any, ctx: VisualContext) -> Choice:
+    """The salient tokens of every frame, and anchors with the means of their segment."""
+    x, attention = _frames(ctx.features.float(), ctx), _frames(_attention(selector, ctx), ctx)
+    frames, n = x.shape[:2]
     shares = largest_remainder(ctx.budget, [n] * frames)
     context = [int(share * selector.context) for share in shares]
     salient = [share - part for share, part in zip(shares, context, strict=True)]
-    anchors, segments = [0] * frames, list(itertools.pairwise([0, *sorted(cuts), frames]))
+    anchors, segments = [0] * frames, _scenes(x, selector)
     for start, stop in segments:
         at = [t for t in range(start, stop) if (stop - 1 - t) % selector.interval == 0]
         total = sum(context[start:stop])
@@ -347,6 +352,55 @@ def fastvid(selector: Any, ctx: VisualContext) -> Choice:
                 group = flat[mine[label == number]]
                 weight = max(1 / (len(group) + 1), selector.beta)
                 found[centre] = weight * flat[centre] + (1 - weight) * group.mean(dim=0)
+    keep = sorted(found)
+    return torch.tensor(keep), torch.stack([found[token] for token in keep])
+
+
+def flashvid(selector: Any, ctx: VisualContext) -> Choice:
+    """What is attended to and diverse in every frame, and trees of the others, clustered."""
+    x, attention = _frames(ctx.features.float(), ctx), _frames(_attention(selector, ctx), ctx)
+    frames, n = x.shape[:2]
+    flat, unit = x.flatten(0, 1), F.normalize(x, dim=2)
+    shares = largest_remainder(ctx.budget, [n] * frames)
+    first = [int(share * selector.alpha) for share in shares]
+    kept: list[int] = []
+    rest = torch.ones(frames, n, dtype=torch.bool)
+    for t in range(frames):
+        apart = (1 - unit[t] @ unit[t].T) * attention[t]
+        picks = [int(apart.sort(dim=0).values[1].argmax())]
+        while len(picks) < first[t]:
+            near = apart[picks].amin(dim=0)
+            near[picks] = -torch.inf
+            picks.append(int(near.argmax()))
+        kept += [t * n + pick for pick in picks[: first[t]]]
+        rest[t, picks[: first[t]]] = False
+    links: list[tuple[float, int, int]] = []
+    for start, stop in _scenes(x, selector):
+        for t in range(start + 1, stop):
+            mine, earlier = rest[t].nonzero()[:, 0], rest[t - 1].nonzero()[:, 0]
+            closest, parent = (unit[t, mine] @ unit[t - 1, earlier].T).max(dim=1)
+            for token, value, place in zip(mine.tolist(), closest.tolist(), earlier[parent].tolist(), strict=True):
+                if value > selector.link:
+                    links.append((value, t * n + token, (t - 1) * n + place))
+    lacking = ctx.budget - sum(first) - (ctx.n - len(kept) - len(links))
+    parents = {token: parent for _, token, parent in sorted(links)[max(0, lacking) :]}
+    trees: dict[int, list[int]] = {}
+    for token in range(ctx.n):
+        root = token
+        while root in parents:
+            root = parents[root]
+        trees.setdefault(root, []).append(token)
+    by_frame = [[token for token in trees if token // n == t and rest[t, token % n]] for t in range(frames)]
+    counts = [min(share - own, len(roots)) for share, own, roots in zip(shares, first, by_frame, strict=True)]
+    room = [len(roots) - count for roots, count in zip(by_frame, counts, strict=True)]
+    if left := ctx.budget - sum(first) - sum(counts):
+        counts = [count + more for count, more in zip(counts, largest_remainder(left, room), strict=True)]
+    found = {token: flat[token] for token in kept}
+    for roots, count in zip(by_frame, counts, strict=True):
+        if count:
+            means = torch.stack([flat[trees[root]].mean(dim=0) for root in roots])
+            centres, merged = _clustered(means, count)
+            found |= {roots[centre]: value for centre, value in zip(centres.tolist(), merged, strict=True)}
     keep = sorted(found)
     return torch.tensor(keep), torch.stack([found[token] for token in keep])
 
@@ -460,5 +514,6 @@ TRANSCRIPTIONS: dict[str, Transcription] = {
     "dycoke": dycoke,
     "fastvid": fastvid,
     "prunevid": prunevid,
+    "flashvid": flashvid,
     "holitom": holitom,
 }

@@ -138,7 +138,8 @@ def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "c
         raise ConfigError(f"nearest_in_group: metric is one of {', '.join(_METRICS)}; got {metric!r}.")
     x, inverse = with_inverse_norms(x)
     found = torch.full_like(inverse, -1, dtype=torch.long)
-    if not len(targets) or not len(x):
+    order = (group >= 0).nonzero()[:, 0]
+    if not len(targets) or not len(order):
         return found
     place = group[targets].argsort(stable=True)
     targets = targets[place]
@@ -146,7 +147,6 @@ def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "c
     goals = x.index_select(0, targets).float()
     goals = goals * inverse[targets, None] if metric == "cosine" else goals
     half = goals.square().sum(dim=1) / 2
-    order = (group >= 0).nonzero()[:, 0]
     order = order[group[order].argsort(stable=True)]
     sorted_group = group[order]
     # About a group per block: it is compared with the targets of all groups that it has a part in.

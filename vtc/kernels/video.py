@@ -49,6 +49,7 @@ def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
     >>> temporal_similarity(x.mean(dim=1), earlier_tokens(len(x), 1))  # FastVID: means of frames
     """
     check(x, earlier)
+    x = x.float() if x.dtype == torch.float64 else x
     step = max(1, _BLOCK // max(1, x.shape[1]))
     # In blocks, because the norm of a half-precision tensor makes a float32 copy of it.
     norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in x.split(step)]

@@ -16,6 +16,7 @@ from .evs import EvsSelector
 from .fastervlm import FasterVlmSelector
 from .fastv import FastVSelector
 from .fastvid import FastVidSelector
+from .flashvid import FlashVidSelector
 from .flowcut import FlowCutSelector
 from .h2o import H2oSelector
 from .hiprune import HiPruneSelector
@@ -61,6 +62,7 @@ __all__ = [
     "FastVSelector",
     "FastVidSelector",
     "FasterVlmSelector",
+    "FlashVidSelector",
     "FlowCutSelector",
     "H2oSelector",
     "HiPruneSelector",

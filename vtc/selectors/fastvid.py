@@ -16,7 +16,7 @@ from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
 from ..registry import register_selector
-from .frames import frame_means, frame_of, lowest_per_group, proportional
+from .frames import cut_scenes, frame_means, frame_of, lowest_per_group, proportional
 from .saliency import SaliencySelector
 from .schedule import check_fraction, check_layer, check_number
 
@@ -110,15 +110,8 @@ class FastVidSelector(SaliencySelector):
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
         frame = frame_of(ctx[Origin])
-        segment = self.cut(frame_means(ctx.features, frame))
+        segment = cut_scenes(frame_means(ctx.features, frame), self.segments, self.tau)
         return self.merged(ctx.features, self.saliency(ctx), frame, segment, ctx.budget)
-
-    def cut(self, means: Tensor) -> Tensor:
-        """(T,) long: the segment of every frame, given a feature of each (T, D)."""
-        similarity = kernels.temporal_similarity(means, kernels.earlier_tokens(len(means), 1).to(means.device))[1:]
-        ends = similarity < self.tau
-        ends[similarity.sort(stable=True).indices[: self.segments - 1]] = True
-        return torch.nn.functional.pad(ends.long().cumsum(0), (1, 0))
 
     def merged(self, x: Tensor, attention: Tensor, frame: Tensor, segment: Tensor, budget: int) -> Selection:
         """Keep `budget` tokens of `x` (N, D).

@@ -14,6 +14,7 @@ from ..core.grids import Grid
 from .uniform import UniformSelector
 
 __all__ = [
+    "cut_scenes",
     "earlier_at_place",
     "frame_means",
     "frame_of",
@@ -39,6 +40,17 @@ def frame_means(x: Tensor, frame: Tensor) -> Tensor:
     """(T, D) float32: mean of the tokens of every frame."""
     count = torch.bincount(frame)
     return group_sums(x, frame, len(count)).div_(count[:, None])
+
+
+def cut_scenes(means: Tensor, least: int, tau: float) -> Tensor:
+    """(T,) long: the scene of every frame, given a feature of each (T, D).
+
+    Scenes end at the ``least - 1`` lowest cosines of neighbouring frames and wherever it is below `tau`.
+    """
+    similarity = kernels.temporal_similarity(means, kernels.earlier_tokens(len(means), 1).to(means.device))[1:]
+    ends = similarity < tau
+    ends[similarity.sort(stable=True).indices[: least - 1]] = True
+    return torch.nn.functional.pad(ends.long().cumsum(0), (1, 0))
 
 
 def group_sums(x: Tensor, group: Tensor, count: int, unit: bool = False) -> Tensor:

@@ -117,11 +117,11 @@ def peaks(x: Tensor, group: Tensor) -> Tensor:
 
 
 def join(x: Tensor, group: Tensor, number: Tensor) -> Tensor:
-    """(M,) long: the number of the centre of its group that every row of `x` (M, D) is nearest to.
+    """(M,) long: the number of the centre of its group that every row of `x` (M, D) is nearest to; -1 of group -1.
 
     `number` (M,) is that of the centres themselves, which stay with it, and -1 for all other rows.
     """
-    centres = (number >= 0).nonzero()[:, 0]
+    centres = ((number >= 0) & (group >= 0)).nonzero()[:, 0]
     nearest = kernels.nearest_in_group(x, group, centres, "euclidean")
     if not len(centres):
         return nearest
