@@ -165,6 +165,7 @@ METHODS: tuple[Method, ...] = (
     Method("scope", _one("scope", 0.5), needs_cls=True, everywhere=False),
     Method("holov", _one("holov", 0.5, crops=3, score_source="received"), everywhere=False),
     Method("hiprune", _one("hiprune", 0.5, alpha=0.6), everywhere=False),
+    Method("hiprune with text", _one("hiprune", 0.5, text=0.3), reads_text=True, everywhere=False),
     Method(
         "prumerge", _one("prumerge", 0.5, count="budget", neighbours=3), merges=True, needs_cls=True, everywhere=False
     ),

@@ -297,6 +297,21 @@ def test_hiprune_neighbours_lie_in_the_picture() -> None:
     assert len(few) == 3
 
 
+def test_hiprune_with_text() -> None:
+    """HiPrune++: anchors, then what resembles the text, then registers."""
+    scores = torch.stack([torch.zeros(12), torch.linspace(0, 1, 12)])[:, None]
+    scores[0, 0, 5] = 1.0
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    options = {"received_attention": scores, "grid_thw": (1, 3, 4), "features": x, "text_embeds": x[[2]], "alpha": 0.5}
+    plain, text = (select("hiprune", keep_tokens=10, text=part, **options).keep.tolist() for part in (0.0, 0.1))
+    assert plain == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert text == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert select("hiprune", keep_tokens=10, text=1.0, **options).k == 10
+    assert TextEmbeds() not in HiPruneSelector().stages()[0].requires
+    with pytest.raises(ConfigError, match="hiprune: text"):
+        HiPruneSelector(text=1.5)
+
+
 def test_hiprune_without_anchors_and_its_layers() -> None:
     scores = torch.stack([torch.linspace(1, 0, 12), torch.linspace(0, 1, 12)])[:, None]
     kept = select("hiprune", received_attention=scores, grid_thw=(1, 3, 4), keep_tokens=5)  # round(0.1) anchors

@@ -10,7 +10,7 @@ from vtc.errors import ConfigError
 from .cosines import with_inverse_norms
 from .dispatch import op
 
-__all__ = ["density_peaks", "nearest_in_group"]
+__all__ = ["density_peaks", "nearest_in_group", "padded_groups"]
 
 _BLOCK = 512  # rows compared at a time
 _ELEMENTS = 2**22  # distances, and features, held at a time
@@ -48,7 +48,7 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
     grouped = (group >= 0).nonzero()[:, 0]
     if not len(grouped):
         return scores
-    members, there = _table(grouped, group[grouped])
+    members, there = padded_groups(grouped, group[grouped])
     size = members.shape[1]
     step = max(1, min(_ELEMENTS // size**2, _ELEMENTS // (size * max(1, x.shape[1]))))
     for index, exists in zip(members.split(step), there.split(step), strict=True):
@@ -56,8 +56,11 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
     return scores
 
 
-def _table(tokens: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens (G, m) of every group that occurs, ascending, and (G, m) bool: it has as many."""
+def padded_groups(tokens: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the `tokens` (M,) as rows (G, m), one for every `group` (M,) that occurs, and (G, m) bool: one is there.
+
+    Tokens keep their order; where a group has fewer than m, 0 stands.
+    """
     sizes = group.unique(return_counts=True)[1]
     there = torch.arange(int(sizes.max()), device=group.device) < sizes[:, None]
     ordered = tokens[group.argsort(stable=True)]

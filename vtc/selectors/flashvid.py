@@ -15,6 +15,7 @@ from ..core.ranges import Float, Range
 from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
+from ..kernels.cluster import padded_groups
 from ..registry import register_selector
 from .frames import cut_scenes, frame_means, frame_of, group_sums, lowest_per_group, proportional
 from .saliency import SaliencySelector
@@ -168,10 +169,8 @@ def attended_and_diverse(x: Tensor, attention: Tensor, frame: Tensor, counts: Te
     counts
         (T,) long, at most the tokens of each frame.
     """
-    sizes = torch.bincount(frame)
-    longest = int(sizes.max())
-    there = torch.arange(longest, device=x.device) < sizes[:, None]
-    members = torch.zeros_like(there, dtype=torch.long).masked_scatter_(there, torch.arange(len(x), device=x.device))
+    members, there = padded_groups(torch.arange(len(x), device=x.device), frame)
+    longest = members.shape[1]
     step = max(1, _ELEMENTS // (longest * max(longest, x.shape[1])))
     chosen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for index, exists, count in zip(members.split(step), there.split(step), counts.split(step), strict=True):

@@ -13,11 +13,12 @@ from ..core.context import VisualContext
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
 from ..core.selector import Selector
-from ..core.signals import Origin, ReceivedAttention, Signal
+from ..core.signals import Origin, ReceivedAttention, Signal, TextEmbeds
 from ..core.sites import BeforeDecoder, DecoderLayer, Site
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
+from .cdpruner import relevance_to_text
 from .schedule import at_depth, check_fraction, check_layer
 
 __all__ = ["HiPruneSelector"]
@@ -35,6 +36,11 @@ class HiPruneSelector(Selector):
     above, below, left and right of them stay too. Registers, the rest of the budget, are those of the others with the
     best score in the layer that makes the features.
 
+    With `text` it is HiPrune++: ``round(K * text)`` of the tokens that are left after the anchors, those most similar
+    to the text, stay before the registers. No more than that, and about a tenth, is taken from the paper: similarity to
+    the text is here the mean cosine of a token's features to the input embeddings of the prompt's text, as in
+    `cdpruner`.
+
     Three differences from the released code. It takes neighbours by their index, so that left and right of the edge of
     a row lie tokens of other rows; ``variant="released"`` does the same. The tiles of a picture are chosen from
     together, not each with its part of the budget. And where anchors and neighbours are more than the budget, which
@@ -47,6 +53,8 @@ class HiPruneSelector(Selector):
     object_layer
         Layer of the tower (0-based) that anchors are found in; None: as released, 8 of 24 layers and 15 of 32, and in
         proportion to 24 for other depths.
+    text
+        Fraction of the budget for what resembles the text: 0.1 is HiPrune++, 0 reads no text.
     variant
         "paper": neighbours in the picture; "released": neighbours by index, within the first and the last token.
 
@@ -70,6 +78,7 @@ class HiPruneSelector(Selector):
     alpha: float = 0.1
     object_layer: int | None = None
     variant: str = "paper"
+    text: float = 0.0
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
@@ -78,6 +87,7 @@ class HiPruneSelector(Selector):
 
     def __post_init__(self) -> None:
         check_fraction("hiprune", "alpha", self.alpha)
+        check_fraction("hiprune", "text", self.text)
         if self.object_layer is not None:
             check_layer("hiprune", "object_layer", self.object_layer)
         if self.variant not in ("paper", "released"):
@@ -94,7 +104,7 @@ class HiPruneSelector(Selector):
                 raise ConfigError(f"hiprune: object_layer={first}, but layer {last} of the tower makes the features.")
             layers = (first, last) if first < last else (last,)
         signals: tuple[Signal, ...] = (ReceivedAttention(layers), Origin())
-        return (Stage(requires=signals),)
+        return (Stage(requires=(*signals, TextEmbeds()) if self.text else signals),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
@@ -105,6 +115,10 @@ class HiPruneSelector(Selector):
         anchors = middle.sort(descending=True, stable=True).indices[: round(ctx.budget * self.alpha / 5)]
         find = _by_index if self.variant == "released" else _in_picture
         chosen = _first_seen(torch.cat([anchors[:, None], find(anchors, ctx[Origin])], dim=1).flatten())[: ctx.budget]
+        if self.text:
+            relevance = relevance_to_text(ctx.features, ctx[TextEmbeds]).index_fill(0, chosen, -torch.inf)
+            count = min(round(ctx.budget * self.text), ctx.budget - len(chosen))
+            chosen = torch.cat([chosen, kernels.topk_indices(relevance, count)])
         registers = kernels.topk_indices(end.index_fill(0, chosen, -torch.inf), ctx.budget - len(chosen))
         return Selection.from_indices(ctx.n, torch.cat([chosen, registers]))
 
