@@ -14,7 +14,8 @@ from torch import Tensor
 from vtc import registry
 from vtc.bench._models import LLAVA_7B, build
 from vtc.bench._ops import Draw
-from vtc.bench._transcriptions import TRANSCRIPTIONS, Choice
+from vtc.bench._transcribing import Choice
+from vtc.bench._transcriptions import TRANSCRIPTIONS
 from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import (
     CLOCKS,

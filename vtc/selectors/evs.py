@@ -14,7 +14,7 @@ from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.signals import Origin, Signal
 from ..registry import register_selector
-from .frames import spread_over
+from .frames import place_of, spread_over
 
 __all__ = ["EvsSelector"]
 
@@ -67,8 +67,7 @@ def change(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     -------
     (N,) float32 in 0..2, 0 where there is none; and (N,) bool: there is none.
     """
-    view, frame, row, column, _, width = origin.unbind(dim=1)
-    place = (view * (row.max() + 1) + row) * width.max() + column
+    frame, place = origin[:, 1], place_of(origin)
     # Sorted by place and then by time (a stable sort of tokens in time's order), predecessors are neighbours.
     order = torch.argsort(place * (frame.max() + 1) + frame, stable=True)
     before, after = order[:-1], order[1:]

@@ -20,6 +20,7 @@ __all__ = [
     "frame_of",
     "group_sums",
     "lowest_per_group",
+    "place_of",
     "proportional",
     "spread_over",
 ]
@@ -34,6 +35,12 @@ def frame_of(origin: Tensor) -> Tensor:
     """
     view, time = origin[:, 0], origin[:, 1]
     return torch.unique(view * (time.max() + 1) + time, return_inverse=True)[1]
+
+
+def place_of(origin: Tensor) -> Tensor:
+    """(N,) long: a number for every place of every view, the same in all frames."""
+    view, _, row, column, _, width = origin.unbind(dim=1)
+    return (view * (row.max() + 1) + row) * width.max() + column
 
 
 def frame_means(x: Tensor, frame: Tensor) -> Tensor:
@@ -76,9 +83,8 @@ def _ends(group: Tensor, blocks: Sequence[Tensor]) -> list[list[int]]:
 
 def earlier_at_place(origin: Tensor, back: Tensor) -> Tensor:
     """(N,) long: the token at the same place `back` (N,) times before, -1 where there is none."""
-    view, time, row, column, _, width = origin.unbind(dim=1)
-    place = (view * (row.max() + 1) + row) * width.max() + column
-    key = place * (time.max() + 1) + time
+    time = origin[:, 1]
+    key = place_of(origin) * (time.max() + 1) + time
     ordered, order = key.sort()
     wanted = key - back
     at = torch.searchsorted(ordered, wanted).clamp(max=len(key) - 1)

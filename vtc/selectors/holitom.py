@@ -16,7 +16,7 @@ from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
 from ..registry import register_selector
-from .frames import earlier_at_place, frame_of, lowest_per_group, proportional
+from .frames import earlier_at_place, frame_of, lowest_per_group, place_of, proportional
 from .saliency import SaliencySelector
 from .schedule import check_number
 from .static_cells import join, number_cells, peaks, static_units
@@ -108,8 +108,7 @@ class HoliTomSelector(SaliencySelector):
 
 def _still(above: Tensor, origin: Tensor, frame: Tensor) -> Tensor:
     """(T - 1, P) bool: which of P places stand still in the step to every frame but the first."""
-    view, _, row, column, _, width = origin.unbind(dim=1)
-    place = ((view * (row.max() + 1) + row) * width.max() + column).unique(return_inverse=True)[1]
+    place = place_of(origin).unique(return_inverse=True)[1]
     table = torch.zeros(int(frame.max()) + 1, int(place.max()) + 1, dtype=torch.bool, device=above.device)
     table[frame, place] = above
     return table[1:]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.selection import Selection
-from .frames import group_sums
+from .frames import group_sums, place_of
 
 __all__ = ["Cells", "Units", "join", "number_cells", "peaks", "static_units"]
 
@@ -37,8 +37,7 @@ class Cells:
 
 def number_cells(origin: Tensor, frame: Tensor, window: Tensor) -> Cells:
     """Find the cells of tokens of these frames (N,), where `window` (T,) names the window of every frame."""
-    view, _, row, column, _, width = origin.unbind(dim=1)
-    place = (view * (row.max() + 1) + row) * width.max() + column
+    place = place_of(origin)
     _, of = torch.unique(window[frame] * (place.max() + 1) + place, return_inverse=True)
     count = torch.bincount(of)
     frames = torch.zeros_like(count).index_copy_(0, of, torch.bincount(window)[window[frame]])
