@@ -46,13 +46,14 @@ class PruneVidSelector(Selector):
     the window if it is static. Groups of up to 14 are left as they are, if the budget allows.
 
     This is the stage of the paper before the decoder. Its second one, which lets the question choose among these tokens
-    at decoder layer 10 and takes the others from the caches of the layers before it too, is left out: `fastv` behind
-    ``keep_ratio`` here does the like without touching those caches. Other differences from the released code, which is
-    for PLLaVA alone. The number of clusters follows from the budget, shared among the groups in proportion to their
-    sizes, where the released code makes ``int(n * 0.5)`` of each. Groups that get no share are dropped. Where static
-    places leave fewer tokens than the budget, those that are least alike are not merged. Equal densities go to the
-    lower index, where the released code adds noise; and in a window of one frame nothing is static, where it computes
-    0 / 0. A picture is a video of one frame. Of a video that is read in windows, each of those counts as a video.
+    at decoder layer 10 and takes the others from the caches of the layers before it too, is left out; `fastv` behind
+    this method chooses by attention as well, but leaves those caches as they are. Other differences from the released
+    code, which is for PLLaVA alone: The number of clusters follows from the budget, shared among the groups in
+    proportion to their sizes, where the released code makes ``int(n * 0.5)`` of each. Groups that get no share are
+    dropped. Where static places leave fewer tokens than the budget, those that are least alike are not merged. Equal
+    densities go to the lower index, where the released code adds noise; and in a window of one frame nothing is static,
+    where it computes 0 / 0. A picture is a video of one frame. Of a video that is read in windows, each of those counts
+    as a video.
 
     Parameters
     ----------
