@@ -35,7 +35,8 @@ class CompressionConfig:
         Fraction of visual tokens kept, in (0, 1], or number kept per image or video: exactly one of the two.
     positions
         "original": kept tokens keep their position ids and the text continues as if nothing had been removed;
-        "compact": positions are renumbered without gaps, as some papers do.
+        "compact": positions are renumbered without gaps, as some papers do. Of (t, h, w) positions there is such a
+        numbering only where pictures become smaller at the pixels: that of a prompt with the smaller pictures.
     structural
         "keep" or "drop" newline and separator tokens.
     seed

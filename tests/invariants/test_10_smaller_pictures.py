@@ -22,6 +22,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 import vtc
 from tests import reference, tiny
 from tests.invariants.matrix import HYBRID_TOLERANCE, build, sharp
+from vtc.engine.cache import CACHE
 from vtc.errors import ConfigError, UnsupportedMethodError
 from vtc.selectors.resize import smaller_grid
 
@@ -84,6 +85,77 @@ def smaller(case: tiny.TinyCase, inputs: dict[str, Any], pictures: Sequence[Tens
         pixels: torch.cat(parts),
         grids: torch.tensor(table),
     }
+
+
+def frames_kept(report: Any) -> bool:
+    """Whether all steps of time of all videos are there."""
+    grids = [(segment.grids[0], segment.kept) for segment in report.segments]
+    return all(len((kept // (h * w)).unique()) == t for (t, h, w), kept in grids)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.4, 0.3])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@torch.no_grad()
+def test_compact_positions_are_those_of_the_smaller_prompt(family: tiny.Family, keep_ratio: float) -> None:
+    """The untouched model numbers the smaller prompt by itself."""
+    case = sharp(family)
+    for kind in ("single", "two_images"):
+        for row in case.rows(kind):
+            inputs, pictures = pictured(case, row)
+            with vtc.compressed(case.model, config(keep_ratio, positions="compact")) as model:
+                ours = model(**inputs).logits
+                report = vtc.report(model)
+                said = model.generate(**inputs, **GREEDY)
+            assert frames_kept(report)
+            (keep,) = reference.keep_masks(case.model, inputs, report)[reference.BEFORE_LM]
+            given = smaller(case, inputs, pictures, report)
+            told = case.model(**given).logits
+            given.pop("position_ids")
+            theirs = case.model(**given).logits
+            assert reference.max_error(ours[:, keep], theirs) <= bound(family), kind
+            assert reference.max_error(told, theirs) > 1e-2, "these are other positions"
+            answer = case.model.generate(**given, **GREEDY)
+            error = reference.max_error(reference.stacked_logits(said), reference.stacked_logits(answer))
+            assert error <= bound(family), kind
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_video", "glm4v"])
+@torch.no_grad()
+def test_compact_positions_in_batches_and_conversations(family: str) -> None:
+    case = sharp(tiny.family(family))
+    said = {**GREEDY, "max_new_tokens": 3}
+    with vtc.compressed(case.model, config(positions="compact")) as model:
+        together = reference.stacked_logits(model.generate(**case.batch("two_images"), **said))
+        static = model.generate(**case.batch("two_images"), **said, cache_implementation="static")
+        alone = [reference.stacked_logits(model.generate(**row, **said)) for row in case.rows("two_images")]
+        # The next turn on the same cache is the whole conversation read at once.
+        (row,) = case.rows("single")
+        first = model.generate(**row, **said)
+        asked = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+        grown = asked.shape[1] - row["input_ids"].shape[1]
+        turn = {
+            "input_ids": asked,
+            "attention_mask": functional.pad(row["attention_mask"], (0, grown), value=1),
+            "mm_token_type_ids": functional.pad(row["mm_token_type_ids"], (0, grown), value=0),
+        }
+        second = model.generate(**turn, **{CACHE: first[CACHE]}, **said)
+        whole = model.generate(**{**row, **turn}, **said)
+    assert reference.max_error(together, torch.cat(alone)) <= 1e-6
+    assert reference.max_error(together, reference.stacked_logits(static)) <= 1e-6
+    assert reference.max_error(reference.stacked_logits(second), reference.stacked_logits(whole)) <= 1e-6
+
+
+def test_compact_positions_need_pictures_that_only_become_smaller() -> None:
+    case = build(tiny.family("qwen2_vl"))
+    for more in (
+        vtc.CompressionConfig("random", keep_ratio=0.5, positions="compact"),
+        vtc.CompressionConfig("random", keep_ratio=0.5, positions="compact", at="vision:1"),
+    ):
+        with pytest.raises(ConfigError, match=r"positions='compact' has no meaning for the \(t, h, w\) positions"):
+            vtc.compress(case.model, [config(positions="compact"), more])
+    inside = vtc.CompressionConfig("fastv", keep_ratio=0.5, positions="compact")
+    with vtc.compressed(case.model, [config(positions="compact"), inside]) as model:
+        model(**case.batch("ragged"))
 
 
 def config(keep_ratio: float = 0.4, **more: Any) -> vtc.CompressionConfig:

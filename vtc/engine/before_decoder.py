@@ -70,7 +70,7 @@ def before_decoder(
         positions = (torch.arange(forward.length, device=embeds.device) + forward.past)[None]
     shift = forward.history.shift
     if compression.plan.positions == "compact" or shift is not None:
-        positions, shift = _compact(forward, positions, keep, shift)
+        positions, shift = _compact(compression, forward, positions, keep, shift)
     if dropped:
         embeds, positions = _pack(forward, keep, embeds, positions, kwargs)
     if forward.cache is None and _uses_cache(compression, kwargs):
@@ -244,13 +244,33 @@ def _write_merged(forward: ForwardState, prompt: Prompt, embeds: torch.Tensor) -
 
 
 def _compact(
-    forward: ForwardState, positions: torch.Tensor, keep: torch.Tensor, shift: torch.Tensor | None
+    compression: Compression,
+    forward: ForwardState,
+    positions: torch.Tensor,
+    keep: torch.Tensor,
+    shift: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Count positions over kept tokens only; return them and the shift at the end of each row."""
-    moved = (forward.valid & ~keep).long().cumsum(dim=1)
-    if shift is not None:
-        moved = moved + shift[:, None]
+    before = torch.zeros_like(forward.source_index[:, 0]) if shift is None else shift
+    if compression.adapter.multi_axis_positions:
+        return _compact_grids(compression, forward, positions, before)
+    moved = (forward.valid & ~keep).long().cumsum(dim=1) + before[:, None]
     return (positions.expand(len(keep), -1) - moved).clamp(min=0), moved[:, -1]
+
+
+def _compact_grids(
+    compression: Compression, forward: ForwardState, positions: torch.Tensor, before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give (t, h, w) positions (..., B, T) of a prompt with the smaller pictures; and the shift behind it."""
+    prompt, rows = forward.prompt, forward.prompt_row
+    if prompt is None or rows is None:
+        return positions - before[:, None], before
+    require_whole_prompt(forward, compression.plan.stages[0])
+    moves, columns = prompt.moves(), forward.prompt_columns()
+    moved = moves[:, rows[:, None], columns.clamp(min=0)] + before[:, None]
+    # In front of the three axes there may be one of plain positions, which no rotation depends on.
+    shorter = torch.cat([positions[:-3], (positions[-3:] - moved).clamp(min=0)])
+    return shorter, before + moves[0, rows, -1]
 
 
 def _pack(

@@ -54,6 +54,8 @@ ACTIONS: dict[type[Site], frozenset[Action]] = {
 
 _CACHES = (CacheAfterPrefill, CacheWhileDecoding)
 
+_BEFORE = BeforeDecoder().order
+
 _IN_DECODER = (DecoderAttention, DecoderHidden, EnteredAttention)
 
 _AT_CACHE = (DecoderAttention, DecoderCall, DecoderHidden, DecoderUpdate)
@@ -221,12 +223,14 @@ def make_plan(configs: Sequence[CompressionConfig], adapter: Adapter) -> Plan:
             stages.append(PlannedStage(config, selector, stage))
     _check_order(stages)
     if configs[0].positions == "compact":
-        if adapter.multi_axis_positions:
+        resamples = any(stage.stage.action is Action.RESAMPLE for stage in stages)
+        drops = [stage for stage in stages if stage.site.order <= _BEFORE and stage.stage.action is not Action.RESAMPLE]
+        if adapter.multi_axis_positions and (drops or not resamples):
             raise ConfigError(
-                f"positions='compact' has no meaning for the (t, h, w) positions of {adapter.config.model_type}; use "
-                "'original'"
+                f"positions='compact' has no meaning for the (t, h, w) positions of {adapter.config.model_type}, but "
+                "where pictures only become smaller before the decoder; use 'original'"
             )
-        if not any(isinstance(stage.site, BeforeDecoder) for stage in stages):
+        if not resamples and not any(isinstance(stage.site, BeforeDecoder) for stage in stages):
             raise ConfigError("positions='compact' renumbers before the language model, but no stage works there")
     return Plan(tuple(configs), tuple(stages), shape)
 

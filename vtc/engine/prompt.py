@@ -24,6 +24,7 @@ from vtc.errors import InputError
 __all__ = ["Prompt", "Segment"]
 
 _BEFORE = BeforeDecoder()
+_PIXELS = Pixels()
 
 
 @dataclass(eq=False)
@@ -263,6 +264,34 @@ class Prompt:
                     f"row {row} of the prompt ends with an image or video whose last token was dropped at "
                     f"{str(site)!r}: nothing is left to predict the answer from; put text behind it"
                 )
+
+    def moves(self) -> torch.Tensor:
+        """Compute how far (t, h, w) positions move down if they are to be those of a prompt with the smaller pictures.
+
+        A picture of h x w tokens that begins at position p takes p to p + h - 1 on one axis and p to p + w - 1 on
+        another, and what follows begins at p + max(h, w). So does every frame that text is put in front of.
+
+        Returns
+        -------
+        LongTensor (3, S, P + 1)
+            Of columns that stay; the last one is what comes behind the prompt.
+        """
+        moves = torch.zeros(3, self.rows, self.columns + 1, dtype=torch.long, device=self.ids.device)
+        saved = torch.zeros_like(moves[0])  # behind every picture, how many positions less it takes
+        for segment, ((_, h, w),) in zip(self.segments, self.grids, strict=True):
+            left = segment.survivors[_PIXELS]
+            place = torch.arange(len(left), device=left.device) % (h * w)
+            for axis, (line, size) in enumerate(((place // w, h), (place % w, w)), start=1):
+                stays = torch.zeros(size, dtype=torch.long, device=left.device)
+                stays[line[left]] = 1
+                moves[axis, segment.row, segment.columns] = (1 - stays).cumsum(dim=0)[line]
+            smaller = max(segment.resampled[1:]) if segment.resampled is not None else max(h, w)
+            run = torch.cat([segment.columns.new_zeros(1), (segment.columns.diff() != 1).long().cumsum(dim=0)])
+            for part in run.unique().tolist():
+                here = run == part
+                takes = smaller if bool(left[here].any()) else 0
+                saved[segment.row, segment.columns[here][-1] + 1] = max(h, w) - takes
+        return moves + saved.cumsum(dim=1)
 
     def kept(self, segment: Segment) -> torch.Tensor:
         """Return the indices within the segment of the tokens that all stages kept, structural ones included."""

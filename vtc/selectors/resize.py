@@ -41,10 +41,10 @@ class ResizeSelector(Selector):
     makes the smaller picture itself: it would resample the original once, not twice, and round the pixels to 8 bits.
 
     The prompt has N placeholders for the picture, and the h' x w' tokens take an evenly spread grid of them: rows
-    ``floor((i + 1/2) h / h')``, columns and steps of time alike. Each has the position of its placeholder. A smaller
-    picture in the prompt would have had rows and columns without gaps, 0 to h' - 1 and 0 to w' - 1, and the text behind
-    it smaller positions; for models with (t, h, w) positions, which all of those are that this works on, the engine
-    offers only the original ones.
+    ``floor((i + 1/2) h / h')``, columns and steps of time alike. Each has the position of its placeholder, so that the
+    picture reaches as far as before. ``positions="compact"`` gives them those of a smaller picture instead, rows 0 to
+    h' - 1 and columns 0 to w' - 1, with the text behind them moved up: to rounding, the model then says what it says of
+    a prompt that was made with the smaller picture.
 
     It works on towers that take pictures of any size (Qwen-VL and GLM-V). On others use `pool`.
 
