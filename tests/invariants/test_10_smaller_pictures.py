@@ -240,6 +240,28 @@ def test_a_stage_in_the_tower_sees_the_smaller_picture(name: str) -> None:
     assert reference.max_error(ours[kept], theirs[(theirs != 0).any(dim=-1)]) <= 1e-6
 
 
+@pytest.mark.parametrize("method", ["divprune", "sparsevlm", "pyramiddrop"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_later_stages_are_as_if_given_the_smaller_picture(name: str, method: str) -> None:
+    case = sharp(tiny.family(name))
+    (row,) = case.rows("single")
+    inputs, pictures = pictured(case, row)
+    later = vtc.CompressionConfig(method, keep_ratio=0.5)
+    with vtc.compressed(case.model, config(0.6)) as model:
+        model(**inputs)
+        given = smaller(case, inputs, pictures, vtc.report(model))
+    with vtc.compressed(case.model, [config(0.6), later]) as model:
+        ours = model(**inputs).logits
+        (segment,) = vtc.report(model).segments
+    with vtc.compressed(case.model, later) as model:
+        theirs = model(**given).logits
+        (expected,) = vtc.report(model).segments
+    chosen = [selection.to_dict()["keep"] for _, selection in segment.selections[1:]]
+    assert chosen == [selection.to_dict()["keep"] for _, selection in expected.selections]
+    assert reference.max_error(ours[(ours != 0).any(dim=-1)], theirs[(theirs != 0).any(dim=-1)]) <= 1e-6
+
+
 @torch.no_grad()
 def test_later_stages_see_the_smaller_grid() -> None:
     seen: list[tuple[tuple[int, int, int], ...]] = []
