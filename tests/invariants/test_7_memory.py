@@ -47,6 +47,8 @@ CASES = [
     ("internvl_large", "fastv", {"layer": 3}),
     ("qwen2_5_vl_large", "vtc-cls", {"start_layer": 2, "score_source": "received"}),
     ("qwen2_5_vl_large", "fastv", {"layer": 1}),
+    ("llava_large", "pyramiddrop", {}),
+    ("qwen2_5_vl_large", "pyramiddrop", {"layers": (2,)}),
 ]
 
 
@@ -58,6 +60,15 @@ def test_scores_make_no_square(name: str, method: str, options: dict[str, Any]) 
     with vtc.compressed(case.model, method, keep_ratio=0.25, **options) as model:
         assert squares(model, inputs) == []
         assert vtc.report(model).visual_tokens_after == N // 4
+
+
+@pytest.mark.parametrize("method", ["sparsevlm", "sparsevlm-rank"])
+@pytest.mark.parametrize("name", ["llava_large", "qwen2_5_vl_large"])
+def test_raters_and_recycling_make_no_square(name: str, method: str) -> None:
+    case = build(tiny.family(name))
+    with vtc.compressed(case.model, method, keep_ratio=0.5) as model:
+        assert squares(model, case.batch("single")) == []
+        assert vtc.report(model).visual_tokens_after < N
 
 
 def test_the_watch_sees_an_eager_attention_matrix() -> None:
