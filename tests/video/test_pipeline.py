@@ -117,6 +117,7 @@ def test_ids_and_features_are_those_of_the_whole_video(built: Any, clip: Path, f
         ("uniform", "pixels"),
         ("divprune", "vision:1"),
         ("vtc", "vision:1"),
+        ("resize", "pixels"),
     ],
 )
 def test_one_window_answers_as_compress_and_generate_do(
@@ -126,6 +127,8 @@ def test_one_window_answers_as_compress_and_generate_do(
         pytest.skip("a video is one segment here and one image per frame in compress(), so that budgets differ")
     if family == "llava_onevision_video" and at != "decoder":
         pytest.skip("frames are interpolated across patches")
+    if method == "resize" and not tiny.family(family).any_size:
+        pytest.skip("its tower takes pictures of one size")
     model, words = built(family)
     answer = pipeline(built, family, method, keep_ratio=0.4, at=at, window=FRAMES, max_new_tokens=5)(clip, QUESTION)
     with VideoFile(clip) as file:
@@ -159,6 +162,15 @@ def test_windows_are_thinned_before_they_are_encoded(built: Any, clip: Path, fam
     assert segment.tokens_after - segment.structural == scorable // 2
     frames = torch.tensor(segment.kept.tolist()) * FRAMES // segment.tokens_before
     assert len(frames.unique()) >= FRAMES // 2
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl_video", "qwen3_vl_video"])
+def test_windows_of_smaller_frames_are_the_whole_video_of_them(built: Any, clip: Path, family: str) -> None:
+    answers = [pipeline(built, family, "resize", keep_ratio=0.5, window=size)(clip, QUESTION) for size in (FRAMES, 4)]
+    kept = [answer.report.segments[0] for answer in answers if answer.report is not None]
+    assert kept[0].kept.tolist() == kept[1].kept.tolist()
+    assert len(kept[0].kept) < kept[0].tokens_before
+    assert answers[0].text == answers[1].text
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl_video", "qwen3_vl_video", "llava_onevision_video", "internvl"])
@@ -251,6 +263,8 @@ def test_what_cannot_be_done_is_refused_before_a_file_is_opened(built: Any, clip
         pipeline(built, "qwen2_5_vl_video", "fastv", per_frame=2, layer=2)
     with pytest.raises(vtc.UnsupportedMethodError, match="cannot be given a number of tokens; use keep_ratio"):
         pipeline(built, "qwen2_5_vl_video", "uniform", keep_tokens=20, at="vision:1")
+    with pytest.raises(vtc.UnsupportedMethodError, match="resize at 'pixels' chooses in every frame"):
+        pipeline(built, "qwen2_5_vl_video", "resize", keep_tokens=20)
     with pytest.raises(vtc.UnsupportedMethodError, match="12 frames were sampled and a window holds 4"):
         pipeline(built, "qwen2_5_vl_video", "fastv", layer=2, window=4)(clip, QUESTION)
     with pytest.raises(vtc.UnsupportedMethodError, match="Did you mean 'evs'"):

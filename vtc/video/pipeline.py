@@ -123,8 +123,9 @@ class VideoQAPipeline:
                     "use keep_ratio or keep_tokens"
                 )
             if engine.plan.changes_encoder and self.budget.keep_ratio is None:
+                where = str(engine.plan.stages[0].site)
                 raise UnsupportedMethodError(
-                    f"{method} at {self.config.at!r} chooses in every frame, or window of frames, by itself, so "
+                    f"{method} at {where!r} chooses in every frame, or window of frames, by itself, so "
                     "that it cannot be given a number of tokens; use keep_ratio"
                 )
             by_stage = any(stage.stage.keep is not None for stage in engine.plan.before_decoder)
