@@ -15,8 +15,9 @@ from tests import reference, tiny
 from tests.invariants.matrix import build, method, sharp
 from tests.invariants.test_2_masking import decode_error, prefill_error
 from tests.invariants.test_11_merging_in_decoders import TOLERANCE
-from vtc.core.signals import Signal
+from vtc.core.signals import HiddenStates, Signal
 from vtc.engine.cache import CACHE
+from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
 from vtc.selectors.pyramiddrop import EnteringAttention
 from vtc.selectors.sparsevlm import Raters, TextRows, TextRowsOfHeads, raters_of, score_text
 
@@ -116,6 +117,35 @@ def test_rows_of_the_text_and_its_raters(family: str, text: str) -> None:
         by_head = ctx[TextRowsOfHeads(text)][..., : len(raters)]
         torch.testing.assert_close(by_head, rows.permute(2, 0, 1), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ctx[TextRows(text)][:, : len(raters)], rows.mean(dim=0).T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "paligemma"])
+@torch.no_grad()
+def test_what_dart_reads_inside_the_decoder(family: str) -> None:
+    """Keys of the layer in front with their rotations, as the cache has them, and hidden states on entering."""
+    case = build(tiny.family(family))
+    inputs = case.batch("ragged")
+    signals = (HiddenStates(), KeyLength(), TextPivots(3), PromptStates())
+    with seen(*signals) as shown, vtc.compressed(case.model, "reader", keep_ratio=0.5) as model:
+        model(**inputs)
+    entering: list[torch.Tensor] = []
+    layer = reference.text_model(case.model).layers[LAYER]
+    handle = layer.register_forward_pre_hook(lambda module, args, kwargs: entering.append(args[0]), with_kwargs=True)
+    keys = case.model(**inputs, use_cache=True)[CACHE].layers[LAYER - 1].keys
+    handle.remove()
+    length = keys.abs().sum(dim=(1, 3))
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    start = {0: 0, 1: 0}
+    for row, ctx in zip((0, 1, 1), shown, strict=True):
+        columns = reference.placeholder_columns(case.model, ids, row, "image")
+        here = columns[start[row] : start[row] + ctx.n]
+        start[row] += ctx.n
+        later = real[row] & (ids[row] != tiny.IMAGE) & (torch.arange(ids.shape[1]) > columns[0])
+        torch.testing.assert_close(ctx[KeyLength], length[row, here], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ctx[HiddenStates], entering[0][row, here], rtol=1e-4, atol=1e-5)
+        best = length[row].masked_fill(~later, -1.0).topk(3).indices
+        assert ctx[TextPivots].tolist() == best.tolist()
+        torch.testing.assert_close(ctx[PromptStates][best], entering[0][row, best], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "internvl", "gemma3"])
