@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import vtc
 from tests import reference, tiny
@@ -70,6 +71,24 @@ def test_the_attention_of_the_layer_that_is_entered(family: str) -> None:
         here = columns[row][start[row] : start[row] + ctx.n]
         start[row] += ctx.n
         torch.testing.assert_close(ctx[EnteringAttention][:, 0], rows[row][:, here], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_looking_ahead_computes_keys_and_one_query() -> None:
+    case = build(tiny.family("llava"))
+    inputs = case.batch("single")
+    counts = []
+    with seen(EnteringAttention()), vtc.compressed(case.model, "reader", keep_ratio=0.5) as model:
+        for pause in (contextlib.nullcontext(), vtc.disabled(model)):
+            with FlopCounterMode(display=False) as flops, pause:
+                model(**inputs)
+            counts.append(flops.get_total_flops())
+    attention = reference.text_model(case.model).layers[LAYER].self_attn
+    queries, keys = (
+        2 * inputs["input_ids"].shape[1] * each.weight.numel() for each in (attention.q_proj, attention.k_proj)
+    )
+    assert keys < counts[0] - counts[1] < keys + queries // 2
+    assert "forward" not in vars(attention.q_proj), "taken off again"
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["one prompt", "second turn"])

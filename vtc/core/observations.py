@@ -273,7 +273,8 @@ class DecoderAttention(Observation):
 class EnteredAttention(DecoderAttention):
     """The attention that the decoder layer of a site would compute if no token left on entering it.
 
-    Its queries and keys are computed once more than the model does.
+    Keys, and the query of the last token of the prompt, are computed once more than the model does; values, and the
+    queries of the others, may be zeros.
     """
 
 

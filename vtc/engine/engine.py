@@ -32,6 +32,7 @@ from vtc.core.eviction import CacheSelector
 from vtc.core.observations import DecoderAttention, DecoderCall, DecoderUpdate, EnteredAttention, VisionAttention
 from vtc.core.sites import CacheAfterPrefill, Site
 from vtc.engine.after_prefill import after_prefill
+from vtc.engine.ahead import spare_projections
 from vtc.engine.before_decoder import before_decoder
 from vtc.engine.cache import Owner, cache_in, record_of
 from vtc.engine.compression import Compression
@@ -96,6 +97,9 @@ class Engine(Compression):
             self._hooks.after(text, self.after_text)
             if hasattr(text, "_deepstack_process"):
                 self._hooks.wrap(text, "_deepstack_process", self.around_deepstack)
+            for layer, stage in self.plan.in_decoder.items():
+                if any(signal.reads is EnteredAttention for signal in stage.stage.requires):
+                    spare_projections(self._hooks, self.adapter.decoder_attention(layer))
             if self.plan.cache_signals:
                 self._follow_from(0)
             elif self.plan.in_decoder:

@@ -24,6 +24,7 @@ from vtc.core.observations import (
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
 from vtc.core.sites import CacheAfterPrefill, DecoderLayer
+from vtc.engine.ahead import look_ahead
 from vtc.engine.before_decoder import require_whole_prompt
 from vtc.engine.cache import cache_in
 from vtc.engine.choose import choose
@@ -31,7 +32,7 @@ from vtc.engine.compression import Compression
 from vtc.engine.decoding import record_step
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt
-from vtc.engine.recorder import UNSEEN, Recording, record_once, recording
+from vtc.engine.recorder import UNSEEN, Recording, record_once
 from vtc.engine.state import ForwardState
 from vtc.errors import InputError, StateError
 
@@ -240,42 +241,26 @@ def _begin_layer(signals: Sequence[Signal], layer: int, forward: ForwardState, h
         forward.entering[layer] = hidden.detach()
 
 
-class _SeenError(Exception):
-    """Raised to end a call of an attention module once its queries and keys were seen."""
-
-
-@torch.no_grad()
 def _look_ahead(
     compression: Compression, layer: int, forward: ForwardState, hidden: torch.Tensor, tables: Any, see: Recording
 ) -> None:
-    """Let `see` see the attention that `layer` would compute on the current tokens, and none of it be computed.
+    """Let `see` see the attention that `layer` would compute on the current tokens, and none of it be computed."""
+    adapter = compression.adapter
 
-    Raises
-    ------
-    StateError
-        The layer ran without its attention being seen.
-    """
-    adapter, attention = compression.adapter, compression.adapter.decoder_attention(layer)
-
-    def see_and_stop(query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]) -> None:
+    def behind_past(query: Any, key: Any, value: Any, *others: Any) -> None:
         stored = forward.cache.layers[layer] if forward.past and forward.cache is not None else None
         if stored is not None:  # an earlier turn of the conversation
             past = forward.keys_of(layer).shape[1] - key.shape[2]
             key = torch.cat([stored.keys[:, :, :past], key], dim=2)
             value = torch.cat([stored.values[:, :, :past], value], dim=2)
-        see(query, key, value, mask, scaling, kwargs)
-        raise _SeenError
+        see(query, key, value, *others)
 
-    with recording({attention: see_and_stop}):
-        try:
-            attention(
-                hidden_states=adapter.before_attention(layer, hidden.detach()),
-                attention_mask=None,
-                **{_TABLES: forward.rotary(layer, tables)},
-            )
-        except _SeenError:
-            return
-    raise StateError(f"decoder layer {layer} ran without its attention being seen: {UNSEEN}")
+    arguments = {
+        "hidden_states": adapter.before_attention(layer, hidden.detach()),
+        "attention_mask": None,
+        _TABLES: forward.rotary(layer, tables),
+    }
+    look_ahead(adapter.decoder_attention(layer), arguments, forward.prompt_columns().argmax(dim=1), behind_past)
 
 
 def _record(
