@@ -20,6 +20,7 @@ from vtc.selectors.aim import PageRank
 from vtc.selectors.atp import ModalityAttention
 from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
 from vtc.selectors.flowcut import InformationFlow
+from vtc.selectors.gemfilter import LastQueryLogits
 from vtc.selectors.pixelprune import BlockPixels
 from vtc.selectors.prumerge import WideClsAttention
 from vtc.selectors.pyramiddrop import EnteringAttention
@@ -49,6 +50,7 @@ METHOD_SIGNALS = (
     EnteringAttention,
     Raters,
     TextRows,
+    LastQueryLogits,
 )
 """Signals that one method brings with it."""
 

@@ -12,7 +12,9 @@ from tests.selectors.test_golden import GOLDEN, load
 from vtc.core.cache_signals import AttentionSums, ResidualCosine, WindowAttention
 from vtc.core.eviction import DecodingState
 from vtc.core.layer_budgets import PyramidBudgets, SqueezeBudgets, cumulative_drops, smallest_split
+from vtc.kernels import topk_indices
 from vtc.registry import get_selector
+from vtc.selectors.gemfilter import LastQueryLogits
 
 
 def names(pattern: str, least: int) -> list[str]:
@@ -182,3 +184,19 @@ def test_prefixkv_while_decoding_with_a_profile(name: str) -> None:
         assert max(abs(len(own) - int(n)) for own, n in zip(steps, lengths[:, layer], strict=True)) <= 1
         common = set(steps[-1]) & set(last[layer])
         assert len(common) >= len(last[layer]) - 1
+
+
+@pytest.mark.parametrize("name", names("gemfilter_*", 5))
+def test_gemfilter(name: str) -> None:
+    golden = load(name)
+    n, heads = golden["keys"].shape[2], golden["query_last"].shape[1]
+    queries = torch.zeros(1, heads, n, golden["keys"].shape[3])
+    queries[:, :, -1] = golden["query_last"]
+    raw = observed(queries, golden["keys"])
+    plain = LastQueryLogits(kernel=1).compute(raw)[0]
+    torch.testing.assert_close(plain, golden["summed_scores"], rtol=1e-4, atol=1e-4)
+    pooled = LastQueryLogits(kernel=golden["kernel_size"]).compute(raw)[0]
+    torch.testing.assert_close(pooled, golden["pooled_scores"], rtol=1e-4, atol=1e-4)
+    kept = topk_indices(pooled, golden["topk"])
+    if "ties" not in name:
+        assert torch.equal(kept, golden["kept_ascending"])

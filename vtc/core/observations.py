@@ -22,6 +22,7 @@ __all__ = [
     "DecoderAttention",
     "DecoderCall",
     "DecoderHidden",
+    "DecoderProbe",
     "DecoderUpdate",
     "EnteredAttention",
     "Observation",
@@ -275,6 +276,14 @@ class EnteredAttention(DecoderAttention):
 
     Keys, and the query of the last token of the prompt, are computed once more than the model does; values, and the
     queries of the others, may be zeros.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderProbe(DecoderAttention):
+    """The attention of a decoder layer in a pass that reads the prompt for this alone, before any token has left.
+
+    The pass ends where the layer attends. Earlier turns of a conversation are not part of it.
     """
 
 

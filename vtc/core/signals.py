@@ -29,6 +29,7 @@ from ..errors import ConfigError, InputError
 from .observations import (
     DecoderAttention,
     DecoderHidden,
+    DecoderProbe,
     Observation,
     PromptText,
     TokenGrids,
@@ -43,6 +44,7 @@ __all__ = [
     "MeanKeys",
     "Origin",
     "PreProjector",
+    "ProbeSignal",
     "ReceivedAttention",
     "Signal",
     "TextAttention",
@@ -314,6 +316,21 @@ class TextEmbeds(Signal):
 
 
 # -- of the language model -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeSignal(Signal):
+    """A signal of a pass over the prompt by the first decoder layers, made for its sake.
+
+    Parameters
+    ----------
+    layer
+        The decoder layer (0-based) whose attention is read; those before it run over the whole prompt.
+    """
+
+    reads: ClassVar[type[Observation]] = DecoderProbe
+
+    layer: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,19 @@ for every pass of the language model, so also for chunks of a prompt and for dec
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vtc.core.observations import PromptText
-from vtc.core.signals import Signal
+from vtc.core.signals import ProbeSignal, Signal
 from vtc.engine.cache import CACHE, CacheRecord, cache_in, record_of
 from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
 from vtc.engine.plan import PlannedStage
+from vtc.engine.probe import probe
 from vtc.engine.prompt import Prompt, Segment
 from vtc.engine.state import CallState, ForwardState
 from vtc.errors import InputError, UnsupportedMethodError, UnsupportedModelError
@@ -55,7 +57,7 @@ def before_decoder(
             if cache is not None or not _uses_cache(compression, kwargs):
                 require_dynamic_cache(cache, stage)
             require_whole_prompt(forward, stage)
-        _select(compression, forward, prompt, embeds)
+        _select(compression, forward, prompt, kwargs)
         keep = forward.keeping(prompt.keep_at())
         if any(segment.merged for segment in prompt.segments):
             kwargs["inputs_embeds"] = embeds = _write_merged(forward, prompt, embeds)
@@ -186,13 +188,24 @@ def _find_prompt(compression: Compression, call: CallState, forward: ForwardStat
     return call.prompt
 
 
-def _select(compression: Compression, forward: ForwardState, prompt: Prompt, embeds: torch.Tensor) -> None:
+def _select(compression: Compression, forward: ForwardState, prompt: Prompt, kwargs: dict[str, Any]) -> None:
     """Let the stages before the language model choose, once per prompt."""
     if prompt.decided():
         return
+    embeds = kwargs["inputs_embeds"]
+    probed: dict[Signal, torch.Tensor] = {}
+    for stage in compression.plan.before_decoder:
+        if any(isinstance(signal, ProbeSignal) for signal in stage.stage.requires) and not probed:
+            require_whole_prompt(forward, stage)
+            began = time.perf_counter()
+            probed = probe(compression, forward, kwargs)
+            prompt.spend(stage.site, 1e3 * (time.perf_counter() - began))
     for stage in compression.plan.before_decoder:
         for segment in prompt.segments:
             extra = _text_values(stage, forward, prompt, segment, embeds)
+            row = forward.first_row(segment.row)
+            places = forward.find(row, segment.columns[segment.kept])
+            extra |= {signal: values[row][places] for signal, values in probed.items()}
             prompt.spend(stage.site, choose(stage, segment, extra, structural=compression.plan.structural))
     for stage in compression.plan.in_decoder.values():
         for segment in prompt.segments:

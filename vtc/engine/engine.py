@@ -29,7 +29,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.adapters.base import Adapter
 from vtc.core.eviction import CacheSelector
-from vtc.core.observations import DecoderAttention, DecoderCall, DecoderUpdate, EnteredAttention, VisionAttention
+from vtc.core.observations import (
+    DecoderAttention,
+    DecoderCall,
+    DecoderProbe,
+    DecoderUpdate,
+    EnteredAttention,
+    VisionAttention,
+)
 from vtc.core.sites import CacheAfterPrefill, Site
 from vtc.engine.after_prefill import after_prefill
 from vtc.engine.ahead import spare_projections
@@ -112,7 +119,7 @@ class Engine(Compression):
                 for index in range(len(text.layers)):
                     attention = self.adapter.decoder_attention(index)
                     self._hooks.after(attention, functools.partial(self.after_attention, index), with_kwargs=True)
-            attentions = (VisionAttention, DecoderAttention, EnteredAttention)
+            attentions = (VisionAttention, DecoderAttention, DecoderProbe, EnteredAttention)
             reads_attention = any(signal.reads in attentions for signal in self.plan.signals)
             if reads_attention or self.plan.in_tower:
                 self._recorder = Recorder()
@@ -207,7 +214,15 @@ class Engine(Compression):
             stored = [(valid & prompt.keep_at(CacheAfterPrefill())).sum(dim=1).tolist()] * depth
         before = valid.sum(dim=1).tolist()
         return self.build_report(
-            segments, before, lengths, prompt.spent, stored, prompt.tower_flops, prompt.stored, *scopes
+            segments,
+            before,
+            lengths,
+            prompt.spent,
+            stored,
+            prompt.tower_flops,
+            prompt.stored,
+            *scopes,
+            probed_layers=max((signal.layer for signal in self.plan.probes), default=0) if segments else 0,
         )
 
     def build_report(
@@ -220,6 +235,8 @@ class Engine(Compression):
         tower_flops: tuple[int, int] | None = None,
         entries: Sequence[torch.Tensor] | None = None,
         scope: str | None = None,
+        *,
+        probed_layers: int = 0,
     ) -> Report:
         """Build a report of this model and configuration; arguments as in `Report.build`."""
         import transformers
@@ -236,6 +253,7 @@ class Engine(Compression):
             tower_flops=tower_flops,
             entries=entries,
             scope=scope,
+            probed_layers=probed_layers,
             dtype=self.model.dtype,
             transformers_version=transformers.__version__,
         )

@@ -19,13 +19,14 @@ from vtc.core.observations import (
     DecoderAttention,
     DecoderCall,
     DecoderHidden,
+    DecoderProbe,
     DecoderUpdate,
     EnteredAttention,
     PromptText,
     TokenGrids,
 )
 from vtc.core.selector import Selector
-from vtc.core.signals import ClsAttention, Signal, VisionSignal
+from vtc.core.signals import ClsAttention, ProbeSignal, Signal, VisionSignal
 from vtc.core.sites import (
     BeforeDecoder,
     CacheAfterPrefill,
@@ -161,6 +162,12 @@ class Plan:
         stages = [stage for stage in self.stages if not isinstance(stage.site, (Pixels, VisionLayer))]
         return tuple(dict.fromkeys(signal for stage in stages for signal in stage.stage.requires))
 
+    @cached_property
+    def probes(self) -> tuple[ProbeSignal, ...]:
+        """Signals of a pass of the first decoder layers over the prompt, each once."""
+        signals = [signal for stage in self.before_decoder for signal in stage.stage.requires]
+        return tuple(dict.fromkeys(signal for signal in signals if isinstance(signal, ProbeSignal)))
+
     @property
     def reads_text(self) -> bool:
         """Whether a stage before the language model looks at the text."""
@@ -276,6 +283,11 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
                 f"{selector.name} needs {signal.name}, which {kind} cannot give: {why}; {instead} "
                 "vtc.list_methods(model) for what works on this model"
             )
+        if settled and isinstance(signal, ProbeSignal) and signal.layer >= len(adapter.text_model.layers):
+            raise ConfigError(
+                f"{selector.name} reads decoder layer {signal.layer}; this model has layers 0 to "
+                f"{len(adapter.text_model.layers) - 1}"
+            )
         for modality in adapter.modalities if settled else ():
             if isinstance(signal, VisionSignal) and signal.wanted_of(modality):
                 depth, feature_layer = len(adapter.tower_attentions(modality)), adapter.feature_layer(modality, {})
@@ -294,6 +306,8 @@ def _misplaced(selector: Selector, signal: Signal, site: Site) -> str | None:
         return f"it is read inside the decoder, not at {str(site)!r}"
     if signal.reads is PromptText and not isinstance(site, (BeforeDecoder, DecoderLayer)):
         return f"it is read before the decoder and inside it, not at {str(site)!r}"
+    if signal.reads is DecoderProbe and not isinstance(site, BeforeDecoder):
+        return f"it is read before the decoder, not at {str(site)!r}"
     return None
 
 

@@ -116,6 +116,8 @@ class Report:
         each, -1 for padding and for what is not of this prompt; None where no method chooses layer by layer.
     scope : str or None
         Which entries such a method may evict: those of "visual" tokens, or of "all".
+    probed_layers : int
+        Decoder layers that read the whole prompt once more, to choose by; `flops_after` counts them.
     dtype : torch.dtype
         Of the decoder, and so of its cache.
     versions : tuple of (str, str)
@@ -145,6 +147,7 @@ class Report:
     stored_per_layer: tuple[tuple[int, ...], ...] | None = None
     entries: tuple[torch.Tensor, ...] | None = field(default=None, repr=False)
     scope: str | None = None
+    probed_layers: int = 0
 
     @classmethod
     def build(
@@ -163,6 +166,7 @@ class Report:
         tower_flops: tuple[int, int] | None = None,
         entries: Sequence[torch.Tensor] | None = None,
         scope: str | None = None,
+        probed_layers: int = 0,
     ) -> Report:
         """Compute the report of one prefill.
 
@@ -190,6 +194,7 @@ class Report:
             FLOPs of the tower's layers on all patches, and on those that were left.
         entries : sequence of Tensor, optional
         scope : str, optional
+        probed_layers : int
             As in the report.
 
         Raises
@@ -211,6 +216,7 @@ class Report:
             shape, note = None, str(error)
 
         uncompressed = [lengths_before] * depth
+        probed = [lengths_before if layer < probed_layers else () for layer in range(depth)]
         return cls(
             configs=tuple(configs),
             model_type=model_type,
@@ -219,7 +225,9 @@ class Report:
             lengths_before=tuple(lengths_before),
             lengths_per_layer=tuple(tuple(lengths) for lengths in lengths_per_layer),
             flops_before=_layer_flops(shape, uncompressed),
-            flops_after=_layer_flops(shape, lengths_per_layer),
+            flops_after=_layer_flops(
+                shape, [[*own, *extra] for own, extra in zip(lengths_per_layer, probed, strict=True)]
+            ),
             head_flops=None if shape is None else rows * shape.head_flops(),
             kv_bytes_before=_layer_kv_bytes(shape, uncompressed, dtype),
             kv_bytes_after=_layer_kv_bytes(shape, stored_per_layer or lengths_per_layer, dtype),
@@ -230,6 +238,7 @@ class Report:
             stored_per_layer=None if stored_per_layer is None else tuple(map(tuple, stored_per_layer)),
             entries=None if entries is None else tuple(entries),
             scope=scope,
+            probed_layers=probed_layers,
             dtype=dtype,
             versions=(("vtc", __version__), ("torch", torch.__version__), ("transformers", transformers_version)),
         )
@@ -339,6 +348,7 @@ class Report:
             "tower_flops_after": self.tower_flops_after,
             "stored_per_layer": None if self.stored_per_layer is None else [list(n) for n in self.stored_per_layer],
             "scope": self.scope,
+            "probed_layers": self.probed_layers,
             "selector_ms": self.selector_ms,
             "sites": [
                 {"site": str(site), "came": came, "left": left, "selector_ms": dict(self.spent).get(site, 0.0)}
@@ -380,6 +390,8 @@ class Report:
         else:
             rows.append(("selector", "", f"{self.selector_ms:.2f} ms", ""))
         notes = [] if self.flops_note is None else [f"No FLOPs and KV bytes: {self.flops_note}"]
+        if self.probed_layers:
+            notes.append(f"{self.probed_layers} decoder layers read the whole prompt first, to choose by")
         if self.scope is not None:
             notes.append(f"Entries of {self.scope} tokens may leave the caches, other ones in each layer")
         if self.reused:

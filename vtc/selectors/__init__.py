@@ -18,6 +18,7 @@ from .fastv import FastVSelector
 from .fastvid import FastVidSelector
 from .flashvid import FlashVidSelector
 from .flowcut import FlowCutSelector
+from .gemfilter import GemFilterSelector
 from .h2o import H2oSelector
 from .hiprune import HiPruneSelector
 from .holitom import HoliTomSelector
@@ -64,6 +65,7 @@ __all__ = [
     "FasterVlmSelector",
     "FlashVidSelector",
     "FlowCutSelector",
+    "GemFilterSelector",
     "H2oSelector",
     "HiPruneSelector",
     "HoliTomSelector",
