@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from vtc.config import CompressionConfig, load_stages, save_stages
     from vtc.core.actions import Action
-    from vtc.core.cache_signals import AttentionSums, ResidualCosine, WindowAttention
+    from vtc.core.cache_signals import AttentionSums, LocalAttention, ResidualCosine, WindowAttention
     from vtc.core.context import VisualContext
     from vtc.core.eviction import CacheContext, CacheSelector, Eviction
     from vtc.core.layer_budgets import LayerBudgets
@@ -116,6 +116,7 @@ __all__ = [
     "InputError",
     "KernelError",
     "LayerBudgets",
+    "LocalAttention",
     "ModelShape",
     "Origin",
     "PackPlan",
@@ -188,7 +189,7 @@ _HOME = {
     ),
     "vtc.config": ("CompressionConfig", "load_stages", "save_stages"),
     "vtc.core.actions": ("Action",),
-    "vtc.core.cache_signals": ("AttentionSums", "ResidualCosine", "WindowAttention"),
+    "vtc.core.cache_signals": ("AttentionSums", "LocalAttention", "ResidualCosine", "WindowAttention"),
     "vtc.core.context": ("VisualContext",),
     "vtc.core.eviction": ("CacheContext", "CacheSelector", "Eviction"),
     "vtc.core.layer_budgets": ("LayerBudgets",),

@@ -1,4 +1,4 @@
-"""A pass of the first decoder layers over the prompt, made to choose by: what it reads and costs, and what it leaves."""
+"""A pass of the first decoder layers over the prompt, made to choose by: what it reads, costs and leaves."""
 
 from __future__ import annotations
 

@@ -172,6 +172,8 @@ METHODS: tuple[Method, ...] = (
     Method("prumerge-plus", _one("prumerge-plus", 0.5), merges=True, needs_cls=True, by_ratio=False, everywhere=False),
     Method("vscan", _one("vscan", 0.5, score_source="received", window=2), decoder=True, merges=True, by_ratio=False),
     Method("gemfilter", _one("gemfilter", 0.5, layer=1), everywhere=False, reads_text=True),
+    # Stages of a tiny decoder would be in layers 1, 2 and 3.
+    Method("sliminfer", _one("sliminfer", 0.3, block=2, window=4), decoder=True, by_ratio=False, everywhere=False),
     Method("snapkv", _one("snapkv", 0.5, window=4), decoder=True, cache=True, everywhere=False),
     Method("prefixkv", _one("prefixkv", 0.5, scope="all"), decoder=True, cache=True, by_ratio=False, everywhere=False),
     Method("evs", _one("evs", 0.6), video=True),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vtc.core.cache_signals import WindowAttention
 from vtc.core.context import VisualContext
 from vtc.core.eviction import CacheSelector
 from vtc.core.grids import Grid
@@ -51,6 +52,7 @@ METHOD_SIGNALS = (
     Raters,
     TextRows,
     LastQueryLogits,
+    WindowAttention,
 )
 """Signals that one method brings with it."""
 

@@ -11,9 +11,10 @@ import torch
 import vtc
 import vtc.kernels
 from tests.selectors.caches import context, observed, read
-from vtc.core.cache_signals import AttentionSums, WindowAttention
+from vtc.core.cache_signals import AttentionSums, WindowAttention, best_chunks
 from vtc.core.eviction import CacheSelector, Eviction, protect
 from vtc.core.layer_budgets import parse_budgets, smallest_split
+from vtc.core.stage import ModelShape
 from vtc.registry import get_selector, selectors
 
 METHODS = sorted(name for name, cls in selectors().items() if issubclass(cls, CacheSelector) and name != "kvpress")
@@ -27,7 +28,7 @@ def drawn(seed: int = 0, dtype: torch.dtype = torch.float32, batch: int = 1) -> 
 
 
 def method_of(name: str, **options: Any) -> Any:
-    small = {"window": 4} if name == "snapkv" else {}
+    small = {"window": 4} if name in ("snapkv", "chunkkv") else {}
     return get_selector(name, scope="all", **{**small, **options})
 
 
@@ -41,7 +42,7 @@ def test_keeps_exactly_the_budget_in_every_head(name: str, budget: int) -> None:
     assert len(answer.keep) in (1, 2)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "chunkkv"])  # which ranks chunks
 def test_kept_are_the_best_under_the_own_score(name: str) -> None:
     method = method_of(name)
     for seed in range(3):
@@ -219,3 +220,40 @@ def test_clusters_are_the_best_of_all_splits() -> None:
 def test_broken_budgets_are_refused(broken: Any) -> None:
     with pytest.raises(vtc.ConfigError, match="budgets"):
         parse_budgets(broken)
+
+
+def test_chunks_stay_whole_and_the_budget_exact() -> None:
+    scores = torch.tensor([1.0, 1.0, 9.0, 0.0, 4.0, 4.0, 0.0])
+    chunk = torch.tensor([0, 0, 2, 2, 3, 3, 7])
+    assert best_chunks(scores, chunk, 2).tolist() == [2, 3]  # 4.5, before 4.0
+    assert best_chunks(scores, chunk, 3).tolist() == [2, 3, 4]
+    assert best_chunks(scores, chunk, 4, "amax").tolist() == [2, 3, 4, 5]
+    assert best_chunks(scores, chunk, 7).tolist() == list(range(7))
+    assert best_chunks(scores[:0], chunk[:0], 0).tolist() == []
+
+
+@pytest.mark.parametrize(("scope", "left"), [("visual", 0), ("all", 12)])
+def test_the_laziest_layers_are_emptied(scope: str, left: int) -> None:
+    method: Any = get_selector("light-transfer", budgets={"name": "lazy", "initial": 4, "recent": 8})
+    (signal,) = method.stages()[0].requires
+    contexts = [
+        context(method, 40, 20, {signal: torch.tensor(share)}, layer=i, layers=4)
+        for i, share in enumerate((0.9, 0.1, 0.95, 0.3))
+    ]
+    for ctx in contexts:
+        ctx.scope = scope
+    assert method.share(contexts) == [left, 40, left, 40]
+    contexts[0].budget = left
+    kept = [*range(4), *range(32, 40)] if left else []
+    assert method.evict(contexts[0]).keep[0].tolist() == kept
+
+
+def test_blocks_leave_inside_the_decoder() -> None:
+    method: Any = get_selector("sliminfer", block=4)
+    stages = method.stages(ModelShape(8), 0.125)
+    assert [stage.site.layer for stage in stages] == [3, 4, 5]
+    assert [stage.keep for stage in stages] == pytest.approx([0.5, 0.5, 0.5])
+    scores = torch.zeros(2, 16)
+    scores[0, 9], scores[1, 1] = 8.0, 4.0
+    found = vtc.select("sliminfer", block=4, signals={WindowAttention: scores}, keep_tokens=8)
+    assert found.keep.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]

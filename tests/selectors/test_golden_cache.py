@@ -9,7 +9,7 @@ import torch
 
 from tests.selectors.caches import context, observed, read
 from tests.selectors.test_golden import GOLDEN, load
-from vtc.core.cache_signals import AttentionSums, ResidualCosine, WindowAttention
+from vtc.core.cache_signals import AttentionSums, LocalAttention, ResidualCosine, WindowAttention
 from vtc.core.eviction import DecodingState
 from vtc.core.layer_budgets import PyramidBudgets, SqueezeBudgets, cumulative_drops, smallest_split
 from vtc.kernels import topk_indices
@@ -200,3 +200,23 @@ def test_gemfilter(name: str) -> None:
     kept = topk_indices(pooled, golden["topk"])
     if "ties" not in name:
         assert torch.equal(kept, golden["kept_ascending"])
+
+
+def test_chunkkv() -> None:
+    golden = load("kvpress_chunkkv_01.npz")
+    window, n = golden["window"], golden["keys"].shape[2]
+    queries = torch.nn.functional.pad(golden["queries_window"], (0, 0, n - window, 0))
+    method: Any = get_selector(
+        "chunkkv", scope="all", window=window, kernel=golden["kernel_size"], length=golden["chunk_length"]
+    )
+    ctx = read(method, observed(queries, golden["keys"]), int(n * (1 - golden["compression_ratio"])))
+    assert torch.equal(method.evict(ctx).keep.expand(2, -1), golden["kept_positions_sorted"][0])
+
+
+def test_laziness_of_a_layer() -> None:
+    golden = load("kvpress_simlayerkv_01.npz")
+    n = golden["keys"].shape[2]
+    queries = torch.nn.functional.pad(golden["queries_window"], (0, 0, n - 1, 0))
+    signal = LocalAttention(golden["n_initial"], golden["n_recent"])
+    share = signal.compute(observed(queries, golden["keys"]))
+    assert share.item() == pytest.approx(golden["lazy_score"], rel=1e-4)

@@ -18,7 +18,7 @@ from ..plain import shown
 from .observations import DecoderAttention, DecoderUpdate, Observation
 from .signals import Signal
 
-__all__ = ["AttentionSums", "ResidualCosine", "WindowAttention"]
+__all__ = ["AttentionSums", "LocalAttention", "ResidualCosine", "WindowAttention", "best_chunks"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,68 @@ class ResidualCosine(Signal):
         """(B,)."""
         cosines = F.cosine_similarity(raw.before.float(), raw.after.float(), dim=-1)
         return (cosines * raw.prompt).sum(dim=1) / raw.prompt.sum(dim=1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class LocalAttention(Signal):
+    """Share of the last query's attention that goes to the first and the latest entries before it, a scalar.
+
+    Parameters
+    ----------
+    initial, recent
+        How many entries at either end count; the last query's own does not.
+    """
+
+    name: ClassVar[str] = "local_attention"
+    reads: ClassVar[type[Observation]] = DecoderAttention
+    axes: ClassVar[tuple[str, ...]] = ()
+    per_token: ClassVar[bool] = False
+
+    initial: int = 4
+    recent: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "recent"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name} must be an integer of at least 0, got {shown(value)}.")
+
+    def compute(self, raw: DecoderAttention) -> Tensor:
+        """(B,)."""
+        shares = []
+        for row in raw.each_row():
+            attention = window_rows(row, 1).mean(dim=0)[0, :-1]
+            recent = max(self.initial, len(attention) - self.recent)
+            shares.append(attention[: self.initial].sum() + attention[recent:].sum())
+        return torch.stack(shares)
+
+
+def best_chunks(scores: Tensor, chunk: Tensor, budget: int, by: str = "mean") -> Tensor:
+    """Choose whole chunks of neighbours by their scores, as many as the budget holds.
+
+    Parameters
+    ----------
+    scores
+        (N,) float32.
+    chunk
+        (N,) long, ascending: number of the chunk of each entry.
+    budget
+        K; of the last chunk that is chosen only the best entries stay, so that it is kept exactly.
+    by
+        A chunk's score is the "mean" of its entries', or the largest ("amax").
+
+    Returns
+    -------
+    Tensor
+        (K,) long, ascending.
+    """
+    number = torch.unique_consecutive(chunk, return_inverse=True)[1]
+    count = int(number[-1]) + 1 if len(number) else 0
+    whole = scores.new_zeros(count).scatter_reduce(0, number, scores, by, include_self=False)
+    ranks = whole.sort(descending=True, stable=True).indices.argsort()
+    by_score = scores.sort(descending=True, stable=True).indices
+    by_chunk = by_score[ranks[number[by_score]].sort(stable=True).indices]
+    return by_chunk[:budget].sort().values
 
 
 def window_rows(raw: DecoderAttention, window: int) -> Tensor:

@@ -261,8 +261,8 @@ class CacheSelector(Selector):
         Which entries may leave: "visual" tokens' only, or those of "all" tokens of the prompt. The ratio is of these.
         Rows without a picture are left alone.
     budgets
-        How the layers share the budget: "uniform", "pyramid", "squeeze" or "cumulative", a mapping with such a `name`
-        and its options, or the fraction that each layer keeps; see `vtc.core.layer_budgets`.
+        How the layers share the budget: "uniform", "pyramid", "squeeze", "cumulative" or "lazy", a mapping with such a
+        `name` and its options, or the fraction that each layer keeps; see `vtc.core.layer_budgets`.
 
     Raises
     ------

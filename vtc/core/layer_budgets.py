@@ -10,6 +10,7 @@ name            rule
 ``pyramid``     the first layers keep most, by a straight line (PyramidKV)
 ``squeeze``     layers whose attention changes the hidden states least keep least (SqueezeAttention)
 ``cumulative``  every layer keeps the same share of its attention (PrefixKV)
+``lazy``        layers that attend to both ends only keep nothing in between (LightTransfer), the others everything
 fractions       L fractions, found beforehand (PrefixKV's profiles, EvolKV)
 ==============  =======================================================================================================
 """
@@ -20,14 +21,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..plain import real, shown
-from .cache_signals import AttentionSums, ResidualCosine
+from .cache_signals import AttentionSums, LocalAttention, ResidualCosine
 from .signals import Signal
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "CumulativeBudgets",
     "FractionBudgets",
     "LayerBudgets",
+    "LazyBudgets",
     "PyramidBudgets",
     "SqueezeBudgets",
     "UniformBudgets",
@@ -48,9 +50,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerBudgets(ABC):
-    """A rule by which layers share a budget; `requires` are signals that it reads besides those of the method."""
+    """A rule by which layers share a budget."""
 
-    requires: ClassVar[tuple[Signal, ...]] = ()
+    @property
+    def requires(self) -> tuple[Signal, ...]:
+        """Signals that it reads, besides those of the method."""
+        return ()
 
     def check(self, layers: int, keep_ratio: float | None) -> None:  # noqa: B027 # most rules fit everywhere
         """Raise ConfigError if the rule does not fit a decoder of so many `layers`, or the ratio that is asked for."""
@@ -186,9 +191,12 @@ class SqueezeBudgets(LayerBudgets):
     "SqueezeAttention: 2D Management of KV-Cache in LLM Inference via Layer-wise Optimal Budget", arXiv 2404.04793.
     """
 
-    requires: ClassVar[tuple[Signal, ...]] = (ResidualCosine(),)
-
     least: float | None = None
+
+    @property
+    def requires(self) -> tuple[Signal, ...]:
+        """How little attention changes the hidden states."""
+        return (ResidualCosine(),)
 
     def __post_init__(self) -> None:
         least = None if self.least is None else real(self.least)
@@ -214,6 +222,42 @@ class SqueezeBudgets(LayerBudgets):
 
 
 @dataclass(frozen=True)
+class LazyBudgets(LayerBudgets):
+    """Lazy layers keep nothing, all others everything (LightTransfer, arXiv 2410.13846).
+
+    A layer is the lazier, the more of the last query's attention goes to the first `initial` and the latest `recent`
+    entries before it. As many of the laziest layers are emptied as the budget asks for, rounded.
+
+    Parameters
+    ----------
+    initial, recent
+        Entries at both ends. With ``scope="all"`` lazy layers keep so many, which the budget then exceeds; pictures
+        between them leave whole.
+    """
+
+    initial: int = 4
+    recent: int = 32
+
+    def __post_init__(self) -> None:
+        self.requires  # noqa: B018 # raises
+
+    @property
+    def requires(self) -> tuple[Signal, ...]:
+        """The share of attention at both ends."""
+        return (LocalAttention(self.initial, self.recent),)
+
+    def share(self, contexts: Sequence[CacheContext]) -> list[int]:
+        """Empty the laziest layers."""
+        total, kept = sum(ctx.n for ctx in contexts), sum(ctx.budget for ctx in contexts)
+        lazy = round(len(contexts) * (1 - kept / total)) if total else 0
+        shares = [float(ctx[LocalAttention]) for ctx in contexts]
+        laziest = set(sorted(range(len(shares)), key=lambda layer: -shares[layer])[:lazy])
+        ends = self.initial + self.recent
+        left = [min(ctx.n, ends) if ctx.scope == "all" else 0 for ctx in contexts]
+        return [left[layer] if layer in laziest else ctx.n for layer, ctx in enumerate(contexts)]
+
+
+@dataclass(frozen=True)
 class CumulativeBudgets(LayerBudgets):
     """Every layer keeps the shortest prefix of its ranked entries that has a share c of its attention (PrefixKV).
 
@@ -231,9 +275,12 @@ class CumulativeBudgets(LayerBudgets):
     arXiv 2412.03409.
     """
 
-    requires: ClassVar[tuple[Signal, ...]] = (AttentionSums(),)
-
     protect: int = 0
+
+    @property
+    def requires(self) -> tuple[Signal, ...]:
+        """Attention received."""
+        return (AttentionSums(),)
 
     def __post_init__(self) -> None:
         if not isinstance(self.protect, int) or self.protect < 0:
@@ -319,6 +366,7 @@ _NAMES: dict[str, type[LayerBudgets]] = {
     "pyramid": PyramidBudgets,
     "squeeze": SqueezeBudgets,
     "cumulative": CumulativeBudgets,
+    "lazy": LazyBudgets,
 }
 
 

@@ -229,6 +229,11 @@ class DecoderAttention(Observation):
         prompt = self.valid & (self.text | self.visual)
         return _by_rows(prompt, lambda row, own: compute(self._row(row, own)))
 
+    def each_row(self) -> Iterator[DecoderAttention]:
+        """Yield the rows one by one, each without padding and without tokens outside the prompt."""
+        for row, own in enumerate(self.valid & (self.text | self.visual)):
+            yield self._row(row, own.nonzero()[:, 0])
+
     def _row(self, row: int, own: Tensor) -> DecoderAttention:
         """Return one row of the batch with the tokens `own` (n,) and the keys of earlier turns alone."""
         queries, keys, values = (x[row : row + 1] for x in (self.queries, self.keys, self.values))

@@ -203,9 +203,10 @@ def _select(compression: Compression, forward: ForwardState, prompt: Prompt, kwa
     for stage in compression.plan.before_decoder:
         for segment in prompt.segments:
             extra = _text_values(stage, forward, prompt, segment, embeds)
-            row = forward.first_row(segment.row)
-            places = forward.find(row, segment.columns[segment.kept])
-            extra |= {signal: values[row][places] for signal, values in probed.items()}
+            if probed:
+                row = forward.first_row(segment.row)
+                places = forward.find(row, segment.columns[segment.kept])
+                extra |= {signal: values[row][places] for signal, values in probed.items()}
             prompt.spend(stage.site, choose(stage, segment, extra, structural=compression.plan.structural))
     for stage in compression.plan.in_decoder.values():
         for segment in prompt.segments:

@@ -7,6 +7,7 @@ from .adaptive_sparse_vit import AdaptiveSparseVitSelector
 from .aim import AimSelector
 from .atp import AtpSelector
 from .cdpruner import CdPrunerSelector
+from .chunkkv import ChunkKvSelector
 from .dart import DartSelector
 from .divprune import DivPruneSelector
 from .dycoke import DyCokeSelector
@@ -24,6 +25,7 @@ from .hiprune import HiPruneSelector
 from .holitom import HoliTomSelector
 from .holov import HoloVSelector
 from .kvpress import KvPressSelector
+from .light_transfer import LightTransferSelector
 from .mmtok import MmTokSelector
 from .pixelprune import PixelPruneSelector
 from .pool import PoolSelector
@@ -35,6 +37,7 @@ from .random import RandomSelector
 from .rediprune import ReDiPruneSelector
 from .resize import ResizeSelector
 from .scope import ScopeSelector
+from .sliminfer import SlimInferSelector
 from .snapkv import SnapKvSelector
 from .sparsevlm import SparseVlmRankSelector, SparseVlmSelector
 from .streaming import StreamingSelector
@@ -54,6 +57,7 @@ __all__ = [
     "AimSelector",
     "AtpSelector",
     "CdPrunerSelector",
+    "ChunkKvSelector",
     "DartSelector",
     "DivPruneSelector",
     "DyCokeSelector",
@@ -71,6 +75,7 @@ __all__ = [
     "HoliTomSelector",
     "HoloVSelector",
     "KvPressSelector",
+    "LightTransferSelector",
     "MmTokSelector",
     "PixelPruneSelector",
     "PoolSelector",
@@ -85,6 +90,7 @@ __all__ = [
     "ScopeSelector",
     "ScoreSelector",
     "Selector",
+    "SlimInferSelector",
     "SnapKvSelector",
     "SparseVlmRankSelector",
     "SparseVlmSelector",

@@ -62,7 +62,7 @@ class GemFilterSelector(ScoreSelector):
 
     The layers before `layer` read the whole prompt once, without a cache; ``score_j`` is the mean over the neighbours
     of ``j`` of ``sum over heads of q . k_j`` for the last query. Then the untouched model reads the best tokens from
-    the start. That costs ``layer / L`` of a prefill, and pays if the rest of the prompt costs more than the tokens kept.
+    the start. That costs ``layer / L`` of a prefill, and pays if what leaves would cost more.
 
     Differences from the released code: only visual tokens leave, not text, nor ever the last token; tokens keep their
     positions unless ``positions="compact"`` asks for the authors' renumbering; and layer `layer` itself is not run
