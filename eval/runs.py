@@ -155,7 +155,8 @@ def sweep_runs(
         A method does not exist, or a budget or an option is out of range.
     """
     known = [name for name in vtc.list_methods() if name != TruthSelector.name]
-    names = [name for each in methods for name in (known if each == "all" else [each])]
+    everything = [name for name in known if name != "kvpress"]
+    names = [name for each in methods for name in (everything if each == "all" else [each])]
     unknown = [name for name in names if name not in (*known, _RESIZE)]
     if unknown:
         raise vtc.ConfigError(f"unknown method(s) {', '.join(unknown)}; there are: {', '.join(known)}")

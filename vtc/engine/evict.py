@@ -301,7 +301,7 @@ def _note(forward: ForwardState, prompt: Prompt, stored: Sequence[torch.Tensor])
         index = index[forward.first_rows()]
         columns = index - prompt.offset
         columns = torch.where((index >= 0) & (columns >= 0) & (columns < prompt.columns), columns, -1)
-        prompt.stored.append(columns)
+        prompt.stored.append(columns.cpu())
         rows = torch.arange(prompt.rows, device=columns.device)[:, None, None].expand_as(columns)
         anywhere[rows[columns >= 0], columns[columns >= 0]] = True
     for segment in prompt.segments:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from ..plain import plain, shown
 from ..registry import register_selector
 
 __all__ = ["KvPressSelector", "PressChoice", "press", "why_not"]
+
+_LENDING = threading.Lock()
+"""Held while a press runs: what is lent to a module is seen by all threads, and presses keep state."""
 
 _INSTALL = 'pip install "vtc[kvpress]" && pip install --no-deps kvpress'
 
@@ -64,7 +68,7 @@ class PressChoice(Signal):
         }
         arguments = raw.module, raw.hidden, raw.keys, raw.values, raw.attention, kwargs
         try:
-            with _lent(raw):
+            with _LENDING, _lent(raw):
                 made.post_init_from_model(raw.model)
                 if self.by == "score":
                     return made.score(*arguments)[0].float().T

@@ -173,7 +173,8 @@ class ReadVideo:
 
 def streams(engine: Engine) -> bool:
     """Tell whether the methods need neither the text nor the decoder, so that a video can be read in windows."""
-    return not engine.plan.in_decoder and not engine.plan.after_prefill and not engine.plan.reads_text
+    plan = engine.plan
+    return not (plan.in_decoder or plan.after_prefill or plan.reads_text or plan.probes)
 
 
 @torch.no_grad()
