@@ -37,9 +37,9 @@ def compress(
 ) -> Model:
     """Compress the visual tokens of `model`, in place: the same object is returned.
 
-    From then on every call that brings images or videos keeps a part of their tokens; text is never touched. Calling
-    again replaces the configuration. Any number of threads may run the model, and `compress` and `restore` refuse to
-    change it while one does.
+    From then on every call that brings images or videos keeps a part of their tokens; text is never touched, but for
+    entries of caches where ``scope="all"`` says so. Calling again replaces the configuration. Any number of threads may
+    run the model, and `compress` and `restore` refuse to change it while one does.
 
     Parameters
     ----------

@@ -245,6 +245,29 @@ def test_a_turn_of_text_leaves_the_budget_as_it_was(method: str) -> None:
     assert third == [n + own for n, (own,) in zip(after, report.stored_per_layer, strict=True)]
 
 
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_nothing_leaves_while_compression_is_paused(method: str) -> None:
+    case = build(tiny.family("llava"))
+    inputs = case.batch("single")
+    length = inputs["input_ids"].shape[1]
+    with vtc.compressed(
+        case.model, method, keep_ratio=0.5, scope="all", at="cache:decoding", **METHODS[method]
+    ) as model:
+        cache = model(**inputs)[CACHE]
+        before = [layer.keys.shape[2] for layer in cache.layers]
+        with vtc.disabled(model):
+            for step in range(3):
+                mask = torch.ones(1, length + step + 1, dtype=torch.long)
+                model(input_ids=torch.tensor([[11 + step]]), attention_mask=mask, **{CACHE: cache})
+        assert [layer.keys.shape[2] for layer in cache.layers] == [n + 3 for n in before]
+        model(
+            input_ids=torch.tensor([[9]]), attention_mask=torch.ones(1, length + 4, dtype=torch.long), **{CACHE: cache}
+        )
+    after = [layer.keys.shape[2] for layer in cache.layers]
+    assert after == ([n + 3 for n in before] if method == "prefixkv" else before)
+
+
 @torch.no_grad()
 def test_drafts_are_refused() -> None:
     case = build(tiny.family("llava"))

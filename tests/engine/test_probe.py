@@ -102,6 +102,12 @@ def test_without_a_picture_there_is_no_probe() -> None:
     assert len(ran) == 1
 
 
+def test_recurrent_decoders_are_refused() -> None:
+    model = build(tiny.family("qwen3_5")).model
+    with pytest.raises(vtc.UnsupportedMethodError, match=r"gemfilter reads attention inside the decoder.*recurrent"):
+        vtc.compress(model, "gemfilter", keep_ratio=0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"layer": 4}, "gemfilter reads decoder layer 4; this model has layers 0 to 3"), ({"kernel": 2}, "odd integer")],

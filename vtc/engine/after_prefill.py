@@ -36,7 +36,7 @@ def after_prefill(compression: Compression, forward: ForwardState, output: Any) 
         There is no cache, or one of a kind whose entries cannot be removed; or the prompt came in pieces.
     """
     stages, prompt = compression.plan.after_prefill, forward.prompt
-    if prompt is None and after_step(forward):
+    if prompt is None and after_step(forward, evict=compression.enabled):
         forward.write_record(compression.owner, forward.shift)
     if not stages or prompt is None or prompt.decided(_SITE):
         return

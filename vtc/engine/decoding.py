@@ -99,8 +99,10 @@ def record_step(forward: ForwardState, layer: int, attention: Any) -> None:
 
 
 @torch.no_grad()
-def after_step(forward: ForwardState) -> bool:
+def after_step(forward: ForwardState, *, evict: bool = True) -> bool:
     """Let entries leave the caches by the rule of the method, after a pass that brought no new picture.
+
+    Without `evict` the pass is only counted.
 
     Returns
     -------
@@ -127,7 +129,7 @@ def after_step(forward: ForwardState) -> bool:
             if layer not in forward.step_scores:
                 raise StateError(f"decoder layer {layer} ran without its attention being seen: {UNSEEN}")
             _accumulate(decoding, layer, forward.step_scores[layer])
-        answers = _ask(decoding, layer)
+        answers = _ask(decoding, layer) if evict else []
         if any(answer.count for answer in answers):
             _remove(decoding, layer, cached, answers)
             moved = True
@@ -188,7 +190,8 @@ def _remove(decoding: DecodingCaches, layer: int, cached: Any, answers: Sequence
         first = width - stored
         if answers[0].place is None:
             recent = torch.tensor([answer.recent for answer in answers])
-            victim = _lowest(decoding.scores[layer], first.to(device), (width - recent).to(device))
+            scores = decoding.scores[layer]
+            victim = _lowest(scores, first.to(scores.device), (width - recent).to(scores.device)).to(device)
         else:
             places = torch.tensor([answer.place or 0 for answer in answers])
             victim = (first + places.clamp(max=stored - 1)).to(device)[:, None].expand(-1, cached.keys.shape[1])
@@ -199,7 +202,8 @@ def _remove(decoding: DecodingCaches, layer: int, cached: Any, answers: Sequence
             oldest = entries.gather(2, at[..., None, None].expand(-1, -1, 1, size))
             entries.scatter_(2, victim[..., None, None].expand(-1, -1, 1, size), oldest)
         for table in tables:
-            table.scatter_(2, victim[..., None], table.gather(2, at[..., None]))
+            from_, to = at[..., None].to(table.device), victim[..., None].to(table.device)
+            table.scatter_(2, to, table.gather(2, from_))
         stored -= going.long()
     cut = cached.keys.shape[2] - int(stored.max())
     cached.keys, cached.values = cached.keys[:, :, cut:], cached.values[:, :, cut:]

@@ -177,6 +177,8 @@ def _context(
     values: Mapping[Signal, torch.Tensor],
 ) -> CacheContext:
     """Make what a method is shown of the entries of a row in one layer."""
+    device = entries.tokens.device  # layers may be spread over several
+    own = {signal: value[row].to(device) for signal, value in values.items()}
     return CacheContext(
         layer=layer,
         layers=len(forward.cache.layers),
@@ -189,8 +191,8 @@ def _context(
         keep_ratio=stage.keep_ratio,
         generator=torch.Generator().manual_seed(stage.config.seed),
         signals={
-            signal: signal.present(value[row][entries.tokens] if signal.per_token else value[row])
-            for signal, value in values.items()
+            signal: signal.present(value[entries.tokens] if signal.per_token else value)
+            for signal, value in own.items()
         },
     ).check()
 

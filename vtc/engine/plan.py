@@ -283,6 +283,11 @@ def _check_signals(selector: Selector, stage: Stage, adapter: Adapter, *, settle
                 f"{selector.name} needs {signal.name}, which {kind} cannot give: {why}; {instead} "
                 "vtc.list_methods(model) for what works on this model"
             )
+        if settled and isinstance(signal, ProbeSignal) and adapter.decoder_stages_refused:
+            raise UnsupportedMethodError(
+                f"{selector.name} reads attention inside the decoder, which {kind} cannot tell: "
+                f"{adapter.decoder_stages_refused}"
+            )
         if settled and isinstance(signal, ProbeSignal) and signal.layer >= len(adapter.text_model.layers):
             raise ConfigError(
                 f"{selector.name} reads decoder layer {signal.layer}; this model has layers 0 to "

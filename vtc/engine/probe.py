@@ -42,10 +42,12 @@ def probe(compression: Compression, forward: ForwardState, kwargs: Mapping[str, 
     signals = compression.plan.probes
     text, last = compression.adapter.text_model, max(signal.layer for signal in signals)
     columns, visual, valid = forward.prompt_columns(), forward.visual(), forward.valid
-    visibility = kernels.VisibilityMask(forward.source_index, forward.source_index, None, forward.blocks)
     found: dict[Signal, torch.Tensor] = {}
 
     def recorder(layer: int) -> Any:
+        window = forward.types.windows[layer]
+        visibility = kernels.VisibilityMask(forward.source_index, forward.source_index, window, forward.blocks)
+
         def record(query: Any, key: Any, value: Any, mask: Any, scaling: float, more: Mapping[str, Any]) -> None:
             raw = DecoderProbe(
                 query,
