@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 import vtc
 from tests import reference, tiny
@@ -15,6 +17,7 @@ from tests.invariants.matrix import build, sharp, tolerance
 from vtc.core.eviction import DecodingState
 from vtc.engine.cache import CACHE, cache_in
 from vtc.engine.masks import allowed_keys
+from vtc.engine.preallocated import PreallocatedLayer
 from vtc.registry import get_selector
 
 STEPS: dict[str, Any] = {
@@ -295,3 +298,38 @@ def test_what_cannot_evict_while_decoding_is_refused(method: str, options: dict[
     with pytest.raises((vtc.UnsupportedMethodError, vtc.ConfigError), match=match):
         vtc.compress(model, method, keep_ratio=0.5, at="cache:decoding", **options)
     assert not vtc.is_compressed(model)
+
+
+def test_a_layer_with_room_holds_what_a_dynamic_one_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(length: int) -> torch.Tensor:
+        return torch.randn(2, 3, length, 4, generator=generator)
+
+    plain, roomy = DynamicLayer(), DynamicLayer()
+    first = drawn(7), drawn(7)
+    for layer in (plain, roomy):
+        layer.update(*first)
+    roomy.__class__ = PreallocatedLayer
+    copies = set()
+    for step in range(150):
+        new = drawn(1 + step % 2), drawn(1 + step % 2)
+        for layer in (plain, roomy):
+            layer.update(*new)
+            layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+        if step == 40:
+            for layer in (plain, roomy):
+                layer.reorder_cache(torch.tensor([1, 1]))
+        if step == 80:
+            for layer in (plain, roomy):
+                layer.crop(-2)
+        assert torch.equal(plain.keys, roomy.keys)
+        assert torch.equal(plain.values, roomy.values)
+        copies.add(roomy.keys.untyped_storage().data_ptr())
+    assert len(copies) <= 8, "not one per step"
+    again = copy.deepcopy(roomy)
+    new = drawn(1), drawn(1)
+    for layer in (plain, roomy, again):
+        layer.update(*new)
+    assert torch.equal(plain.keys, roomy.keys)
+    assert torch.equal(plain.keys, again.keys)

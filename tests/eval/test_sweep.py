@@ -81,8 +81,9 @@ def test_the_command_of_the_readme_makes_tables_and_pictures(
 def test_unsupported_runs_are_left_out_unless_requested(loaded: models.Loaded) -> None:
     runs = sweep_runs(["all"], [0.5], positions=["original", "compact"])
     good, left_out = supported_runs(runs, loaded.model, ["all"])
-    inside = ("fastv", "atp", "sparsevlm", "sparsevlm-rank", "pyramiddrop")
-    elsewhere = (*inside, "tome", "adaptive-sparse-vit", "pixelprune")  # not before the decoder
+    inside = ("fastv", "atp", "sliminfer", "sparsevlm", "sparsevlm-rank", "pyramiddrop")
+    caches = ("chunkkv", "elastic-cache", "h2o", "light-transfer", "prefixkv", "snapkv", "streaming")
+    elsewhere = (*inside, *caches, "tome", "adaptive-sparse-vit", "pixelprune")  # not before the decoder
     assert set(left_out) == {f"{name} 0.5 compact" for name in elsewhere}
     assert {run.name for run in good} | set(left_out) == {run.name for run in runs}
     assert not vtc.is_compressed(loaded.model)

@@ -18,6 +18,7 @@ from vtc.engine.cache import CACHE, CacheRecord, cache_in, record_of
 from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
 from vtc.engine.plan import PlannedStage
+from vtc.engine.preallocated import PreallocatedLayer
 from vtc.engine.probe import probe
 from vtc.engine.prompt import Prompt, Segment
 from vtc.engine.state import CallState, ForwardState
@@ -100,7 +101,8 @@ def require_dynamic_cache(cache: Any, stage: PlannedStage) -> None:
     method, where = stage.selector.name, repr(str(stage.site))
     if cache is None:
         raise UnsupportedMethodError(f"{method} at {where} needs a key-value cache; call the model with use_cache=True")
-    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
+    dynamic = (DynamicLayer, PreallocatedLayer)
+    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in dynamic})
     if kinds or getattr(cache, "offloading", False):
         found = f"layers of type {', '.join(kinds)}" if kinds else "offloaded layers"
         raise UnsupportedMethodError(

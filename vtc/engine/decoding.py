@@ -15,6 +15,7 @@ import torch
 
 from vtc import kernels
 from vtc.core.eviction import CacheSelector, DecodingState, Leaving
+from vtc.engine.preallocated import PreallocatedLayer
 from vtc.engine.recorder import UNSEEN, record_once
 from vtc.engine.state import ForwardState
 from vtc.errors import StateError
@@ -64,6 +65,8 @@ def begin(forward: ForwardState, method: CacheSelector, scores: Sequence[torch.T
         Per layer (B, Hkv, P), aligned with its entries; none, unless the method accumulates attention.
     """
     layers = range(len(forward.cache.layers))
+    for layer in forward.cache.layers:  # which would copy all of itself to take up one token
+        layer.__class__ = PreallocatedLayer
     stored = torch.stack([(forward.keys_of(layer) >= 0).sum(dim=1) for layer in layers], dim=1).cpu()
     seen = _valid(forward)
     kept = stored.clone()
