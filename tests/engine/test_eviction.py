@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer
 
 import vtc
 from tests import reference, tiny
@@ -310,6 +312,31 @@ def test_caches_that_cannot_lose_entries_are_refused_before_the_prompt_is_read(
         assert not read or "prefill_chunk_size" in mode
         model.generate(**inputs, max_new_tokens=3)
     hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("quantized", "layers of type QuantizedLayer"),
+        ("offloaded", "offloaded layers"),
+        ("sliding", "layers of type DynamicSlidingWindowLayer"),
+    ],
+)
+@torch.no_grad()
+def test_other_dynamic_caches_are_refused_by_name(kind: str, match: str) -> None:
+    case = build(tiny.family("llava"))
+    cache = DynamicCache()
+    if kind == "offloaded":
+        cache.offloading = True
+    else:  # as transformers' own kinds, which need other packages, or a model that slides windows
+        layer = cache_utils.DynamicSlidingWindowLayer(4) if kind == "sliding" else DynamicLayer()
+        if kind == "quantized":
+            layer.__class__ = type("QuantizedLayer", (DynamicLayer,), {})
+        cache.layers = [layer]
+    refused = pytest.raises(vtc.UnsupportedMethodError, match=match)
+    with vtc.compressed(case.model, "snapkv", keep_ratio=0.5) as model, refused:
+        model(**case.batch("single"), **{CACHE: cache})
+    assert not cache.get_seq_length(), "nothing was read"
 
 
 @pytest.mark.parametrize(
