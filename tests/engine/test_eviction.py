@@ -254,6 +254,69 @@ def test_a_second_turn_with_a_new_picture(method: str) -> None:
     assert record.logical == 2 * length
 
 
+@contextlib.contextmanager
+def hiding_earlier_prompts(model: Any, prompts: list[tuple[int, int, Sequence[torch.Tensor]]]) -> Iterator[None]:
+    """Mask, for all queries behind each of these prompts of one row, what its report does not name.
+
+    `prompts` has the first column, the length and the entries of each, and may grow while this is entered.
+    """
+    heads, handles = reference.text_model(model).config.num_attention_heads, []
+
+    def pre_hook(layer: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            length = cache_in(kwargs).get_seq_length(layer) + queries
+            seen = torch.ones(queries, length, dtype=torch.bool).tril(length - queries).repeat(heads, 1, 1)
+            for first, width, entries in prompts:
+                if first + width <= length - queries:
+                    stored = entries[layer][0]
+                    kept = torch.zeros(len(stored), width, dtype=torch.bool)
+                    for group, columns in enumerate(stored):
+                        kept[group, columns[columns >= 0]] = True
+                    seen[..., first : first + width] &= kept.repeat_interleave(heads // len(kept), dim=0)[:, None]
+            return args, {**kwargs, "attention_mask": seen[None]}
+
+        return hook
+
+    for layer, module in enumerate(reference.text_model(model).layers):
+        handles.append(module.register_forward_pre_hook(pre_hook(layer), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("scope", ["visual", "all"])
+@pytest.mark.parametrize("method", ["snapkv", "prefixkv", "h2o"])
+@torch.no_grad()
+def test_two_turns_with_pictures_are_as_if_masked(method: str, scope: str) -> None:
+    case = sharp(tiny.family("llava"))
+    first, second = case.batch("single"), case.batch("single")
+    length = first["input_ids"].shape[1]
+    prompts: list[tuple[int, int, Sequence[torch.Tensor]]] = []
+
+    def talk(model: Any, note: bool) -> torch.Tensor:
+        cache = model(**first)[CACHE]
+        if note:
+            prompts.append((0, length, vtc.report(model).entries))
+        mask = torch.ones(1, 2 * length, dtype=torch.long)
+        found = [model(**{**second, "attention_mask": mask}, **{CACHE: cache}).logits]
+        if note:
+            prompts.append((length, length, vtc.report(model).entries))
+        for step in range(4):
+            mask = torch.ones(1, 2 * length + step + 1, dtype=torch.long)
+            found.append(model(input_ids=torch.tensor([[11 + step]]), attention_mask=mask, **{CACHE: cache}).logits)
+        return torch.cat(found, dim=1)
+
+    with vtc.compressed(case.model, method, keep_ratio=0.4, scope=scope, **METHODS[method]) as model:
+        ours = talk(model, note=True)
+    with hiding_earlier_prompts(case.model, prompts):
+        theirs = talk(case.model, note=False)
+    assert reference.max_error(ours, theirs) <= tolerance(case)
+    assert reference.max_error(talk(case.model, note=False), ours) > 1e-3, "something was hidden"
+
+
 def means_of(entries: torch.Tensor, keep: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """What Elastic Cache makes of keys or values (H, N, d) at `places`, by a loop."""
     slots: dict[int, list[int]] = {int(i): [int(i)] for i in keep}
