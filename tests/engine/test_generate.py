@@ -166,7 +166,7 @@ def test_a_draft_does_not_change_what_is_kept(family_name: str, draft_seed: int)
     assert kept[0] == kept[1] == kept[2]
 
 
-@over_representatives("divprune", "divprune+fastv")
+@over_representatives("divprune", "divprune+fastv", "pyramiddrop")
 def test_compiled_decoding_in_one_graph(family: tiny.Family, method: Method) -> None:
     case = sharp(family)
     graphs: list[torch.fx.GraphModule] = []
