@@ -62,9 +62,9 @@ def compress(
         For methods that draw.
     at : str or Site, optional
         Where tokens leave: "pixels" or "vision:K" (before the vision tower, or on entering its layer K), "decoder"
-        (before the language model), "decoder:K" (on entering its layer K) or "cache" (after the prefill); for methods
-        of one place, as far as they can work there; by default where the method says. `vtc.core.sites` lists all
-        places.
+        (before the language model), "decoder:K" (on entering its layer K), "cache" (after the prefill) or
+        "cache:decoding" (after it and after every step); for methods of one place, as far as they can work there; by
+        default where the method says. `vtc.core.sites` lists all places.
     **options
         Options of the method.
 
