@@ -170,3 +170,27 @@ def test_flex_prefill_equals_masking(name: str) -> None:
     with torch.no_grad():
         theirs = expected.prefill().logits
     assert reference.max_error(ours[expected.visible], theirs[expected.visible]) <= 2 * tolerance(case)
+
+
+@pytest.mark.parametrize("kind", ["single", "ragged"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("snapkv", {"window": 4, "kernel": 3}),
+        ("prefixkv", {}),
+        ("h2o", {"at": "cache:decoding", "scope": "all", "recent": 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@torch.no_grad()
+def test_smaller_caches_under_flash_say_what_they_say_under_sdpa(
+    flash: FlashCalls, name: str, options: dict[str, Any], kind: str
+) -> None:
+    family = tiny.family("qwen2_5_vl")
+    said = []
+    for case in (sharp(family), with_flash(family)):
+        with vtc.compressed(case.model, name, keep_ratio=0.4, **options) as model:
+            said.append(model.generate(**case.batch(kind), **SAY))
+    assert flash.fixed or flash.packed
+    assert torch.equal(said[0].sequences, said[1].sequences)
+    assert reference.max_error(torch.stack(said[0].logits), torch.stack(said[1].logits)) <= 1e-5
