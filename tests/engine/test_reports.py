@@ -30,6 +30,7 @@ def test_counts_are_those_of_the_tensors(family: tiny.Family, method: Method, at
     visual = (ids == tiny.IMAGE) | (ids == tiny.VIDEO)
     assert report.lengths_before == tuple(real.sum(1).tolist())
     assert report.visual_tokens_before == int(visual.sum())
+    lengths = lengths[report.probed_layers :]  # what read the prompt first, to choose by
     assert [max(rows) for rows in report.lengths_per_layer] == lengths[: len(report.lengths_per_layer)]
     assert [(s.row, s.index) for s in report.segments] == [(0, 0), (1, 0), (1, 1)]
     assert all(segment.modality == family.modality for segment in report.segments)
