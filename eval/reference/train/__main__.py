@@ -300,6 +300,7 @@ STAGES: Final[dict[str, Callable[..., None]]] = {
     "qwen-cache": qwen_cache.build,
     "qwen-scales-tower": qwen_scales.train,
     "qwen-scales-cache": qwen_scales.build,
+    "qwen-scales-export": qwen_scales.blend,
     "export": export.export,
 }
 

@@ -15,12 +15,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 import vtc_reference
 from eval.reference.train import qwen_cache
-from eval.reference.train.cache import PATCH
+from eval.reference.train.cache import PACKAGE, PATCH
+from eval.reference.train.export import export
 from eval.reference.train.qwen_cache import Batch
 from eval.reference.train.qwen_crops import make_crop
 from eval.reference.train.qwen_tower import tower_tokens
@@ -156,3 +158,17 @@ def draw_clips(index: int, split: Split, seed: int) -> tuple[Tensor, Batch]:
 def build(run: Path, split: Split, scenes: int, clips: int, seed: int = 0) -> None:
     """Cache the tokens of scenes and clips of several scales by ``RUN/tower.pt`` in ``RUN/SPLIT.pt``."""
     qwen_cache.write(run, split, seed, ((draw_scenes, scenes), (draw_clips, clips)))
+
+
+def blend(run: Path, share: float = 0.8) -> None:
+    """Store the mean of a run's weights, by ``share``, and of those shipped until now.
+
+    Weights between a model and its continuation keep what the first could, and have most of what was learned: full size
+    and clips had suffered from the smaller pictures.
+    """
+    file = PACKAGE / "qwen2_5_vl" / "model.safetensors"
+    before = load_file(file)
+    export("qwen2_5_vl", run)
+    after = load_file(file)
+    mixed = {key: share * after[key].float() + (1 - share) * weight.float() for key, weight in before.items()}
+    save_file({key: weight.half().contiguous() for key, weight in mixed.items()}, file, metadata={"format": "pt"})
