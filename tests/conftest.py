@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before transformers is imported: nothing is looked up on a network, and two waiting threads do not spin against
 # each other.
@@ -19,3 +20,16 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def registries_as_found() -> Iterator[None]:
+    """Forget the methods and families that a test registers."""
+    from vtc import registry
+
+    tables = [registry._SELECTORS._classes, registry._ADAPTERS._classes]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)

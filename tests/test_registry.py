@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,14 +32,7 @@ class FirstSelector(_First):
     step: int = 1
 
 
-@pytest.fixture(autouse=True)
-def _tables_as_found() -> Iterator[None]:
-    tables = [registry._SELECTORS._classes, registry._ADAPTERS._classes]
-    before = [dict(table) for table in tables]
-    yield
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
+pytestmark = pytest.mark.usefixtures("registries_as_found")
 
 
 def test_first_methods_are_there() -> None:

@@ -262,6 +262,7 @@ def test_later_stages_are_as_if_given_the_smaller_picture(name: str, method: str
     assert reference.max_error(ours[(ours != 0).any(dim=-1)], theirs[(theirs != 0).any(dim=-1)]) <= 1e-6
 
 
+@pytest.mark.usefixtures("registries_as_found")
 @torch.no_grad()
 def test_later_stages_see_the_smaller_grid() -> None:
     seen: list[tuple[tuple[int, int, int], ...]] = []
@@ -330,6 +331,7 @@ def test_towers_of_one_size_are_refused(family: tiny.Family) -> None:
     assert not vtc.is_compressed(case.model)
 
 
+@pytest.mark.usefixtures("registries_as_found")
 def test_what_cannot_be_is_refused() -> None:
     @vtc.register_selector
     @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ from vtc.bench.timing import (
 )
 from vtc.budget import resolve_budget
 from vtc.core.context import VisualContext
+from vtc.core.eviction import CacheSelector
 from vtc.core.grids import Grid
 from vtc.core.observations import TokenGrids
 from vtc.core.selector import Selector
@@ -68,7 +69,10 @@ def methods(named: Sequence[str] | None) -> list[str]:
     """
     found = []
     for name in named or [name for name, cls in registry.selectors().items() if cls.__module__.startswith("vtc.")]:
-        if isinstance(_stage_of(registry.get_selector(name), 0.5)[1].site, BeforeDecoder):
+        selector = registry.get_selector(name)
+        if not named and isinstance(selector, CacheSelector):  # which may need another package
+            continue
+        if isinstance(_stage_of(selector, 0.5)[1].site, BeforeDecoder):
             found.append(name)
         elif named:
             raise ConfigError(f"--method {name}: its tokens do not leave before the decoder.")
