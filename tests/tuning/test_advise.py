@@ -111,6 +111,13 @@ def test_without_names_the_tower_is_tried_too(
     assert inside == {f"divprune@vision:{depth // 3}=0.5+vtc=0.5"}, "a quarter leaves nothing to choose at 0.25"
 
 
+def test_a_smaller_picture_is_tried_in_front_of_vtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    qwen = tiny.build("qwen2_5_vl")
+    monkeypatch.setattr(module.api, "list_methods", dict)
+    found = quiet(qwen, [qwen.batch("single")], methods=None, rounds=1)
+    assert "resize@pixels=0.5+vtc=0.5" in {each.name for each in found.settings}
+
+
 @pytest.mark.parametrize("settings", ["vtc=0.5", ["vtc"], ["divprune@vision:99=0.5"]])
 def test_a_setting_that_cannot_be_tried_is_refused(
     case: tiny.TinyCase, rows: list[dict[str, Any]], settings: Any

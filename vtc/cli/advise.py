@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--setting",
         action="append",
         metavar="METHOD@SITE=KEEP+...",
-        help="stages to try beside the methods; repeat for more (without --methods, some inside the vision tower)",
+        help="stages to try beside the methods; repeat for more (without --methods, some before or inside the tower)",
     )
     parser.add_argument(
         "--keep-ratios",

@@ -18,6 +18,7 @@ token, because attention is quadratic. Far below the prompts measured the figure
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,8 +42,8 @@ from vtc.tuning.samples import as_found, prompts
 
 __all__ = ["Advice", "AdvisedSetting", "advise"]
 
-_TOWER_SHARES = (0.5, 0.25)
-"""What a stage at a third of the tower's depth leaves, in the settings that are tried beside the methods."""
+_FIRST_SHARES = (0.5, 0.25)
+"""What the first of two stages leaves, in the settings that are tried beside the methods."""
 
 Stages = tuple[CompressionConfig, ...]
 _ALL = "all tokens"
@@ -225,8 +226,9 @@ def advise(
         All that the model can run unless given. The baselines come along: "random", "uniform", and a smaller picture,
         which is "resize", or "pool" where the tower takes pictures of one size.
     settings : sequence of str, optional
-        Stages in the notation of `compress`, such as "divprune@vision:8=0.5+vtc=0.25", tried beside the methods. With
-        neither these nor methods: half and a quarter of the patches from a third of the tower's depth on, then "vtc".
+        Stages in the notation of `compress`, such as "resize@pixels=0.5+vtc=0.25", tried beside the methods. With
+        neither these nor methods: half and a quarter of the patches from a third of the tower's depth on, or of the
+        pixels where the tower takes smaller pictures, and then "vtc".
     keep_ratios : sequence of float
         In (0, 1).
     max_new_tokens : int
@@ -419,18 +421,11 @@ def _settings(
         add(text, [parse_stages(text)], True)
     if methods is None and settings is None:
         depth = len(adapter.tower_blocks("image" if "image" in adapter.modalities else "video"))
-        for share in _TOWER_SHARES:
-            add(
-                f"{share:g} in the tower",
-                [parse_stages(_in_tower(depth // 3, share, ratio)) for ratio in ratios if ratio < share],
-                False,
-            )
+        firsts = [f"divprune@vision:{depth // 3}", *([] if adapter.resampling_refused else ["resize@pixels"])]
+        for first, share in itertools.product(firsts, _FIRST_SHARES):
+            lines = [f"{first}={share:g}+vtc={ratio / share:.6g}" for ratio in ratios if ratio < share]
+            add(f"{first}={share:g} and vtc", [parse_stages(line) for line in lines], False)
     return list(found), left_out
-
-
-def _in_tower(layer: int, share: float, ratio: float) -> str:
-    """Return a setting of which the first stage is inside the tower, and the second before the decoder."""
-    return f"divprune@vision:{layer}={share:g}+vtc={ratio / share:.6g}"
 
 
 @torch.inference_mode()
