@@ -144,7 +144,9 @@ class Job:
         task, samples, runs = self.prepare()
         models.check_modality(loaded, "video" if any(sample.video for sample in samples) else "image")
         refusal = resizing.refusal(loaded, samples) if any(run.resizes for run in runs) else None
-        return task, samples, *supported_runs(runs, loaded.model, (*self.methods, *self.settings), refusal)
+        # A rule is the same for all models, and says which of the others one cannot run.
+        requested = self.settings if self.confirms else (*self.methods, *self.settings)
+        return task, samples, *supported_runs(runs, loaded.model, requested, refusal)
 
     def identity(self, weights: str) -> dict[str, Any]:
         """Return what rows must share to be put into one table."""
