@@ -21,6 +21,8 @@ ATTENTIONS = ("sdpa", "eager")
 REPRESENTATIVES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")
 """Families for the modes of generate(): 2-D positions, M-RoPE, deepstack, tiles."""
 
+VIDEO_REPRESENTATIVES = ("llava_next_video", "qwen2_5_vl_video")
+
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
 """Bounds of logits that reach 10: in float32 the rounding of sums taken in another order, measured at up to 1.5e-5.
 
@@ -68,12 +70,13 @@ class Method:
     everywhere: bool = True
     """Whether it is tried in all families and attentions, which costs half a minute.
 
-    Else in `REPRESENTATIVES` and sdpa: enough where a method differs from others only in the tensors that its selector
-    reads and returns.
+    Else in `REPRESENTATIVES`, for videos `VIDEO_REPRESENTATIVES`, and sdpa: enough where a method differs from others
+    only in the tensors that its selector reads and returns.
     """
 
     def applies_to(self, family: tiny.Family, attention: str = "sdpa") -> bool:
-        if not self.everywhere and (family.name not in REPRESENTATIVES or attention != "sdpa"):
+        enough = VIDEO_REPRESENTATIVES if self.video else REPRESENTATIVES
+        if not self.everywhere and (family.name not in enough or attention != "sdpa"):
             return False
         if self.video and family.modality != "video":
             return False
@@ -179,11 +182,13 @@ METHODS: tuple[Method, ...] = (
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
     Method("dycoke", _one("dycoke", 0.6), video=True),
-    Method("fastvid", _one("fastvid", 0.5, tau=-1.0, segments=1), merges=True, video=True),
+    Method("fastvid", _one("fastvid", 0.5, tau=-1.0, segments=1), merges=True, video=True, everywhere=False),
     # Random frames have little in common: no place would be static.
-    Method("prunevid", _one("prunevid", 0.5, tau=-0.5), merges=True, video=True),
-    Method("flashvid", _one("flashvid", 0.5, tau=-1.0, segments=1, link=0.0), merges=True, video=True),
-    Method("holitom", _one("holitom", 0.5, tau=-0.5), merges=True, video=True),
+    Method("prunevid", _one("prunevid", 0.5, tau=-0.5), merges=True, video=True, everywhere=False),
+    Method(
+        "flashvid", _one("flashvid", 0.5, tau=-1.0, segments=1, link=0.0), merges=True, video=True, everywhere=False
+    ),
+    Method("holitom", _one("holitom", 0.5, tau=-0.5), merges=True, video=True, everywhere=False),
 )
 DROPPING = tuple(m for m in METHODS if not m.merges and not m.tower and not m.cache)
 
