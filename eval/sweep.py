@@ -104,7 +104,7 @@ class Job:
             settings=self.settings,
         )
         sized = self.pictures is not None or self.per_picture is not None
-        limit = GENERATED_LIMIT if self.limit is None and task.knows_truth and not sized else self.limit
+        limit = GENERATED_LIMIT if self.limit is None and task.generated and not sized else self.limit
         samples = task.samples(self.data)[:limit]
         if not samples:
             raise vtc.InputError(f"{self.task}: no samples in {self.data}")
@@ -125,7 +125,7 @@ class Job:
                 found[name] = value
         if self.draw != seeds.DEFAULT:
             found["seed"] = seeds.seed_of(self.draw, confirm=self.confirms)
-        if set(found) - {"frames"} and not task.knows_truth:
+        if set(found) - {"frames"} and not task.generated:
             raise vtc.ConfigError(f"--pictures, --per-picture and --draw are for generated tasks, not for {self.task}")
         return found
 

@@ -133,6 +133,8 @@ class Task(ABC):
         Maximum length of an answer.
     main_score : str
         The key of `score` that tables show.
+    generated : bool
+        Drawn on demand: the task has fields ``pictures``, ``per_picture`` and ``seed``.
     knows_truth : bool
         Whether `truth` is available, which is so for generated tasks only.
     """
@@ -144,6 +146,7 @@ class Task(ABC):
     layout: str
     max_new_tokens: int = 16
     main_score: str = "score"
+    generated: bool = False
     knows_truth: bool = False
 
     @abstractmethod

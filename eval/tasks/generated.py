@@ -19,6 +19,7 @@ class Generated(Task):
     layout = "no files"
     max_new_tokens = 6
     main_score = "exact"
+    generated = True
     knows_truth = True
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
@@ -53,7 +54,7 @@ class ScenesTask(Generated):
         found = []
         for index in range(self.pictures):
             scene = scene_at(self.seed, index)
-            picture = functools.partial(_picture, self.seed, index)
+            picture = functools.partial(drawn, self.seed, index)
             for number, question in enumerate(ask(scene, self.per_picture)):
                 found.append(
                     Sample(
@@ -149,7 +150,8 @@ def scene_at(seed: int, index: int) -> Any:
     return make_scene("test", seed, index)
 
 
-def _picture(seed: int, index: int) -> Any:
+def drawn(seed: int, index: int) -> Any:
+    """Return the picture of a scene of the held-out split."""
     return scene_at(seed, index).image
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.tasks.base import Picture, Sample, Truth, register_task
-from eval.tasks.generated import Generated, scene_at
+from eval.tasks.generated import Generated, drawn, scene_at
 
 if TYPE_CHECKING:
     from eval.tasks.scenes.questions import Question
@@ -113,17 +113,13 @@ class HardScenesTask(Generated):
         return Sample(
             id=f"hard-{index}-{number}",
             question=question.text,
-            images=(picture or functools.partial(_picture, self.seed, index),),
+            images=(picture or functools.partial(drawn, self.seed, index),),
             target=question.answer,
             group=f"hard-{index}",
             options=question.options,
             meta={"kind": kind, "index": index},
             earlier=earlier,
         )
-
-
-def _picture(seed: int, index: int) -> Any:
-    return scene_at(seed, index).image
 
 
 def _shrunk(seed: int, index: int) -> Any:

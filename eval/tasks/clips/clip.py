@@ -121,18 +121,18 @@ def make_clip(split: Split, seed: int, index: int, lengths: Sequence[int] = LENG
 
     counts, weights = zip(*_OBJECT_COUNTS, strict=True)
     for colour in rng.permutation(list(COLOURS))[: int(rng.choice(counts, p=weights))]:
-        actor = _place("object", str(rng.choice(SHAPES)), str(colour), int(rng.integers(26, 39)), length, swept, rng)
+        actor = place("object", str(rng.choice(SHAPES)), str(colour), int(rng.integers(26, 39)), length, swept, rng)
         if actor is not None:
             actors.append(actor)
     for _ in range(int(rng.integers(0, 3))):
-        actor = _place("distractor", str(rng.choice(DISTRACTORS)), "", int(rng.integers(14, 29)), length, swept, rng)
+        actor = place("distractor", str(rng.choice(DISTRACTORS)), "", int(rng.integers(14, 29)), length, swept, rng)
         if actor is not None:
             actors.append(actor)
-    frames = _draw(background, actors, length, split, rng)
+    frames = draw(background, actors, length, split, rng)
     return Clip(frames, tuple(actors), length, split, seed, index)
 
 
-def _place(
+def place(
     role: str,
     name: str,
     colour: str,
@@ -141,7 +141,21 @@ def _place(
     swept: list[tuple[int, int, int, int]],
     rng: np.random.Generator,
 ) -> Actor | None:
-    """Return an actor whose whole path is apart from the others', or None if no position was found."""
+    """Return an actor whose whole path is apart from the others', or None if no position was found.
+
+    Parameters
+    ----------
+    role, name, colour : str
+        As in :class:`Actor`.
+    size : int
+        Side in pixels.
+    length : int
+        Frames of the clip.
+    swept : list of (left, top, width, height)
+        Areas that are taken; the new one is appended.
+    rng : Generator
+        Decides about place, motion and presence.
+    """
     for _ in range(40):
         direction = str(rng.choice(list(DIRECTIONS))) if rng.random() < 0.45 else ""
         travel = int(rng.integers(*_TRAVEL)) if direction else 0
@@ -170,9 +184,10 @@ def _mask(shape: str, size: int) -> objects.Array:
     return objects.shape_mask(shape, size)
 
 
-def _draw(
+def draw(
     background: objects.Array, actors: Sequence[Actor], length: int, split: Split, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
+    """Return the ``(length, SIDE, SIDE, 3)`` frames of the actors that are visible, with noise."""
     fonts = sources.fonts(split)
     looks: list[tuple[objects.Array, objects.Array]] = []
     for actor in actors:
