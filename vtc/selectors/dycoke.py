@@ -30,12 +30,14 @@ class DyCokeSelector(Selector):
     proportion to their tokens, the earlier ones first, and goes to the lowest cosines, the lower index winning ties. A
     token whose counterpart an earlier stage has dropped comes first.
 
-    This is the stage of the paper that works on the prompt. Its second stage, which chooses among the cached tokens
-    again at every decode step, needs the site ``cache:decoding``, which cannot be used yet; it is left out. The
-    released code is told a fraction of the later frames instead of a budget; it leaves the third frame of the last
-    group whole, drops the last of an odd number of frames, fails for four frames or fewer, and orders tokens by
-    similarity. Here every group is treated alike, an incomplete one too, and tokens keep their order. A budget below
-    the first frames is held by an even spread over them, and so is any budget for a picture.
+    This is the stage of the paper that works on the prompt. Its second stage lets a decode step attend to some of the
+    cached tokens, chosen anew when attention moves on, and frees none of them, so that it saves no memory. What leaves
+    a cache here does not come back, so that stage is left out; a cache method such as `h2o` can follow instead
+    (``"dycoke=0.25+h2o@cache:decoding=0.5"``). The released code is told a fraction of the later frames instead of a
+    budget; it leaves the third frame of the last group whole, drops the last of an odd number of frames, fails for four
+    frames or fewer, and orders tokens by similarity. Here every group is treated alike, an incomplete one too, and
+    tokens keep their order. A budget below the first frames is held by an even spread over them, and so is any budget
+    for a picture.
 
     Of a video that is read in windows, groups begin anew in every window: where windows are of a multiple of four
     steps, they are those of the whole video.
