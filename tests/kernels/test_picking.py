@@ -19,11 +19,13 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 quick = settings(max_examples=40, deadline=None)
 
 
-@pytest.fixture(params=["as they are", "tiny"])
+@pytest.fixture(params=["as they are", "tiny", "queued"])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and pools so small that every loop iterates several times on a small input."""
+    """Blocks and pools so small that every loop iterates several times on a small input; or what a GPU would run."""
     if request.param == "tiny":
         shrink(monkeypatch)
+    if request.param == "queued":
+        monkeypatch.setattr(greedy, "queues", lambda x: True)
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +204,8 @@ def test_noise_is_searched_in_linear_memory() -> None:
 @given(rows(), st.integers(0, 45), st.sampled_from([0.0, 0.5, 3.0]))
 def test_relevant_farthest_point(x: torch.Tensor, k: int, weight: float) -> None:
     bonus = weight * torch.rand(len(x), generator=torch.Generator().manual_seed(1))
-
-    def worth(similarity: torch.Tensor, picks: list[int]) -> torch.Tensor:
-        return bonus.double() - (similarity[picks].amax(dim=0) if picks else 0.0)
-
-    near_ties.assert_greedy(kernels.relevant_farthest_point(x, k, bonus), x, k, worth)
-    near_ties.assert_greedy(reference.relevant_farthest_point(x, k, bonus), x, k, worth)
+    for function in (kernels.relevant_farthest_point, reference.relevant_farthest_point):
+        near_ties.assert_greedy(function(x, k, bonus), x, k, near_ties.relevance(bonus))
 
 
 @pytest.mark.usefixtures("sizes")

@@ -38,13 +38,13 @@ def test_picks(x: torch.Tensor, k: int) -> None:
     with kernels.use("triton"):
         farthest, from_first = kernels.farthest_point(there, k), kernels.farthest_point(there, k, first)
         distant = kernels.max_sum(there, k, first)
-        covering = kernels.coverage_greedy(there, k, weight.to(DEVICE), "add")
+        relevant = kernels.relevant_farthest_point(there, k, weight.to(DEVICE))
         spanning = kernels.dpp_greedy(there, k, weight.to(DEVICE))
         apart = kernels.dpp_greedy(there, k, weight.to(DEVICE), places.to(DEVICE), 1e-3)
     near_ties.assert_greedy(farthest.cpu(), x, k, near_ties.isolation(None))
     near_ties.assert_greedy(from_first.cpu(), x, k, near_ties.isolation(first))
     near_ties.assert_greedy(distant.cpu(), x, k, near_ties.distance_to_all(first), 2e-6 * len(x))
-    near_ties.assert_greedy(covering.cpu(), x, k, near_ties.coverage(weight, "add"), 1e-5 * len(x))
+    near_ties.assert_greedy(relevant.cpu(), x, k, near_ties.relevance(weight))
     near_ties.assert_greedy(spanning.cpu(), x, k, near_ties.volume(weight), 4e-5)
     near_ties.assert_greedy(apart.cpu(), x, k, near_ties.volume(weight, places, 1e-3), 4e-5)
 
@@ -58,7 +58,7 @@ def test_ties_and_exhausted_ranks() -> None:
         assert kernels.farthest_point(axes, 6).tolist() == [0, 1, 3, 2, 4, 5]
         assert kernels.max_sum(axes, 6, 2).tolist() == [2, 1, 3, 0, 4, 5]
         assert kernels.dpp_greedy(axes, 6).tolist() == [0, 1, 3, 2, 4, 5]
-        assert kernels.coverage_greedy(axes, 6).tolist() == [0, 1, 3, 2, 4, 5]
+        assert kernels.relevant_farthest_point(axes, 6, torch.zeros(6, device=DEVICE)).tolist() == [0, 1, 3, 2, 4, 5]
         assert kernels.dpp_greedy(plane, 5, relevance).tolist() == [0, 2, 4, 3, 1]
 
 

@@ -17,6 +17,9 @@ from .grids import Grid
 
 __all__ = ["Selection"]
 
+_Check = tuple[Tensor, str, Tensor | None]
+"""Whether a rule holds, the rule, and the values that are quoted if it does not."""
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -53,37 +56,46 @@ class Selection:
         keep, n = self.keep, self.n
         if keep.ndim != 1 or keep.dtype != torch.long:
             raise InputError(f"Selection.keep must be (K,) long, got {tuple(keep.shape)} {keep.dtype}.")
-        if keep.numel() and not bool((keep[:-1] < keep[1:]).all() & (keep[0] >= 0) & (keep[-1] < n)):
-            raise InputError(f"Selection.keep must be ascending, unique and within 0..{n - 1}, got {_preview(keep)}.")
+        checks: list[_Check] = []
+        if keep.numel():
+            ascending = (keep[:-1] < keep[1:]).all() & (keep[0] >= 0) & (keep[-1] < n)
+            checks.append((ascending, f"keep must be ascending, unique and within 0..{n - 1}", keep))
         if self.assign is not None:
-            self._check_assign(self.assign)
+            checks += self._checks_of_assign(self.assign)
         if self.weight is not None:
-            self._check_weight(self.weight)
+            checks.append(self._check_of_weight(self.weight))
             object.__setattr__(self, "weight", self.weight.float())
+        # One transfer: a GPU is waited for once.
+        held = torch.stack([held.to(keep.device) for held, _, _ in checks]).tolist() if checks else []
+        for good, (_, rule, found) in zip(held, checks, strict=True):
+            if not good:
+                raise InputError(f"Selection.{rule}{'.' if found is None else f', got {_preview(found)}.'}")
 
-    def _check_assign(self, assign: Tensor) -> None:
+    def _checks_of_assign(self, assign: Tensor) -> list[_Check]:
         if assign.ndim not in (1, 2) or len(assign) != self.n or 0 in assign.shape[1:] or assign.dtype != torch.long:
             raise InputError(
                 f"Selection.assign must be ({self.n},) or ({self.n}, A) long, got {tuple(assign.shape)} {assign.dtype}."
             )
-        if not bool(((assign >= -1) & (assign < self.k)).all()):
-            raise InputError(f"Selection.assign must hold slots 0..{self.k - 1} or -1, got {_preview(assign)}.")
+        slots = ((assign >= -1) & (assign < self.k)).all()
+        checks: list[_Check] = [(slots, f"assign must hold slots 0..{self.k - 1} or -1", assign)]
         table = _table(assign)
-        if not bool((table[self.keep] == self._slots()[:, None]).any(dim=1).all()):
-            raise InputError("Selection.assign must send every kept token to its own slot: assign[keep] == 0..K-1.")
+        if self.n:
+            at = self.keep.clamp(0, self.n - 1)  # what is beyond is told by the check of `keep`
+            own = (table[at] == self._slots()[:, None]).any(dim=1).all()
+            checks.append((own, "assign must send every kept token to its own slot: assign[keep] == 0..K-1", None))
         if table.shape[1] > 1:
             ordered = table.sort(dim=1).values
-            if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-                raise InputError("Selection.assign must send no token to one slot twice; add up the weights instead.")
+            once = ~((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
+            checks.append((once, "assign must send no token to one slot twice; add up the weights instead", None))
+        return checks
 
-    def _check_weight(self, weight: Tensor) -> None:
+    def _check_of_weight(self, weight: Tensor) -> _Check:
         if self.assign is None:
             raise InputError("Selection.weight says how tokens are merged, so it needs assign, which is None.")
         if weight.shape != self.assign.shape or not weight.is_floating_point():
             expected = tuple(self.assign.shape)
             raise InputError(f"Selection.weight must be {expected} float, got {tuple(weight.shape)} {weight.dtype}.")
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError("Selection.weight has NaN or infinite entries.")
+        return torch.isfinite(weight).all(), "weight has NaN or infinite entries", None
 
     @classmethod
     def from_indices(cls, n: int, indices: Tensor) -> Selection:

@@ -131,7 +131,11 @@ class ScoreSelector(Selector):
             A score is NaN.
         """
         scores = self.score(ctx)
-        if bool(torch.isnan(scores).any()):
+        keep = kernels.topk_indices(scores, min(ctx.budget, ctx.n))
+        # No selection keeps -1, so that one check, for which a GPU is waited for, is enough.
+        keep = torch.where(torch.isnan(scores).any(), -1, keep)
+        try:
+            return Selection(ctx.n, keep)
+        except InputError:
             inputs = sorted({signal.name for stage in self.stages() for signal in stage.requires}) or ["features"]
-            raise InputError(f"{self.name} computed NaN scores; its inputs ({inputs}) are broken.")
-        return Selection(ctx.n, kernels.topk_indices(scores, min(ctx.budget, ctx.n)))
+            raise InputError(f"{self.name} computed NaN scores; its inputs ({inputs}) are broken.") from None

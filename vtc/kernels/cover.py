@@ -43,6 +43,7 @@ class _Demanded:
 
     def __init__(self, x: Tensor, inverse: Tensor, demand: Tensor) -> None:
         self.half, self.cosines = demand / 2, SimilarityRows(x, inverse)
+        self.stored = self.cosines.stored
 
     def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
         if chosen is not None:
@@ -115,6 +116,7 @@ class _Multimodal:
 
     def __init__(self, asked: Tensor, cosines: SimilarityRows, alpha: float, temperature: float) -> None:
         self.asked, self.cosines, self.temperature = asked, cosines, temperature
+        self.stored = cosines.stored
         if cosines.table is not None:
             for _ in cosines.blocks():
                 pass

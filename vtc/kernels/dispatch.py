@@ -21,7 +21,7 @@ import torch
 
 from vtc.errors import ConfigError, KernelError
 
-__all__ = ["CHOICES", "OPS", "VARIABLE", "NoKernelError", "Op", "chosen", "interpreting", "op", "use"]
+__all__ = ["CHOICES", "OPS", "VARIABLE", "NoKernelError", "Op", "chosen", "interpreting", "op", "queues", "use"]
 
 CHOICES = ("auto", "torch", "triton")
 VARIABLE = "VTC_KERNELS"
@@ -169,6 +169,11 @@ def interpreting() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 
     return isinstance(language.cdiv, InterpretedFunction)  # decided when Triton was imported, not by the variable now
+
+
+def queues(x: torch.Tensor) -> bool:
+    """Return whether operations on `x` are queued, so that reading a value makes the host wait for those before it."""
+    return x.device.type != "cpu"
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import cosines
 from .cosines import products, squared_norms, stripes, upper_blocks, with_inverse_norms, write_block
-from .dispatch import op
+from .dispatch import op, queues
 
 _POOL = 512  # candidates updated with every pick
 _BATCH = 32  # gains recomputed at a time
@@ -136,7 +136,7 @@ def _apply_picks(
     left[recent] = -torch.inf
 
 
-@op("vtc.kernels.triton_pick:coverage_greedy")
+@op()
 def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
     """Select `k` rows of `x` by greedy facility location, so that they cover all rows best (SCOPE, arXiv 2510.24214).
 
@@ -145,7 +145,8 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
 
     Gains only shrink, so a gain is recomputed only while its last value is the largest (lazy greedy). Up to N = 4096
     the similarity matrix is computed once, as half a product; beyond that the rows of candidates are computed on demand
-    in O(N) memory.
+    in O(N) memory. Which gain is the largest is asked in between, for which a GPU would be waited for; there all gains
+    of a stored matrix are computed anew for every pick instead.
 
     Parameters
     ----------
@@ -170,6 +171,10 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
 class Similarities(Protocol):
     """Access to the similarities of N rows to M that are to be covered, as `lazy_greedy` requires it."""
 
+    @property
+    def stored(self) -> bool:
+        """Return whether the similarities of all rows are in memory."""
+
     def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return the gains (K,) of all or the `chosen` rows over the coverage `covered` (M,)."""
 
@@ -184,11 +189,10 @@ def lazy_greedy(rows: Similarities, k: int, weight: Tensor | None, combine: str,
     k = min(k, n)
 
     def score(indices: Tensor | slice) -> Tensor:
-        if weight is None:
-            return gain[indices]
-        part = weight.float()[indices]
-        return gain[indices] * part if combine == "multiply" else gain[indices] + part
+        return _score(gain[indices], None if weight is None else weight[indices], combine)
 
+    if rows.stored and queues(covered):
+        return _eager_greedy(rows, k, weight, combine, covered, gain)
     best = score(slice(None)).clone()
     current = torch.ones_like(gain, dtype=torch.bool)  # whether `gain` is up to date
     picks: list[int] = []
@@ -208,6 +212,30 @@ def lazy_greedy(rows: Similarities, k: int, weight: Tensor | None, combine: str,
     return torch.tensor(picks, dtype=torch.long, device=covered.device)
 
 
+def _score(gain: Tensor, weight: Tensor | None, combine: str) -> Tensor:
+    if weight is None:
+        return gain
+    return gain * weight.float() if combine == "multiply" else gain + weight.float()
+
+
+def _eager_greedy(
+    rows: Similarities, k: int, weight: Tensor | None, combine: str, covered: Tensor, gain: Tensor
+) -> Tensor:
+    """Return the picks of `lazy_greedy` without reading a value on the way; `gain` (N,) are the first gains."""
+    everything = torch.arange(len(gain), device=gain.device)
+    picks = torch.empty(k, dtype=torch.long, device=gain.device)
+    taken = torch.zeros_like(gain, dtype=torch.bool)
+    for step in range(k):
+        if step:
+            gain = rows.gains(covered, everything)
+        score = _score(gain, weight, combine).masked_fill(taken, -torch.inf)
+        place = score.argmax(dim=0, keepdim=True)  # the first of equals; one entry, as a number would be read
+        picks[step : step + 1] = place
+        taken.index_fill_(0, place, True)
+        covered = torch.maximum(covered, rows.row(place))
+    return picks
+
+
 class SimilarityRows:
     """Rows of the similarity matrix: the whole matrix if it is small, else a cache of recently used rows."""
 
@@ -216,6 +244,11 @@ class SimilarityRows:
         n = x.shape[0]
         self.table = inverse.new_empty(n, n) if 4 * n * n <= cosines.WORKSPACE else None
         self.cache: dict[int, Tensor] = {}
+
+    @property
+    def stored(self) -> bool:
+        """Whether there is the whole matrix."""
+        return self.table is not None
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the upper half of the matrix as `upper_blocks` and write it into the table, if there is one."""

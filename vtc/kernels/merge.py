@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .cosines import with_inverse_norms
-from .dispatch import op
+from .dispatch import op, queues
 
 _BLOCK = 512  # rows of the similarity matrix computed at a time
 
@@ -106,6 +106,12 @@ def nearest_slots(metric: Tensor, keep: Tensor, targets: Tensor | None = None) -
         return assign
     unit = metric.index_select(0, targets).float() * inverse[targets, None]
     place = torch.searchsorted(keep, targets)
+    if queues(metric):  # how many others there are is not asked: the kept ones are compared as well
+        nearest = [
+            place[(rows.float() * scale[:, None] @ unit.T).argmax(dim=1)]
+            for rows, scale in zip(metric.split(_BLOCK), inverse.split(_BLOCK), strict=True)
+        ]
+        return torch.where(assign < 0, torch.cat(nearest), assign)
     for rows in (assign < 0).nonzero()[:, 0].split(_BLOCK):
         similarity = metric.index_select(0, rows).float() * inverse[rows, None] @ unit.T
         assign[rows] = place[similarity.argmax(dim=1)]  # the first of equals

@@ -53,7 +53,8 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     Tensor
         (min(k, N),) long.
     """
-    return _best(scores, k).nonzero().squeeze(1)
+    # The number of them is known, so that a GPU need not be waited for.
+    return torch.nonzero_static(_best(scores, k), size=max(0, min(k, scores.numel()))).squeeze(1)
 
 
 @op("vtc.kernels.triton_pack:select_gather")

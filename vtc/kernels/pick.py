@@ -25,7 +25,7 @@ _TIE = 2.0**-22  # cosines that differ by less are equal up to rounding
 
 
 @op("vtc.kernels.triton_pick:farthest_point")
-def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
+def farthest_point(x: Tensor, k: int, first: int | Tensor | None = None) -> Tensor:
     """Select `k` rows of `x` (N, D) by greedy max-min under the distance 1 - cosine.
 
     Starts at `first`, or at the row that is farthest from its nearest neighbour; then takes in every step the row that
@@ -46,13 +46,14 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     k = min(k, x.shape[0])
     if k == 0:
         return torch.empty(0, dtype=torch.long, device=x.device)
+    first = None if first is None else int(first)
     if k * _DENSE_SHARE > x.shape[0] and 4 * x.shape[0] ** 2 <= cosines.WORKSPACE:
         return _from_matrix(x, inverse, k, first)
     taken = _most_isolated(x, inverse) if first is None else range(x.shape[0])[first]
     return _from_pools(x, inverse, k, taken)
 
 
-@op()
+@op("vtc.kernels.triton_pick:relevant_farthest_point")
 def relevant_farthest_point(x: Tensor, k: int, bonus: Tensor) -> Tensor:
     """Select `k` rows of `x` (N, D) by greedy max-min under the distance 1 - cosine plus a bonus of every row.
 

@@ -212,7 +212,7 @@ def cosines(x: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
+def farthest_point(x: Tensor, k: int, first: int | Tensor | None = None) -> Tensor:
     """Pick (min(k, N),) long: in every step the row whose similarity to its nearest pick is lowest.
 
     Starts at `first`, or at the row least similar to its nearest neighbour.
@@ -224,7 +224,7 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     near = torch.full_like(similarity[:, :1].flatten(), -torch.inf)
     picks: list[int] = []
     while len(picks) < min(k, x.shape[0]):
-        picks.append(int(near.argmin()) if picks else range(x.shape[0])[first or 0])
+        picks.append(int(near.argmin()) if picks else range(x.shape[0])[int(first or 0)])
         near = torch.maximum(near, similarity[picks[-1]])
         near[picks[-1]] = torch.inf
     return torch.tensor(picks, dtype=torch.long, device=x.device)

@@ -1,4 +1,4 @@
-"""Triton kernels for cosines between rows that are reduced on chip; the similarity matrix is never written."""
+"""Triton kernels for norms of rows and for the nearest other row; the similarity matrix is never written."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -15,9 +15,6 @@ from .dispatch import interpreting
 _ROWS, _COLUMNS = 64, 64  # of a tile
 _PROGRAMS = 512  # approximate number of programs of a launch: several per multiprocessor
 
-NEAREST = tl.constexpr(0)
-GAIN = tl.constexpr(1)
-
 
 @triton.jit
 def _inverse_norms(x, out, n, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
@@ -33,27 +30,21 @@ def _inverse_norms(x, out, n, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _compare(
-    x, inverse, chosen, covered, value, place, count, length, width, step, offset, stripe,
-    CHOSEN: tl.constexpr, REDUCE: tl.constexpr,
+def _nearest(
+    x, inverse, value, place, count, length, width, step, offset, stripe,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compare a block of rows with one stripe of the columns.
+    """Find the largest cosine of each row of a block to another row in one stripe of the columns, and its first index.
 
-    Row i is row ``i * step`` of a batch entry, or ``chosen[i]``; column j is row ``j * step + offset``. NEAREST: the
-    largest cosine to another row and its first index. GAIN: the sum of the positive parts of cosines minus `covered`.
+    Row i is row ``i * step`` of a batch entry; column j is row ``j * step + offset``.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < count
     batch = tl.program_id(2).to(tl.int64)
-    rows_at = row * step
-    if CHOSEN:
-        rows_at = tl.load(chosen + row, mask=row_mask, other=0).to(tl.int32)
-    rows_at = tl.where(row_mask, rows_at, 0)
+    rows_at = tl.where(row_mask, row * step, 0)
     rows_inverse = tl.load(inverse + batch * length + rows_at, mask=row_mask, other=0.0)
     best = tl.full([ROWS], -float("inf"), dtype=tl.float32)
     found = tl.zeros([ROWS], dtype=tl.int32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
     columns = (length - offset + step - 1) // step
     first = tl.program_id(1) * stripe
     for start in range(first, tl.minimum(first + stripe, columns), COLUMNS):
@@ -78,23 +69,15 @@ def _compare(
                 product = tl.dot(left, right, product)
         columns_inverse = tl.load(inverse + batch * length + columns_at, mask=column_mask, other=0.0)
         cosine = product * rows_inverse[:, None] * columns_inverse[None, :]
-        if REDUCE == NEAREST:
-            other = column_mask[None, :] & (rows_at[:, None] != columns_at[None, :])
-            cosine = tl.where(other, cosine, -float("inf"))
-            largest = tl.max(cosine, axis=1)
-            where = tl.min(tl.where(cosine == largest[:, None], column[None, :], 2147483647), axis=1)
-            found = tl.where(largest > best, where, found)
-            best = tl.maximum(best, largest)
-        else:
-            known = tl.load(covered + columns_at, mask=column_mask, other=0.0)
-            added = tl.maximum(cosine - known[None, :], 0.0)
-            total += tl.sum(tl.where(column_mask[None, :], added, 0.0), axis=1)
+        other = column_mask[None, :] & (rows_at[:, None] != columns_at[None, :])
+        cosine = tl.where(other, cosine, -float("inf"))
+        largest = tl.max(cosine, axis=1)
+        where = tl.min(tl.where(cosine == largest[:, None], column[None, :], 2147483647), axis=1)
+        found = tl.where(largest > best, where, found)
+        best = tl.maximum(best, largest)
     at = (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + batch) * count + row
-    if REDUCE == NEAREST:
-        tl.store(value + at, best, mask=row_mask)
-        tl.store(place + at, found, mask=row_mask)
-    else:
-        tl.store(value + at, total, mask=row_mask)
+    tl.store(value + at, best, mask=row_mask)
+    tl.store(place + at, found, mask=row_mask)
 
 
 def inverse_norms(x: Tensor) -> Tensor:
@@ -116,30 +99,10 @@ def nearest(x: Tensor, inverse: Tensor, step: int = 1, offset: int = 0) -> tuple
     value = torch.empty(splits, batch, count, device=x.device)
     place = torch.empty(splits, batch, count, dtype=torch.int32, device=x.device)
     grid = (triton.cdiv(count, _ROWS), splits, batch)
-    sizes = (count, length, width, step, offset, stripe)
-    _compare[grid](
-        x, inverse, None, None, value, place, *sizes, CHOSEN=False, REDUCE=NEAREST.value, **_tile(x)
-    )  # fmt: skip
+    _nearest[grid](x, inverse, value, place, count, length, width, step, offset, stripe, **_tile(x))
     best = value.amax(dim=0)
     first = torch.where(value == best, place, 2**31 - 1).amin(dim=0)
     return best, first.long()
-
-
-def gains(x: Tensor, inverse: Tensor, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """Return the gains (M,) float32 of all or the `chosen` rows of `x` (N, D) over the coverage `covered` (N,)."""
-    length, width = x.shape
-    count = length if chosen is None else len(chosen)
-    splits, stripe = _stripes(count, length)
-    value = torch.empty(splits, count, device=x.device)
-    if not count:
-        return value.sum(dim=0)
-    grid = (triton.cdiv(count, _ROWS), splits, 1)
-    sizes = (count, length, width, 1, 0, stripe)
-    _compare[grid](
-        x, inverse, chosen, covered, value, None, *sizes,
-        CHOSEN=chosen is not None, REDUCE=GAIN.value, **_tile(x),
-    )  # fmt: skip
-    return value.sum(dim=0)
 
 
 def _stripes(rows: int, columns: int) -> tuple[int, int]:
@@ -167,14 +130,10 @@ def _specs() -> list[KernelSpec]:
     sizes = dict.fromkeys(("count", "length", "width", "step", "offset", "stripe"), "i32")
     aligned = ("x", "inverse", "value", "width")  # widths of features are multiples of 16
     for dtype in ("bf16", "fp32"):
-        rows = {"x": f"*{dtype}", "inverse": "*fp32", "value": "*fp32"} | sizes
+        pointers = {"x": f"*{dtype}", "inverse": "*fp32", "value": "*fp32", "place": "*i32"}
         tile = _tile(torch.empty(0, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16))
         launch = (tile.pop("num_warps"), 3, aligned)
-        constants = {"chosen": None, "covered": None, "CHOSEN": False, "REDUCE": NEAREST.value, **tile}
-        specs.append(KernelSpec(_compare, rows | {"place": "*i32"}, constants, *launch, label=f"nearest, {dtype}"))
-        constants = {"place": None, "CHOSEN": True, "REDUCE": GAIN.value, **tile}
-        pointers = {"chosen": "*i64", "covered": "*fp32"}
-        specs.append(KernelSpec(_compare, rows | pointers, constants, *launch, label=f"gain, {dtype}"))
+        specs.append(KernelSpec(_nearest, pointers | sizes, tile, *launch, label=dtype))
     return specs
 
 

@@ -114,10 +114,12 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     """Implement `vtc.kernels.topk_indices`."""
     n = len(scores)
     marks = torch.zeros(n, dtype=torch.int8, device=scores.device)
-    offsets, counts = torch.tensor([0, n], device=scores.device), torch.tensor([k], device=scores.device)
+    # Written by the device: a copy from the host would wait for it, and so would asking how many marks there are.
+    offsets = torch.arange(2, device=scores.device) * n
+    counts = torch.full((1,), k, device=scores.device)
     places = torch.arange(n, device=scores.device)
     _best[(1,)](scores.contiguous(), offsets, counts, places, marks, BLOCK=_BLOCK)
-    return marks.nonzero().squeeze(1)
+    return torch.nonzero_static(marks, size=max(0, min(k, n))).squeeze(1)
 
 
 def select_gather(

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .aot import KernelSpec
 from .cosines import squared_norms
-from .greedy import lazy_greedy
-from .triton_cosines import gains, inverse_norms, nearest
+from .triton_cosines import inverse_norms, nearest
 
 _MAX_PROGRAMS = 2048  # each reads the results of all others
 
@@ -37,14 +36,15 @@ def _smallest(value, index):
 def _pick(
     x, scale, state, reserve, floor, factor, places, values, indices, reserves, reserve_indices, picks,
     step, n, width, programs, read_at, write_at,
-    OBJECTIVE: tl.constexpr, AXES: tl.constexpr,
+    OBJECTIVE: tl.constexpr, BONUS: tl.constexpr, AXES: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Determine pick number `step`, then update `state` (N,), whose minimum is picked next; picks have infinity.
 
     The state is, for NEAREST, the cosine to the nearest pick; for SUM, the sum of the cosines to all picks; for VOLUME,
-    the negative residual of the diagonal entry. If no residual exceeds `floor`, the minimum of `reserve` is picked.
-    There products are multiplied by a Gaussian of the distance between `places` (AXES, N), if AXES is not 0.
+    the negative residual of the diagonal entry. With BONUS the first of these is raised by `reserve` of each row. For
+    VOLUME, if no residual exceeds `floor`, the minimum of `reserve` is picked; there products are multiplied by a
+    Gaussian of the distance between `places` (AXES, N), if AXES is not 0.
     """
     programs_at = tl.arange(0, PROGRAMS)
     there = programs_at < programs
@@ -73,6 +73,8 @@ def _pick(
     product *= tl.load(scale + row, mask=here, other=0.0) * tl.load(scale + pick)
     old = tl.load(state + row, mask=here, other=float("inf"))
     if OBJECTIVE == NEAREST:
+        if BONUS:
+            product += tl.load(reserve + row, mask=here, other=0.0)
         new = tl.maximum(old, product)
     elif OBJECTIVE == SUM:
         new = old + product
@@ -105,7 +107,7 @@ def _pick(
         tl.store(reserve_indices + write_at + tl.program_id(0), pick)
 
 
-def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
+def farthest_point(x: Tensor, k: int, first: int | Tensor | None = None) -> Tensor:
     """Implement `vtc.kernels.farthest_point`."""
     x = x.contiguous()
     inverse = inverse_norms(x)
@@ -113,6 +115,14 @@ def farthest_point(x: Tensor, k: int, first: int | None = None) -> Tensor:
     if first is None and len(x):
         start = nearest(x[None], inverse[None])[0][0].argmin()
     return _run(x, inverse, torch.full_like(inverse, -torch.inf), k, start, NEAREST)
+
+
+def relevant_farthest_point(x: Tensor, k: int, bonus: Tensor) -> Tensor:
+    """Implement `vtc.kernels.relevant_farthest_point`."""
+    x, bonus = x.contiguous(), bonus.float()
+    inverse = inverse_norms(x)
+    first = bonus.argmax() if len(x) else None
+    return _run(x, inverse, torch.full_like(inverse, -torch.inf), k, first, NEAREST, bonus)
 
 
 def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
@@ -134,26 +144,6 @@ def dpp_greedy(
     return _run(x, inverse * weight, -left, k, None, VOLUME, weight, axes)
 
 
-def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
-    """Implement `vtc.kernels.coverage_greedy`; the host synchronises with every pick."""
-    x = x.contiguous()
-    return lazy_greedy(_Similarities(x), k, weight, combine, torch.zeros(len(x), device=x.device))
-
-
-class _Similarities:
-    """Gains computed by a kernel that recomputes similarities for every batch of candidates and never writes them."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.inverse = x, inverse_norms(x)
-
-    def gains(self, covered: Tensor, chosen: Tensor | None = None) -> Tensor:
-        return gains(self.x, self.inverse, covered, chosen)
-
-    def row(self, index: Tensor) -> Tensor:
-        pivot = self.x.index_select(0, index)[0]
-        return (self.x.float() @ pivot.float()) * self.inverse * self.inverse[index]
-
-
 def _run(
     x: Tensor,
     scale: Tensor,
@@ -164,7 +154,10 @@ def _run(
     weight: Tensor | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Launch the kernel once per pick; without `first` the minimum of `state` is the first pick."""
+    """Launch the kernel once per pick; without `first` the minimum of `state` is the first pick.
+
+    `weight` (N,), where given, is the bonus of NEAREST, or the relevance of VOLUME.
+    """
     n, width = x.shape
     k = min(k, n)
     picks = torch.empty(k, dtype=torch.long, device=x.device)
@@ -176,13 +169,18 @@ def _run(
     values = torch.full((2, programs), torch.inf, device=x.device)
     indices = torch.zeros(2, programs, dtype=torch.int32, device=x.device)
     reserves, reserve_indices = torch.full_like(values, torch.inf), torch.zeros_like(indices)
-    begin = state.argmin() if first is None else torch.as_tensor(first, device=x.device) % n
+    if first is None:
+        begin = state.argmin()
+    elif isinstance(first, Tensor):
+        begin = first % n
+    else:
+        begin = torch.full((), first % n, device=x.device)  # written by the device: a copy from the host would wait
     values[0, 0], indices[0, 0] = state.index_select(0, begin.view(1))[0], begin
     volume = objective is VOLUME
-    floor = factor = reserve = None
-    if volume and weight is not None:
+    floor = factor = None
+    reserve = None if weight is None else -weight
+    if volume and reserve is not None:
         floor = -1e-5 * state.amin()
-        reserve = -weight
         reserves[0, 0] = reserve.amin()
         reserve_indices[0, 0] = reserve.argmin()
         factor = torch.empty(k, n, device=x.device)
@@ -190,7 +188,8 @@ def _run(
         _pick[(programs,)](
             x, scale, state, reserve, floor, factor, places, values, indices, reserves, reserve_indices, picks,
             step, n, width, programs, step % 2 * programs, (step + 1) % 2 * programs,
-            OBJECTIVE=objective.value, AXES=0 if places is None else len(places), ROWS=rows, WIDTH=_WIDTH, STEPS=_STEPS,
+            OBJECTIVE=objective.value, BONUS=reserve is not None and not volume,
+            AXES=0 if places is None else len(places), ROWS=rows, WIDTH=_WIDTH, STEPS=_STEPS,
             PROGRAMS=triton.next_power_of_2(programs),
         )  # fmt: skip
     return picks
@@ -204,27 +203,34 @@ def _specs() -> list[KernelSpec]:
     found |= dict.fromkeys(("step", "n", "width", "programs", "read_at", "write_at"), "i32")
     spare = {"reserve": "*fp32", "floor": "*fp32", "factor": "*fp32", "reserves": "*fp32", "reserve_indices": "*i32"}
     specs = []
-    kinds = (("nearest", NEAREST, 0), ("sum", SUM, 0), ("volume", VOLUME, 0), ("volume with places", VOLUME, 3))
-    for name, objective, axes in kinds:
+    kinds = (
+        ("nearest", NEAREST, 0),
+        ("nearest with a bonus", NEAREST, 0),
+        ("sum", SUM, 0),
+        ("volume", VOLUME, 0),
+        ("volume with places", VOLUME, 3),
+    )
+    for kind, objective, axes in kinds:
         for dtype in ("bf16", "fp32"):
             pointers = {"x": f"*{dtype}", "scale": "*fp32", "state": "*fp32"} | found
+            bonus = "bonus" in kind
             constants = {
                 "OBJECTIVE": objective.value,
+                "BONUS": bonus,
                 "AXES": axes,
                 "ROWS": 16,
                 "WIDTH": _WIDTH,
                 "STEPS": _STEPS,
                 "PROGRAMS": 256,
             }
-            if objective is VOLUME:
-                pointers |= spare
-            else:
-                constants |= dict.fromkeys((*spare, "reserves", "reserve_indices"))
+            present = spare if objective is VOLUME else {"reserve": "*fp32"} if bonus else {}
+            pointers |= present
+            constants |= dict.fromkeys(name for name in spare if name not in present)
             if axes:
                 pointers["places"] = "*fp32"
             else:
                 constants["places"] = None
-            specs.append(KernelSpec(_pick, pointers, constants, label=f"{name}, {dtype}"))
+            specs.append(KernelSpec(_pick, pointers, constants, label=f"{kind}, {dtype}"))
     return specs
 
 

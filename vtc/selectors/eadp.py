@@ -144,7 +144,7 @@ def smoothed(values: Tensor, origin: Tensor) -> Tensor:
     Neighbours that are not there have no weight.
     """
     view, time, row, column, rows, columns = origin.unbind(dim=1)
-    high, wide = int(rows.max()), int(columns.max())
+    high, wide = rows.max(), columns.max()
     frame = view * (time.max() + 1) + time
     places = (frame * high + row) * wide + column  # ascending, as the tokens are
     total, weights = torch.zeros_like(values), torch.zeros_like(values)

@@ -148,14 +148,14 @@ class ToDreSelector(Selector):
             return Selection.from_indices(ctx.n, torch.empty(0, dtype=torch.long, device=ctx.features.device))
         return Selection.full(ctx.n, ctx.features.device)
 
-    def _pivot(self, ctx: VisualContext) -> int:
+    def _pivot(self, ctx: VisualContext) -> int | Tensor:
         """Return the index of the first token."""
         t, h, w = ctx.grids[0]
         candidates = t * h * w if len(ctx.grids) == 2 else ctx.n  # a thumbnail comes before its tiles
         pivot = _PIVOTS[self.pivot]
         if pivot is not None:
             scores = ctx[type(pivot)][-1].float().mean(dim=0)[:candidates]
-            return int(scores.argmax())  # the first of equals
+            return scores.argmax()  # the first of equals
         if self.pivot == "random":
             return int(torch.randint(candidates, (1,), generator=ctx.generator))
         return (t // 2 * h + h // 2) * w + w // 2

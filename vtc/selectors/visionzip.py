@@ -73,10 +73,12 @@ class VisionZipSelector(SaliencySelector):
             return Selection.full(ctx.n, ctx.features.device)
         context = round(ctx.budget * self.contextual)
         dominant = kernels.topk_indices(self.saliency(ctx), ctx.budget - context)
-        rest = Selection(ctx.n, dominant).mask.logical_not().nonzero()[:, 0]
+        tokens = torch.arange(ctx.n, device=dominant.device)
+        other = torch.ones_like(tokens, dtype=torch.bool).index_fill_(0, dominant, False)
+        rest = torch.nonzero_static(other, size=ctx.n - len(dominant))[:, 0]
         targets = rest[:: max(1, len(rest) // max(1, context))][:context]
         keep = torch.cat([dominant, targets]).sort().values
         assign = kernels.nearest_slots(ctx[MeanKeys], keep, targets)
-        followers = torch.bincount(assign[assign >= 0], minlength=len(keep)) - 1
+        followers = torch.zeros_like(keep).index_add_(0, assign.clamp(min=0), (assign >= 0).long()) - 1
         weight = (1 / followers.clamp(min=1))[assign.clamp(min=0)].index_fill(0, keep, 1.0)
         return Selection(ctx.n, keep, assign, weight.masked_fill(assign < 0, 0.0))

@@ -175,7 +175,7 @@ class VtcSelector(Selector):
         if not self.merge_weight or not isinstance(ctx.site, BeforeDecoder):
             return Selection(ctx.n, keep)
         assign = kernels.nearest_slots(ctx.features, keep)
-        followers = torch.bincount(assign, minlength=len(keep)) - 1
+        followers = torch.zeros_like(keep).index_add_(0, assign, torch.ones_like(assign)) - 1
         weight = torch.full_like(assign, self.merge_weight, dtype=torch.float32).index_fill(0, keep, 1.0)
         return Selection(ctx.n, keep, assign, weight / (1 + self.merge_weight * followers)[assign])
 
