@@ -29,7 +29,7 @@ LEVELS = (
     ("budget", "kernels", "limits"),
     ("core", "pictures"),
     ("config", "registry", "reference"),
-    ("notation",),
+    ("notation", "relevance"),
     ("selectors",),
     ("adapters", "functional", "report.flops"),
     ("report.report",),

@@ -16,29 +16,11 @@ from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import megabytes, repeated, seconds
 from vtc.cli import main
 
-SMALL = {
-    "layers": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "width": 16,
-    "steps": 2,
-    "k": 9,
-    "d": 24,
-    "side": 4,
-    "text": 6,
-    "frame": 8,
-}
-
-
-def small(op: Op) -> Op:
-    sizes = {name: SMALL[name] for name in op.sizes}
-    return Op(op.problem, op.baseline, 70, sizes, {})
-
 
 @pytest.fixture
 def small_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(OPS):
-        monkeypatch.setitem(OPS, name, small(OPS[name]))
+        monkeypatch.setitem(OPS, name, OPS[name].small())
 
 
 class TestMemory:
@@ -72,15 +54,15 @@ class TestOps:
     @pytest.mark.parametrize("name", OPS)
     @pytest.mark.parametrize("n", [70, 257])
     def test_both_implementations_compute_the_same(self, name: str, n: int) -> None:
-        problem = small(OPS[name]).at(Draw(torch.Generator().manual_seed(n)), n)
+        problem = OPS[name].small().at(Draw(torch.Generator().manual_seed(n)), n)
         words = problem.agreement(problem.ours(), problem.baseline())
         assert words == "equal" or float(words.removeprefix("to ")) < 1e-5, words
 
     def test_disagreement_is_told(self) -> None:
-        assert small(OPS["max_sum"]).at(Draw(torch.Generator())).agreement(
+        assert OPS["max_sum"].small().at(Draw(torch.Generator())).agreement(
             torch.tensor([1, 2, 3]), torch.tensor([3, 4, 1])
         ) == "2 of 3"  # fmt: skip
-        received = small(OPS["attention_received"]).at(Draw(torch.Generator()))
+        received = OPS["attention_received"].small().at(Draw(torch.Generator()))
         assert received.agreement(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == "to 2e-01"
 
     @pytest.mark.parametrize("name", OPS)

@@ -89,7 +89,7 @@ def measure(
     list of dict
         One JSON-able result per setting, the untouched model first.
     """
-    work = partial(_decode, model, inputs, steps)
+    work = partial(decode, model, inputs, steps)
     cases = {"untouched": Case(work)}
     for setting in settings:
         cases[setting] = Case(work, partial(vtc.compressed, model, parse_stages(setting)))
@@ -119,7 +119,7 @@ def measure(
 
 
 @torch.inference_mode()
-def _decode(model: Any, inputs: dict[str, torch.Tensor], steps: int) -> Figures:
+def decode(model: Any, inputs: dict[str, torch.Tensor], steps: int) -> Figures:
     """Time a prefill and one of `steps` decode steps, and measure the cache between them."""
     watch = Stopwatch(model.device)
     with watch.part("prefill"):

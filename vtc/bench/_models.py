@@ -54,18 +54,25 @@ class BenchModel:
     method: str
 
 
-def build(model: BenchModel, layers: int, dtype: torch.dtype, device: str) -> Any:
-    """Build the model with `layers` decoder layers and random weights, in evaluation mode."""
+def build(model: BenchModel, layers: int, dtype: torch.dtype, device: str, *, attention: str | None = None) -> Any:
+    """Build the model with `layers` decoder layers and random weights, in evaluation mode.
+
+    Weights are drawn on the device: on a CPU those of 7B parameters take minutes. `attention` is the implementation of
+    transformers, by default that of the family.
+    """
     config = model.config(layers)
-    with torch.random.fork_rng(devices=[]):
+    place = torch.device(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.manual_seed(0)
-        built = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        built = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
     return built.to(device).eval()
 
 
-def prompt(model: BenchModel, built: Any, visual_tokens: int, text_tokens: int) -> dict[str, torch.Tensor]:
-    """Return inputs of one row: half of the text, the images, the other half; the same in every run."""
-    inputs = model.prompt(built.config, visual_tokens, text_tokens, torch.Generator().manual_seed(1))
+def prompt(
+    model: BenchModel, built: Any, visual_tokens: int, text_tokens: int, *, seed: int = 1
+) -> dict[str, torch.Tensor]:
+    """Return inputs of one row: half of the text, the images, the other half; the same in every run with a `seed`."""
+    inputs = model.prompt(built.config, visual_tokens, text_tokens, torch.Generator().manual_seed(seed))
     floating = {name: x.to(built.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     return {name: x.to(built.device) for name, x in floating.items()}
 

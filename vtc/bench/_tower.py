@@ -91,16 +91,16 @@ def measure(
     shares = {text: seen_by_layer(plan, depth) for text, plan in plans.items()}
     side = shape.side(visual_tokens)
     cases = {
-        "untouched": Case(partial(_call, model, inputs)),
+        "untouched": Case(partial(call, model, inputs)),
         "native 1.0": Case(partial(_native_tower, model, inputs, 1.0)),
         "processor": Case(
-            partial(_process, shape.processor(**shape.processing), Image.new("RGB", (side, side), "teal"))
+            partial(process, shape.processor(**shape.processing), [Image.new("RGB", (side, side), "teal")])
         ),
     }
     peaks = {"": _peak(model, inputs)} if memory else {}
     for text, plan in plans.items():
         around = partial(vtc.compressed, model, plan)
-        cases[text] = Case(partial(_call, model, inputs, compressed=True), around)
+        cases[text] = Case(partial(call, model, inputs, compressed=True), around)
         if memory:
             with around():
                 peaks[text] = _peak(model, inputs)
@@ -151,7 +151,7 @@ def _peak(model: Any, inputs: dict[str, torch.Tensor]) -> int:
 
 
 @torch.inference_mode()
-def _call(model: Any, inputs: dict[str, torch.Tensor], *, compressed: bool = False) -> Figures:
+def call(model: Any, inputs: dict[str, torch.Tensor], *, compressed: bool = False) -> Figures:
     """Time a prefill, its part up to the first decoder layer, that of the layers, and that behind them."""
     marks: list[float] = []
 
@@ -175,11 +175,11 @@ def _call(model: Any, inputs: dict[str, torch.Tensor], *, compressed: bool = Fal
     return {**figures, "selector": vtc.report(model).selector_ms / 1e3} if compressed else figures
 
 
-def _process(processor: Any, picture: Image.Image) -> Figures:
-    """Time what is done to a picture before the model gets it."""
+def process(processor: Any, pictures: list[Image.Image]) -> Figures:
+    """Time what is done to pictures before the model gets them."""
     watch = Stopwatch(torch.device("cpu"))
     with watch.part("processor"):
-        processor(images=picture, return_tensors="pt")
+        processor(images=pictures, return_tensors="pt")
     return watch.figures
 
 

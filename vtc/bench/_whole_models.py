@@ -6,7 +6,8 @@ Weights are random; decoders are built with a few layers, and their time is scal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from transformers import (
 from vtc.bench._models import BenchModel, around, llava_prompt, patches_prompt, qwen_3b_text
 from vtc.errors import ConfigError
 
-__all__ = ["WHOLE_MODELS", "WholeModel"]
+__all__ = ["WHOLE_MODELS", "WholeModel", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def _onevision_tokens(tiles: int) -> int:
     return 27 * 27 + 27 * tiles * (27 * tiles + 1)
 
 
-def _internvl_2b(layers: int) -> InternVLConfig:
-    # InternViT-300M/448, and Qwen2.5-1.5B as in InternVL3-2B.
+def _internvl(text: Qwen2Config) -> InternVLConfig:
+    # InternViT-300M/448.
     tower = {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -132,7 +133,17 @@ def _internvl_2b(layers: int) -> InternVLConfig:
         "image_size": [448, 448],
         "patch_size": [14, 14],
     }
-    return InternVLConfig(vision_config=tower, text_config=_qwen2(layers, 1536, 8960, 12, 2, 151936))
+    return InternVLConfig(vision_config=tower, text_config=text)
+
+
+def _internvl_2b(layers: int) -> InternVLConfig:
+    # Qwen2.5-1.5B, as in InternVL3-2B.
+    return _internvl(_qwen2(layers, 1536, 8960, 12, 2, 151936))
+
+
+def _internvl_8b(layers: int) -> InternVLConfig:
+    # Qwen2.5-7B, as in InternVL3-8B.
+    return _internvl(_qwen2(layers, 3584, 18944, 28, 4, 151936))
 
 
 def _internvl_prompt(
@@ -146,18 +157,26 @@ def _internvl_prompt(
     return {**around(text_tokens, picture, generator), "pixel_values": pixels}
 
 
+# The tower of Qwen2.5-VL-3B and -7B.
+_QWEN2_5_TOWER = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
 def _qwen2_5_3b(layers: int) -> Qwen2_5_VLConfig:
-    return qwen_3b_text(
-        layers,
-        {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-    )
+    return qwen_3b_text(layers, _QWEN2_5_TOWER)
+
+
+def _qwen2_5_7b(layers: int) -> Qwen2_5_VLConfig:
+    config = qwen_3b_text(layers, {**_QWEN2_5_TOWER, "out_hidden_size": 3584})
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+    text = {**config.text_config.to_dict(), **sizes, "vocab_size": 152064}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=config.vision_config.to_dict(), tie_word_embeddings=False)
 
 
 def _qwen3_4b(layers: int) -> Qwen3VLConfig:
@@ -188,6 +207,17 @@ def _qwen3_4b(layers: int) -> Qwen3VLConfig:
     )
 
 
+def _internvl_side(tokens: int) -> int:
+    return round(448 * (tokens / 256) ** 0.5)
+
+
+_INTERNVL_PROCESSING = {"crop_to_patches": True, "max_patches": 12, "size": {"height": 448, "width": 448}}
+
+
+def _qwen2_5_side(tokens: int) -> int:
+    return round(28 * tokens**0.5)
+
+
 WHOLE_MODELS = {
     model.name: model
     for model in (
@@ -203,12 +233,19 @@ WHOLE_MODELS = {
         ),
         WholeModel(
             "internvl3-2b", 28, _internvl_2b, _internvl_prompt, "divprune", 1024,
-            lambda tokens: round(448 * (tokens / 256) ** 0.5), GotOcr2ImageProcessor,
-            {"crop_to_patches": True, "max_patches": 12, "size": {"height": 448, "width": 448}},
+            _internvl_side, GotOcr2ImageProcessor, _INTERNVL_PROCESSING,
+        ),
+        WholeModel(
+            "internvl3-8b", 28, _internvl_8b, _internvl_prompt, "divprune", 1024,
+            _internvl_side, GotOcr2ImageProcessor, _INTERNVL_PROCESSING,
         ),
         WholeModel(
             "qwen2.5-vl-3b", 36, _qwen2_5_3b, patches_prompt, "divprune", 576,
-            lambda tokens: round(28 * tokens**0.5), Qwen2VLImageProcessor, {},
+            _qwen2_5_side, Qwen2VLImageProcessor, {},
+        ),
+        WholeModel(
+            "qwen2.5-vl-7b", 28, _qwen2_5_7b, patches_prompt, "divprune", 1296,
+            _qwen2_5_side, Qwen2VLImageProcessor, {},
         ),
         WholeModel(
             "qwen3-vl-4b", 36, _qwen3_4b, patches_prompt, "divprune", 576,
@@ -217,3 +254,45 @@ WHOLE_MODELS = {
     )
 }  # fmt: skip
 """By name."""
+
+_TINY_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+}
+_TINY_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "num_hidden_layers": 8,  # as many as the default of vtc-cls requires
+    "depth": 8,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [3, 7],
+    "deepstack_visual_indexes": [1, 3, 5],
+}
+_TINY_TOKENS = {"internvl3-2b": 256, "internvl3-8b": 256, "qwen2.5-vl-3b": 64, "qwen2.5-vl-7b": 64, "qwen3-vl-4b": 64}
+
+
+def tiny(shape: WholeModel) -> WholeModel:
+    """Return the same family with the same patches and ids, and with widths and depths that a CPU runs in no time."""
+    return replace(
+        shape,
+        full_depth=2,
+        config=partial(_shrunk, shape.config),
+        visual_tokens=_TINY_TOKENS.get(shape.name, shape.visual_tokens),
+    )
+
+
+def _shrunk(config: Callable[[int], PreTrainedConfig], layers: int) -> PreTrainedConfig:
+    whole = config(layers)
+    parts = whole.to_dict()
+    for name, sizes in (("text_config", _TINY_TEXT), ("vision_config", _TINY_TOWER)):
+        part = parts[name]
+        part.update({key: value for key, value in sizes.items() if key in part})
+        if "mrope_section" in (part.get("rope_parameters") or {}):
+            part["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    return type(whole).from_dict(parts)

@@ -23,6 +23,7 @@ OPERATIONS = (
     "farthest_point",
     "farthest_point/noise",
     "farthest_point/first",
+    "relevant_farthest_point",
     "max_sum",
     "dpp_greedy",
     "coverage_greedy",

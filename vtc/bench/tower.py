@@ -7,7 +7,15 @@ import argparse
 from vtc.bench.timing import add_timing_arguments, check_arguments
 from vtc.notation import parse_stages
 
-MODELS = ("llava-1.5-7b", "llava-onevision-7b", "internvl3-2b", "qwen2.5-vl-3b", "qwen3-vl-4b")
+MODELS = (
+    "llava-1.5-7b",
+    "llava-onevision-7b",
+    "internvl3-2b",
+    "internvl3-8b",
+    "qwen2.5-vl-3b",
+    "qwen2.5-vl-7b",
+    "qwen3-vl-4b",
+)
 SETTINGS = (
     "divprune@decoder=0.1",
     "divprune@vision:11=0.25+divprune@decoder=0.4",

@@ -12,6 +12,7 @@ BENCHES = {
     "overhead": "what compression costs on a small model",
     "selectors": "each method before the decoder, alone, beside a transcription of its equations",
     "kernels": "each operation of vtc.kernels beside its formula in plain PyTorch",
+    "gpu": "all that only a GPU can tell, in a few minutes: kernels, laws, whole calls",
 }
 """Name, which is also that of a module of `vtc.bench` with the two functions of a command, and what is measured."""
 
