@@ -11,7 +11,7 @@ from typing import Any
 import vtc
 from eval.bounds import TruthSelector
 from vtc import CompressionConfig
-from vtc.notation import parse_stages
+from vtc.notation import parse_stages, split_stages
 
 BASELINES = ("random", "uniform", "pool", "resize")
 """Part of every comparison, requested or not, as far as the model supports them."""
@@ -58,7 +58,7 @@ class Run:
             The text is not in this notation.
         """
         configs = parse_stages(text)
-        method = "+".join(part.partition("=")[0] for part in text.split("+"))
+        method = "+".join(setting for setting, _ in split_stages(text))
         if configs[-1].keep_tokens is not None:
             return cls(method, keep_tokens=configs[-1].keep_tokens, stages=text)
         shares = [config.keep_ratio for config in configs if config.keep_ratio is not None]

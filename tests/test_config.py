@@ -335,6 +335,44 @@ def test_stages_survive_a_file_and_a_single_configuration_is_one_stage(tmp_path:
         vtc.load_stages(tmp_path / "missing.json")
 
 
-def test_the_notation_is_written_as_it_is_read() -> None:
-    for text in ("vtc=0.25", "divprune@vision:8=0.5+vtc=0.25", "uniform@pixels=64+fastv@decoder:2=0.5"):
-        assert write_stages(parse_stages(text)) == text
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vtc=0.25",
+        "divprune@vision:8=0.5+vtc=0.25",
+        "uniform@pixels=64+fastv@decoder:2=0.5",
+        "h2o(scope=all)@cache:decoding=0.25",
+        "vtc=0.5+snapkv(window=16, pooling=max)@cache=0.5",
+        "prefixkv(scope=all, budgets=[0.5, 0.25])@cache=0.375",
+        'snapkv(budgets={"name": "pyramid", "beta": 10})=0.5',
+    ],
+)
+def test_the_notation_is_written_as_it_is_read(text: str) -> None:
+    assert write_stages(parse_stages(text)) == text
+
+
+def test_the_notation_gives_options_their_types() -> None:
+    (config,) = parse_stages('snapkv(window=16,pooling="max", budgets=[0.5,0.25] )=0.375')
+    assert config.options == {"window": 16, "pooling": "max", "budgets": (0.5, 0.25)}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("snapkv(window=16=0.5", "METHOD"),
+        ("snapkv(window=16)", "METHOD"),
+        ("snapkv(window=16)x=0.5", "METHOD"),
+        ("(window=16)=0.5", "METHOD"),
+        ("snapkv@cache(window=16)=0.5", "at must"),
+        ("snapkv()=0.5", "OPTION=VALUE"),
+        ("snapkv(16)=0.5", "OPTION=VALUE"),
+        ("snapkv(window=)=0.5", "OPTION=VALUE"),
+        ("snapkv(window=16, window=8)=0.5", "window is given twice"),
+        ("snapkv(window=1 6)=0.5", "window=1 6 is neither a word nor JSON"),
+        ("snapkv(windows=16)=0.5", "windows"),
+        ("snapkv(window=no)=0.5", "window must be an integer"),
+    ],
+)
+def test_the_notation_says_what_is_wrong(text: str, match: str) -> None:
+    with pytest.raises(vtc.ConfigError, match=match):
+        parse_stages(text)
