@@ -1,4 +1,6 @@
-"""Measure methods on tasks: `python -m eval tasks | run | sweep | table | compare | confirm | bound | cost | readme`.
+"""Measure methods on tasks.
+
+    python -m eval tasks | run | sweep | table | compare | confirm | bound | continuations | cost | readme
 
     python -m eval sweep --model reference --methods all --keep 0.5 0.25 0.11 0.056
     python -m eval run --task pope --data data/pope --model checkpoints/llava-1.5-7b-hf --methods divprune --keep 0.25
@@ -24,7 +26,20 @@ try:
 
     import vtc
     import vtc.reference
-    from eval import comparison, confirm, cost, models, readme, runner, search, seeds, sweep, tasks, timing
+    from eval import (
+        comparison,
+        confirm,
+        continuations,
+        cost,
+        models,
+        readme,
+        runner,
+        search,
+        seeds,
+        sweep,
+        tasks,
+        timing,
+    )
     from eval.models import Loaded
     from eval.runs import Run
     from eval.sweep import Job
@@ -109,6 +124,37 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(sought)
     _add_pictures(sought, 12, 5)
     sought.set_defaults(run=_bound)
+    along = commands.add_parser("continuations", help="how far smaller caches move the probabilities of a long text")
+    along.add_argument(
+        "--text",
+        choices=continuations.TEXTS,
+        default="turns",
+        help="turns: further questions and right answers; own: the model's with all tokens, which may not end; "
+        "reference: the right answer (%(default)s)",
+    )
+    along.add_argument("--task", help="scenes or clips for turns, otherwise their descriptions (the first)")
+    along.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(continuations.METHODS),
+        metavar="METHOD(OPTION=VALUE, ...)@SITE",
+        help=f"({' '.join(continuations.METHODS)})",
+    )
+    along.add_argument(
+        "--keep", type=float, nargs="+", default=list(continuations.KEEP), help="fractions (0.1 to 0.9 in steps of 0.1)"
+    )
+    along.add_argument(
+        "--scope", choices=continuations.SCOPES, default="all", help="whose entries may leave the caches (%(default)s)"
+    )
+    along.add_argument("--tokens", type=int, default=64, help="of each text, at most (64)")
+    along.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="also prefixkv with budgets found on N other pictures (0)"
+    )
+    along.add_argument("--draw", default=seeds.DEFAULT, metavar="PURPOSE:N", help="exploring:N or comparing:N")
+    _add_model(along)
+    _add_pictures(along, 100, 8)
+    along.add_argument("--out", type=Path, help="folder for rows and tables (results/continuations-MODEL-SCOPE-TEXT)")
+    along.set_defaults(run=_continuations)
     page = commands.add_parser("readme", help="write README's table and picture from the committed results")
     page.set_defaults(run=_readme)
     return parser
@@ -390,6 +436,32 @@ def _bound(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     print(search.to_markdown(found, args.method, args.keep))
+    return 0
+
+
+def _continuations(args: argparse.Namespace) -> int:
+    plan = continuations.Plan(
+        task=args.task or continuations.TASKS[args.text][0],
+        model=args.model,
+        draw=args.draw,
+        text=args.text,
+        scope=args.scope,
+        pictures=args.pictures,
+        per_picture=args.per_picture,
+        tokens=args.tokens,
+        profile=args.profile,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        methods=tuple(dict.fromkeys(args.methods)),
+        keep=tuple(dict.fromkeys(args.keep)),
+    )
+    plan.check()
+    model = Path(args.model).name.replace(":", "-")
+    out = args.out or Path("results") / f"continuations-{model}-{args.scope}-{args.text}"
+    _check_folder(out)
+    loaded = models.load(args.model, dtype=args.dtype, device=args.device, attention=args.attention)
+    continuations.measure(plan, loaded, out)
+    print(continuations.write(out))
     return 0
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from eval.tasks import benchmarks, files, generated, hard, long, several  # noqa: F401  # importing them registers their tasks
+from eval.tasks import (  # noqa: F401  # importing them registers their tasks
+    benchmarks,
+    descriptions,
+    files,
+    generated,
+    hard,
+    long,
+    several,
+)
 from eval.tasks.base import Media, Sample, Task, get_task, names, register_task
 
 __all__ = ["Media", "Sample", "Task", "get_task", "names", "register_task"]

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from eval.tasks.base import Sample, Task, Truth, register_task
 from eval.tasks.video import Frames
@@ -33,6 +33,8 @@ class ScenesTask(Generated):
 
     Attributes
     ----------
+    kinds : tuple of str or None
+        Kinds of question; None: all that have one-word answers.
     pictures : int
         Number of them.
     per_picture : int
@@ -44,18 +46,21 @@ class ScenesTask(Generated):
     name = "scenes"
     source = "drawn by eval/tasks/scenes"
 
+    kinds: ClassVar[tuple[str, ...] | None] = None
+
     pictures: int = 100
     per_picture: int = 10
     seed: int = 0
 
     def samples(self, folder: Path | None) -> Sequence[Sample]:
         from eval.tasks.scenes.questions import ask
+        from eval.tasks.scenes.vocabulary import KINDS
 
         found = []
         for index in range(self.pictures):
             scene = scene_at(self.seed, index)
             picture = functools.partial(drawn, self.seed, index)
-            for number, question in enumerate(ask(scene, self.per_picture)):
+            for number, question in enumerate(ask(scene, self.per_picture, kinds=self.kinds or KINDS)):
                 found.append(
                     Sample(
                         id=f"scene-{index}-{number}",
@@ -85,6 +90,8 @@ class ClipsTask(Generated):
 
     Attributes
     ----------
+    kinds : tuple of str or None
+        Kinds of question; None: all that have one-word answers.
     pictures : int
         Number of clips.
     per_picture : int
@@ -97,17 +104,21 @@ class ClipsTask(Generated):
     modality = "video"
     source = "drawn by eval/tasks/clips"
 
+    kinds: ClassVar[tuple[str, ...] | None] = None
+
     pictures: int = 100
     per_picture: int = 7
     seed: int = 0
 
     def samples(self, folder: Path | None) -> Sequence[Sample]:
-        from eval.tasks.clips.questions import ask
+        from eval.tasks.clips.questions import KINDS, ask
 
         found = []
         for index in range(self.pictures):
             frames = functools.partial(_frames, self.seed, index)
-            for number, question in enumerate(ask(_clip(self.seed, index), self.per_picture)):
+            for number, question in enumerate(
+                ask(_clip(self.seed, index), self.per_picture, kinds=self.kinds or KINDS)
+            ):
                 found.append(
                     Sample(
                         id=f"clip-{index}-{number}",

@@ -35,8 +35,9 @@ def rows(name: str, samples: list[Sample], answers: list[str]) -> list[dict[str,
 
 def test_every_task_is_tested_here() -> None:
     assert set(names()) == {
-        *MAKERS, "scenes", "hard-scenes", "picture-pairs", "clips", "long-clips", "easy-vqa", "photos",
-    }  # fmt: skip
+        *(*MAKERS, "scenes", "scene-descriptions", "hard-scenes", "picture-pairs"),
+        *("clips", "clip-descriptions", "long-clips", "easy-vqa", "photos"),
+    }
 
 
 @pytest.mark.parametrize("name", FROM_FILES)

@@ -12,7 +12,10 @@ from eval.tasks.scenes.questions import Question
 from eval.tasks.scenes.vocabulary import COLOURS, COUNTS, SHAPES
 
 KINDS: Final = ("motion", "order", "change", "when", "count", "colour", "shape")
-"""Kinds of question, in the order in which tables list them; the last two need no motion."""
+"""Kinds of question, in the order in which tables list them; the last two need no motion.
+
+There is one more, "describe", which is asked on request only.
+"""
 
 TIMES: Final = ("start", "middle", "end")
 """Answers to "when": the first 40 % of the frames, the 20 % between, the last 40 %."""
@@ -146,6 +149,23 @@ class _Asker:
             ("What shape is the {0} object?", "What is the shape of the {0} object?", "Which shape is {0}?")
         ).format(target.colour)
         return Question("shape", text, target.name, self._index(target), SHAPES, self._index(target))
+
+    def _ask_describe(self) -> Question | None:
+        """Ask for every object and what becomes of it, those that appear first at first, then from left to right."""
+        actors = sorted(self.objects, key=lambda actor: (actor.first, actor.start[0]))
+        if not actors:
+            return None
+        text = self._pick(("Describe the video.", "Describe all objects.", "What does the video show?"))
+        answer = ", ".join(_described(actor, self.clip.length) for actor in actors) + "."
+        return Question("describe", text, answer, self._index(*actors), (), self._index(*actors))
+
+
+def _described(actor: Actor, length: int) -> str:
+    text = f"{'an' if actor.colour[0] in 'aeiou' else 'a'} {actor.colour} {actor.name}"
+    happens = [f"moves {actor.direction}"] if actor.direction else []
+    happens += [f"appears at the {part_of(actor.first, length)}"] if actor.first > 0 else []
+    happens += [f"disappears at the {part_of(actor.last, length)}"] if actor.last < length else []
+    return f"{text} that {' and '.join(happens)}" if happens else text
 
 
 def ask(

@@ -15,6 +15,7 @@ from eval.tasks.scenes.vocabulary import (
     DIGITS,
     KINDS,
     NUMBERS,
+    PATCH,
     PLACES,
     SHAPES,
     SIGN_COLOURS,
@@ -37,7 +38,7 @@ class Question:
     Attributes
     ----------
     kind : str
-        One of :data:`~eval.tasks.scenes.vocabulary.KINDS`.
+        One of :data:`~eval.tasks.scenes.vocabulary.KINDS`, or "describe", which is asked on request only.
     text, answer : str
         The question and its one right answer.
     targets : tuple of int
@@ -156,15 +157,11 @@ class _Asker:
         return Question("shape", text, target.name, self._index(target), SHAPES, self._index(target))
 
     def _ask_place(self) -> Question | None:
-        middle = CANVAS / 2
-        candidates = [
-            t for t in self.scene.objects if min(abs(t.centre[0] - middle), abs(t.centre[1] - middle)) >= PLACE_MARGIN
-        ]
+        candidates = [thing for thing in self.scene.objects if _in_a_corner(thing)]
         if not candidates:
             return None
         target = self._one(candidates)
-        x, y = target.centre
-        answer = f"{'top' if y < middle else 'bottom'} {'left' if x < middle else 'right'}"
+        answer = _corner_of(target)
         text = self._pick(
             (
                 "Where is {0}?",
@@ -275,6 +272,32 @@ class _Asker:
             )
         ).format(sign, what)
         return Question("reading", text, target.text, self._index(target), WRITINGS, self._index(target))
+
+    def _ask_describe(self) -> Question | None:
+        """Ask for everything that questions may name, row by row of patches and from left to right."""
+        things = sorted(self.scene.named, key=lambda thing: (int(thing.centre[1]) // PATCH, thing.centre[0]))
+        if not things:
+            return None
+        text = self._pick(("Describe the picture.", "Describe all objects.", "What is in the picture?"))
+        answer = ", ".join(_described(thing) for thing in things) + "."
+        return Question("describe", text, answer, self._index(*things), (), self._index(*things))
+
+
+def _in_a_corner(thing: Thing) -> bool:
+    """Return whether an object is far enough from the centre lines for its corner to be named."""
+    return min(abs(place - CANVAS / 2) for place in thing.centre) >= PLACE_MARGIN
+
+
+def _corner_of(thing: Thing) -> str:
+    x, y = thing.centre
+    return f"{'top' if y < CANVAS / 2 else 'bottom'} {'left' if x < CANVAS / 2 else 'right'}"
+
+
+def _described(thing: Thing) -> str:
+    text = f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {thing.name}"
+    if thing.text:
+        text += f" that says {thing.text}" if thing.role == "sign" else f" with the digit {thing.text}"
+    return f"{text} at the {_corner_of(thing)}" if _in_a_corner(thing) else text
 
 
 def ask(
