@@ -29,7 +29,7 @@ LEVELS = (
     ("budget", "kernels", "limits"),
     ("core", "pictures"),
     ("config", "registry", "reference"),
-    ("notation", "relevance"),
+    ("loading", "notation", "relevance"),
     ("selectors",),
     ("adapters", "functional", "report.flops"),
     ("report.report",),

@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         VtcError,
     )
     from vtc.functional import select
+    from vtc.loading.load import load
     from vtc.pictures import open_image
     from vtc.registry import register_adapter, register_selector
     from vtc.report.report import Report, SegmentReport
@@ -159,6 +160,7 @@ __all__ = [
     "disabled",
     "is_compressed",
     "list_methods",
+    "load",
     "load_stages",
     "open_image",
     "press",
@@ -242,6 +244,7 @@ _HOME = {
         "VtcError",
     ),
     "vtc.functional": ("select",),
+    "vtc.loading.load": ("load",),
     "vtc.pictures": ("open_image",),
     "vtc.registry": ("register_adapter", "register_selector"),
     "vtc.report.report": ("Report", "SegmentReport"),

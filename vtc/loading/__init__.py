@@ -1,0 +1,1 @@
+"""Loads checkpoints from this machine's disk as transformers' own classes."""
