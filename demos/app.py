@@ -76,11 +76,7 @@ class Models:
     def load(self, name: str) -> tuple[Any, Any]:
         if name not in self.folders:
             return vtc.reference.load(name)
-        from transformers import AutoModelForImageTextToText
-
-        folder = self.folders[name]
-        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
-        return model, self._processor(folder)
+        return vtc.load(self.folders[name])
 
     def for_videos(self) -> list[str]:
         """Names of the models that take videos. The small reference models are loaded to see, others are not."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtc
 import vtc.reference
@@ -66,8 +65,7 @@ def load(folder: Path | None, random_weights: bool) -> tuple[Any, Any]:
         if not known:
             raise SystemExit("There is no reference model for videos here: give --model, or --random-weights.")
         return vtc.reference.load(known[0])
-    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
-    return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return vtc.load(folder)
 
 
 def rolling_ball(path: Path, count: int = 24, width: int = 160, height: int = 96) -> Path:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtc
 import vtc.reference
@@ -29,11 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep-ratio", type=float, default=0.25)
     args = parser.parse_args(argv)
 
-    if args.model is None:
-        model, processor = vtc.reference.load("llava")
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(args.model, local_files_only=True, dtype="auto").eval()
-        processor = AutoProcessor.from_pretrained(args.model, local_files_only=True)
+    model, processor = vtc.load(args.model or "reference")
     image = vtc.open_image(args.image or vtc.reference.samples()[6])
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.question}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)

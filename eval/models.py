@@ -6,16 +6,13 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 import vtc
-import vtc.reference
 from eval.tasks.base import Media, Sample
 from eval.tasks.video import Frames
 
@@ -40,18 +37,7 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu", attention: s
     ConfigError
         The device or the attention implementation is not available.
     """
-    source, _, which = name.partition(":")
-    precision = getattr(torch, dtype)
-    if source == "reference":
-        model, processor = vtc.reference.load(which or "llava", precision)
-    elif not Path(name).is_dir():
-        raise vtc.InputError(f"{name}: no such folder; --model takes a checkpoint's folder, or reference[:NAME]")
-    else:
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(name, local_files_only=True, dtype=precision)
-            processor = AutoProcessor.from_pretrained(name, local_files_only=True)
-        except Exception as error:  # a broken checkpoint can raise anything
-            raise vtc.InputError(f"{name}: cannot be loaded as an image-text-to-text model: {error}") from error
+    model, processor = vtc.load(name, dtype=dtype)
     if attention is not None:
         try:
             model.set_attn_implementation(attention)

@@ -25,6 +25,7 @@ COMMANDS = {
     "advise": "find the cheapest setting that keeps the answers to your own prompts",
     "methods": "list the compression methods",
     "models": "list the supported model types",
+    "convert": "write an original LLaVA checkpoint as one of transformers",
     "bench": "measure speed on this machine, with random weights",
 }
 """Name, which is also that of the module, and what the command does."""

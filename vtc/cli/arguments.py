@@ -188,33 +188,8 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
-    source, _, reference_name = name.partition(":")
-    if source == "reference":
-        from vtc import reference
-
-        model, processor = reference.load(reference_name or "llava")
-    else:
-        model, processor = _load_folder(Path(name))
-    if dtype != "auto":
-        model = model.to(getattr(torch, dtype))
+    model, processor = vtc.load(name, dtype=dtype)
     return model.to(device).eval(), processor
-
-
-def _load_folder(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder. --model takes the folder of a checkpoint, or the word reference.")
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a broken checkpoint can raise anything: it is code, JSON and tensors of others
-        raise InputError(f"{folder}: cannot be loaded as an image-text-to-text model: {_first_line(error)}") from error
-    return model, processor
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def prepare(model: Any, processor: Any, image: Image, question: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def load(
         return reference.load(name or "llava", None if isinstance(dtype, str) else dtype)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give that of a checkpoint, or the word reference[:NAME]")
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config: dict[str, Any] = {}
+    with suppress(InputError):  # a missing or broken file is for transformers to name
+        config = read_json(folder / "config.json")
     original = is_original_llava(config)
     if vision_tower is not None and not original:
         raise ConfigError(f"vision_tower given, but {folder} is no original LLaVA checkpoint and holds its own tower")
