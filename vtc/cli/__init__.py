@@ -26,6 +26,7 @@ COMMANDS = {
     "methods": "list the compression methods",
     "models": "list the supported model types",
     "convert": "write an original LLaVA checkpoint as one of transformers",
+    "serve": "start vLLM's server with compression",
     "bench": "measure speed on this machine, with random weights",
 }
 """Name, which is also that of the module, and what the command does."""

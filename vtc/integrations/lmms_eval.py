@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +23,10 @@ from typing import Any
 from vtc import api, registry
 from vtc.config import CompressionConfig
 from vtc.errors import ConfigError, VtcError
+from vtc.integrations.arguments import PREFIX, configuration, parted
 from vtc.report.report import Report
 
 __all__ = ["compression", "manifests"]
-
-_PREFIX = "vtc_"
-_SHARED = ("method", "keep_ratio", "keep_tokens", "positions", "structural", "seed", "at")
 
 
 def manifests() -> list[Any]:
@@ -40,7 +37,7 @@ def manifests() -> list[Any]:
         return None if base is None else f"{__name__}.{_name(base)}"
 
     return [
-        ModelManifest(model_id=_PREFIX + model, simple_class_path=path(simple), chat_class_path=path(chat))
+        ModelManifest(model_id=PREFIX + model, simple_class_path=path(simple), chat_class_path=path(chat))
         for model, simple, chat in _models()
     ]
 
@@ -83,27 +80,13 @@ def compression(arguments: Mapping[str, Any]) -> tuple[CompressionConfig | None,
     ConfigError, UnsupportedMethodError
         There is no such method or option, or a value is out of range.
     """
-    given = {name.removeprefix(_PREFIX): value for name, value in arguments.items() if name.startswith(_PREFIX)}
-    others = {name: value for name, value in arguments.items() if not name.startswith(_PREFIX)}
+    given, others = parted(arguments)
     if not given:
         return None, others
     if "method" not in given:
-        names = ", ".join(f"{_PREFIX}{name}" for name in given)
-        raise ConfigError(f"{names} given without {_PREFIX}method; `vtc methods` lists the methods.")
-    shared = {name: given.pop(name) for name in _SHARED if name in given}
-    config = CompressionConfig(**shared, options={name: _parsed(value) for name, value in given.items()})
-    registry.get_selector(config.method, **config.options)
-    return config, others
-
-
-def _parsed(value: Any) -> Any:
-    """Parse a list or mapping, which lmms-eval leaves as text; numbers and booleans it converts itself."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
+        names = ", ".join(f"{PREFIX}{name}" for name in given)
+        raise ConfigError(f"{names} given without {PREFIX}method; `vtc methods` lists the methods.")
+    return configuration(given), others
 
 
 @dataclass

@@ -1,0 +1,129 @@
+"""The model's side: of the rows that the family's own encoder makes, those that a method chooses.
+
+Every class is vLLM's own with `Compressed` over it. A family says how the rows of its pictures and videos lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+from vtc.engine.plan import PlannedStage
+from vtc.errors import UnsupportedModelError
+from vtc.integrations.vllm.choosing import Visual, choose_rows
+from vtc.integrations.vllm.processing import field_of, stages_of, with_processor
+
+__all__ = ["Compressed", "VtcInternVL", "VtcLlava"]
+
+MODALITIES = ("image", "video")
+
+
+class Compressed:
+    """Mixin over a model class of vLLM whose rows of pictures and videos become fewer behind the encoder.
+
+    The encoder's results are cached per item by vLLM, and the settings are part of the item's hash.
+    """
+
+    # Recorded graphs of the encoder would be replayed without what comes behind it.
+    supports_encoder_cudagraph: ClassVar[bool] = False
+
+    def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
+        """Say how the rows (n, D) of one item lie.
+
+        Parameters
+        ----------
+        modality, rows
+            Of the item.
+        index
+            Its number among the items of its modality in this call of the encoder.
+        inputs
+            Arguments of the call.
+
+        Returns
+        -------
+        sequence of Visual
+            What is compressed as a whole each, in the order of the rows: several where text stands between.
+        """
+        raise NotImplementedError
+
+    def vtc_item(
+        self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any], stage: PlannedStage | None
+    ) -> Tensor:
+        """Return what goes into the prompt for one item, (K, D)."""
+        return rows if stage is None else self.vtc_chosen(modality, rows, index, inputs, stage)[1]
+
+    def vtc_chosen(
+        self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any], stage: PlannedStage, width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose among the rows of one item; return which stay, (K,), and them, (K, D)."""
+        visuals = self.vtc_visuals(modality, rows, index, inputs)
+        kept, parts, start = [], [], 0
+        for visual in visuals:
+            size = sum(map(math.prod, visual.grids))
+            if visual.structural is not None:
+                size = len(visual.structural)
+            stays, part = choose_rows(stage, visual, rows[start : start + size], width)
+            kept.append(stays + start)
+            parts.append(part)
+            start += size
+        return torch.cat(kept), torch.cat(parts)
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Encode, and leave rows out of the result."""
+        fields = {modality: kwargs.pop(field_of(modality), None) for modality in MODALITIES}
+        rows = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        items = [
+            (modality, index, stage)
+            for modality in _in_order(kwargs)
+            if (field := fields[modality]) is not None
+            for index, stage in enumerate(stages_of(field))
+        ]
+        if not items:
+            return rows
+        return tuple(
+            self.vtc_item(modality, part, index, kwargs, stage)
+            for part, (modality, index, stage) in zip(rows, items, strict=True)
+        )
+
+
+def _in_order(inputs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the modalities in the order in which vLLM encodes them, that of their first arguments."""
+    yield from dict.fromkeys("video" if "video" in name else "image" for name in inputs)
+
+
+@with_processor()
+class VtcLlava(Compressed, LlavaForConditionalGeneration):
+    """LLaVA 1.5: one square crop; a [CLS] token that stays among the patches is none of them."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        tower = vllm_config.model_config.hf_config.vision_config.model_type
+        if tower == "pixtral":
+            raise UnsupportedModelError("vtc does not compress Pixtral inside vLLM: its rows are text in part.")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
+        n = len(rows)
+        prefix = 1 if math.isqrt(n - 1) ** 2 == n - 1 and math.isqrt(n) ** 2 != n else 0
+        side = math.isqrt(n - prefix)
+        grid = (1, side, side) if side**2 == n - prefix else (1, 1, n)
+        structural = torch.arange(n) < prefix
+        return (Visual(modality, (grid,), structural),)
+
+
+@with_processor()
+class VtcInternVL(Compressed, InternS1ForConditionalGeneration):
+    """InternVL: a picture is equal tiles, a video is frames that are pictures of one tile, with text between."""
+
+    def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
+        side = math.isqrt(int(self.num_image_token))  # type: ignore[attr-defined]
+        tiles = len(rows) // side**2
+        grid = (1, side, side)
+        if modality == "video":
+            return [Visual("image", (grid,))] * tiles
+        return (Visual("image", (grid,) * tiles),)

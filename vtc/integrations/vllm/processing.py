@@ -1,0 +1,223 @@
+"""The processor's side: settings become part of every picture, and fewer placeholders go into the prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import InputProcessingContext, PromptUpdateDetails
+
+from vtc.engine.plan import PlannedStage
+from vtc.errors import ConfigError, VtcError
+from vtc.integrations.vllm.choosing import kept_count
+from vtc.integrations.vllm.settings import RESOLVED, from_environment, parse, resolve, split, written
+
+__all__ = ["Processor", "RequestError", "field_of", "stages_of", "with_processor"]
+
+T = TypeVar("T", bound=type)
+
+_KEPT_SETTINGS = "vtc_server"
+_KEEP_ALL = "null"  # what stands for no compression where a configuration is written
+
+
+def field_of(modality: str) -> str:
+    """Return the name under which the settings of every item of a modality travel to the model."""
+    return f"vtc_{modality}"
+
+
+def stages_of(field: Tensor | Sequence[Tensor]) -> list[PlannedStage | None]:
+    """Read the settings of items, one row of bytes each; None: all tokens stay."""
+    return [_stage(bytes(row.tolist()).decode()) for row in field]
+
+
+def _stage(text: str) -> PlannedStage | None:
+    return None if text == _KEEP_ALL else parse(text)
+
+
+class RequestError(VLLMValidationError, VtcError):
+    """What was asked of vtc in a request cannot be done: an error of the client for vLLM, one of ours for others."""
+
+
+class _Context(InputProcessingContext):
+    """A context whose processors never see arguments that are ours."""
+
+    def get_merged_mm_kwargs(self, kwargs: Mapping[str, object], **named: Any) -> dict[str, Any]:
+        return super().get_merged_mm_kwargs(split(kwargs)[1], **named)
+
+
+class Processor:
+    """Mixin over a family's processor.
+
+    The settings of the server and of a request are resolved into one text before anything is hashed or cached. The
+    text is an argument of the processor, and so a part of the hash of every picture and video: what was made for one
+    setting is never found for another. It also travels as a field of the item, so that the model reads the very same.
+    """
+
+    info: Any
+    vtc_server: dict[str, Any]
+    vtc_environment: dict[str, Any]
+    vtc_pruned_by_vllm: bool
+
+    def vtc_begin(self) -> None:
+        """Read the settings of the server, and refuse what cannot be done before anything is served."""
+        mm_config = self.info.ctx.get_mm_config()
+        # vLLM hands the arguments of the server to transformers in several ways: ours are taken out once, and kept.
+        ours, others = split(mm_config.mm_processor_kwargs)
+        self.vtc_server = mm_config.__dict__.setdefault(_KEPT_SETTINGS, ours)
+        mm_config.mm_processor_kwargs = others or None
+        self.vtc_environment = from_environment(os.environ)
+        self.vtc_pruned_by_vllm = bool(getattr(mm_config, "video_pruning_rate", None))
+        self.vtc_resolve({})
+        context = self.info.ctx
+        if not isinstance(context, _Context):
+            self.info.ctx = _Context(**{item.name: getattr(context, item.name) for item in dataclasses.fields(context)})
+
+    def vtc_resolve(self, given: Mapping[str, Any]) -> str:
+        """Resolve the arguments of a request, without prefix, and write them.
+
+        Raises
+        ------
+        ConfigError, UnsupportedMethodError
+            They, or those of the server, cannot be carried out.
+        """
+        config = resolve(self.vtc_environment, self.vtc_server, given)
+        if config is not None and self.vtc_pruned_by_vllm:
+            raise ConfigError(
+                "--video-pruning-rate is vLLM's own pruning of videos, which does not go together with that of vtc: leave "
+                "it out, or the settings of vtc."
+            )
+        return _KEEP_ALL if config is None else written(config)
+
+    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Process one prompt with its pictures and videos, once the settings are resolved."""
+        given, others = split(inputs.hf_processor_mm_kwargs)
+        if "resolved" in given:
+            text = str(given["resolved"])
+        else:
+            try:
+                text = self.vtc_resolve(given)
+            except VtcError as error:
+                raise RequestError(str(error)) from error
+        if text != _KEEP_ALL:
+            others[RESOLVED] = text
+        inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=others)
+        return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the inputs that memory is planned with: nothing leaves these, since a request may ask for that."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        given = {**inputs.hf_processor_mm_kwargs, RESOLVED: _KEEP_ALL}
+        return dataclasses.replace(inputs, hf_processor_mm_kwargs=given)
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))  # type: ignore[misc]
+        text = str(hf_processor_mm_kwargs.get(RESOLVED, _KEEP_ALL))
+        for modality, count in _counts(fields, hf_inputs).items():
+            hf_inputs[field_of(modality)] = torch.tensor([list(text.encode())] * count, dtype=torch.uint8)
+            fields[field_of(modality)] = MultiModalFieldConfig.batched(modality)
+        return fields
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+        stage = _stage(str(hf_processor_mm_kwargs.get(RESOLVED, _KEEP_ALL)))
+        if self.vtc_pruned_by_vllm:
+            return updates
+        return [
+            dataclasses.replace(update, replacement=functools.partial(self._vtc_content, stage, update, mm_items))
+            for update in updates
+        ]
+
+    def _vtc_content(self, stage: PlannedStage | None, update: Any, mm_items: Any, index: int) -> Any:
+        """Return what an item becomes in the prompt."""
+        content = update.replacement
+        content = content(index) if callable(content) else content
+        return self.vtc_shortened(stage, content, update.modality, mm_items, index)
+
+    def vtc_shortened(
+        self, stage: PlannedStage | None, content: Any, modality: str, mm_items: Any, index: int
+    ) -> Any:
+        """Leave out of what an item becomes in the prompt the placeholders of tokens that will leave.
+
+        Parameters
+        ----------
+        stage
+            None: all stay.
+        content
+            As vLLM has it: ids, or `PromptUpdateDetails` of them.
+        modality, mm_items, index
+            The item.
+        """
+        if stage is None:
+            return content
+        placeholders = self.vtc_placeholders()
+
+        def shorter(full: Sequence[int]) -> list[int]:
+            kept: list[int] = []
+            for token, run in itertools.groupby(full):
+                length = len(list(run))
+                if token in placeholders:
+                    length = kept_count(stage, length, self.vtc_structural(length, modality, mm_items, index))
+                kept += [token] * length
+            return kept
+
+        if isinstance(content, PromptUpdateDetails):
+            return dataclasses.replace(content, full=shorter(content.full))
+        return shorter(content)
+
+    def vtc_placeholders(self) -> set[int]:
+        """Return the ids that stand for tokens of pictures and videos."""
+        config = self.info.get_hf_config()
+        names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+        return {getattr(config, name) for name in names if getattr(config, name, None) is not None}
+
+    def vtc_structural(self, rows: int, modality: str, mm_items: Any, index: int) -> int:
+        """Return how many of the rows of an item, or of one of its runs, are no patches."""
+        return 0
+
+
+def _counts(fields: Mapping[str, Any], hf_inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Count the items of every modality among what a processor returned."""
+    return {
+        config.modality: len(config.build_elems(name, hf_inputs[name]))
+        for name, config in fields.items()
+        if name in hf_inputs
+    }
+
+
+@functools.cache
+def _mixed(mixin: type, base: type) -> type:
+    return type(f"Vtc{base.__name__}", (mixin, base), {"__module__": __name__})
+
+
+def with_processor(mixin: type[Processor] = Processor) -> Callable[[T], T]:
+    """Register for a model class the processor of its base class, with a mixin over it; a class decorator.
+
+    Which class the processor has, the base class decides when a model is loaded.
+    """
+
+    def register(cls: T) -> T:
+        factories = cls._processor_factory
+
+        def processor(info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
+            theirs = type(factories.processor(info, dummy_inputs, **kwargs))
+            made = _mixed(mixin, theirs)(info, dummy_inputs, **kwargs)
+            made.vtc_begin()
+            return made
+
+        registered: T = MULTIMODAL_REGISTRY.register_processor(
+            processor, info=factories.info, dummy_inputs=factories.dummy_inputs
+        )(cls)
+        return registered
+
+    return register
