@@ -313,7 +313,7 @@ def build(models: Models) -> Any:
                     )
                 with gr.Tab("video"):
                     if for_videos:
-                        asked = settings(for_videos, "evs")
+                        asked = settings(for_videos, "vtc")
                         video = gr.Video(label="video", sources=["upload"], height=300)
                         examples = video_examples()
                         _, usual, rate = examples[0] if examples else ("", "What happens in the clip?", 1.0)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("questions", nargs="*", default=QUESTIONS)
     parser.add_argument("--model", type=Path, help="folder of a checkpoint that takes videos")
     parser.add_argument("--random-weights", action="store_true", help="a tiny model with random weights")
-    parser.add_argument("--method", default="evs")
+    parser.add_argument("--method", default="vtc")
     parser.add_argument("--keep-ratio", type=float, default=0.25)
     parser.add_argument("--fps", type=float, default=4.0)
     parser.add_argument("-o", "--output", type=Path, default=Path("kept.gif"))

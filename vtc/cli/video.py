@@ -13,6 +13,7 @@ from typing import Any
 import vtc
 from vtc import limits, registry
 from vtc.cli import arguments
+from vtc.config import DEFAULT_METHOD
 from vtc.errors import ConfigError
 
 _REFERENCE_MODEL = "reference:qwen2_5_vl"
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "questions", nargs="+", metavar="QUESTION", help="later ones re-use what was computed for the first"
     )
     arguments.add_model(parser)
-    arguments.add_method(parser, "evs", "--option")
+    arguments.add_method(parser, DEFAULT_METHOD, "--option")
     keep = arguments.add_budget(parser, of="the whole video")
     keep.add_argument("--per-window", type=int, help="visual tokens kept of every window")
     keep.add_argument("--per-frame", type=int, help="visual tokens kept of every frame, each frame by itself")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from vtc import api
+from vtc.config import DEFAULT_METHOD
 from vtc.core.sites import Site
 from vtc.engine.engine import Engine
 from vtc.engine.install import engine_of
@@ -83,7 +84,7 @@ class VideoQAPipeline:
         self,
         model: Any,
         processor: Any,
-        method: str = "evs",
+        method: str = DEFAULT_METHOD,
         *,
         keep_ratio: float | None = None,
         keep_tokens: int | None = None,
