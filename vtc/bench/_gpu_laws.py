@@ -6,7 +6,9 @@ that choose, attention implementations that exist there alone, and decode steps 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,7 +17,10 @@ import vtc
 from vtc import kernels
 from vtc.bench._models import build, prompt
 from vtc.bench._whole_models import WHOLE_MODELS, WholeModel, tiny
+from vtc.core.context import VisualContext
+from vtc.core.selection import Selection
 from vtc.engine.cache import CACHE
+from vtc.registry import get_selector
 
 __all__ = ["measure"]
 
@@ -81,6 +86,9 @@ def _all(model: Any, shape: WholeModel) -> list[Law]:
             alone = [_logits(model, one) for one in (inputs, other)]
             error = _difference(_logits(model, both), torch.cat(alone))
         laws.append((f"{method} on a batch equals its rows", error <= tolerance, f"{error:.0e}"))
+        if model.device.type == "cuda":
+            waits = _waits(model, method, inputs)
+            laws.append((f"{method} waits for the device once", waits == 1, f"{waits} times"))
         share = _shared(model, method, inputs)
         laws.append((f"{method} by kernels chooses as in PyTorch", share >= 0.98, f"{100 * share:.0f} %"))
     back = torch.equal(_logits(model, inputs), plain)
@@ -149,6 +157,29 @@ def _shared(model: Any, method: str, inputs: Inputs) -> float:
             _logits(model, inputs)
             kept.append(set(vtc.report(model).segments[0].kept.tolist()))
     return len(kept[0] & kept[1]) / len(kept[1])
+
+
+def _waits(model: Any, method: str, inputs: Inputs) -> int:
+    """How often a selection makes the host wait, as CUDA tells it."""
+    counts: list[int] = []
+    kind = type(get_selector(method))
+    original = kind.select
+
+    def counted(self: Any, context: VisualContext) -> Selection:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                return original(self, context)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            counts.append(sum("synchroniz" in str(warning.message) for warning in told))
+
+    with vtc.compressed(model, method, keep_ratio=_KEEP), mock.patch.object(kind, "select", counted):
+        for _ in range(2):  # kernels are compiled in the first
+            _logits(model, inputs)
+    return counts[-1]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Triton kernels for rows and weighted column sums of attention.
 
 Rows: `_row_logits` writes the logits of the chosen queries and, per block of keys, their logsumexp; `_row_finish`
-normalises them and reduces over the heads. The keys, which dominate the traffic, are read once.
+normalises them and reduces over the heads. The keys are read once.
 
 Column sums: `_row_logsumexp` computes the logsumexp of every row with an online softmax; `_column_sums` recomputes the
 logits and sums the columns. Nothing of the size of the matrix is written. No two programs write to the same element,
@@ -338,9 +338,7 @@ class _ColumnSums:
         cu_seqlens: Tensor | None,
     ) -> None:
         self.query, self.key = _unit_stride(query), _unit_stride(key)
-        batch, heads, length, width = query.shape
-        key_length = key.shape[2]
-        ragged = cu_seqlens is not None
+        (batch, heads, length, width), key_length = query.shape, key.shape[2]
         self.bounds = None if cu_seqlens is None else cu_seqlens.int()
         self.sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         self.longest = (length, key_length) if cu_seqlens is None else (_longest(cu_seqlens),) * 2
@@ -351,13 +349,14 @@ class _ColumnSums:
         }  # fmt: skip
         tile = _tile(query.dtype, width)
         self.launch = {
-            "RAGGED": ragged,
+            "RAGGED": cu_seqlens is not None,
             "ROWS": tile.rows,
             "COLUMNS": tile.columns,
             "WIDTH": _width(width),
             "UPCAST": _upcast(query, key),
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
         }
-        self.launch |= {"num_warps": tile.warps, "num_stages": tile.stages}
         self.sums = query.new_empty(batch, heads, length, dtype=torch.float32)
         self.empty = not (query.numel() and key.numel() and all(self.longest))
         if not self.empty:
@@ -369,8 +368,7 @@ class _ColumnSums:
 
     def __call__(self, weights: Tensor) -> Tensor:
         """Return the sums (B, H, W, M) for weights (B or 1, H or 1, W, Q)."""
-        batch, heads = self.query.shape[:2]
-        sets, key_length = weights.shape[2], self.key.shape[2]
+        (batch, heads), sets, key_length = self.query.shape[:2], weights.shape[2], self.key.shape[2]
         weights = weights.float().expand(batch, heads, -1, -1)
         weights = weights if weights.stride(3) == 1 else weights.contiguous()
         out = self.query.new_zeros(batch, heads, sets, key_length, dtype=torch.float32)

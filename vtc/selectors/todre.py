@@ -30,7 +30,10 @@ _PIVOTS: dict[str, Signal | None] = {
     "random": None,
     "center": None,
 }
-_DIVERSITY: dict[str, Callable[[Tensor, int, int | Tensor], Tensor]] = {"sum": kernels.max_sum, "min": kernels.farthest_point}
+_DIVERSITY: dict[str, Callable[[Tensor, int, int | Tensor], Tensor]] = {
+    "sum": kernels.max_sum,
+    "min": kernels.farthest_point,
+}
 
 
 @dataclass(frozen=True)
