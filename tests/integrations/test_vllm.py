@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import vtc
+from tests.integrations import vllm_checkpoints
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed (see docs/serving.md)")
@@ -94,8 +95,6 @@ def start(family: str, folder: Path, **arguments: Any) -> Engine:
     import transformers
     from vllm import LLM
 
-    from tests.integrations import vllm_checkpoints
-
     vllm_checkpoints.write(family, folder)
     limits = {"image": 2, "video": 0 if family in ("llava", "llava_next") else 1}
     arguments = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, **arguments}
@@ -121,7 +120,7 @@ def stop(engine: Engine) -> None:
     cleanup_dist_env_and_memory()
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=vllm_checkpoints.FAMILIES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     started = start(request.param, tmp_path_factory.mktemp(request.param))
     yield started

@@ -28,6 +28,10 @@ def config_of(family: str) -> Any:
     if "mrope_section" in (text.rope_parameters or {}):
         text.rope_parameters = {**text.rope_parameters, "mrope_section": [4, 6, 6]}
     vision = config.vision_config
+    if hasattr(vision, "tokens_per_second"):
+        # Behind a video, vLLM goes on after the largest position of any axis, as the model's authors do, and transformers
+        # (5.18 to 5.24) after that of rows and columns: equal where time does not reach farther.
+        vision.tokens_per_second = 1
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = WIDTH
     elif family == "qwen2_vl":
@@ -54,7 +58,10 @@ def processor_of(family: str) -> Any:
     names = {"qwen2_5_vl": "qwen2_5_vl_video", "qwen2_vl": "qwen2_vl_video", "qwen3_vl": "qwen3_vl_video"}
     names |= {"llava_onevision": "llava_onevision_video", "internvl": "internvl"}
     if family in names:
-        return tiny_processors.processor(names[family])
+        made = tiny_processors.processor(names[family])
+        if family == "qwen3_vl":  # vLLM normalises frames as it does pictures
+            made.image_processor.image_mean = made.image_processor.image_std = [0.5] * 3
+        return made
     side = tiny_processors.SIDE
     crop = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     shared = {

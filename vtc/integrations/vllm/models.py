@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageProcessorItems
 
 from vtc.engine.plan import PlannedStage
 from vtc.errors import UnsupportedModelError
 from vtc.integrations.vllm.choosing import Visual, choose_rows
-from vtc.integrations.vllm.processing import field_of, stages_of, with_processor
+from vtc.integrations.vllm.processing import Processor, field_of, stages_of, with_processor
 
-__all__ = ["Compressed", "VtcInternVL", "VtcLlava"]
+__all__ = ["Compressed", "VtcInternVL", "VtcLlava", "VtcLlavaNext", "VtcLlavaOnevision"]
 
 MODALITIES = ("image", "video")
 
@@ -127,3 +131,69 @@ class VtcInternVL(Compressed, InternS1ForConditionalGeneration):
         if modality == "video":
             return [Visual("image", (grid,))] * tiles
         return (Visual("image", (grid,) * tiles),)
+
+
+def _large_grid(info: Any, height: int, width: int) -> tuple[int, int]:
+    """Return the rows and columns of the large grid of a picture that is cut into tiles, newlines not counted."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    encoder, pinpoints = info.get_vision_encoder_info(), info.get_hf_config().image_grid_pinpoints
+    rows, columns = get_anyres_image_grid_shape((height, width), pinpoints, encoder.get_image_size())
+    tokens, newlines = info._get_num_unpadded_features(
+        original_height=height,
+        original_width=width,
+        npatches=encoder.get_patch_grid_length(),
+        num_patch_height=rows,
+        num_patch_width=columns,
+    )
+    return newlines, tokens // newlines
+
+
+class AnyResProcessor(Processor):
+    """Mixin over the processors of families that cut pictures into tiles, with a newline behind every row."""
+
+    def vtc_structural(self, rows: int, modality: str, mm_items: Any, index: int) -> int:
+        if modality == "video":
+            return 1  # behind the last frame
+        items = mm_items[modality]
+        if not isinstance(items, ImageProcessorItems):
+            raise UnsupportedModelError("vtc compresses pictures, not embeddings of pictures, in families with tiles.")
+        size = items.get_image_size(index)
+        return _large_grid(self.info, size.height, size.width)[0]
+
+
+class AnyRes(Compressed):
+    """Mixin over model classes of these families."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.vtc_info = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config)
+
+    def vtc_side(self) -> int:
+        """Return how many patches a tile has along its edge."""
+        vision = self.config.vision_config  # type: ignore[attr-defined]
+        return int(vision.image_size // vision.patch_size)
+
+    def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
+        side = self.vtc_side()
+        height, width = map(int, inputs["image_sizes"][index])
+        lines, columns = _large_grid(self.vtc_info, height, width)
+        newlines = torch.zeros(len(rows), dtype=torch.bool)
+        newlines[side**2 :].view(lines, columns + 1)[:, -1] = True
+        return (Visual(modality, ((1, side, side), (1, lines, columns)), newlines),)
+
+
+@with_processor(AnyResProcessor)
+class VtcLlavaNext(AnyRes, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT: a thumbnail, and tiles that form one large grid."""
+
+
+@with_processor(AnyResProcessor)
+class VtcLlavaOnevision(AnyRes, LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision: pictures as in LLaVA-NeXT, frames of videos at half their size."""
+
+    def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
+        if modality != "video":
+            return super().vtc_visuals(modality, rows, index, inputs)
+        side, n = -(-self.vtc_side() // 2), len(rows)
+        return (Visual(modality, ((n // side**2, side, side),), torch.arange(n) == n - 1),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -160,26 +161,16 @@ class Processor:
         """
         if stage is None:
             return content
-        placeholders = self.vtc_placeholders()
-
-        def shorter(full: Sequence[int]) -> list[int]:
-            kept: list[int] = []
-            for token, run in itertools.groupby(full):
-                length = len(list(run))
-                if token in placeholders:
-                    length = kept_count(stage, length, self.vtc_structural(length, modality, mm_items, index))
-                kept += [token] * length
-            return kept
-
-        if isinstance(content, PromptUpdateDetails):
-            return dataclasses.replace(content, full=shorter(content.full))
-        return shorter(content)
-
-    def vtc_placeholders(self) -> set[int]:
-        """Return the ids that stand for tokens of pictures and videos."""
-        config = self.info.get_hf_config()
-        names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-        return {getattr(config, name) for name in names if getattr(config, name, None) is not None}
+        details = content if isinstance(content, PromptUpdateDetails) else PromptUpdateDetails.from_seq(content)
+        marks = [True] * len(details.full) if details.is_embed is None else details.is_embed(details.full).tolist()
+        kept: list[int] = []
+        for mark, run in itertools.groupby(zip(marks, details.full, strict=True), key=operator.itemgetter(0)):
+            tokens = [token for _, token in run]
+            length = len(tokens)
+            if mark:
+                length = kept_count(stage, length, self.vtc_structural(length, modality, mm_items, index))
+            kept += tokens[:length]
+        return dataclasses.replace(details, full=kept)
 
     def vtc_structural(self, rows: int, modality: str, mm_items: Any, index: int) -> int:
         """Return how many of the rows of an item, or of one of its runs, are no patches."""

@@ -8,21 +8,22 @@ so that half precision holds them exactly; so does the place at which the text b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLMultiModalProcessor
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldElem, MultiModalKwargsItem, PlaceholderRange
+from vllm.multimodal.processing import PromptUpdateDetails
 
 from vtc.engine.plan import PlannedStage
-from vtc.integrations.vllm.choosing import Visual
+from vtc.integrations.vllm.choosing import Visual, kept_count
 from vtc.integrations.vllm.models import Compressed
-from vtc.integrations.vllm.processing import with_processor
+from vtc.integrations.vllm.processing import Processor, with_processor
 
-__all__ = ["KeepsPositions", "VtcQwen2VL", "VtcQwen2_5VL"]
+__all__ = ["KeepsPositions", "VtcQwen2VL", "VtcQwen2_5VL", "VtcQwen3VL"]
 
 _BASE = 256  # integers up to this are exact in bfloat16
 _VALUES = 5  # t, h, w, the number of the row within its item, and how many positions the item takes
@@ -33,20 +34,22 @@ def _always() -> bool:
     return True
 
 
-class KeepsPositions(Compressed, SupportsMultiModalPruning):
+class KeepsPositions(Compressed):
     """Mixin over a model class with (t, h, w) positions."""
 
+    supports_multimodal_pruning: ClassVar[bool] = True  # vLLM's mark of classes that have `recompute_mrope_positions`
     vtc_steps_aside: bool
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.multimodal_config
-        self_pruning = bool(config.video_pruning_rate)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.vtc_steps_aside = self_pruning
-        if not self_pruning:
-            # For the runner rows with columns are what pruned videos are; the family's own code must not prune, too.
+        steps_aside = bool(config.video_pruning_rate)
+        if not steps_aside:
+            # For the runner, and for tables of positions, rows with columns are what pruned videos are.
             config.__dict__["is_multimodal_pruning_enabled"] = _always
-            self.is_multimodal_pruning_enabled = False
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.vtc_steps_aside = steps_aside
+        if not steps_aside:
+            self.is_multimodal_pruning_enabled = False  # the family's own code must not prune, too
 
     # -- of one item ----------------------------------------------------------------------------------------------
 
@@ -193,9 +196,81 @@ def _read_columns(digits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class VtcQwen2VL(KeepsPositions, Qwen2VLForConditionalGeneration):
     """Qwen2-VL."""
 
-    supports_multimodal_pruning = True
-
 
 @with_processor()
 class VtcQwen2_5VL(KeepsPositions, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
+
+
+class Qwen3Processor(Processor):
+    """Mixin over the processor of Qwen3-VL, whose videos have text between their frames.
+
+    How many tokens a frame keeps depends on what it shows, so that the places of that text are not known yet: all of a
+    video is one run of placeholders, and the encoder fills in the text as well.
+    """
+
+    def vtc_shortened(
+        self, stage: PlannedStage | None, content: Any, modality: str, mm_items: Any, index: int
+    ) -> Any:
+        if modality != "video":
+            return super().vtc_shortened(stage, content, modality, mm_items, index)
+        video = self.info.get_hf_config().video_token_id
+        full = content.full if isinstance(content, PromptUpdateDetails) else content
+        rows = full.count(video)
+        kept = rows if stage is None else kept_count(stage, rows)
+        return PromptUpdateDetails.from_seq([video] * (len(full) - rows + kept))
+
+
+@with_processor(Qwen3Processor)
+class VtcQwen3VL(KeepsPositions, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL: behind the features of a row stand the planes of deepstack, which are not looked at."""
+
+    def vtc_width(self, rows: Tensor) -> int:
+        return int(self.visual_dim)
+
+    def vtc_data(self, modality: str, index: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        found = super().vtc_data(modality, index, inputs)
+        if modality == "video":
+            found["timestamps"] = inputs["timestamps"][index]
+        return found
+
+    def vtc_tokens(self, modality: str, data: Mapping[str, Any]) -> list[int]:
+        if modality != "video":
+            return super().vtc_tokens(modality, data)
+        t, h, w = (int(size) for size in data["video_grid_thw"])
+        merge = int(self.config.vision_config.spatial_merge_size)
+        return self._vtc_frames([h * w // merge**2] * t, data["timestamps"])
+
+    def _vtc_frames(self, counts: Sequence[int], timestamps: Any) -> list[int]:
+        """Return the tokens of a video whose frames have so many rows."""
+        return Qwen3VLMultiModalProcessor.get_video_repl(  # type: ignore[no-any-return]
+            tokens_per_frame=list(counts),
+            timestamps=timestamps,
+            tokenizer=self._tokenizer,
+            vision_start_token_id=self.config.vision_start_token_id,
+            vision_end_token_id=self.config.vision_end_token_id,
+            video_token_id=self.config.video_token_id,
+        ).full
+
+    def vtc_item(
+        self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any], stage: PlannedStage | None
+    ) -> Tensor:
+        if modality != "video":
+            return super().vtc_item(modality, rows, index, inputs, stage)
+        t, h, w = self.vtc_grid(modality, index, inputs)
+        data = self.vtc_data(modality, index, inputs)
+        kept = torch.arange(len(rows))
+        if stage is not None:
+            kept, rows = self.vtc_chosen(modality, rows, index, inputs, stage, self.vtc_width(rows))
+        counts = torch.bincount(kept.cpu() // (h * w), minlength=t).tolist()
+        positions, tokens = self.vtc_positions(modality, data), torch.tensor(self.vtc_tokens(modality, data))
+        stays = tokens != self.config.video_token_id
+        stays[(~stays).nonzero()[:, 0][kept.cpu()]] = True
+        final = self._create_final_video_embeddings(
+            video_embeddings=rows,
+            num_tokens_per_frame=counts,
+            timestamps=data["timestamps"],
+            video_grid_thw=inputs["video_grid_thw"][index].tolist(),
+            retention_mask=None,
+        )
+        return _with_columns(final, positions[stays], int(positions.max()) + 1)
