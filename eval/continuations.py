@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
 
 import vtc
 from eval import models, results_log, runner, seeds, statistics, tasks
@@ -152,27 +151,42 @@ class Setting:
         return f"{self.method} {self.keep:g}"
 
 
-class _Forced(LogitsProcessor):
-    """Lets nothing but the given tokens (B, T) be generated."""
-
-    def __init__(self, prompt: int, tokens: torch.Tensor) -> None:
-        self.prompt, self.tokens = prompt, tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt
-        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, step, None], 0.0)
-
-
 @torch.inference_mode()
-def forced(loaded: Loaded, encoded: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Lead the model through `tokens` (B, T), step by step; return its log-probabilities (B, T, V) before each."""
-    return _generate(loaded, encoded, tokens.shape[1], _Forced(encoded["input_ids"].shape[1], tokens))[1]
+def forced(loaded: Loaded, encoded: Any, tokens: torch.Tensor, *, by_steps: bool = False) -> torch.Tensor:
+    """Lead the model through `tokens` (B, T) behind the prompt; return its log-probabilities (B, T, V) before each.
+
+    Parameters
+    ----------
+    loaded, encoded, tokens
+    by_steps
+        Read them one by one, as they would be generated, so that entries may leave in between; otherwise in one pass,
+        which says the same if none do.
+    """
+    read = loaded.model(**encoded, use_cache=True, logits_to_keep=1)
+    logits, cache, mask = [read.logits], read.past_key_values, encoded["attention_mask"]
+    deltas = getattr(loaded.model.base_model, "rope_deltas", None)  # of models with positions in time and space
+    for part in tokens[:, :-1].split(1 if by_steps else tokens.shape[1], dim=1):
+        mask = torch.cat([mask, mask.new_ones(part.shape)], dim=1)
+        columns = mask.cumsum(dim=1)[:, -part.shape[1] :] - 1
+        places = {} if deltas is None else {"position_ids": (columns + deltas).expand(3, *part.shape)}
+        read = loaded.model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True, **places)
+        logits.append(read.logits)
+    return torch.cat(logits, dim=1).float().log_softmax(dim=-1)
 
 
 @torch.inference_mode()
 def continued(loaded: Loaded, encoded: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Let the model go on for `count` tokens, which may not end; return them (B, T) and log-probabilities (B, T, V)."""
-    return _generate(loaded, encoded, count)
+    out = loaded.model.generate(
+        **encoded,
+        do_sample=False,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = out.sequences[:, encoded["input_ids"].shape[1] :]
+    return tokens, torch.stack(out.logits, dim=1).float().log_softmax(dim=-1)
 
 
 def _forced_text(loaded: Loaded, turns: Sequence[Sample], most: int) -> tuple[list[int], list[bool]]:
@@ -202,23 +216,6 @@ def _forced_text(loaded: Loaded, turns: Sequence[Sample], most: int) -> tuple[li
     encoded = processor.tokenizer(text[len(prompt or "") :], add_special_tokens=False, return_offsets_mapping=True)
     compared = [any(start <= at < stop for start, stop in answers) for at, _ in encoded["offset_mapping"]]
     return encoded["input_ids"][:most], [False, *compared[1:most]]
-
-
-def _generate(
-    loaded: Loaded, encoded: Any, count: int, *processors: LogitsProcessor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    ends = {"eos_token_id": -1} if processors else {"min_new_tokens": count}  # what is forced may hold ends
-    out = loaded.model.generate(
-        **encoded,
-        **ends,
-        do_sample=False,
-        max_new_tokens=count,
-        logits_processor=LogitsProcessorList(processors),
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    tokens = out.sequences[:, encoded["input_ids"].shape[1] :]
-    return tokens, torch.stack(out.logits, dim=1).float().log_softmax(dim=-1)
 
 
 def measure(plan: Plan, loaded: Loaded, out: Path, *, progress: bool = True) -> None:
@@ -308,7 +305,7 @@ def _rows(
     before = whole.gather(2, tokens[..., None])[..., 0]
     for setting in wanted:
         with prompts.encoding([replace(setting.config, seed=plan.seed)]) as model:
-            found = forced(loaded, prompts.inputs, tokens)
+            found = forced(loaded, prompts.inputs, tokens, by_steps=setting.config.at == str(vtc.CacheWhileDecoding()))
             report = vtc.report(model)
         if report is None:
             raise vtc.StateError(f"{setting.name}: the model reports no prompt")
