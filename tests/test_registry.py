@@ -54,6 +54,9 @@ def test_misses_help() -> None:
         get_selector("vtccls")
     with pytest.raises(UnsupportedMethodError, match=r"Unknown method 'zzz'\. Known: "):
         get_selector("zzz")
+    for name in ("lookaheadkv", "LookaheadKV", "lookahead-kv"):
+        with pytest.raises(UnsupportedMethodError, match="not offered, because it needs trained parts"):
+            get_selector(name)
     with pytest.raises(ConfigError, match=r"has no option 'start'.*start_layer=-8, score_source='cls'"):
         get_selector("vtc-cls", start=3)
     with pytest.raises(ConfigError, match=r"has no option 'layer'.*: none"):

@@ -32,6 +32,13 @@ __all__ = [
 
 T = TypeVar("T", bound=type)
 
+_NOT_OFFERED = {
+    "adakv": "it gives the heads of a layer different numbers of entries, and one mask serves all heads of a layer",
+    "lookaheadkv": "it needs trained parts: learned tokens behind the prompt, and adapters of the decoder for them",
+    "pod": "it needs training: the decoder has to be adapted to layers that share their keys",
+}
+"""Methods that people may look for, in lower case without hyphens, and why they are not here."""
+
 
 class _Registry:
     """One table of names, filled by the decorators in the package `group` and by the entry points of the same name.
@@ -72,6 +79,9 @@ class _Registry:
             names = self.names()
             close = difflib.get_close_matches(str(name).lower(), names, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
+            reason = _NOT_OFFERED.get(str(name).lower().replace("-", "").replace("_", ""))
+            if self.what == "method" and reason is not None:
+                hint = f" It is not offered, because {reason}."
             raise self.miss(f"Unknown {self.what} {name!r}.{hint} Known: {', '.join(names)}.")
         return self._classes[name]
 

@@ -36,6 +36,8 @@ METHODS = {
     "prefixkv": {},
     "light-transfer": {"budgets": {"name": "lazy", "initial": 2, "recent": 3}},
     "chunkkv": {"window": 4, "length": 3},
+    "defensivekv": {"window": 4, "kernel": 3},
+    "triattention": {},
 }
 """Per head and per layer, with equal and other lengths, and by every observation."""
 

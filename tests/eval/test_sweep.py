@@ -82,7 +82,8 @@ def test_unsupported_runs_are_left_out_unless_requested(loaded: models.Loaded) -
     runs = sweep_runs(["all"], [0.5], positions=["original", "compact"])
     good, left_out = supported_runs(runs, loaded.model, ["all"])
     inside = ("fastv", "atp", "sliminfer", "sparsevlm", "sparsevlm-rank", "pyramiddrop")
-    caches = ("chunkkv", "elastic-cache", "h2o", "light-transfer", "prefixkv", "snapkv", "streaming")
+    caches = ("chunkkv", "defensivekv", "elastic-cache", "h2o", "light-transfer", "prefixkv", "snapkv", "streaming")
+    caches += ("triattention",)
     elsewhere = (*inside, *caches, "tome", "adaptive-sparse-vit", "pixelprune")  # not before the decoder
     assert set(left_out) == {f"{name} 0.5 compact" for name in elsewhere}
     assert {run.name for run in good} | set(left_out) == {run.name for run in runs}

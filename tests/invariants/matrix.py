@@ -179,6 +179,8 @@ METHODS: tuple[Method, ...] = (
     Method("sliminfer", _one("sliminfer", 0.3, block=2, window=4), decoder=True, by_ratio=False, everywhere=False),
     Method("snapkv", _one("snapkv", 0.5, window=4), decoder=True, cache=True, everywhere=False),
     Method("prefixkv", _one("prefixkv", 0.5, scope="all"), decoder=True, cache=True, by_ratio=False, everywhere=False),
+    Method("defensivekv", _one("defensivekv", 0.5, window=4), decoder=True, cache=True, everywhere=False),
+    Method("triattention", _one("triattention", 0.5), decoder=True, cache=True, everywhere=False),
     Method("evs", _one("evs", 0.6), video=True),
     Method("vidcom2", _one("vidcom2", 0.5), video=True),
     Method("dycoke", _one("dycoke", 0.6), video=True),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.core.eviction import CacheContext, CacheSelector
-from vtc.core.observations import DecoderAttention
+from vtc.core.observations import DecoderAttention, DecoderCall
 from vtc.kernels import VisibilityMask
 
 
@@ -31,6 +31,29 @@ def observed(queries: Tensor, keys: Tensor, values: Tensor | None = None) -> Dec
     )
 
 
+def called(raw: DecoderAttention, weight: Tensor) -> DecoderCall:
+    """The call of an attention module that computes these queries, keys and values, all at position 0.
+
+    `weight` (D, H * d) is that of its output projection.
+    """
+    states = [x.transpose(1, 2).flatten(2) for x in (raw.queries, raw.keys)]
+    width = states[0].shape[-1]
+    module = nn.Module()
+    module.q_proj = lambda hidden: hidden[..., :width]
+    module.k_proj = lambda hidden: hidden[..., width:]
+    module.o_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    module.o_proj.weight.data = weight
+    frequencies = 10.0 ** -torch.arange(raw.keys.shape[-1] // 2).repeat(2)
+
+    def rotary(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None] * frequencies
+        return angles.cos().to(x), angles.sin().to(x)
+
+    start = torch.zeros(*raw.valid.shape, dtype=torch.long)
+    tables = rotary(raw.keys, start)
+    return DecoderCall(None, module, torch.cat(states, dim=-1), raw.keys, raw.values, tables, rotary, None, raw.valid)
+
+
 def context(
     method: CacheSelector, n: int, budget: int, signals: dict[Any, Tensor] | None = None, **facts: Any
 ) -> CacheContext:
@@ -41,5 +64,10 @@ def context(
 
 def read(method: CacheSelector, raw: DecoderAttention, budget: int, **facts: Any) -> CacheContext:
     """The same, with the signals computed from what was observed of a layer."""
-    signals = {signal: signal.present(signal.compute(raw)[0]) for signal in method.stages()[0].requires}
+    heads, width = raw.queries.shape[1], raw.values.shape[3]
+    call = called(raw, torch.randn(16, heads * width, generator=torch.Generator().manual_seed(0)))
+    signals = {
+        signal: signal.present(signal.compute(call if signal.reads is DecoderCall else raw)[0])
+        for signal in method.stages()[0].requires
+    }
     return context(method, raw.queries.shape[2], budget, signals, heads=raw.keys.shape[1], **facts)

@@ -10,12 +10,16 @@ import torch
 
 import vtc
 import vtc.kernels
-from tests.selectors.caches import context, observed, read
+from tests import reference, tiny
+from tests.invariants.matrix import sharp
+from tests.selectors.caches import called, context, observed, read
 from vtc.core.cache_signals import AttentionSums, WindowAttention, best_chunks
 from vtc.core.eviction import CacheSelector, Eviction, protect
 from vtc.core.layer_budgets import parse_budgets, smallest_split
 from vtc.core.stage import ModelShape
 from vtc.registry import get_selector, selectors
+from vtc.selectors import defensivekv, triattention
+from vtc.selectors.triattention import future_scores
 
 METHODS = sorted(name for name, cls in selectors().items() if issubclass(cls, CacheSelector) and name != "kvpress")
 N = 24
@@ -28,7 +32,7 @@ def drawn(seed: int = 0, dtype: torch.dtype = torch.float32, batch: int = 1) -> 
 
 
 def method_of(name: str, **options: Any) -> Any:
-    small = {"window": 4} if name in ("snapkv", "chunkkv") else {}
+    small = {"window": 4} if name in ("snapkv", "chunkkv", "defensivekv") else {}
     return get_selector(name, scope="all", **{**small, **options})
 
 
@@ -257,3 +261,53 @@ def test_blocks_leave_inside_the_decoder() -> None:
     scores[0, 9], scores[1, 1] = 8.0, 4.0
     found = vtc.select("sliminfer", block=4, signals={WindowAttention: scores}, keep_tokens=8)
     assert found.keep.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "glm4v"])
+@torch.no_grad()
+def test_triattention_turns_the_mean_query_to_positions_behind_the_prompt(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = sharp(tiny.family(name))
+    inputs, seen = case.batch("single"), []
+
+    def watched(keys: torch.Tensor, mean: torch.Tensor, modulus: torch.Tensor, turns: torch.Tensor, how: str) -> Any:
+        seen.append((keys, mean, turns))
+        return future_scores(keys, mean, modulus, turns, how)
+
+    monkeypatch.setattr(triattention, "future_scores", watched)
+    with vtc.compressed(case.model, "triattention", keep_ratio=0.5, offsets=(0, 1, 64)) as model:
+        model(**inputs, use_cache=True)
+    deltas = getattr(case.model.base_model, "rope_deltas", None)
+    end = inputs["input_ids"].shape[1] + (0 if deltas is None else int(deltas))
+    frequencies = reference.text_model(case.model).rotary_emb.inv_freq.float()
+    expected = torch.tensor([end, end + 1, end + 64])[:, None] * frequencies
+    assert len(seen) == len(reference.text_model(case.model).layers)
+    for keys, mean, turns in seen:
+        assert mean.is_complex()
+        assert keys.shape[0] == mean.shape[0], "one row for each query head"
+        torch.testing.assert_close(turns.real, expected.cos(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(turns.imag, expected.sin(), rtol=1e-4, atol=1e-4)
+
+
+def test_triattention_says_what_it_cannot_take_apart() -> None:
+    raw = called(drawn(), torch.randn(16, 32))
+    del raw.module.k_proj
+    with pytest.raises(vtc.UnsupportedMethodError, match="but Module has no k_proj"):
+        triattention.FutureAttention().compute(raw)
+    raw = called(drawn(), torch.randn(16, 32))
+    raw.keys[..., -1] += 3
+    with pytest.raises(vtc.UnsupportedMethodError, match="rotated in no pairs that are known"):
+        triattention.FutureAttention().compute(raw)
+    with pytest.raises(vtc.ConfigError, match="offsets are integers"):
+        get_selector("triattention", offsets=(1, -2))
+
+
+def test_defensivekv_reads_a_plain_output_projection() -> None:
+    raw = called(drawn(), torch.randn(16, 32))
+    norms = defensivekv.OutputNorms().compute(raw)[0]
+    assert norms.shape == (N, 2)
+    torch.testing.assert_close(norms.sum(dim=1), torch.ones(N))
+    raw.module.o_proj = torch.nn.Identity()
+    with pytest.raises(vtc.UnsupportedMethodError, match="o_proj with an unquantized weight"):
+        defensivekv.OutputNorms().compute(raw)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.selectors.caches import context, observed, read
+from tests.selectors.caches import called, context, observed, read
 from tests.selectors.test_golden import GOLDEN, load
 from vtc.core.cache_signals import AttentionSums, LocalAttention, ResidualCosine, WindowAttention
 from vtc.core.eviction import DecodingState
@@ -15,6 +15,7 @@ from vtc.core.layer_budgets import PyramidBudgets, SqueezeBudgets, cumulative_dr
 from vtc.kernels import topk_indices
 from vtc.registry import get_selector
 from vtc.selectors.gemfilter import LastQueryLogits
+from vtc.selectors.triattention import future_scores
 
 
 def names(pattern: str, least: int) -> list[str]:
@@ -220,3 +221,40 @@ def test_laziness_of_a_layer() -> None:
     signal = LocalAttention(golden["n_initial"], golden["n_recent"])
     share = signal.compute(observed(queries, golden["keys"]))
     assert share.item() == pytest.approx(golden["lazy_score"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", names("defensivekv_*", 1))
+def test_defensivekv(name: str) -> None:
+    """The scores; here each head keeps equally many, where the authors keep the best of all heads of a layer."""
+    golden = load(name)
+    window, n, heads = golden["window"], golden["keys"].shape[2], golden["keys"].shape[1]
+    queries = torch.nn.functional.pad(golden["queries_window"], (0, 0, n - window, 0))
+    raw = observed(queries, golden["keys"], golden["values"])
+    method: Any = get_selector("defensivekv", scope="all", window=window, kernel=golden["kernel_size"])
+    worst, uncovered, norms = method.reads()
+    call = called(raw, golden["o_proj_weight"])
+    signals = {signal: signal.present(signal.compute(raw)[0]) for signal in (worst, uncovered)}
+    signals[norms] = norms.present(norms.compute(call)[0])
+    budget = int(n * (1 - golden["compression_ratio"]))
+    ctx = context(method, n, budget, signals, heads=heads)
+    ours, theirs = method.score(ctx), golden["flat_scores"].view(heads, n)
+    forced = theirs == theirs.max()
+    assert torch.equal(ours == ours.max(), forced), "the window, and what covers the attention"
+    torch.testing.assert_close(ours[~forced], theirs[~forced], rtol=1e-4, atol=1e-5)
+    assert torch.equal(topk_indices(ours.flatten(), golden["layer_budget"]), golden["kept_flat_sorted"][0])
+    assert method.evict(ctx).keep.shape == (heads, budget)
+
+
+@pytest.mark.parametrize("name", names("triattention_*", 1))
+def test_triattention(name: str) -> None:
+    golden = load(name)
+    omega = golden["omega"].double()
+    mean = torch.complex(golden["q_mean_real"], golden["q_mean_imag"])
+    pairs = torch.complex(*golden["k_unrotated"].unflatten(-1, (2, -1)).unbind(dim=-2))
+    turned = pairs * torch.polar(torch.ones(1, dtype=torch.float64), golden["key_positions"][:, None] * omega)
+    keys = torch.cat([turned.real, turned.imag], dim=-1).float()
+    angles = (golden["round_start"] + golden["offsets"].double())[:, None] * omega
+    rotations = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    how = "mean" if golden["aggregation_is_mean"] else "max"
+    ours = future_scores(keys, mean, golden["q_abs_mean"], rotations, how)
+    torch.testing.assert_close(ours, golden["scores"], rtol=1e-4, atol=1e-3)

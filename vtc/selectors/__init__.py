@@ -9,6 +9,7 @@ from .atp import AtpSelector
 from .cdpruner import CdPrunerSelector
 from .chunkkv import ChunkKvSelector
 from .dart import DartSelector
+from .defensivekv import DefensiveKvSelector
 from .divprune import DivPruneSelector
 from .dycoke import DyCokeSelector
 from .eadp import EadpSelector
@@ -43,6 +44,7 @@ from .sparsevlm import SparseVlmRankSelector, SparseVlmSelector
 from .streaming import StreamingSelector
 from .todre import ToDreSelector
 from .tome import ToMeSelector
+from .triattention import TriAttentionSelector
 from .uniform import UniformSelector
 from .vflowopt import VFlowOptSelector
 from .vidcom2 import VidCom2Selector
@@ -59,6 +61,7 @@ __all__ = [
     "CdPrunerSelector",
     "ChunkKvSelector",
     "DartSelector",
+    "DefensiveKvSelector",
     "DivPruneSelector",
     "DyCokeSelector",
     "EadpSelector",
@@ -97,6 +100,7 @@ __all__ = [
     "StreamingSelector",
     "ToDreSelector",
     "ToMeSelector",
+    "TriAttentionSelector",
     "UniformSelector",
     "VFlowOptSelector",
     "VScanSelector",
