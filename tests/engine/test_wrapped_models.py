@@ -326,6 +326,44 @@ def test_a_tower_compiled_by_itself_hides_its_attention() -> None:
         model(**case.batch("single"))
 
 
+def _compiled_forward(model: Any) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def _compiled_decoder(model: Any) -> None:
+    model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+
+
+@pytest.mark.parametrize("compile_part", [_compiled_forward, _compiled_decoder])
+@torch.no_grad()
+def test_parts_that_compiled_ones_replace(compile_part: Callable[[Any], None]) -> None:
+    case, untouched = build(tiny.family("llava")), build(tiny.family("llava"))
+    inputs = case.batch("single")
+    with method("divprune+fastv").on(untouched.model) as model:
+        packed = model(**inputs).logits
+    torch.compiler.reset()
+    compile_part(case.model)
+    plain = case.model(**inputs).logits
+    method("divprune+fastv").compress(case.model)
+    torch.testing.assert_close(case.model(**inputs).logits, packed)
+    assert vtc.is_compressed(case.model)
+    assert vtc.report(case.model).visual_tokens_after < 16
+    vtc.restore(case.model)
+    assert not vtc.is_compressed(case.model)
+    torch.testing.assert_close(case.model(**inputs).logits, plain)
+
+
+def test_what_compiling_makes_unreachable_is_refused_by_every_verb() -> None:
+    inner, twice = build(tiny.family("llava")).model, build(tiny.family("llava")).model
+    inner.model = torch.compile(inner.model, backend="eager")
+    twice = torch.compile(torch.compile(twice, backend="eager"), backend="eager")  # a function, no model
+    verbs = (functools.partial(vtc.compress, keep_ratio=0.5), vtc.restore, vtc.report, vtc.is_compressed)
+    for model, said in ((inner, "LlavaModel inside .* compiled by itself"), (twice, "function is not a transformers")):
+        for verb in verbs:
+            with pytest.raises(vtc.UnsupportedModelError, match=said):
+                verb(model)
+
+
 def test_a_wrapper_that_copies_the_model_is_refused() -> None:
     wrapped = nn.DataParallel(build(tiny.family("llava")).model)
     wrapped.device_ids = [0, 1]

@@ -101,7 +101,8 @@ class Adapter(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.base: Any = model.base_model
-        self.text_model: Any = model.get_decoder()  # type: ignore[operator]
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        self.text_model: Any = getattr(decoder, "_orig_mod", decoder)  # replaced by torch.compile(decoder)
         self.config: Any = model.config
 
     # -- towers ---------------------------------------------------------------------------------------------------

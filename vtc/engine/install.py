@@ -29,7 +29,8 @@ def unwrap(model: nn.Module) -> Any:
     Raises
     ------
     UnsupportedModelError
-        It is no transformers model with a language model inside, or in a wrapper that copies the model.
+        It is no transformers model with a language model inside, or in a wrapper that copies the model, or what is
+        under its head was compiled by itself.
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
@@ -46,6 +47,11 @@ def unwrap(model: nn.Module) -> Any:
             break
     if not isinstance(inner, PreTrainedModel) or not hasattr(inner, "get_decoder"):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model with a language model inside")
+    if isinstance(core := getattr(inner.base_model, "_orig_mod", None), nn.Module):
+        raise UnsupportedModelError(
+            f"the {type(core).__name__} inside this {type(inner).__name__} was compiled by itself, which hides where "
+            "tokens leave; compile the whole model, its language model or its layers"
+        )
     return inner
 
 
