@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=50, help="settings tried (50)")
     parser.add_argument("--patience", type=int, help="stop after so many trials without a better one")
     parser.add_argument(
-        "--sampler", choices=("tpe", "gp", "random"), default="tpe", help="how to choose settings (tpe)"
+        "--sampler",
+        choices=("tpe", "gp", "random", "cma-es"),
+        default="tpe",
+        help="how to choose settings (tpe); cma-es evolves what each layer keeps, for methods at the caches",
     )
     parser.add_argument("--storage", type=Path, help="file that keeps trials, to go on after an interruption")
     parser.add_argument("--plot", type=Path, help="picture of the search")

@@ -11,7 +11,7 @@ name            rule
 ``squeeze``     layers whose attention changes the hidden states least keep least (SqueezeAttention)
 ``cumulative``  every layer keeps the same share of its attention (PrefixKV)
 ``lazy``        layers that attend to both ends only keep nothing in between (LightTransfer), the others everything
-fractions       L fractions, found beforehand (PrefixKV's profiles, EvolKV)
+fractions       L fractions, found beforehand by `vtc.calibrate` (PrefixKV's profiles, EvolKV's evolution)
 ==============  =======================================================================================================
 """
 

@@ -31,14 +31,14 @@ from vtc.files import check_writable, cut_incomplete_line, replacing
 from vtc.limits import MAX_ROUNDS, check_count
 from vtc.plain import parse_json, real, shown
 from vtc.registry import get_selector
-from vtc.tuning.layers import fit_layer_budgets
+from vtc.tuning.layers import evolve_layer_budgets, fit_layer_budgets
 from vtc.tuning.samples import as_found, prompts
 from vtc.tuning.search import suggest
 
 __all__ = ["PlotError", "calibrate"]
 
 _NO_CEILING = 2**31 - 1  # tokens per image: adaptive methods then keep what their thresholds say
-_SAMPLERS = ("tpe", "gp", "random")
+_SAMPLERS = ("tpe", "gp", "random", "cma-es")
 _SLACK = 1e-3  # by which a budget may be missed, relative to it
 _PENALTY = 10.0  # cosine taken off per share of tokens too many: no gain in cosine can pay for it
 
@@ -69,7 +69,8 @@ def calibrate(
     found.
 
     Of methods at the caches the layer budgets are fitted, without a search and without trials: what each decoder layer
-    keeps on average over the samples becomes the fraction that it keeps (`vtc.tuning.layers`).
+    keeps on average over the samples becomes the fraction that it keeps (`vtc.tuning.layers`). With
+    ``sampler="cma-es"`` they are evolved instead, such that the answers change least (EvolKV, `vtc.tuning.evolve`).
 
     Parameters
     ----------
@@ -86,8 +87,8 @@ def calibrate(
         How many settings to try, those of an interrupted run included.
     space : mapping of str to Range, optional
         Options to search instead of the method's own (see `vtc.core.ranges`).
-    sampler : {"tpe", "gp", "random"}
-        Of optuna. "gp" needs scipy.
+    sampler : {"tpe", "gp", "random", "cma-es"}
+        The first three are optuna's; "gp" needs scipy. "cma-es" evolves layer budgets and needs neither.
     seed : int
     patience : int, optional
         Stop after so many trials without a better one.
@@ -125,9 +126,19 @@ def calibrate(
         raise ConfigError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
     selector = type(get_selector(method, **options))
     if issubclass(selector, CacheSelector):
-        if searching := [name for name, value in (("space", space), ("storage", storage), ("plot", plot)) if value]:
-            raise ConfigError(f"{', '.join(searching)}: {method} fits its layer budgets without a search")
-        return fit_layer_budgets(model, processor, samples, keep_ratio=keep_ratio, method=method, seed=seed, **options)
+        unused = (("space", space), ("storage", storage), ("plot", plot), ("patience", patience))
+        if searching := [name for name, value in unused if value]:
+            how = "evolves them by itself" if sampler == "cma-es" else "fits its layer budgets without a search"
+            raise ConfigError(f"{', '.join(searching)}: {method} {how}")
+        common = {"keep_ratio": keep_ratio, "method": method, "seed": seed, **options}
+        if sampler != "cma-es":
+            return fit_layer_budgets(model, processor, samples, **common)
+        with _bar(trials, progress) as bar:
+            return evolve_layer_budgets(model, processor, samples, trials=trials, bar=bar, **common)
+    if sampler == "cma-es":
+        raise ConfigError(
+            f"sampler cma-es evolves the layer budgets of methods at the caches, which {method} is none of"
+        )
     optuna = _optuna()
     adapter = adapter_for(model)
     options = {**_normalisation(selector, processor), **options}

@@ -1,9 +1,9 @@
-"""Fit the layer budgets of methods at the caches on a user's own prompts: what each decoder layer keeps on average."""
+"""Fit the layer budgets of methods at the caches on a user's own prompts: averaged over them, or evolved."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,17 @@ from vtc.budget import check_budget
 from vtc.config import CompressionConfig
 from vtc.core.eviction import CacheSelector
 from vtc.core.layer_budgets import FractionBudgets
+from vtc.engine.install import adapter_for
 from vtc.errors import ConfigError, InputError
 from vtc.registry import get_selector
 from vtc.report.report import Report
+from vtc.tuning.evolve import evolve_fractions
 from vtc.tuning.samples import as_found, prompts
 
-__all__ = ["fit_layer_budgets"]
+__all__ = ["evolve_layer_budgets", "fit_layer_budgets"]
+
+GROUP = 8
+"""Layers whose budgets are evolved together."""
 
 
 def fit_layer_budgets(
@@ -66,12 +71,7 @@ def fit_layer_budgets(
     UnsupportedMethodError
         The model cannot be compressed by this method.
     """
-    check_budget(keep_ratio, None)
-    selector = get_selector(method, **options)
-    if not isinstance(selector, CacheSelector):
-        raise ConfigError(f"{method} has no layer budgets to fit: it does not choose among the entries of caches")
-    if isinstance(selector.layer_budgets, FractionBudgets):
-        raise ConfigError(f"{method}: budgets are fixed fractions; leave them out, or name a policy")
+    selector = _checked(keep_ratio, method, options)
     config = CompressionConfig(method, keep_ratio=keep_ratio, seed=seed, options=options)
     found = []
     with as_found(model), api.compressed(model, config):
@@ -83,6 +83,60 @@ def fit_layer_budgets(
     scale = (1 - keep_ratio) / (statistics.fmean(drops) or 1.0)
     kept = tuple(round(1 - min(1.0, share * scale), 4) for share in drops)
     return CompressionConfig(method, keep_ratio=keep_ratio, seed=seed, options={**options, "budgets": kept})
+
+
+def evolve_layer_budgets(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Any],
+    *,
+    keep_ratio: float,
+    method: str = "snapkv",
+    trials: int = 50,
+    seed: int = 0,
+    group: int = GROUP,
+    bar: Any = None,
+    **options: Any,
+) -> CompressionConfig:
+    """Evolve the fractions that the layers keep, so that long answers change least; return such a configuration.
+
+    See `vtc.tuning.evolve.evolve_fractions` for the rule (EvolKV). Arguments and errors are those of
+    `fit_layer_budgets`, and beside them:
+
+    Parameters
+    ----------
+    trials : int
+        Settings to try, each on all samples.
+    group : int
+        Layers that are searched together, from the bottom.
+    bar
+        A progress bar.
+    """
+    _checked(keep_ratio, method, options)
+    options.pop("budgets", None)
+    config = CompressionConfig(method, keep_ratio=keep_ratio, seed=seed, options=options)
+    layers = len(adapter_for(model).text_model.layers)
+    with as_found(model):
+        rows = prompts(processor, samples, model)
+        kept = evolve_fractions(model, rows, config, layers=layers, group=group, trials=trials, bar=bar)
+    return CompressionConfig(method, keep_ratio=keep_ratio, seed=seed, options={**options, "budgets": kept})
+
+
+def _checked(keep_ratio: float, method: str, options: Mapping[str, Any]) -> CacheSelector:
+    """Return the method, if its layer budgets can be fitted.
+
+    Raises
+    ------
+    ConfigError
+        They cannot.
+    """
+    check_budget(keep_ratio, None)
+    selector = get_selector(method, **options)
+    if not isinstance(selector, CacheSelector):
+        raise ConfigError(f"{method} has no layer budgets to fit: it does not choose among the entries of caches")
+    if isinstance(selector.layer_budgets, FractionBudgets):
+        raise ConfigError(f"{method}: budgets are fixed fractions; leave them out, or name a policy")
+    return selector
 
 
 def _dropped(report: Report, scope: str) -> list[float]:
