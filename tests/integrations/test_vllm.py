@@ -5,9 +5,21 @@ Runs where vLLM is installed; `.ci/run` makes an environment for it. An engine i
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
+import contextlib
 import gc
 import importlib.util
+import io
+import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +109,8 @@ def start(family: str, folder: Path, **arguments: Any) -> Engine:
 
     vllm_checkpoints.write(family, folder)
     limits = {"image": 2, "video": 0 if family in ("llava", "llava_next") else 1}
-    arguments = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, **arguments}
+    # Prompts are read in pieces, most of which end inside a picture or a video.
+    arguments = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 40, **arguments}
     llm = LLM(
         str(folder),
         dtype="float32",
@@ -105,6 +118,7 @@ def start(family: str, folder: Path, **arguments: Any) -> Engine:
         limit_mm_per_prompt=limits,
         seed=0,
         block_size=32,
+        skip_mm_profiling=True,
         **arguments,
     )
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -179,3 +193,198 @@ def test_answers_about_videos_are_those_of_the_library(engine: Engine, settings:
     full = [prompt(engine.family, {}, video=clip(4))]
     for asked in (prompts, full):
         assert engine.ask(asked) == [engine.expected(each) for each in asked]
+
+
+def test_settings_in_turn_do_not_mix(engine: Engine) -> None:
+    """Prefixes and encoded pictures are cached per setting; requests with different settings run side by side."""
+    settings = [*METHODS, {}, {"vtc_method": "divprune", "vtc_keep_ratio": 0.5}, {"vtc_keep_ratio": 1.0, "vtc_seed": 2}]
+    shown = [picture(7)]
+    expected = [engine.expected(prompt(engine.family, each, shown)) for each in settings]
+    assert len({length for length, _ in expected}) >= 4
+    for order in (range(len(settings)), reversed(range(len(settings)))):  # the second time everything is cached
+        numbers = list(order)
+        asked = [prompt(engine.family, settings[number], shown) for number in numbers]
+        assert engine.ask(asked) == [expected[number] for number in numbers]
+        assert [engine.ask([each])[0] for each in asked] == [expected[number] for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vtc_method": "fastv", "vtc_keep_ratio": 0.5}, "fastv cannot run inside vLLM: it works at 'decoder:2'"),
+        ({"vtc_method": "divprun", "vtc_keep_ratio": 0.5}, "Did you mean 'divprune'"),
+        ({"vtc_keep_ratio": 0}, r"must lie in \(0, 1\]"),
+        ({"vtc_method": "divprune"}, "exactly one of keep_ratio and keep_tokens"),
+        ({"vtc_keep_ratio": 0.5, "vtc_positions": "compact"}, "vtc_positions cannot be chosen"),
+    ],
+)
+def test_wrong_settings_of_a_request_are_errors_of_the_client(
+    engine: Engine, settings: dict[str, Any], message: str
+) -> None:
+    if engine.family != "llava":
+        pytest.skip("the same for every family")
+    from vllm.exceptions import VLLMClientError
+
+    with pytest.raises(vtc.errors.VtcError, match=message) as caught:
+        engine.ask([prompt(engine.family, settings, [picture(0)])])
+    assert isinstance(caught.value, VLLMClientError)
+    good = prompt(engine.family, METHODS[0], [picture(0)])
+    assert engine.ask([good]) == [engine.expected(good)]
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vllm_checkpoints.write("llava", tmp_path_factory.mktemp("refused"))
+
+
+def create_processor(folder: Path, **arguments: Any) -> Any:
+    """Make what vLLM makes first when it starts."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    given = {"model": str(folder), "dtype": "float32", "max_model_len": 256, **arguments}
+    return MULTIMODAL_REGISTRY.create_processor(EngineArgs(**given).create_model_config())
+
+
+@pytest.mark.parametrize(
+    ("environ", "arguments", "message"),
+    [
+        ({"VTC_METHOD": "visionzip", "VTC_KEEP_RATIO": "0.5"}, {}, "visionzip cannot run inside vLLM: it reads"),
+        ({"VTC_KEEP_RATIO": "a half"}, {}, "VTC_KEEP_RATIO must be a number"),
+        ({}, {"mm_processor_kwargs": {"vtc_keep_ratio": 2}}, r"must lie in \(0, 1\], got 2"),
+        ({"VTC_KEEP_RATIO": "0.5"}, {"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own pruning"),
+        # Another class for the same architecture.
+        ({"VTC_KEEP_RATIO": "0.5"}, {"model_impl": "transformers"}, "vtc does not compress TransformersMultiModal"),
+        ({}, {"mm_processor_kwargs": {"vtc_keep_ratio": 0.5}, "model_impl": "transformers"}, "vtc does not compress"),
+    ],
+)
+def test_what_cannot_be_done_does_not_start(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environ: dict[str, str],
+    arguments: dict[str, Any],
+    message: str,
+) -> None:
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    assert "vtc_server" in vars(create_processor(folder))
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(vtc.errors.VtcError, match=message):
+        create_processor(folder, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("environ", "server", "request_", "kept"),
+    [
+        ({}, {}, {}, 16),
+        ({"VTC_KEEP_TOKENS": "9"}, {}, {}, 9),
+        ({"VTC_KEEP_TOKENS": "9"}, {"vtc_keep_ratio": 0.25}, {}, 4),
+        ({"VTC_METHOD": "divprune"}, {"vtc_keep_ratio": 0.25}, {"vtc_keep_tokens": 7}, 7),
+        ({}, {"vtc_keep_ratio": 0.25}, {"vtc_keep_ratio": 1.0}, 16),
+        ({}, {}, {"vtc_keep_ratio": 0.5}, 8),
+    ],
+)
+def test_requests_go_before_the_server_and_the_server_before_the_environment(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environ: dict[str, str],
+    server: dict[str, Any],
+    request_: dict[str, Any],
+    kept: int,
+) -> None:
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    processor = create_processor(folder, mm_processor_kwargs=server)
+    items = processor.info.parse_mm_data({"image": picture(0)})
+    made = processor("<s> <image> what", items, hf_processor_mm_kwargs=request_)
+    assert made["prompt_token_ids"].count(vllm_checkpoints.IMAGE_ID) == kept
+    assert made["mm_placeholders"]["image"][0].length == kept
+    again = processor("<s> <image> what", items, hf_processor_mm_kwargs={"vtc_keep_tokens": 3})
+    assert made["mm_hashes"] != again["mm_hashes"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the server
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`vtc serve` on a free port of this machine; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    further = f"--host 127.0.0.1 --port {port} --served-model-name m --dtype float32 --enforce-eager --max-model-len 256"
+    further += " --max-num-seqs 4 --max-num-batched-tokens 256 --skip-mm-profiling --trust-request-mm-kwargs"
+    command = [sys.executable, "-m", "vtc.cli", "serve", str(folder), "--method", "divprune", "--keep-ratio", "0.25"]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, f"--vllm={further}"], stdout=out, stderr=out, start_new_session=True, env=dict(os.environ)
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
+                break
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(1)
+        else:
+            raise AssertionError(log.read_text()[-3000:])
+        assert "VTC_METHOD=divprune VTC_KEEP_RATIO=0.25" in log.read_text()
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def post(address: str, image: bytes, **fields: Any) -> tuple[int, dict[str, Any]]:
+    content = [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()}},
+        {"type": "text", "text": "what happens in the clip ?"},
+    ]
+    body = {"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0} | fields
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def png(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_server_compresses_and_survives_mistakes(server: str) -> None:
+    status, answer = post(server, png())
+    assert status == 200, answer
+    quarter = answer["usage"]["prompt_tokens"]
+    status, answer = post(server, png(), mm_processor_kwargs={"vtc_keep_ratio": 1.0})
+    assert status == 200, answer
+    assert answer["usage"]["prompt_tokens"] == quarter + 12
+    for settings, words in (
+        ({"vtc_method": "fastv"}, "fastv cannot run inside vLLM"),
+        ({"vtc_keep_ratio": 7}, "must lie in (0, 1], got 7"),
+        ({"vtc_method": "divprun"}, "Did you mean 'divprune'"),
+    ):
+        status, answer = post(server, png(), mm_processor_kwargs=settings)
+        assert 400 <= status < 500, answer
+        assert words in answer["error"]["message"]
+    status, answer = post(server, png()[:80])
+    assert 400 <= status < 500, answer
+    settings = [{"vtc_keep_tokens": count} for count in (1, 2, 4, 8, 16)] * 3
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda each: post(server, png(1), mm_processor_kwargs=each), settings))
+    counts = [answer["usage"]["prompt_tokens"] - quarter + 4 for _, answer in answers]
+    assert counts == [each["vtc_keep_tokens"] for each in settings]

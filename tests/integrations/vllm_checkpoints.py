@@ -16,6 +16,8 @@ WIDTH = 128
 HEAD = 32
 """vLLM's attention on CPUs has no smaller heads."""
 
+IMAGE_ID = tiny.IMAGE
+
 FAMILIES = ("llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava_next", "llava_onevision")
 
 
