@@ -256,7 +256,7 @@ _HOME = {
     "vtc.video.pipeline": ("VideoAnswer", "VideoQAPipeline"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_SUBMODULES = ("kernels", "reference", "video")
+_SUBMODULES = ("kernels", "reference", "relevance", "video")
 
 
 def __getattr__(name: str) -> Any:

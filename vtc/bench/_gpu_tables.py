@@ -64,7 +64,8 @@ def _laws(done: Mapping[str, Any]) -> str:
             rows.append((case, "not installed", result["skipped"]))
             continue
         broken = [law for law in result["laws"] if not law["holds"]]
-        said = "; ".join(f"{law['law']}: {law['measured']}" for law in broken or result["laws"])
+        telling = broken or [law for law in result["laws"] if law["measured"] != "identical"]
+        said = "; ".join(f"{law['law']}: {law['measured']}" for law in telling)
         count = f"{len(result['laws']) - len(broken)} of {len(result['laws'])}"
         rows.append((case, count if not broken else f"**{count}**", said))
     return markdown_table(("model", "hold", "measured"), rows)

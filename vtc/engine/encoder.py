@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -62,7 +63,7 @@ class Encoded:
     survivors
         (total,) bool: rows that are left behind each site in the tower.
     spent
-        Milliseconds that methods took at each site in the tower.
+        Milliseconds that methods took at each site in the tower, and for signals of the pixels at any site.
     tower_flops
         FLOPs of the tower's layers with all patches, and with those that were left; None if none can leave.
     resampled
@@ -237,6 +238,7 @@ class Encoder:
         run, found = self._run(memory, modality, call, layers, signals, original, args, kwargs)
         if getattr(run.output, "pooler_output", None) is None:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
+        looking: dict[Site, float] = {}  # milliseconds: a second look at the pixels is the method's, not the model's
         with torch.no_grad():
             layout = self.adapter.layout(modality, call, run.output)
             for signal in signals:
@@ -247,15 +249,20 @@ class Encoder:
                     rows = self.adapter.patches_to_tokens(modality, call, values.flatten(2))
                     run.values[signal] = rows.unflatten(-1, values.shape[2:])
                 elif signal.reads is PatchPixels:
+                    began = time.perf_counter()
                     values = self._pixel_values(modality, call, signal, run.pixels)
                     flat = values.reshape(*values.shape[:2], -1)
                     rows = self.adapter.input_patches_to_tokens(modality, call, flat)
                     run.values[signal] = rows.reshape(len(rows), *values.shape[2:])
+                    site = next(stage.site for stage in self.plan.stages if signal in stage.stage.requires)
+                    looking[site] = looking.get(site, 0.0) + 1e3 * (time.perf_counter() - began)
             survivors = self._survivors(modality, call, run.tower, layout)
         known = {signal: run.values[signal] for signal in signals if signal in run.values}
         encoded = Encoded(modality, rows_of(run.output).detach(), layout, known, survivors)
         if run.tower is not None:
-            encoded.spent, encoded.tower_flops = run.tower.spent, self._tower_flops(modality, run.tower)
+            encoded.spent, encoded.tower_flops = dict(run.tower.spent), self._tower_flops(modality, run.tower)
+        for site, milliseconds in looking.items():
+            encoded.spent[site] = encoded.spent.get(site, 0.0) + milliseconds
         if smaller is None:
             return run.output, encoded
         left = self._flops_of(modality, call) if encoded.tower_flops is None else encoded.tower_flops[1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError, InputError
 from ..kernels.cosines import with_inverse_norms
 from ..registry import register_selector
+from ..relevance import OpenClip
 from .schedule import check_fraction, check_number
 
 __all__ = ["CdPrunerSelector", "blended", "check_widths", "quality_of", "relevance_to_text"]
@@ -35,10 +37,11 @@ class CdPrunerSelector(Selector):
     tokens of the picture, ``(rel_i - min rel + 1e-6) / (max rel - min rel)``; with `theta` it is
     ``exp(theta / (2 (1 - theta)) r_i)``. rel_i is the mean cosine of token i to the input embeddings of the text.
 
-    The released code measures relevance between CLIP's image and text embeddings, which needs a text tower that the
-    models here do not have. The model's own embeddings stand in for it, as in Intel's OpenVINO GenAI. There similarity
-    counts as it is, while the released code turns it round, presumably because similarities of CLIP's patches are known
-    to be inverted; `similarity="inverted"` does the same. With w the `relevance_weight` the kernel is
+    The released code measures relevance between CLIP's image and text embeddings; `relevance` brings a contrastive
+    model for that (`vtc.relevance.OpenClip`). Without one the model's own embeddings stand in for it, as in Intel's
+    OpenVINO GenAI. There similarity counts as it is, while the released code turns it round, presumably because
+    similarities of CLIP's patches are known to be inverted; `similarity="inverted"` does the same. With w the
+    `relevance_weight` the kernel is
 
         ((1 - w) + w q_i q_j) cosine(x_i, x_j),
 
@@ -60,6 +63,9 @@ class CdPrunerSelector(Selector):
     text
         Which text counts. "all": the whole prompt's, the system's part included; "after": what stands behind the first
         visual token of the prompt, which is the instruction, as in OpenVINO GenAI, where it follows the picture.
+    relevance
+        A `vtc.relevance.OpenClip`, by whose embeddings of tokens and question rel_i is measured; None: the model's own
+        input embeddings. Which text counts it says itself, so that `text` has no effect.
 
     Raises
     ------
@@ -82,6 +88,7 @@ class CdPrunerSelector(Selector):
     theta: float | None = None
     relevance_weight: float = 1.0
     text: str = "all"
+    relevance: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.similarity not in ("direct", "inverted"):
@@ -91,16 +98,26 @@ class CdPrunerSelector(Selector):
         check_fraction("cdpruner", "relevance_weight", self.relevance_weight)
         if self.text not in ("all", "after"):
             raise ConfigError(f'cdpruner: text must be "all" or "after", got {self.text!r}.')
+        if self.relevance is not None:
+            if self.text != "all":
+                raise ConfigError("cdpruner: text has no effect beside relevance, which says itself what counts.")
+            object.__setattr__(self, "relevance", OpenClip.from_plain(self.relevance))
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, before the language model."""
+        if isinstance(self.relevance, OpenClip):
+            return (Stage(requires=self.relevance.signals()),)
         return (Stage(requires=(TextEmbeds(self.text),)),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        relevance = relevance_to_text(ctx.features, ctx[TextEmbeds])
+        if isinstance(self.relevance, OpenClip):
+            tokens, question = (ctx[signal] for signal in self.relevance.signals())
+        else:
+            tokens, question = ctx.features, ctx[TextEmbeds]
+        relevance = relevance_to_text(tokens, question)
         quality = quality_of(-relevance if self.similarity == "inverted" else relevance, self.theta)
         x, norms = blended(ctx.features, quality, self.relevance_weight)
         return Selection.from_indices(ctx.n, kernels.dpp_greedy(x, ctx.budget, norms))

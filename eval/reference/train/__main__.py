@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import vtc_reference
-from eval.reference.train import cache, export, qwen_cache, qwen_scales, qwen_tower, tokenizer, tower
+from eval.reference.train import cache, export, qwen_cache, qwen_scales, qwen_tower, text_tower, tokenizer, tower
 from eval.reference.train.cache import TOKENIZER, Data
 from eval.reference.train.labels import scene_labels
 from eval.reference.train.models import Example, PackedImageModel, PackedModel, PackedQwen, new_packed
@@ -302,6 +302,8 @@ STAGES: Final[dict[str, Callable[..., None]]] = {
     "qwen-scales-cache": qwen_scales.build,
     "qwen-scales-export": qwen_scales.blend,
     "export": export.export,
+    "text-tower": text_tower.run,
+    "text-tower-rank": text_tower.rank,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vtc_reference.catalogue import CATALOGUE, Entry
 
@@ -107,6 +107,59 @@ def export(name: str, folder: str | Path) -> Path:
     processor.save_pretrained(target)
     (target / "README.md").write_text(card(name), encoding="utf-8")
     return target
+
+
+def export_open_clip(folder: str | Path) -> Path:
+    """Write the contrastive model whose image tower is that of ``llava``, in the format of open_clip.
+
+    Its text tower, the LayerNorm and the projection behind the image tower are stored here; the image tower is the
+    shared one, without its last layer, which ``llava`` does not read.
+
+    Returns
+    -------
+    Path
+        The folder; ``open_clip.create_model_from_pretrained(f"local-dir:{folder}")`` reads it.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    weights = open_clip_tower() | load_file(_HERE / "openclip" / "open_clip_model.safetensors")
+    save_file(weights, target / "open_clip_model.safetensors", metadata={"format": "pt"})
+    shutil.copy(_HERE / "openclip" / "open_clip_config.json", target)
+    for file in (_HERE / "tokenizer").iterdir():
+        shutil.copy(file, target)
+    return target
+
+
+def open_clip_tower(layers: int = 11) -> dict[str, torch.Tensor]:
+    """Return the shared tower's first layers under the names of open_clip's, whose patches are embedded without a bias.
+
+    It is added to the position of every patch.
+    """
+    tower = load_file(_HERE / "tower" / "model.safetensors")
+    positions = tower["embeddings.position_embeddings"][0].clone()
+    positions[1:] += tower["embeddings.patch_embeddings.projection.bias"]
+    weights = {
+        "visual.class_embedding": tower["embeddings.cls_token"].flatten(),
+        "visual.positional_embedding": positions,
+        "visual.conv1.weight": tower["embeddings.patch_embeddings.projection.weight"],
+    }
+    names = {
+        "norm1.{}": "ln_1.{}",
+        "norm2.{}": "ln_2.{}",
+        "attention.output.dense.{}": "attn.out_proj.{}",
+        "mlp.fc1.{}": "mlp.c_fc.{}",
+        "mlp.fc2.{}": "mlp.c_proj.{}",
+    }
+    for layer in range(layers):
+        source, target = f"encoder.layer.{layer}.", f"visual.transformer.resblocks.{layer}."
+        for kind in ("weight", "bias"):
+            for theirs, ours in names.items():
+                weights[target + ours.format(kind)] = tower[source + theirs.format(kind)]
+            parts = [tower[f"{source}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            weights[f"{target}attn.in_proj_{kind}"] = torch.cat(parts)
+        for number in (1, 2):
+            weights[f"{target}ls_{number}.gamma"] = tower[f"{source}layer_scale{number}.lambda1"]
+    return weights
 
 
 def card(name: str) -> str:
