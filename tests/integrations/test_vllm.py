@@ -320,7 +320,9 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    further = f"--host 127.0.0.1 --port {port} --served-model-name m --dtype float32 --enforce-eager --max-model-len 256"
+    further = (
+        f"--host 127.0.0.1 --port {port} --served-model-name m --dtype float32 --enforce-eager --max-model-len 256"
+    )
     further += " --max-num-seqs 4 --max-num-batched-tokens 256 --skip-mm-profiling --trust-request-mm-kwargs"
     command = [sys.executable, "-m", "vtc.cli", "serve", str(folder), "--method", "divprune", "--keep-ratio", "0.25"]
     log = tmp_path_factory.mktemp("server") / "log.txt"
@@ -349,7 +351,12 @@ def post(address: str, image: bytes, **fields: Any) -> tuple[int, dict[str, Any]
         {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()}},
         {"type": "text", "text": "what happens in the clip ?"},
     ]
-    body = {"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0} | fields
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 4,
+        "temperature": 0,
+    } | fields
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

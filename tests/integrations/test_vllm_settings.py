@@ -56,7 +56,9 @@ def test_variables_that_mean_nothing_are_named(environ: dict[str, str], message:
     "config",
     [
         vtc.CompressionConfig("divprune", keep_ratio=0.25),
-        vtc.CompressionConfig("vtc", keep_tokens=16, seed=3, structural="drop", options={"width": 0.3, "quality": None}),
+        vtc.CompressionConfig(
+            "vtc", keep_tokens=16, seed=3, structural="drop", options={"width": 0.3, "quality": None}
+        ),
     ],
 )
 def test_a_configuration_survives_the_environment(config: vtc.CompressionConfig) -> None:
@@ -71,7 +73,9 @@ def test_later_layers_win() -> None:
         "vtc", keep_tokens=9, seed=5, options={"width": 0.3}
     )
     # Another method does not inherit the options of the first, and the same one may be given others.
-    assert settings.resolve(server, {"method": "divprune"}) == vtc.CompressionConfig("divprune", keep_ratio=0.25, seed=5)
+    assert settings.resolve(server, {"method": "divprune"}) == vtc.CompressionConfig(
+        "divprune", keep_ratio=0.25, seed=5
+    )
     assert settings.resolve({"keep_ratio": 0.5}) == vtc.CompressionConfig("vtc", keep_ratio=0.5)
 
 
@@ -82,7 +86,9 @@ def test_equal_settings_are_written_alike() -> None:
     assert two is not None
     assert settings.written(one) == settings.written(two)
     others = [{"keep_ratio": 0.26}, {"seed": 1}, {"method": "divprune"}, {"width": 0.31}, {"structural": "drop"}]
-    layered = [settings.resolve({"method": "vtc", "width": 0.3, "exponent": 0.5, "keep_ratio": 0.25}, x) for x in others]
+    layered = [
+        settings.resolve({"method": "vtc", "width": 0.3, "exponent": 0.5, "keep_ratio": 0.25}, x) for x in others
+    ]
     assert len({settings.written(config) for config in (one, *layered) if config}) == 1 + len(others)
 
 
@@ -94,7 +100,11 @@ def test_equal_settings_are_written_alike() -> None:
         ({"keep_ratio": 25}, vtc.ConfigError, r"must lie in \(0, 1\], got 25"),
         ({"method": "divprune", "keep_ratio": 0.5, "widht": 1}, vtc.ConfigError, "no option 'widht'"),
         ({"keep_ratio": 0.5, "positions": "compact"}, vtc.ConfigError, "vtc_positions cannot be chosen"),
-        ({"method": "divprune", "keep_ratio": 0.5, "at": "decoder:2"}, vtc.UnsupportedMethodError, "before the language"),
+        (
+            {"method": "divprune", "keep_ratio": 0.5, "at": "decoder:2"},
+            vtc.UnsupportedMethodError,
+            "before the language",
+        ),
         ({"method": "fastv", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it works at 'decoder:2'"),
         ({"method": "cdpruner", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it reads text_embeds"),
         ({"method": "visionzip", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "cls_attention"),
@@ -221,9 +231,7 @@ def test_serve_refuses_before_it_starts(
 def test_families_have_adapters_of_the_same_name() -> None:
     import transformers
 
-    known = {
-        getattr(transformers, architecture).config_class.model_type for architecture in families.FAMILIES
-    }
+    known = {getattr(transformers, architecture).config_class.model_type for architecture in families.FAMILIES}
     assert known <= set(vtc.supported_models())
 
 

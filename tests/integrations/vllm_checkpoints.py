@@ -31,8 +31,8 @@ def config_of(family: str) -> Any:
         text.rope_parameters = {**text.rope_parameters, "mrope_section": [4, 6, 6]}
     vision = config.vision_config
     if hasattr(vision, "tokens_per_second"):
-        # Behind a video, vLLM goes on after the largest position of any axis, as the model's authors do, and transformers
-        # (5.18 to 5.24) after that of rows and columns: equal where time does not reach farther.
+        # Behind a video, vLLM goes on after the largest position of any axis, and transformers (5.19, 5.24) after that
+        # of rows and columns: they agree where time does not reach farther.
         vision.tokens_per_second = 1
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = WIDTH

@@ -11,6 +11,7 @@ BENCHES = {
     "cache": "decoding with smaller key-value caches, at the decoder shapes of real checkpoints",
     "overhead": "what compression costs on a small model",
     "selectors": "each method before the decoder, alone, beside a transcription of its equations",
+    "serve": "vLLM's server with and without compression, under load",
     "kernels": "each operation of vtc.kernels beside its formula in plain PyTorch",
     "gpu": "all that only a GPU can tell, in a few minutes: kernels, laws, whole calls",
 }

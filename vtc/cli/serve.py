@@ -48,13 +48,17 @@ def run(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", _SERVER, "--model", args.checkpoint, *further]
     variables = environment_of(config)
     print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]))
-    if args.print:
-        return 0
+    if not args.print:
+        _become(command, variables)
+    return 0
+
+
+def _become(command: list[str], variables: dict[str, str]) -> None:
+    """Go on as another program, which signals then reach."""
     if importlib.util.find_spec("vllm") is None:
         raise StateError("vLLM is not installed here; docs/serving.md says how to make an environment with it.")
     sys.stdout.flush()
     os.execve(command[0], command, os.environ | variables)
-    return 0
 
 
 def _check_checkpoint(checkpoint: str) -> None:

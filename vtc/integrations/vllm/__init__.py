@@ -1,4 +1,4 @@
-"""Run vLLM's own models with fewer visual tokens; vLLM finds this through its entry-point group ``vllm.general_plugins``.
+"""Run vLLM's own models with fewer visual tokens; found through its entry-point group ``vllm.general_plugins``.
 
     VTC_METHOD=divprune VTC_KEEP_RATIO=0.25 vllm serve CHECKPOINT
 

@@ -63,7 +63,13 @@ class Compressed:
         return rows if stage is None else self.vtc_chosen(modality, rows, index, inputs, stage)[1]
 
     def vtc_chosen(
-        self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any], stage: PlannedStage, width: int | None = None
+        self,
+        modality: str,
+        rows: Tensor,
+        index: int,
+        inputs: Mapping[str, Any],
+        stage: PlannedStage,
+        width: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Choose among the rows of one item; return which stay, (K,), and them, (K, D)."""
         visuals = self.vtc_visuals(modality, rows, index, inputs)
@@ -125,7 +131,7 @@ class VtcInternVL(Compressed, InternS1ForConditionalGeneration):
     """InternVL: a picture is equal tiles, a video is frames that are pictures of one tile, with text between."""
 
     def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
-        side = math.isqrt(int(self.num_image_token))  # type: ignore[attr-defined]
+        side = math.isqrt(int(self.num_image_token))
         tiles = len(rows) // side**2
         grid = (1, side, side)
         if modality == "video":
@@ -166,7 +172,7 @@ class AnyRes(Compressed):
     """Mixin over model classes of these families."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.vtc_info = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config)
 
     def vtc_side(self) -> int:

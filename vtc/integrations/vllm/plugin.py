@@ -8,7 +8,7 @@ from typing import Any
 
 from vtc.errors import UnsupportedModelError
 from vtc.integrations.vllm.families import FAMILIES, check_architecture
-from vtc.integrations.vllm.settings import PREFIX, from_environment, split
+from vtc.integrations.vllm.settings import from_environment, split
 
 __all__ = ["register"]
 
@@ -59,7 +59,7 @@ def _refuse(model_config: Any) -> None:
     architecture = model_config.architecture
     check_architecture(architecture)
     raise UnsupportedModelError(
-        f"{architecture} runs in a class that is not vtc's, so that {PREFIX}... settings would do nothing: another "
+        f"{architecture} runs in a class that is not vtc's, so that its settings would do nothing: another "
         "plug-in has registered it, or --model-impl names another implementation."
     )
 

@@ -8,7 +8,7 @@ import itertools
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -93,8 +93,8 @@ class Processor:
         config = resolve(self.vtc_environment, self.vtc_server, given)
         if config is not None and self.vtc_pruned_by_vllm:
             raise ConfigError(
-                "--video-pruning-rate is vLLM's own pruning of videos, which does not go together with that of vtc: leave "
-                "it out, or the settings of vtc."
+                "--video-pruning-rate is vLLM's own pruning of videos, which does not go together with that of vtc: "
+                "leave it out, or the settings of vtc."
             )
         return _KEEP_ALL if config is None else written(config)
 
@@ -145,9 +145,7 @@ class Processor:
         content = content(index) if callable(content) else content
         return self.vtc_shortened(stage, content, update.modality, mm_items, index)
 
-    def vtc_shortened(
-        self, stage: PlannedStage | None, content: Any, modality: str, mm_items: Any, index: int
-    ) -> Any:
+    def vtc_shortened(self, stage: PlannedStage | None, content: Any, modality: str, mm_items: Any, index: int) -> Any:
         """Leave out of what an item becomes in the prompt the placeholders of tokens that will leave.
 
         Parameters
@@ -187,7 +185,7 @@ def _counts(fields: Mapping[str, Any], hf_inputs: Mapping[str, Any]) -> dict[str
 
 
 @functools.cache
-def _mixed(mixin: type, base: type) -> type:
+def _mixed(mixin: Any, base: Any) -> Any:
     return type(f"Vtc{base.__name__}", (mixin, base), {"__module__": __name__})
 
 
@@ -198,11 +196,11 @@ def with_processor(mixin: type[Processor] = Processor) -> Callable[[T], T]:
     """
 
     def register(cls: T) -> T:
-        factories = cls._processor_factory
+        factories = cls._processor_factory  # type: ignore[attr-defined]
 
         def processor(info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
             theirs = type(factories.processor(info, dummy_inputs, **kwargs))
-            made = _mixed(mixin, theirs)(info, dummy_inputs, **kwargs)
+            made = _mixed(cast(Any, mixin), cast(Any, theirs))(info, dummy_inputs, **kwargs)
             made.vtc_begin()
             return made
 

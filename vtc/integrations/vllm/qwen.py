@@ -1,8 +1,8 @@
 """Qwen-VL: (t, h, w) positions, of which those of kept tokens stay as they were.
 
 vLLM's own pruning of videos shows the way: the encoder appends columns to its rows, from which positions are computed
-again when the rows meet their prompt. Here the columns say where a row lies in its picture or video, in two digits each,
-so that half precision holds them exactly; so does the place at which the text behind it goes on.
+again when the rows meet their prompt. Here the columns say where a row lies in its picture or video, in two digits
+each, so that half precision holds them exactly, and how many positions the text behind it is away.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class KeepsPositions(Compressed):
         if not steps_aside:
             # For the runner, and for tables of positions, rows with columns are what pruned videos are.
             config.__dict__["is_multimodal_pruning_enabled"] = _always
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.vtc_steps_aside = steps_aside
         if not steps_aside:
             self.is_multimodal_pruning_enabled = False  # the family's own code must not prune, too
@@ -105,7 +105,7 @@ class KeepsPositions(Compressed):
         if self.vtc_steps_aside:
             for modality in ("image", "video"):
                 kwargs.pop(f"vtc_{modality}", None)
-            return super(Compressed, self).embed_multimodal(**kwargs)
+            return super(Compressed, self).embed_multimodal(**kwargs)  # type: ignore[misc]
         return super().embed_multimodal(**kwargs)
 
     # -- of a prompt ----------------------------------------------------------------------------------------------
@@ -209,9 +209,7 @@ class Qwen3Processor(Processor):
     video is one run of placeholders, and the encoder fills in the text as well.
     """
 
-    def vtc_shortened(
-        self, stage: PlannedStage | None, content: Any, modality: str, mm_items: Any, index: int
-    ) -> Any:
+    def vtc_shortened(self, stage: PlannedStage | None, content: Any, modality: str, mm_items: Any, index: int) -> Any:
         if modality != "video":
             return super().vtc_shortened(stage, content, modality, mm_items, index)
         video = self.info.get_hf_config().video_token_id
@@ -243,7 +241,7 @@ class VtcQwen3VL(KeepsPositions, Qwen3VLForConditionalGeneration):
 
     def _vtc_frames(self, counts: Sequence[int], timestamps: Any) -> list[int]:
         """Return the tokens of a video whose frames have so many rows."""
-        return Qwen3VLMultiModalProcessor.get_video_repl(  # type: ignore[no-any-return]
+        found: list[int] = Qwen3VLMultiModalProcessor.get_video_repl(
             tokens_per_frame=list(counts),
             timestamps=timestamps,
             tokenizer=self._tokenizer,
@@ -251,6 +249,7 @@ class VtcQwen3VL(KeepsPositions, Qwen3VLForConditionalGeneration):
             vision_end_token_id=self.config.vision_end_token_id,
             video_token_id=self.config.video_token_id,
         ).full
+        return found
 
     def vtc_item(
         self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any], stage: PlannedStage | None

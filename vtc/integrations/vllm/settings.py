@@ -1,9 +1,9 @@
 """What to compress with: from the environment, the server's processor arguments and those of a request.
 
 All three say the same things under the same names: ``vtc_method``, ``vtc_keep_ratio`` or ``vtc_keep_tokens``,
-``vtc_seed``, ``vtc_structural``, and ``vtc_NAME`` for an option of the method; in the environment ``VTC_METHOD`` and so on, and
-``VTC_OPTIONS`` with the options as a JSON object. Settings are resolved before vLLM hashes a picture, into one text
-that says everything: what the hash, the number of placeholders and the choice of tokens are made from.
+``vtc_seed``, ``vtc_structural``, and ``vtc_NAME`` for an option of the method; in the environment ``VTC_METHOD`` and
+so on, and ``VTC_OPTIONS`` with the options as a JSON object. Settings are resolved before vLLM hashes a picture, into
+one text that says everything: what the hash, the number of placeholders and the choice of tokens are made from.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _number(variable: str, text: str) -> Any:
 def resolve(*layers: Mapping[str, Any]) -> CompressionConfig | None:
     """Make one configuration of settings without prefix, later layers winning; None if there are none at all.
 
-    A layer that names a method takes it without the options that earlier layers gave to theirs, and a layer that gives a
-    ratio or a count replaces both. Without a method it is the library's own.
+    A layer that names a method takes it without the options that earlier layers gave to theirs, and a layer that gives
+    a ratio or a count replaces both. Without a method it is the library's own.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def resolve(*layers: Mapping[str, Any]) -> CompressionConfig | None:
         return None
     if "positions" in merged:
         raise ConfigError(
-            f"{PREFIX}positions cannot be chosen in vLLM: models with (t, h, w) positions keep those of the kept tokens, "
+            f"{PREFIX}positions cannot be chosen in vLLM: models with (t, h, w) positions keep those of kept tokens, "
             "all others count positions over kept tokens only."
         )
     config = configuration({"method": DEFAULT_METHOD} | merged)
