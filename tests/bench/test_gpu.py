@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -35,8 +36,8 @@ MACHINE: dict[str, Any] = {
 }
 
 
-def until(seconds: float) -> float:
-    return time.monotonic() + seconds
+def until(seconds: float) -> _gpu.Deadline:
+    return _gpu.Deadline(time.monotonic() + seconds)
 
 
 class TestRunning:
@@ -61,6 +62,20 @@ class TestRunning:
     def test_processes_are_shared_while_nothing_breaks(self) -> None:
         found = dict(_gpu.run_part(UNRULY, ("fine", "raises", "fine too"), "cpu", until(60)))
         assert found["fine"]["result"]["process"] == found["fine too"]["result"]["process"]
+
+    def test_several_processes_share_the_cases(self) -> None:
+        found = dict(_gpu.run_side_by_side(UNRULY, ("fine", "dies", "raises", "last"), "cpu", until(60), 2))
+        assert sorted(found) == ["dies", "fine", "last", "raises"]
+        assert found["dies"]["status"] == found["raises"]["status"] == "failed"
+        assert found["fine"]["result"]["process"] != found["last"]["result"]["process"]
+
+    def test_an_interruption_ends_all_processes(self) -> None:
+        began = time.monotonic()
+        patient = dataclasses.replace(UNRULY, limit=600.0)
+        running = _gpu.run_side_by_side(patient, ("fine", "hangs"), "cpu", until(600), 2)
+        assert next(running)[0] == "fine"
+        running.close()  # as an exception would where the results are taken
+        assert time.monotonic() - began < 60
 
     def test_the_budget_ends_it(self) -> None:
         found = dict(_gpu.run_part(UNRULY, ("hangs", "last"), "cpu", until(1.0)))

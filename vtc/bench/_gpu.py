@@ -7,14 +7,18 @@ that case alone.
 from __future__ import annotations
 
 import json
+import math
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from vtc.bench.timing import write_json
 from vtc.errors import ConfigError, InputError
 from vtc.files import check_writable, write_text
 
-__all__ = ["Results", "run", "run_part"]
+__all__ = ["Deadline", "Results", "run", "run_part", "run_side_by_side"]
 
 _START_SECONDS = 180.0  # most until a process measures its first case: imports on a cold disk
 _POLL_SECONDS = 0.1
@@ -106,7 +110,8 @@ def run(folder: Path, names: Sequence[str], device: str, budget: float, only: st
         left = budget - (time.monotonic() - began)
         share = PARTS[name].share / sum(PARTS[later].share for later in chosen[place:])
         print(f"{name}: {len(open_cases)} of {len(cases[name])} cases, at most {left * share:.0f} s", flush=True)
-        for case, entry in run_part(PARTS[name], open_cases, device, time.monotonic() + left * share):
+        until = Deadline(time.monotonic() + left * share)
+        for case, entry in run_side_by_side(PARTS[name], open_cases, device, until, 1 if small else None):
             results.add(name, case, entry)
             failed += entry["status"] == "failed"
             print(f"  {case}: {entry['status']} in {entry['seconds']:.1f} s", flush=True)
@@ -125,7 +130,44 @@ def _machine(device: str, seconds: float) -> dict[str, Any]:
         return {**entry, "small": worker.small}
 
 
-def run_part(part: Part, cases: Sequence[str], device: str, deadline: float) -> Iterator[tuple[str, dict[str, Any]]]:
+@dataclass
+class Deadline:
+    """When a part ends, in `time.monotonic`; an interruption brings it forward."""
+
+    at: float
+
+
+def run_side_by_side(
+    part: Part, cases: Sequence[str], device: str, deadline: Deadline, processes: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Do what `run_part` does, in as many processes side by side as the part says, or `processes`."""
+    number = max(1, min(len(cases), processes or part.processes))
+    found: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] = queue.SimpleQueue()
+
+    def work(own: Sequence[str]) -> None:
+        try:
+            for item in run_part(part, own, device, deadline):
+                found.put(item)
+        finally:
+            found.put(None)
+
+    threads = [threading.Thread(target=work, args=(cases[first::number],)) for first in range(number)]
+    for thread in threads:
+        thread.start()
+    try:
+        working = number
+        while working:
+            item = found.get()
+            working -= item is None
+            if item is not None:
+                yield item
+    finally:
+        deadline.at = -math.inf  # after an interruption they end what runs and start nothing
+        for thread in threads:
+            thread.join()
+
+
+def run_part(part: Part, cases: Sequence[str], device: str, deadline: Deadline) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every case with its entry, in whatever number of processes that takes.
 
     Parameters
@@ -133,12 +175,12 @@ def run_part(part: Part, cases: Sequence[str], device: str, deadline: float) -> 
     part : Part
     cases : sequence of str
     device : str
-    deadline : float
-        Of `time.monotonic`; cases that have not begun by then are not started, and one that runs is ended.
+    deadline : Deadline
+        Cases that have not begun by then are not started, and one that runs is ended.
     """
     left = list(cases)
     while left:
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline.at:
             for case in left:
                 yield case, _entry("left out", error="the time budget had ended")
             return
@@ -146,11 +188,10 @@ def run_part(part: Part, cases: Sequence[str], device: str, deadline: float) -> 
         with _worker(part, left, device) as worker:
             start = time.monotonic()
             for case in list(left):
-                limit = min(deadline, start + _START_SECONDS)
-                if worker.wait_for("begin", limit) is None:
+                if worker.wait_for("begin", start + _START_SECONDS, deadline) is None:
                     break
                 start = time.monotonic()
-                end = worker.wait_for("end", min(deadline, start + part.limit))
+                end = worker.wait_for("end", start + part.limit, deadline)
                 begun += 1
                 left.remove(case)
                 if end is None:
@@ -160,7 +201,7 @@ def run_part(part: Part, cases: Sequence[str], device: str, deadline: float) -> 
                 yield case, {name: value for name, value in end.items() if name not in ("event", "case")}
                 start = time.monotonic()
             why = worker.last_words()
-        if not begun and time.monotonic() < deadline:  # it could not even start: neither can the others
+        if not begun and time.monotonic() < deadline.at:  # it could not even start: neither can the others
             for case in left:
                 yield case, _entry("failed", error=f"the process did not start: {why}")
             return
@@ -178,8 +219,8 @@ class _Worker:
         self.small = True
         self._read = 0
 
-    def wait_for(self, kind: str, deadline: float) -> dict[str, Any] | None:
-        """Return the next event of a kind; None where the process ended before, or the time."""
+    def wait_for(self, kind: str, limit: float, deadline: Deadline | None = None) -> dict[str, Any] | None:
+        """Return the next event of a kind; None where the process, or the time, ended before."""
         while True:
             last = self.ended()  # before reading: what it told last must not be missed
             for event in self._next():
@@ -187,7 +228,7 @@ class _Worker:
                     self.small = event["small"]
                 elif event["event"] == kind:
                     return event
-            if last or time.monotonic() >= deadline:
+            if last or time.monotonic() >= (limit if deadline is None else min(limit, deadline.at)):
                 return None
             time.sleep(_POLL_SECONDS)
 

@@ -38,6 +38,8 @@ class Part:
         Of the time that is left when the part begins, relative to the shares of the parts behind it.
     large : str
         Cases whose names contain this are left out where there is no GPU.
+    processes : int
+        How many measure side by side on a GPU: several where nothing is timed, as most of the time goes into compiling.
     """
 
     module: str
@@ -45,6 +47,7 @@ class Part:
     limit: float
     share: float
     large: str | None = None
+    processes: int = 1
 
     def of(self, small: bool) -> tuple[str, ...]:
         """Return the cases to run, on a GPU or `small`."""
@@ -61,12 +64,14 @@ PARTS = {
         limit=60.0,
         share=0.27,
         large="true",
+        processes=4,
     ),
     "laws": Part(
         "vtc.bench._gpu_laws",
         tuple(f"{family}, {how}" for how in (*_ATTENTIONS, "static cache") for family in _FAMILIES),
         limit=90.0,
         share=0.2,
+        processes=3,
     ),
     "models": Part(
         "vtc.bench._gpu_models",
