@@ -351,13 +351,19 @@ def _stored(report: Any, row: int) -> float:
 def tables(folder: Path) -> tuple[pd.DataFrame, str]:
     """Return what the rows of a folder say: a line for each method and budget, and the same as text.
 
+    All lines are about the same texts: those that every method at every budget was led through.
+
     Raises
     ------
     InputError
-        There are no rows.
+        There are no such texts.
     """
     headers, rows = results_log.read(folder)
     by_run = runner.rows_by_run(rows)
+    shared = set.intersection(*({row["sample"] for row in part} for part in by_run.values())) if by_run else set()
+    if not shared:
+        raise vtc.InputError(f"{folder}: no text was finished with every method; go on with the same command")
+    by_run = {name: [row for row in part if row["sample"] in shared] for name, part in by_run.items()}
     lines = []
     for name, part in by_run.items():
         groups = [row["group"] for row in part]
@@ -426,14 +432,12 @@ def _cell(frame: pd.DataFrame, method: str, keep: float, column: str, digits: in
 
 
 def _difference(by_run: dict[str, list[Row]], a: str, b: str, keep: float) -> str:
-    """Return the mean of a's divergence minus b's over the samples that both have, and its interval."""
-    first, second = ({row["sample"]: row for row in by_run.get(f"{name} {keep:g}", ())} for name in (a, b))
-    shared = [sample for sample in first if sample in second]
-    if not shared:
+    """Return the mean of a's divergence minus b's, and its interval."""
+    first, second = (sorted(by_run.get(f"{name} {keep:g}", ()), key=lambda row: row["order"]) for name in (a, b))
+    if not (first and second):
         return "-"
-    groups = [first[sample]["group"] for sample in shared]
-    theirs, ours = ([each[sample]["kl"] for sample in shared] for each in (second, first))
-    mean, (low, high), _ = statistics.paired(theirs, ours, groups)
+    theirs, ours = ([row["kl"] for row in each] for each in (second, first))
+    mean, (low, high), _ = statistics.paired(theirs, ours, [row["group"] for row in first])
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 

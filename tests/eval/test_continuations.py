@@ -88,6 +88,9 @@ def test_a_command_measures_and_continues(
     assert "| prefixkv, profile - prefixkv |" in text
     assert text == (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
+    log = tmp_path / "rows.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert set(continuations.tables(tmp_path)[0]["texts"]) == {2}, "the same texts for all"
 
 
 @pytest.mark.parametrize(
