@@ -37,7 +37,8 @@ LEVELS = (
     ("api",),
     ("bench", "report.views"),
     ("report.visualize", "tuning", "video"),
-    ("integrations", "cli"),
+    ("integrations",),
+    ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 

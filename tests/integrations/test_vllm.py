@@ -36,11 +36,12 @@ INSTALLED = importlib.util.find_spec("vllm") is not None
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed (see docs/serving.md)")
 
 # Read by vLLM when it is imported: one process, which tests can look into, and no more threads than there are cores.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+if INSTALLED:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 NEW = 8
 """Tokens of an answer."""
@@ -230,6 +231,20 @@ def test_wrong_settings_of_a_request_are_errors_of_the_client(
     assert isinstance(caught.value, VLLMClientError)
     good = prompt(engine.family, METHODS[0], [picture(0)])
     assert engine.ask([good]) == [engine.expected(good)]
+
+
+def test_the_pruning_of_vllm_itself_works_on_cpus(tmp_path: Path) -> None:
+    """vLLM's runner on CPUs fails on it without the plug-in; settings of vtc are then refused."""
+    mine = start("qwen2_5_vl", tmp_path, video_pruning_rate=0.5)
+    try:
+        video, image = prompt("qwen2_5_vl", {}, video=clip(4)), prompt("qwen2_5_vl", {}, [picture(0)])
+        (length, answer), shown = mine.ask([video, image])
+        assert (length, len(answer)) == (mine.expected(video)[0] - 32, NEW)
+        assert shown == mine.expected(image)
+        with pytest.raises(vtc.errors.ConfigError, match="--video-pruning-rate"):
+            mine.ask([prompt("qwen2_5_vl", METHODS[0], [picture(0)])])
+    finally:
+        stop(mine)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
