@@ -360,3 +360,47 @@ def test_from_entries() -> None:
     x = torch.tensor([1.0, 10.0, 100.0, 1000.0])
     assert selection.merge(x).tolist() == [10.5, 1002.5]
     assert selection.slots.tolist() == [0, 0, -1, 1]
+
+
+def test_new_features_stand_in_the_slots() -> None:
+    new = torch.randn(2, 3)
+    selection = Selection(5, torch.tensor([1, 4]), features=new)
+    x = torch.randn(5, 3)
+    assert torch.equal(selection.tokens(x), new)
+    assert torch.equal(selection.merge(x), x[[1, 4]]), "other values are those of the places"
+    assert torch.equal(Selection.full(5).tokens(x), x)
+    assert selection.tokens(x.double()).dtype == torch.float64
+    assert selection.without_features().features is None
+    again = Selection.from_dict(json.loads(json.dumps(selection.to_dict())))
+    assert torch.equal(again.features, new)
+
+
+def test_new_features_compose() -> None:
+    new, newer = torch.randn(2, 3), torch.randn(1, 3)
+    selection = Selection(5, torch.tensor([1, 4]), features=new)
+    one = Selection(2, torch.tensor([1]))
+    assert torch.equal(selection.then(one).features, new[1:])
+    assert selection.then(one).keep.tolist() == [4]
+    mean = Selection(2, torch.tensor([0]), torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(selection.then(mean).features, new.mean(dim=0, keepdim=True))
+    assert torch.equal(selection.then(Selection(2, torch.tensor([0]), features=newer)).features, newer)
+    assert torch.equal(
+        Selection(3, torch.tensor([0, 2])).then(Selection(2, torch.tensor([1]), features=newer)).features, newer
+    )
+    joined = Selection.concatenate([selection, selection])
+    assert joined.keep.tolist() == [1, 4, 6, 9]
+    assert torch.equal(joined.features, torch.cat([new, new]))
+
+
+def test_new_features_are_checked() -> None:
+    keep = torch.tensor([1, 4])
+    with pytest.raises(InputError, match=r"features must be \(2, D\) float"):
+        Selection(5, keep, features=torch.randn(3, 3))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        Selection(5, keep, features=torch.full((2, 3), torch.inf))
+    with pytest.raises(InputError, match="no assign"):
+        Selection(5, keep, torch.tensor([-1, 0, -1, -1, 1]), features=torch.randn(2, 3))
+    with pytest.raises(InputError, match="3 wide, what they replace 7"):
+        Selection(5, keep, features=torch.randn(2, 3)).tokens(torch.randn(5, 7))
+    with pytest.raises(InputError, match="1 of 2 selections bring new features"):
+        Selection.concatenate([Selection(5, keep, features=torch.randn(2, 3)), Selection.full(2)])

@@ -33,7 +33,7 @@ from vtc.config import CompressionConfig
 from vtc.core.observations import TokenGrids
 from vtc.registry import get_selector, selectors
 
-METHODS = sorted(selectors())
+METHODS = sorted(name for name, cls in selectors().items() if not cls.trained)
 
 # ------------------------------------------------------------------------------------------------------ selections
 

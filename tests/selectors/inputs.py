@@ -29,8 +29,8 @@ from vtc.selectors.sparsevlm import Raters, TextRows
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 
-SELECTING = sorted(name for name, cls in selectors().items() if not issubclass(cls, CacheSelector))
-"""Methods that select among the tokens of a picture."""
+SELECTING = sorted(name for name, cls in selectors().items() if not issubclass(cls, CacheSelector) and not cls.trained)
+"""Methods that select among the tokens of a picture, with their default options."""
 
 SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6}
 """Sizes of the named axes of signals; N is the number of tokens, and any other axis has two entries."""

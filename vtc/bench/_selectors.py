@@ -70,7 +70,7 @@ def methods(named: Sequence[str] | None) -> list[str]:
     found = []
     for name in named or [name for name, cls in registry.selectors().items() if cls.__module__.startswith("vtc.")]:
         selector = registry.get_selector(name)
-        if not named and isinstance(selector, CacheSelector):  # which may need another package
+        if not named and (isinstance(selector, CacheSelector) or selector.trained):  # may need a package, or modules
             continue
         if isinstance(_stage_of(selector, 0.5)[1].site, BeforeDecoder):
             found.append(name)

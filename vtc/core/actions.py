@@ -16,6 +16,9 @@ class Action(str, enum.Enum):
     MERGE = "merge"
     """Replace N tokens by K weighted sums of them: a sparse K x N matrix, see `Selection`."""
 
+    REPLACE = "replace"
+    """Replace N tokens by K new ones that a trained module computes from them; they stand at K of the N places."""
+
     EVICT = "evict"
     """Remove entries from key-value caches, per layer and optionally per head."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ class Selection:
         As `assign`, float32, or None: coefficients, ``merged[j] = sum of weight[i] * x[i]`` over the tokens that flow
         into slot j. Used as they are, not normalised, so that "target plus mean of the rest" can be said as well as a
         mean. None: plain mean.
+    features
+        (K, D) float or None: new tokens that stand in the slots instead of what stood there, from a trained module.
+        Nothing is merged then. `tokens` gives them; `merge`, of any other values, those of the places.
 
     Together `assign` and `weight` are a sparse K x N matrix, and `then` multiplies two of them.
 
@@ -51,6 +55,7 @@ class Selection:
     keep: Tensor
     assign: Tensor | None = None
     weight: Tensor | None = None
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
         keep, n = self.keep, self.n
@@ -65,6 +70,8 @@ class Selection:
         if self.weight is not None:
             checks.append(self._check_of_weight(self.weight))
             object.__setattr__(self, "weight", self.weight.float())
+        if self.features is not None:
+            checks.append(self._check_of_features(self.features))
         # One transfer: a GPU is waited for once.
         held = torch.stack([held.to(keep.device) for held, _, _ in checks]).tolist() if checks else []
         for good, (_, rule, found) in zip(held, checks, strict=True):
@@ -97,6 +104,15 @@ class Selection:
             raise InputError(f"Selection.weight must be {expected} float, got {tuple(weight.shape)} {weight.dtype}.")
         return torch.isfinite(weight).all(), "weight has NaN or infinite entries", None
 
+    def _check_of_features(self, features: Tensor) -> _Check:
+        if self.assign is not None:
+            raise InputError("Selection.features stand in the slots as they are, so nothing can be merged: no assign.")
+        if features.ndim != 2 or len(features) != self.k or not features.is_floating_point():
+            raise InputError(
+                f"Selection.features must be ({self.k}, D) float, got {tuple(features.shape)} {features.dtype}."
+            )
+        return torch.isfinite(features).all(), "features has NaN or infinite entries", None
+
     @classmethod
     def from_indices(cls, n: int, indices: Tensor) -> Selection:
         """Plain selection of distinct `indices` in any order."""
@@ -118,9 +134,22 @@ class Selection:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Selection]) -> Selection:
-        """Join selections of consecutive tokens into one."""
+        """Join selections of consecutive tokens into one.
+
+        Raises
+        ------
+        InputError
+            Some of them bring new features, and others do not.
+        """
         if len(parts) == 1:
             return parts[0]
+        new = [part.features for part in parts if part.features is not None]
+        if new:
+            if len(new) < len(parts):
+                raise InputError(f"{len(new)} of {len(parts)} selections bring new features; all have to, or none.")
+            offsets = [sum(part.n for part in parts[:index]) for index in range(len(parts))]
+            places = torch.cat([part.keep + offset for part, offset in zip(parts, offsets, strict=True)])
+            return cls(sum(part.n for part in parts), places, features=torch.cat(new))
         n, k, keep, assign, weight = 0, 0, [], [], []
         width = max(part.matrix()[0].shape[1] for part in parts)
         for part in parts:
@@ -196,6 +225,27 @@ class Selection:
         sums = [kernels.segment_merge(wide, a, self.k, w) for a, w in zip(assign, weight, strict=True)]
         return torch.stack(sums).sum(dim=0).to(x.dtype)
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """Reduce embeddings (N, D) to those that stand in the slots (K, D), in the dtype of `x`.
+
+        The new `features` if there are some; otherwise as `merge`. Differentiable in both.
+
+        Raises
+        ------
+        InputError
+            As `merge`; or the new features are of another width.
+        """
+        _check_first_axis(x, self.n, "tokens")
+        if self.features is None:
+            return self.merge(x)
+        if x.shape[1:] != self.features.shape[1:]:
+            raise InputError(f"the new features are {self.features.shape[1]} wide, what they replace {x.shape[1]}.")
+        return self.features.to(x.device, x.dtype)
+
+    def without_features(self) -> Selection:
+        """The same choice without the new features, which are large and only the language model reads."""
+        return self if self.features is None else dataclasses.replace(self, features=None)
+
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread (K, ...) back over the tokens (N, ...): each gets the value at `slots`, dropped ones zero."""
         _check_first_axis(y, self.k, "unmerge")
@@ -230,6 +280,9 @@ class Selection:
         if other.n != self.k:
             raise InputError(f"The second selection was made from {other.n} tokens, but the first leaves {self.k}.")
         keep = self.keep[other.keep]
+        if other.features is not None or self.features is not None:
+            new = other.features if self.features is None else other.tokens(self.features)
+            return Selection(self.n, keep, features=new)
         if self.assign is None and other.assign is None:
             return Selection(self.n, keep)
         (first, first_weight), (second, second_weight) = self.matrix(), other.matrix()
@@ -248,17 +301,19 @@ class Selection:
             "keep": self.keep.tolist(),
             "assign": None if self.assign is None else self.assign.tolist(),
             "weight": None if self.weight is None else self.weight.tolist(),
+            "features": None if self.features is None else self.features.tolist(),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Selection:
         """Inverse of `to_dict`; validates like the constructor."""
-        assign, weight = data.get("assign"), data.get("weight")
+        assign, weight, features = data.get("assign"), data.get("weight"), data.get("features")
         return cls(
             data["n"],
             torch.tensor(data["keep"], dtype=torch.long),
             None if assign is None else torch.tensor(assign, dtype=torch.long),
             None if weight is None else torch.tensor(weight, dtype=torch.float32),
+            None if features is None else torch.tensor(features, dtype=torch.float32),
         )
 
     def _slots(self) -> Tensor:

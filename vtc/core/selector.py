@@ -45,6 +45,8 @@ class Selector(ABC):
         False if it works without the features. Only `vtc.select` asks, where the caller may have none.
     adaptive
         True if the method itself decides how many tokens stay; the budget is then at most a ceiling.
+    trained
+        True if it runs modules of its own, which ``vtc train`` makes and its option ``modules`` names.
     instead
         Options to propose where a model cannot supply a signal.
     cost
@@ -60,6 +62,7 @@ class Selector(ABC):
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder, DecoderLayer)
     reads_features: ClassVar[bool] = True
     adaptive: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
     instead: ClassVar[Mapping[type[Signal], str]] = {}
     cost: ClassVar[str] = ""
     inputs: ClassVar[tuple[str, ...]] = ("image", "video")

@@ -26,12 +26,21 @@ class ModelShape:
         Layer of the tower (0-based) whose output feeds the projector.
     cls
         Whether the tower of images has a [CLS] token.
+    family
+        `config.model_type`; None where no model is at hand.
+    width
+        Of the language model's embeddings; None where it is not known.
+    vision_width
+        Of the hidden states of the vision tower; None where it is not known.
     """
 
     decoder_layers: int
     vision_layers: int | None = None
     feature_layer: int | None = None
     cls: bool = False
+    family: str | None = None
+    width: int | None = None
+    vision_width: int | None = None
 
 
 @dataclass(frozen=True)

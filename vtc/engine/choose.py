@@ -58,7 +58,8 @@ def choose(
         tokens_at_input=None if isinstance(stage.site, BeforeDecoder) else segment.tokens_at_input,
         signals={signal: signal.present(raw[signal]) for signal in stage.stage.requires if signal in raw},
     )
-    with torch.no_grad():
+    replaces = stage.stage.action is Action.REPLACE
+    with torch.set_grad_enabled(replaces and torch.is_grad_enabled()):  # modules may be in training
         began = time.perf_counter()
         selection = stage.selector.select(context.check())
         spent = 1e3 * (time.perf_counter() - began)
@@ -66,6 +67,11 @@ def choose(
     if selection.assign is not None and not merges:
         raise UnsupportedMethodError(
             f"{stage.selector.name} merged tokens at {str(stage.site)!r} though its stage declares {stage.stage.action}"
+        )
+    if selection.features is not None and not replaces:
+        raise UnsupportedMethodError(
+            f"{stage.selector.name} made new tokens at {str(stage.site)!r} though its stage declares "
+            f"{stage.stage.action}"
         )
     segment.apply(stage.site, selection)
     return spent

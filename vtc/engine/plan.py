@@ -46,7 +46,7 @@ __all__ = ["Plan", "PlannedStage", "make_plan", "no_merging_with_flash", "shape_
 ACTIONS: dict[type[Site], frozenset[Action]] = {
     Pixels: frozenset({Action.KEEP, Action.RESAMPLE}),
     VisionLayer: frozenset({Action.KEEP, Action.MERGE}),
-    BeforeDecoder: frozenset({Action.KEEP, Action.MERGE}),
+    BeforeDecoder: frozenset({Action.KEEP, Action.MERGE, Action.REPLACE}),
     DecoderLayer: frozenset({Action.KEEP, Action.MERGE}),
     CacheAfterPrefill: frozenset({Action.EVICT}),
     CacheWhileDecoding: frozenset({Action.EVICT}),
@@ -191,14 +191,19 @@ def tower_layer(site: Site) -> int:
 
 def shape_of(adapter: Adapter) -> ModelShape:
     """Read the sizes of a model that methods plan with."""
-    depth = len(adapter.text_model.layers)
     modality = adapter.modalities[0]
+    shape = ModelShape(
+        len(adapter.text_model.layers),
+        family=adapter.config.model_type,
+        width=getattr(adapter.text_model.config, "hidden_size", None),
+        vision_width=getattr(getattr(adapter.tower(modality), "config", None), "hidden_size", None),
+    )
     try:
         layers = len(adapter.tower_attentions(modality))
         cls = "image" in adapter.modalities and adapter.why_not(ClsAttention(), "image") is None
-        return ModelShape(depth, layers, adapter.feature_layer(modality, {}), cls)
+        return replace(shape, vision_layers=layers, feature_layer=adapter.feature_layer(modality, {}), cls=cls)
     except UnsupportedModelError:  # raised again where a method reads the tower's attention
-        return ModelShape(depth)
+        return shape
 
 
 def make_plan(configs: Sequence[CompressionConfig], adapter: Adapter) -> Plan:

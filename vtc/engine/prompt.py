@@ -58,7 +58,7 @@ class Segment:
     other_visuals
         How many other images and videos the row has.
     merged
-        Whether a stage has merged tokens.
+        Whether a stage has merged tokens, or put new ones in their place.
     anchors, anchor_features
         `kept` and `features` as the language model gets them, before stages inside it drop some.
     selections
@@ -118,8 +118,8 @@ class Segment:
         self.selections.append((site, selection))
         before = isinstance(site, BeforeDecoder)
         if before:
-            self.merged |= selection.assign is not None
-            self.features = self.anchor_features = selection.merge(self.features)
+            self.merged |= selection.assign is not None or selection.features is not None
+            self.features = self.anchor_features = selection.tokens(self.features)
         else:
             self.features = self.features[selection.keep.to(self.features.device)]
         keep = selection.keep.to(self.kept.device)
@@ -140,9 +140,9 @@ class Segment:
         raise KeyError(site)
 
     def merge(self, rows: torch.Tensor) -> torch.Tensor:
-        """Reduce any values of the scorable tokens as the stages before the language model reduced the features."""
+        """Reduce the embeddings of the scorable tokens as the stages before the language model reduced the features."""
         for site, selection in self.selections:
-            rows = selection.merge(rows) if isinstance(site, BeforeDecoder) else rows
+            rows = selection.tokens(rows) if isinstance(site, BeforeDecoder) else rows
         return rows
 
 
@@ -314,6 +314,7 @@ class Prompt:
         """Free the features; the decisions stay for the report."""
         for segment in self.segments:
             segment.features = segment.features.new_empty(0)
+            segment.selections = [(site, selection.without_features()) for site, selection in segment.selections]
             segment.anchor_features = None
             segment.signals, segment.text_signals = {}, {}
 

@@ -26,6 +26,7 @@ from .hiprune import HiPruneSelector
 from .holitom import HoliTomSelector
 from .holov import HoloVSelector
 from .kvpress import KvPressSelector
+from .learned import LlavaMiniSelector
 from .light_transfer import LightTransferSelector
 from .mmtok import MmTokSelector
 from .pixelprune import PixelPruneSelector
@@ -79,6 +80,7 @@ __all__ = [
     "HoloVSelector",
     "KvPressSelector",
     "LightTransferSelector",
+    "LlavaMiniSelector",
     "MmTokSelector",
     "PixelPruneSelector",
     "PoolSelector",

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..budget import largest_remainder
 from ..core.actions import Action
 from ..core.context import VisualContext
-from ..core.grids import Grid
+from ..core.grids import Grid, evenly_spread
 from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.sites import Pixels, Site
@@ -72,7 +71,7 @@ class ResizeSelector(Selector):
         parts, start = [], 0
         for grid, size, share in zip(ctx.grids, sizes, largest_remainder(ctx.budget, sizes), strict=True):
             if share:
-                parts.append(start + _spread(grid, smaller_grid(grid, share)))
+                parts.append(start + evenly_spread(grid, smaller_grid(grid, share)))
             start += size
         return Selection(ctx.n, torch.cat(parts).to(ctx.features.device))
 
@@ -85,13 +84,3 @@ def smaller_grid(grid: Grid, budget: int) -> Grid:
     rows = min(max(1, math.isqrt(tokens * h // w)), tokens)
     columns = min(max(1, math.isqrt(tokens * w // h)), tokens // rows)
     return steps, rows, columns
-
-
-def _spread(grid: Grid, smaller: Grid) -> Tensor:
-    """(K,) long: raster indices of places in `grid` that are spread evenly, `smaller` of them along each axis."""
-    axes = [
-        torch.tensor([(2 * i + 1) * size // (2 * few) for i in range(few)])
-        for size, few in zip(grid, smaller, strict=True)
-    ]
-    t, h, w = torch.meshgrid(*axes, indexing="ij")
-    return ((t * grid[1] + h) * grid[2] + w).flatten()

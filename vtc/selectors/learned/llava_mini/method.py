@@ -1,0 +1,157 @@
+"""LLaVA-Mini: a few new tokens for every picture, made by a trained module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ....core.actions import Action
+from ....core.context import VisualContext
+from ....core.grids import evenly_spread
+from ....core.selection import Selection
+from ....core.selector import Selector
+from ....core.signals import PreProjector, Signal
+from ....core.sites import BeforeDecoder, Site
+from ....core.stage import ModelShape, Stage
+from ....errors import ConfigError, InputError
+from ....registry import register_selector
+from ..folder import Modules, initialised, read_modules
+from .module import Compressor
+
+__all__ = ["LlavaMiniSelector", "load_compressor"]
+
+
+@register_selector
+@dataclass(frozen=True)
+class LlavaMiniSelector(Selector):
+    """Replace the tokens of every picture by C^2 new ones: learned queries look at the features of the tower.
+
+    Of every frame, and of every tile of a picture that is cut, the features x (h w, D) in front of the projector become
+
+        tokens = projector(MHA(LN(Q) + P_q, LN(x) + P_x, LN(x)))
+
+    with C^2 queries Q and 2-D sine-cosine positions P (`Resampler`). They stand at an evenly spread C x C grid of the
+    places that the picture has in the prompt; ``positions="compact"`` closes the gaps, as in the paper, on models
+    whose positions are plain numbers. How many there are is trained into the modules: the budget is a ceiling, and
+    one below C^2 per frame is refused. A frame of C^2 tokens or fewer stays as it is, and with ``keep_ratio=1`` nothing
+    is replaced at all.
+
+    The modules are trained, with the model frozen, by ``vtc train llava-mini`` and run in float32, whatever the model
+    runs in. Gradients flow to them, not into the tower.
+
+    Differences from the paper and its code: the text is not fused with the visual tokens before the decoder (there,
+    four layers as large as the decoder's let the question look at all N projected features; this needs text that
+    changes before the decoder, which no stage can do yet), so that a question cannot choose what is kept of a picture.
+    The projector is a copy that is trained along, so that the model's own stays as it is. On families whose projector
+    is not a plain two-layer MLP on single features (all but LLaVA 1.5) the queries look at the projected features, and
+    nothing is projected behind them. The tiles of a picture give C^2 tokens each, where the code joins them into one
+    grid.
+
+    Parameters
+    ----------
+    modules
+        Folder made by ``vtc train llava-mini``.
+
+    Raises
+    ------
+    ConfigError
+        The folder cannot be read, or there is none when a model is to be compressed; the modules were made for another
+        model.
+    InputError
+        The budget is below what the modules give.
+
+    References
+    ----------
+    "LLaVA-Mini: Efficient Image and Video Large Multimodal Models with One Vision Token", arXiv 2501.03895; the code at
+    ictnlp/LLaVA-Mini.
+    """
+
+    name: ClassVar[str] = "llava-mini"
+    paper: ClassVar[str] = "LLaVA-Mini, arXiv 2501.03895"
+    cost: ClassVar[str] = "N d^2 + N K d"
+    requires: ClassVar[tuple[Signal, ...]] = (PreProjector(),)
+    sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
+    adaptive: ClassVar[bool] = True
+    trained: ClassVar[bool] = True
+
+    modules: str | None = None
+    compressor: Compressor | None = field(default=None, init=False, repr=False, compare=False)
+    made_for: Modules | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.modules is None:
+            return
+        if not isinstance(self.modules, str):
+            raise ConfigError(f"llava-mini: modules must be the path of a folder, got {self.modules!r}.")
+        made_for, compressor = load_compressor(self.modules)
+        object.__setattr__(self, "made_for", made_for)
+        object.__setattr__(self, "compressor", compressor)
+
+    def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> LlavaMiniSelector:
+        """Check that the modules fit the model."""
+        if shape is not None and shape.family is not None:
+            if self.made_for is None:
+                raise ConfigError(
+                    'llava-mini: give modules="folder": the modules are trained for one model, with '
+                    "vtc train llava-mini."
+                )
+            self.made_for.check_fit(shape, str(self.modules))
+        return self
+
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Replace once, before the language model."""
+        if shape is not None and keep_ratio == 1:
+            return ()
+        projected = self.compressor is not None and self.compressor.source == "projected"
+        return (Stage(requires=() if projected else self.requires, action=Action.REPLACE),)
+
+    def select(self, ctx: VisualContext) -> Selection:
+        """Compute the new tokens, C^2 per frame, and their places."""
+        if self.compressor is None:
+            raise ConfigError('llava-mini: give modules="folder", made by vtc train llava-mini.')
+        if ctx.budget >= ctx.n and ctx.keep_ratio == 1:
+            return Selection.full(ctx.n, ctx.features.device)
+        compressor = self.compressor.to(ctx.features.device)
+        source = ctx.features if compressor.source == "projected" else ctx[PreProjector]
+        side, start = compressor.side, 0
+        keep: list[Tensor] = []
+        new: list[Tensor] = []
+        for t, h, w in ctx.grids:
+            stop = start + t * h * w
+            if h * w <= side**2:
+                keep.append(torch.arange(start, stop))
+                new.append(ctx.features[start:stop].float())
+            else:
+                grid = (t, side, side) if side <= min(h, w) else None
+                places = evenly_spread((t, h, w), grid) if grid else evenly_spread((t, 1, h * w), (t, 1, side**2))
+                keep.append(start + places)
+                new.append(compressor(source[start:stop].unflatten(0, (t, h * w)), (h, w)).flatten(0, 1))
+            start = stop
+        count = sum(map(len, keep))
+        if count > ctx.budget:
+            frames = sum(t for t, _, _ in ctx.grids)
+            raise InputError(
+                f"llava-mini: the modules in {self.modules} give {side**2} tokens per frame, {count} for the {frames} "
+                f"of this {ctx.modality}, but at most {ctx.budget} may stay; raise the budget or train smaller modules."
+            )
+        return Selection(ctx.n, torch.cat(keep).to(ctx.features.device), features=torch.cat(new))
+
+
+def load_compressor(folder: str) -> tuple[Modules, Compressor]:
+    """Read the modules of a folder, for one method: no two share a module.
+
+    Raises
+    ------
+    ConfigError
+        It holds none.
+    """
+    modules, weights = read_modules(folder, LlavaMiniSelector.name)
+    try:
+        compressor = Compressor(**modules.settings)
+    except TypeError as error:
+        raise ConfigError(f"llava-mini: {folder} describes its modules wrongly: {error}") from error
+    initialised(compressor, weights, LlavaMiniSelector.name, folder)
+    return modules, compressor
