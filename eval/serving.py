@@ -26,7 +26,6 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"method": "divprune", "keep_ratio": 0.25},
     {"method": "vtc", "keep_ratio": 0.25},
-    {"method": "random", "keep_ratio": 0.25},
 )
 NEW = 6
 

@@ -217,6 +217,7 @@ def test_settings_in_turn_do_not_mix(engine: Engine) -> None:
         ({"vtc_keep_ratio": 0}, r"must lie in \(0, 1\]"),
         ({"vtc_method": "divprune"}, "exactly one of keep_ratio and keep_tokens"),
         ({"vtc_keep_ratio": 0.5, "vtc_positions": "compact"}, "vtc_positions cannot be chosen"),
+        ({"vtc_keep_ratio": 0.5, "vtc_resolved": "null"}, "no option 'resolved'"),
     ],
 )
 def test_wrong_settings_of_a_request_are_errors_of_the_client(
@@ -241,10 +242,21 @@ def test_the_pruning_of_vllm_itself_works_on_cpus(tmp_path: Path) -> None:
         (length, answer), shown = mine.ask([video, image])
         assert (length, len(answer)) == (mine.expected(video)[0] - 32, NEW)
         assert shown == mine.expected(image)
-        with pytest.raises(vtc.errors.ConfigError, match="--video-pruning-rate"):
+        with pytest.raises(vtc.errors.VtcError, match="--video-pruning-rate"):
             mine.ask([prompt("qwen2_5_vl", METHODS[0], [picture(0)])])
     finally:
         stop(mine)
+
+
+def test_a_cls_token_among_the_patches_is_counted_on_both_sides() -> None:
+    from vtc.integrations.vllm import models
+
+    for rows, prefix in ((16, 0), (17, 1), (15, 0), (576, 0), (577, 1)):
+        (visual,) = models.VtcLlava.vtc_visuals(None, "image", torch.zeros(rows, 4), 0, {})
+        assert visual.structural is not None
+        assert int(visual.structural.sum()) == prefix
+        assert models.LlavaProcessor.vtc_structural(None, rows, "image", None, 0) == prefix
+        assert sum(t * h * w for t, h, w in visual.grids) == rows - prefix
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -22,11 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vllm", default="", metavar="ARGUMENTS", help="further arguments of vLLM's server in one text"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results and conditions there")
+    parser.set_defaults(device="cpu")  # of this process: the server finds its own
 
 
 def run(args: argparse.Namespace) -> int:
     """Start a server on this machine, measure, print the table and write JSON if requested."""
-    check_arguments(args, args.json)
+    check_arguments(args)
     for name in ("requests", "new_tokens", "side"):
         if not 1 <= getattr(args, name) <= 4096:
             raise ConfigError(f"--{name.replace('_', '-')} must lie between 1 and 4096, got {getattr(args, name)}.")

@@ -107,7 +107,19 @@ def _in_order(inputs: Mapping[str, Any]) -> Iterator[str]:
     yield from dict.fromkeys("video" if "video" in name else "image" for name in inputs)
 
 
-@with_processor()
+class LlavaProcessor(Processor):
+    """Mixin over the processor of LLaVA 1.5."""
+
+    def vtc_structural(self, rows: int, modality: str, mm_items: Any, index: int) -> int:
+        return _prefix(rows)
+
+
+def _prefix(rows: int) -> int:
+    """Return 1 if the rows of a square crop begin with a [CLS] token, else 0."""
+    return int(math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1)
+
+
+@with_processor(LlavaProcessor)
 class VtcLlava(Compressed, LlavaForConditionalGeneration):
     """LLaVA 1.5: one square crop; a [CLS] token that stays among the patches is none of them."""
 
@@ -119,7 +131,7 @@ class VtcLlava(Compressed, LlavaForConditionalGeneration):
 
     def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
         n = len(rows)
-        prefix = 1 if math.isqrt(n - 1) ** 2 == n - 1 and math.isqrt(n) ** 2 != n else 0
+        prefix = _prefix(n)
         side = math.isqrt(n - prefix)
         grid = (1, side, side) if side**2 == n - prefix else (1, 1, n)
         structural = torch.arange(n) < prefix

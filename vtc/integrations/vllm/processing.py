@@ -44,6 +44,12 @@ def _stage(text: str) -> PlannedStage | None:
     return None if text == _KEEP_ALL else parse(text)
 
 
+class _Own(str):
+    """Resolved settings that this module has put among a processor's arguments; no client can."""
+
+    __slots__ = ()
+
+
 class RequestError(VLLMValidationError, VtcError):
     """What was asked of vtc in a request cannot be done: an error of the client for vLLM, one of ours for others."""
 
@@ -101,22 +107,21 @@ class Processor:
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Process one prompt with its pictures and videos, once the settings are resolved."""
         given, others = split(inputs.hf_processor_mm_kwargs)
-        if "resolved" in given:
-            text = str(given["resolved"])
-        else:
+        text = given.get("resolved")
+        if not isinstance(text, _Own):
             try:
                 text = self.vtc_resolve(given)
             except VtcError as error:
                 raise RequestError(str(error)) from error
         if text != _KEEP_ALL:
-            others[RESOLVED] = text
+            others[RESOLVED] = str(text)
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=others)
         return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Make the inputs that memory is planned with: nothing leaves these, since a request may ask for that."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
-        given = {**inputs.hf_processor_mm_kwargs, RESOLVED: _KEEP_ALL}
+        given = {**inputs.hf_processor_mm_kwargs, RESOLVED: _Own(_KEEP_ALL)}
         return dataclasses.replace(inputs, hf_processor_mm_kwargs=given)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
@@ -124,7 +129,7 @@ class Processor:
         text = str(hf_processor_mm_kwargs.get(RESOLVED, _KEEP_ALL))
         for modality, count in _counts(fields, hf_inputs).items():
             hf_inputs[field_of(modality)] = torch.tensor([list(text.encode())] * count, dtype=torch.uint8)
-            fields[field_of(modality)] = MultiModalFieldConfig.batched(modality)
+            fields[field_of(modality)] = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(
