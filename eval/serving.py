@@ -31,10 +31,14 @@ NEW = 6
 
 
 def main() -> None:
+    """Read the arguments and do what they say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=20, help="pictures, with up to ten questions each (20)")
-    parser.add_argument("--json", type=Path, required=True, help="file for the result")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--write-larger", type=Path, metavar="FOLDER", help="only write a model for vtc bench serve")
     args = parser.parse_args()
+    if args.write_larger is not None:
+        return write_larger(args.write_larger)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     task = ScenesTask(pictures=args.pictures)
     samples = list(task.samples(None))
@@ -66,7 +70,25 @@ def main() -> None:
         print(entry)
         result["settings"].append(entry)
     result |= {"versions": versions, "machine": platform.machine(), "seconds": seconds}
-    write_text(args.json, json.dumps(result, indent=2) + "\n")
+    if args.json is not None:
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
+    return None
+
+
+def write_larger(folder: Path) -> None:
+    """Write a checkpoint of random weights with a decoder that costs something: 12 layers, 768 wide."""
+    import torch
+    import transformers
+
+    model, processor = vtc.reference.load("qwen2_5_vl")
+    config = model.config
+    config.vision_config.out_hidden_size = 768
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    for name, value in (sizes | {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 12}).items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(0)
+    transformers.Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _inside_vllm(

@@ -247,3 +247,19 @@ assert settings.resolve({"keep_ratio": 0.25}).method == "vtc"
     assert done.returncode == 0, done.stderr
     code = 'import sys, vtc, vtc.cli; assert not any(name.startswith("vllm") for name in sys.modules)'
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--requests", "0"], "--requests must lie between 1 and 4096"),
+        (["--concurrency", "1", "1000"], "--concurrency must lie between 1 and 256"),
+        (["--keep-ratio", "2"], "must lie in (0, 1]"),
+        (["--method", "divprun"], "Did you mean 'divprune'"),
+    ],
+)
+def test_a_load_that_measures_nothing_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "serve", "some-model", *arguments]) == 2
+    assert message in capsys.readouterr().err
