@@ -125,6 +125,25 @@ def test_a_conversation_of_turns(tmp_path: Path) -> None:
         processor.apply_chat_template([{"role": "system", "content": "Be brief."}])
 
 
+@pytest.mark.parametrize(
+    ("word", "end", "said"),
+    [
+        ("<|im_start|>", "<|im_end|>", "<|im_start|>user\n<image>\nWhere?<|im_end|><|im_start|>assistant\n"),
+        ("<|start_header_id|>", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhere?<|eot_id|>"),
+    ],
+)
+def test_prompts_follow_the_words_of_the_tokenizer(word: str, end: str, said: str, tmp_path: Path) -> None:
+    folder = place("v1_6", tmp_path)
+    words = transformers.AutoTokenizer.from_pretrained(GOLDEN / "v1_6")
+    words.add_special_tokens({"additional_special_tokens": [word, end]})
+    words.save_pretrained(folder)
+    model, processor = vtc.load(folder)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}]
+    assert said in processor.apply_chat_template(chat, add_generation_prompt=True).replace("> \n", ">\n")
+    assert model.generation_config.eos_token_id == [2, words.convert_tokens_to_ids(end)]
+    assert model.config.image_token_id == model.config.text_config.vocab_size - 1 == 332
+
+
 def test_weights_keep_their_type_and_what_from_pretrained_takes_is_passed_on(tmp_path: Path) -> None:
     model, _ = vtc.load(place("v1_6", tmp_path), attn_implementation="eager")
     assert {weight.dtype for weight in model.parameters()} == {torch.float16}

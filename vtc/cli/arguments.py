@@ -178,6 +178,8 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         The device does not exist, or there is no reference model of that name.
     InputError
         The folder is missing or holds no image-text-to-text model.
+    UnsupportedModelError
+        It is an original LLaVA for which transformers has no classes.
     StateError
         vtc-reference is not installed.
     """

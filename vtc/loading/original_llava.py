@@ -69,6 +69,15 @@ _CHATML_TURNS = Turns(
     ("<|im_start|>assistant\n", "<|im_end|>"),
     "<|im_start|>assistant\n",
 )
+_LLAMA_3_TURNS = Turns(
+    "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to "
+    "understand the visual content that the user provides, and assist the user with a variety of tasks using natural "
+    "language.<|eot_id|>",
+    ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+)
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
 def is_original_llava(config: dict[str, Any]) -> bool:
@@ -314,10 +323,13 @@ def _after_placeholder(tokenizer: Any) -> str:
 
 
 def _turns(config: dict[str, Any], tokenizer: Any) -> Turns:
-    """Return how the published checkpoints of this kind were asked: Mistral's, Yi's (34b), and Vicuna's way."""
+    """Return how the published checkpoints of this kind were asked: Mistral's, Yi's (34b), LLaMA 3's, Vicuna's way."""
     if "Mistral" in _architectures(config)[0]:
         return _MISTRAL_TURNS
-    return _CHATML_TURNS if "<|im_start|>" in tokenizer.get_vocab() else _VICUNA_TURNS
+    words = tokenizer.get_vocab()
+    if "<|start_header_id|>" in words:
+        return _LLAMA_3_TURNS
+    return _CHATML_TURNS if "<|im_start|>" in words else _VICUNA_TURNS
 
 
 def chat_template(turns: Turns, picture: str) -> str:
@@ -375,10 +387,9 @@ def _set_generation(folder: Path, model: Any, tokenizer: Any, image_id: int) -> 
     ends = {tokenizer.eos_token_id}
     stored = folder / "generation_config.json"
     if stored.is_file():
-        given = read_json(stored).get("eos_token_id")
-        ends |= set(given) if isinstance(given, list) else {given}
-    if "<|im_end|>" in tokenizer.get_vocab():
-        ends.add(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        stated = read_json(stored).get("eos_token_id")
+        ends |= set(stated) if isinstance(stated, list) else {stated}
+    ends |= {tokenizer.get_vocab().get(word) for word in _TURN_ENDS}
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = sorted(end for end in ends if end is not None)
     config.pad_token_id = tokenizer.pad_token_id

@@ -27,8 +27,6 @@ class Weights:
     """
 
     named: dict[str, Any] = field(default_factory=dict)
-    handles: list[Any] = field(default_factory=list)
-    """Open files, which the slices need."""
 
     @classmethod
     def of(cls, folder: Path) -> Weights:
@@ -52,7 +50,6 @@ class Weights:
             from safetensors import safe_open
 
             handle = safe_open(file, framework="pt")
-            self.handles.append(handle)
             self.named.update({name: handle.get_slice(name) for name in handle.keys()})  # noqa: SIM118  # no mapping
             return
         try:
