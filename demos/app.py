@@ -90,7 +90,8 @@ class Models:
     def _processor(folder: Path) -> Any:
         from transformers import AutoProcessor
 
-        if "mm_vision_tower" in (folder / "config.json").read_text(encoding="utf-8"):
+        config = folder / "config.json"
+        if config.is_file() and "mm_vision_tower" in config.read_text(encoding="utf-8"):
             return None  # an original LLaVA, which takes no videos and has no file of a processor
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
