@@ -59,6 +59,11 @@ class TestRunning:
         assert len(set(own)) == 3, "a new process behind each that broke"
         assert found["fine"]["result"]["small"]
 
+    def test_a_result_that_cannot_be_written_is_none(self) -> None:
+        found = dict(_gpu.run_part(UNRULY, ("is infinite", "fine"), "cpu", until(60)))
+        assert "not JSON compliant" in found["is infinite"]["error"]
+        assert found["fine"]["status"] == "done"
+
     def test_processes_are_shared_while_nothing_breaks(self) -> None:
         found = dict(_gpu.run_part(UNRULY, ("fine", "raises", "fine too"), "cpu", until(60)))
         assert found["fine"]["result"]["process"] == found["fine too"]["result"]["process"]

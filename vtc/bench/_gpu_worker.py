@@ -41,7 +41,9 @@ def main(module: str, events: Path, device: str, cases: list[str]) -> int:
         tell(event="begin", case=case)
         began = time.perf_counter()
         try:
-            told = {"status": "done", "result": measuring.measure(case, device, small)}
+            result = measuring.measure(case, device, small)
+            json.dumps(result, allow_nan=False)  # a result that is not finite, or cannot be written, is none
+            told = {"status": "done", "result": result}
         except Exception as error:  # whatever a kernel, a compiler or a model raises: the next case goes on
             told = {"status": "failed", "error": _described(error)}
         tell(event="end", case=case, seconds=time.perf_counter() - began, **told)
