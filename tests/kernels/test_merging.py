@@ -91,6 +91,6 @@ def test_nearest_slots(n: int, k: int, targets: int, exact: bool, queued: bool, 
     keep = torch.randperm(n, generator=generator)[:k].sort().values
     into = keep[torch.randperm(len(keep), generator=generator)[:targets]]
     for named in (None, into):
-        with mock.patch.object(merge, "queues", lambda x: queued):  # as on a GPU
+        with mock.patch.object(merge, "queues", return_value=queued):  # as on a GPU
             found = kernels.nearest_slots(metric, keep, named)
         assert torch.equal(found, reference.nearest_slots(metric, keep, named))
