@@ -52,6 +52,8 @@ _PAIRS = (
     ("elastic-cache", "h2o"),
     ("prefixkv", "h2o"),
     ("prefixkv, profile", "prefixkv"),
+    ("h2o", "random"),
+    ("snapkv", "random"),
 )
 
 
