@@ -104,6 +104,14 @@ def _interleaved(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
+def _halves(x: Tensor) -> Tensor:
+    """Leave first halves before second ones."""
+    return x
+
+
+_LAYOUTS: tuple[Layout, ...] = (_halves, _interleaved)
+
+
 def _layouts(raw: DecoderCall) -> tuple[Layout, Layout]:
     """Find in which pairs keys are rotated: what puts real parts before imaginary ones, in keys and in the tables.
 
@@ -116,7 +124,7 @@ def _layouts(raw: DecoderCall) -> tuple[Layout, Layout]:
     if cos.shape[-1] != raw.keys.shape[-1]:
         raise _cannot(raw, f"rotations of width {cos.shape[-1]} for keys of width {raw.keys.shape[-1]}")
     before, after = _projected(raw, raw.hidden[:, -1:], "k").float(), raw.keys[0, :, -1:].float()
-    for layout, of_tables in itertools.product((torch.clone, _interleaved), repeat=2):
+    for layout, of_tables in itertools.product(_LAYOUTS, repeat=2):
         real, imaginary = layout(before).chunk(2, dim=-1)
         turned = layout(before) * of_tables(cos) + torch.cat([-imaginary, real], dim=-1) * of_tables(sin)
         if float((turned - layout(after)).norm()) <= 0.05 * float(after.norm()):
