@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from vtc.selectors.kvpress import press
     from vtc.tuning.advise import Advice, advise
     from vtc.tuning.calibrate import calibrate
+    from vtc.tuning.train import train
     from vtc.video.pipeline import VideoAnswer, VideoQAPipeline
 else:
     del report
@@ -173,6 +174,7 @@ __all__ = [
     "save_stages",
     "select",
     "supported_models",
+    "train",
     "visualize",
 ]
 
@@ -253,6 +255,7 @@ _HOME = {
     "vtc.core.selector": ("ScoreSelector", "Selector"),
     "vtc.tuning.advise": ("Advice", "advise"),
     "vtc.tuning.calibrate": ("calibrate",),
+    "vtc.tuning.train": ("train",),
     "vtc.video.pipeline": ("VideoAnswer", "VideoQAPipeline"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

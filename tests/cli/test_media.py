@@ -114,6 +114,11 @@ def test_mistakes_are_told_before_a_model_is_loaded(
         ["video", str(clip), "?", "--per-window", "-3"],
         ["video", str(clip), "?", "--scenes", most],
         *(["advise", str(samples), flag, most] for flag in ("--frames", "--rounds", "--max-new-tokens")),
+        *(["train", name, "--data", str(samples), *output] for name in ("divprune", "zzz")),
+        *(
+            ["train", "llava-mini", "--data", str(samples), *output, flag, "0"]
+            for flag in ("--steps", "--batch", "--rate")
+        ),
         *(["calibrate", str(samples), "--keep-ratio", "0.5", *output, flag, most] for flag in ("--frames", "--trials")),
     ):
         assert main(command) == 2

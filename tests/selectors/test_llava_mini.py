@@ -132,7 +132,7 @@ def test_saved_and_loaded_modules_answer_bit_for_bit(case: tiny.TinyCase, tmp_pa
     vtc.compress(case.model, "llava-mini", modules=folder, keep_tokens=4)
     first = logits(case.model, inputs)
     selector = engine_of(case.model).plan.stages[0].selector
-    vtc.selectors.learned.save_modules(tmp_path / "two", selector.made_for, selector.compressor)
+    vtc.selectors.learned.save_modules(tmp_path / "two", selector.made_for, selector.module)
     vtc.compress(case.model, "llava-mini", modules=str(tmp_path / "two"), keep_tokens=4)
     assert torch.equal(logits(case.model, inputs), first)
     vtc.restore(case.model)
@@ -147,14 +147,14 @@ def test_modules_run_in_float32_beside_a_bfloat16_model(tmp_path: Path) -> None:
     out = logits(case.model, case.batch("ragged"))
     assert out.dtype == torch.bfloat16
     assert bool(torch.isfinite(out).all())
-    compressor = engine_of(case.model).plan.stages[0].selector.compressor
+    compressor = engine_of(case.model).plan.stages[0].selector.module
     assert {weight.dtype for weight in compressor.parameters()} == {torch.float32}
 
 
 def test_gradients_reach_the_modules_and_nothing_else(case: tiny.TinyCase, tmp_path: Path) -> None:
     case.model.requires_grad_(False)
     vtc.compress(case.model, "llava-mini", modules=learned.llava_mini(case.model, tmp_path), keep_tokens=4)
-    compressor = engine_of(case.model).plan.stages[0].selector.compressor.requires_grad_(True)
+    compressor = engine_of(case.model).plan.stages[0].selector.module.requires_grad_(True)
     inputs = case.batch("two_images")
 
     def loss() -> torch.Tensor:

@@ -23,6 +23,7 @@ COMMANDS = {
     "video": "answer questions about a video file, of any length, with compression",
     "calibrate": "fit a method's options to your own pictures and questions",
     "advise": "find the cheapest setting that keeps the answers to your own prompts",
+    "train": "train the modules of a method on your own pictures and questions",
     "methods": "list the compression methods",
     "models": "list the supported model types",
     "convert": "write an original LLaVA checkpoint as one of transformers",

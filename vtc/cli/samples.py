@@ -15,13 +15,15 @@ from vtc.plain import parse_json
 _FORM = '{"image": PATH, "question": TEXT} or {"video": PATH, "question": TEXT}'
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the file, and how much is read of it."""
+def add_arguments(parser: argparse.ArgumentParser, flag: str | None = None, *, more: str = "") -> None:
+    """Add the file, as an argument or under `flag`, what `more` its lines may have, and how much is read of it."""
+    named: dict[str, Any] = {} if flag is None else {"dest": "samples", "required": True}
     parser.add_argument(
-        "samples",
+        flag or "samples",
         type=Path,
         metavar="SAMPLES.jsonl",
-        help=f"one sample per line: {_FORM}; paths are relative to the file",
+        help=f"one sample per line: {_FORM}{more}; paths are relative to the file",
+        **named,
     )
     parser.add_argument("--limit", type=int, help="use so many samples, from the start (all)")
     parser.add_argument("--frames", type=int, default=8, help="frames sampled of a video, evenly spaced (8)")
@@ -41,13 +43,13 @@ def read(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ConfigError(f"--limit must be at least 1, got {args.limit}.")
     limits.check_count("--frames", args.frames, limits.MAX_FRAMES)
     found = []
-    for kind, path, question in _lines(args.samples)[: args.limit]:
+    for kind, path, said in _lines(args.samples)[: args.limit]:
         if kind == "image":
-            found.append({"question": question, "image": vtc.open_image(path)})
+            found.append({**said, "image": vtc.open_image(path)})
             continue
         with VideoFile(path) as file:
             picked = sample_by_count(file.times, file.info.duration, args.frames)
-            found.append({"question": question, "frames": file.read(picked), "picked": picked, "info": file.info})
+            found.append({**said, "frames": file.read(picked), "picked": picked, "info": file.info})
     return found
 
 
@@ -87,8 +89,8 @@ def _video_inputs(sample: dict[str, Any], processor: Any) -> Any:
     return inputs
 
 
-def _lines(path: Path) -> list[tuple[str, Path, str]]:
-    """Kind, file and question of each line."""
+def _lines(path: Path) -> list[tuple[str, Path, dict[str, str]]]:
+    """Kind and file of each line, with its question and, where it has one, the answer."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
@@ -102,9 +104,12 @@ def _lines(path: Path) -> list[tuple[str, Path, str]]:
         try:
             sample = parse_json(line)
             (kind,) = {"image", "video"} & set(sample)
-            if not isinstance(sample["question"], str) or "\0" in sample[kind]:
+            said = {name: sample[name] for name in ("question", "answer") if sample.get(name) is not None}
+            if "question" not in said or not all(isinstance(text, str) for text in said.values()):
                 raise ValueError
-            found.append((kind, path.parent / sample[kind], sample["question"]))
+            if "\0" in sample[kind]:
+                raise ValueError
+            found.append((kind, path.parent / sample[kind], said))
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}, line {number}: expected {_FORM}, got {line[:80]!r}.") from error
     if not found:

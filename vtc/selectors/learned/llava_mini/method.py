@@ -78,7 +78,7 @@ class LlavaMiniSelector(Selector):
     trained: ClassVar[bool] = True
 
     modules: str | None = None
-    compressor: Compressor | None = field(default=None, init=False, repr=False, compare=False)
+    module: Compressor | None = field(default=None, init=False, repr=False, compare=False)
     made_for: Modules | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class LlavaMiniSelector(Selector):
             raise ConfigError(f"llava-mini: modules must be the path of a folder, got {self.modules!r}.")
         made_for, compressor = load_compressor(self.modules)
         object.__setattr__(self, "made_for", made_for)
-        object.__setattr__(self, "compressor", compressor)
+        object.__setattr__(self, "module", compressor)
 
     def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> LlavaMiniSelector:
         """Check that the modules fit the model."""
@@ -105,16 +105,16 @@ class LlavaMiniSelector(Selector):
         """Replace once, before the language model."""
         if shape is not None and keep_ratio == 1:
             return ()
-        projected = self.compressor is not None and self.compressor.source == "projected"
+        projected = self.module is not None and self.module.source == "projected"
         return (Stage(requires=() if projected else self.requires, action=Action.REPLACE),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Compute the new tokens, C^2 per frame, and their places."""
-        if self.compressor is None:
+        if self.module is None:
             raise ConfigError('llava-mini: give modules="folder", made by vtc train llava-mini.')
         if ctx.budget >= ctx.n and ctx.keep_ratio == 1:
             return Selection.full(ctx.n, ctx.features.device)
-        compressor = self.compressor.to(ctx.features.device)
+        compressor = self.module.to(ctx.features.device)
         source = ctx.features if compressor.source == "projected" else ctx[PreProjector]
         side, start = compressor.side, 0
         keep: list[Tensor] = []

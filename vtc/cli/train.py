@@ -1,0 +1,61 @@
+"""`vtc train`: train the modules of a method on the user's own pictures and questions."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import vtc
+from vtc.cli import arguments, samples
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("method", metavar="METHOD", help="a method that has modules: llava-mini")
+    samples.add_arguments(parser, "--data", more='; with "answer": TEXT it learns that answer, else the model\'s own')
+    arguments.add_model(parser)
+    arguments.add_seed(parser)
+    parser.add_argument(
+        "--option",
+        dest="options",
+        type=arguments.option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the modules, such as side=4; repeat for more",
+    )
+    parser.add_argument("--steps", type=int, default=500, help="steps of the optimiser (500)")
+    parser.add_argument("--batch", type=int, default=8, help="samples per step (8)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate (1e-3)")
+    parser.add_argument(
+        "--positions",
+        choices=("original", "compact"),
+        default="original",
+        help="of the new tokens; use the modules with the same (original)",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the modules")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and say how to use the modules."""
+    from vtc.tuning.train import check
+
+    check(args.method, args.output, steps=args.steps, batch=args.batch, rate=args.rate)
+    given = samples.read(args)
+    model, processor = arguments.load_model(args.model, args.dtype, args.device)
+    folder = vtc.train(
+        model,
+        processor,
+        samples.encode(given, processor),
+        args.method,
+        args.output,
+        answers=[sample.get("answer") for sample in given],
+        steps=args.steps,
+        batch=args.batch,
+        rate=args.rate,
+        seed=args.seed,
+        positions=args.positions,
+        **dict(args.options),
+    )
+    print(f'use it: vtc.compress(model, "{args.method}", modules="{folder}", keep_tokens=...)')
+    return 0

@@ -1,0 +1,410 @@
+"""Train the modules of a method on the user's own pictures and questions, with the model frozen.
+
+The modules are trained where they are used: the model is compressed with them and reads a prompt and its answer in one
+pass, so that what is trained is exactly what runs afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vtc import api
+from vtc.adapters.base import Adapter
+from vtc.budget import check_seed
+from vtc.config import CompressionConfig
+from vtc.engine.install import adapter_for, engine_of
+from vtc.engine.plan import make_plan, shape_of
+from vtc.errors import ConfigError, InputError
+from vtc.files import replacing, write_text
+from vtc.limits import MAX_ROUNDS, check_count
+from vtc.plain import parse_json, real, shown
+from vtc.selectors.learned import Modules, save_modules
+from vtc.selectors.learned.llava_mini import training as llava_mini
+from vtc.tuning.samples import as_found, prompts
+
+__all__ = ["TRAINABLE", "check", "train"]
+
+TRAINABLE: Mapping[str, Callable[..., tuple[Modules, nn.Module]]] = {"llava-mini": llava_mini.begin}
+"""Methods whose modules can be trained, and what makes them before that."""
+
+_NO_CEILING = 2**31 - 1
+_STATE, _WEIGHTS = "training.json", "training.safetensors"
+_FLOOR = 0.05  # of the learning rate, at the end
+_WARM = 0.03  # fraction of the steps in which it rises
+_NEW_TOKENS = 32  # of an answer that the model gives itself
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What decides the result of a training run, besides the samples and the model."""
+
+    steps: int
+    batch: int
+    rate: float
+    seed: int
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step: a short rise, then half a cosine."""
+        warm = max(1, round(self.steps * _WARM))
+        if step < warm:
+            return self.rate * (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return self.rate * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * done)) / 2)
+
+    def samples_of(self, step: int, count: int) -> list[int]:
+        """Samples of a step: every epoch shows each once, in an order of its own."""
+        order = itertools.chain.from_iterable(
+            random.Random(f"{self.seed} {epoch}").sample(range(count), count)
+            for epoch in range(step * self.batch // count, ((step + 1) * self.batch - 1) // count + 1)
+        )
+        first = step * self.batch % count
+        return list(itertools.islice(order, first, first + self.batch))
+
+
+def train(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Any],
+    method: str,
+    output: str | Path,
+    *,
+    answers: Sequence[str | None] | None = None,
+    steps: int = 500,
+    batch: int = 8,
+    rate: float = 1e-3,
+    seed: int = 0,
+    positions: str = "original",
+    save_every: int = 50,
+    progress: bool = True,
+    **options: Any,
+) -> Path:
+    """Train the modules of `method` for this model; return the folder, which ``modules=`` of the method names.
+
+    With an answer the loss is the cross-entropy of its tokens and of the end of the turn; without one it is the
+    Kullback-Leibler divergence from what the untouched model predicts at each token of its own greedy answer. The model
+    is frozen, in evaluation mode, and left as it was found.
+
+    The optimiser is AdamW without weight decay; gradients are averaged over `batch` samples, which are read one by one,
+    and their norm is clipped to 1. The learning rate rises for 3 % of the steps and falls along half a cosine to 5 %.
+
+    An interrupted run leaves its state in the folder, and the same call goes on from there to the same result.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    processor : ProcessorMixin or None
+        The model's; None if `samples` are ready-made inputs and no answers are given.
+    samples : sequence
+        As of `calibrate`: (image, question) pairs, or inputs of one row that end where the answer begins.
+    method : str
+        One of `TRAINABLE`.
+    output : path
+        Folder for the modules.
+    answers : sequence of str or None, optional
+        The answer to each sample; None, for one or for all: the untouched model's.
+    steps : int
+        Steps of the optimiser.
+    batch : int
+        Samples per step.
+    rate : float
+        Largest learning rate.
+    seed : int
+        Of the first weights and of the order of the samples.
+    positions : {"original", "compact"}
+        As of `compress`; use the modules with the same.
+    save_every : int
+        Steps after which the state is written.
+    progress : bool
+        Whether to show a bar; it needs tqdm.
+    **options
+        Of the modules: for "llava-mini" `side` (C) and `heads`.
+
+    Raises
+    ------
+    ConfigError
+        The method has no modules, an argument is wrong, or the folder holds trained modules or another run's state.
+    InputError
+        There are no samples, or one is not of this kind; answers and samples do not fit each other.
+    UnsupportedMethodError, UnsupportedModelError
+        The model cannot be compressed by this method.
+    """
+    check(method, output, steps=steps, batch=batch, rate=rate)
+    check_count("save_every", save_every, MAX_ROUNDS)
+    run = _Run(steps, batch, float(rate), check_seed(seed))
+    if answers is not None and len(answers) != len(samples):
+        raise InputError(f"there are {len(samples)} samples, but {len(answers)} answers.")
+    folder, adapter = Path(output), adapter_for(model)
+    try:
+        modules, module = TRAINABLE[method](shape_of(adapter), _projector(adapter), seed=run.seed, **options)
+    except TypeError as error:
+        raise ConfigError(f"{method}: its modules do not take {shown(options)}: {error}") from error
+    encoded = prompts(processor, samples, model)
+    tokens = [_answer_tokens(processor, model, text) for text in answers or [None] * len(encoded)]
+    mark = _mark(run, modules, encoded, tokens, positions)
+    state = _State.read(folder, mark)  # refused before anything is written
+    state = state or _State.start(module, mark)
+    folder.mkdir(parents=True, exist_ok=True)
+    state.write(folder)
+    save_modules(folder, modules, module)
+    config = CompressionConfig(method, keep_tokens=_NO_CEILING, positions=positions, options={"modules": str(folder)})
+    make_plan([config], adapter)
+    with as_found(model), _frozen(model), api.compressed(model, config):
+        live = _live_module(model, method)
+        state.put_into(live)
+        try:
+            _steps(model, live, state, run, encoded, tokens, folder, save_every, progress)
+        finally:
+            state.write(folder)
+    done: dict[str, Any] = {"steps": steps, "batch": batch, "rate": run.rate, "seed": run.seed, "samples": len(encoded)}
+    labelled = sum(each is not None for each in (answers or ()))
+    done |= {"labelled": labelled, "positions": positions, "seconds": round(state.seconds, 1)}
+    save_modules(folder, replace(modules, training=done), live)
+    for name in (_STATE, _WEIGHTS):
+        (folder / name).unlink()
+    return folder
+
+
+def check(method: str, output: str | Path, *, steps: int, batch: int, rate: float) -> None:
+    """Raise ConfigError for what `train` refuses whatever the model and the samples are."""
+    if method not in TRAINABLE:
+        raise ConfigError(f"{shown(method)} has no modules to train; these have: {', '.join(TRAINABLE)}.")
+    for name, value in (("steps", steps), ("batch", batch)):
+        check_count(name, value, MAX_ROUNDS)
+    if not 0 < (real(rate) or 0) < math.inf:
+        raise ConfigError(f"rate must be a number above 0, got {shown(rate)}.")
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder.")
+    if (folder / "modules.json").exists() and not (folder / _STATE).exists():
+        raise ConfigError(f"{folder} holds trained modules already; name another folder.")
+
+
+@dataclass
+class _State:
+    """Where a run stands: weights, and the two moments of AdamW, by the name of the weight."""
+
+    mark: str
+    step: int
+    seconds: float
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def start(cls, module: nn.Module, mark: str) -> _State:
+        """Return the state before the first step."""
+        named = {name: value.detach().clone().cpu() for name, value in module.named_parameters()}
+        tensors = {f"weight.{name}": value for name, value in named.items()}
+        for moment in ("mean", "square"):
+            tensors |= {f"{moment}.{name}": torch.zeros_like(value) for name, value in named.items()}
+        return cls(mark, 0, 0.0, tensors)
+
+    @classmethod
+    def read(cls, folder: Path, mark: str) -> _State | None:
+        """Read the state that an interrupted run left in a folder; None if there is none."""
+        if not (folder / _STATE).exists():
+            return None
+        try:
+            data = parse_json((folder / _STATE).read_text(encoding="utf-8"))
+            found = cls(data["mark"], data["step"], data["seconds"], safetensors.torch.load_file(folder / _WEIGHTS))
+            step = int(found.tensors.pop("step")[0])
+        except (OSError, ConfigError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"{folder}: the state of the interrupted run cannot be read: {error}") from error
+        if found.mark != mark:
+            raise ConfigError(
+                f"{folder} holds the state of a run with other samples, another model or other settings; name another "
+                "folder, or give those of that run to go on."
+            )
+        if step != found.step:
+            raise ConfigError(f"{folder}: {_STATE} and {_WEIGHTS} are of different steps; remove both to start anew.")
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write the state; two files that do not belong together are found by the step in both."""
+        with replacing(folder / _WEIGHTS) as file:
+            safetensors.torch.save_file({**self.tensors, "step": torch.tensor([self.step])}, file)
+        data = {"mark": self.mark, "step": self.step, "seconds": self.seconds}
+        write_text(folder / _STATE, json.dumps(data) + "\n")
+
+    def put_into(self, module: nn.Module) -> None:
+        """Give the module these weights."""
+        with torch.no_grad():
+            for name, value in module.named_parameters():
+                value.copy_(self.tensors[f"weight.{name}"])
+
+    def optimizer(self, module: nn.Module) -> torch.optim.AdamW:
+        """Return an optimiser with these moments."""
+        optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0)
+        for name, value in module.named_parameters():
+            if self.step:
+                optimizer.state[value] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": self.tensors[f"mean.{name}"].clone().to(value.device),
+                    "exp_avg_sq": self.tensors[f"square.{name}"].clone().to(value.device),
+                }
+        return optimizer
+
+    def take(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Copy what the module and the optimiser hold."""
+        for name, value in module.named_parameters():
+            self.tensors[f"weight.{name}"] = value.detach().cpu().clone()
+            held = optimizer.state[value]
+            self.tensors[f"mean.{name}"] = held["exp_avg"].cpu().clone()
+            self.tensors[f"square.{name}"] = held["exp_avg_sq"].cpu().clone()
+
+
+def _steps(
+    model: nn.Module,
+    module: nn.Module,
+    state: _State,
+    run: _Run,
+    encoded: Sequence[Mapping[str, Any]],
+    tokens: list[Tensor | None],
+    folder: Path,
+    save_every: int,
+    progress: bool,
+) -> None:
+    """Train from the step at which `state` stands to the last one; `state` follows every step that was made."""
+    optimizer = state.optimizer(module)
+    own: dict[int, Tensor] = {}
+    with _bar(run.steps, state.step, progress) as show:
+        for step in range(state.step, run.steps):
+            began = time.perf_counter()
+            total = 0.0
+            for group in optimizer.param_groups:
+                group["lr"] = run.rate_at(step)
+            for index in run.samples_of(step, len(encoded)):
+                answer = tokens[index]
+                if answer is None and index not in own:
+                    own[index] = _own_answer(model, encoded[index])
+                loss = _loss(model, encoded[index], own[index] if answer is None else answer, imitate=answer is None)
+                (loss / run.batch).backward()
+                total += float(loss.detach()) / run.batch
+            if not math.isfinite(total):
+                raise InputError(f"the loss is {total} at step {step}; try a smaller rate, or a model in float32.")
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            state.take(module, optimizer)
+            state.step, state.seconds = step + 1, state.seconds + time.perf_counter() - began
+            show(total)
+            if state.step % save_every == 0:
+                state.write(folder)
+
+
+def _loss(model: nn.Module, prompt: Mapping[str, Any], answer: Tensor, *, imitate: bool) -> Tensor:
+    """Compute the loss of one answer, averaged over its tokens."""
+    inputs = _with_answer(prompt, answer)
+    count = len(answer)
+    said = model(**inputs, use_cache=False).logits[0, -count - 1 : -1].float()
+    if not imitate:
+        return functional.cross_entropy(said, answer)
+    with torch.no_grad(), api.disabled(model):
+        meant = model(**inputs, use_cache=False).logits[0, -count - 1 : -1].float()
+    return functional.kl_div(said.log_softmax(-1), meant.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+@torch.no_grad()
+def _own_answer(model: Any, prompt: Mapping[str, Any]) -> Tensor:
+    """Return the tokens of the greedy answer of the untouched model, its end included."""
+    with api.disabled(model):
+        made: Tensor = model.generate(**prompt, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    return made[0, prompt["input_ids"].shape[1] :].clone()
+
+
+def _with_answer(prompt: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
+    """Put an answer behind a prompt of one row; what there is for every token goes on as for text."""
+    ids = prompt["input_ids"]
+    inputs = {**prompt, "input_ids": torch.cat([ids, answer[None].to(ids)], dim=1)}
+    for name, value in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+        if name in prompt:
+            inputs[name] = functional.pad(prompt[name], (0, len(answer)), value=value)
+    return inputs
+
+
+def _answer_tokens(processor: Any, model: Any, text: str | None) -> Tensor | None:
+    """Encode an answer and the end of the turn."""
+    if text is None:
+        return None
+    if processor is None or not isinstance(text, str) or not text:
+        raise InputError(f"an answer is a text that the processor encodes, got {shown(text)}.")
+    ids = list(processor.tokenizer(text, add_special_tokens=False).input_ids)
+    end = getattr(model.generation_config, "eos_token_id", None)
+    end = end[0] if isinstance(end, list) else end
+    return torch.tensor([*ids, *([] if end is None else [end])], device=model.device)
+
+
+def _projector(adapter: Adapter) -> dict[str, Tensor] | None:
+    """Return the weights of the projector of a model of LLaVA 1.5's shape; None for other families."""
+    if adapter.config.model_type != "llava":
+        return None
+    weights: dict[str, Tensor] = adapter.base.multi_modal_projector.state_dict()
+    return weights
+
+
+def _live_module(model: nn.Module, method: str) -> nn.Module:
+    """Return the module that the installed method runs, with gradients."""
+    (stage,) = engine_of(model).plan.stages
+    module: nn.Module = stage.selector.module  # type: ignore[attr-defined]
+    return module.to(next(model.parameters()).device).requires_grad_(True)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight of the model have gradients while entered."""
+    wanted = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in wanted:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in wanted:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def _bar(steps: int, done: int, show: bool) -> Iterator[Callable[[float], None]]:
+    """Show how far a run is, and its loss."""
+    if not show:
+        yield lambda loss: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) as bar:
+
+        def advance(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update(1)
+
+        yield advance
+
+
+def _mark(
+    run: _Run,
+    modules: Modules,
+    encoded: Sequence[Mapping[str, Any]],
+    tokens: Sequence[Tensor | None],
+    positions: str,
+) -> str:
+    """Name everything that a run depends on, but for the weights of the model."""
+    mark = hashlib.sha256(repr((run, modules, positions)).encode())
+    for prompt, answer in zip(encoded, tokens, strict=True):
+        mark.update(repr((prompt["input_ids"].tolist(), None if answer is None else answer.tolist())).encode())
+        for name in sorted(prompt):
+            if name.startswith("pixel_values"):
+                mark.update(prompt[name].detach().float().cpu().numpy().tobytes())
+    return mark.hexdigest()
