@@ -248,6 +248,19 @@ def test_the_pruning_of_vllm_itself_works_on_cpus(tmp_path: Path) -> None:
         stop(mine)
 
 
+def test_an_older_vllm_is_refused_where_there_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    from vtc.integrations.vllm.plugin import register
+
+    register()
+    monkeypatch.delattr(BaseMultiModalProcessor, "get_dummy_inputs")
+    register()
+    monkeypatch.setenv("VTC_KEEP_RATIO", "0.5")
+    with pytest.raises(vtc.errors.StateError, match=r"0\.32 and newer; this is"):
+        register()
+
+
 def test_a_cls_token_among_the_patches_is_counted_on_both_sides() -> None:
     from vtc.integrations.vllm import models
 

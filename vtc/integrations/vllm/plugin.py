@@ -6,7 +6,7 @@ import functools
 import os
 from typing import Any
 
-from vtc.errors import UnsupportedModelError
+from vtc.errors import StateError, UnsupportedModelError
 from vtc.integrations.vllm.families import FAMILIES, check_architecture
 from vtc.integrations.vllm.settings import from_environment, split
 
@@ -17,9 +17,19 @@ def register() -> None:
     """Put the classes of `families` in the place of vLLM's own, and refuse settings where there is none.
 
     May be called more than once.
-    """
-    from vllm import ModelRegistry
 
+    Raises
+    ------
+    StateError
+        The environment has settings, and this vLLM is older than the plug-in knows.
+    """
+    from vllm import ModelRegistry, __version__
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    if not hasattr(BaseMultiModalProcessor, "get_dummy_inputs"):  # since 0.32
+        if from_environment(os.environ):
+            raise StateError(f"vtc compresses inside vLLM 0.32 and newer; this is {__version__}.")
+        return
     for architecture, path in FAMILIES.items():
         ModelRegistry.register_model(architecture, path)
     _guard_other_architectures()
