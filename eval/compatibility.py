@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import logging
 import sys
@@ -28,6 +27,7 @@ from torch import nn
 
 import vtc
 import vtc.reference
+from eval import four_bits
 
 __all__ = ["main"]
 
@@ -214,18 +214,19 @@ def _torchao(name: str) -> Callable[[], Any]:
     return config
 
 
-def _gptq(given: Given) -> Any:
-    """Quantise the decoder by GPTQModel with random calibration rows, then load the result."""
-    try:
-        model = given.model(
-            quantization_config=transformers.GPTQConfig(
-                bits=4, group_size=64, tokenizer=given.processor.tokenizer, dataset=["what is left of the cup ?"] * 8
-            )
-        )
-        _logits(model, given.inputs)
-    except Exception as error:
-        raise NotRunError(_line(error)) from error
-    return model
+def _packed(method: str, dtype: torch.dtype) -> Callable[[Given], Any]:
+    """Load a checkpoint whose decoder was rounded to 4 bits, in the layout of GPTQ or AWQ; GPTQModel runs it."""
+
+    def make(given: Given) -> Any:
+        folder = four_bits.write(given.folder, given.scratch / method, method)
+        try:
+            model = vtc.load(folder, dtype=dtype)[0]
+            _logits(model, given.inputs)
+        except Exception as error:
+            raise NotRunError(_line(error)) from error
+        return model
+
+    return make
 
 
 def _offloaded(given: Given) -> Any:
@@ -345,8 +346,8 @@ LINES = (
         _quantised(lambda: transformers.QuantoConfig(weights="int8", modules_to_not_convert=["lm_head"])),
     ),
     Line("HQQ, 4 bit", ("hqq",), _quantised(lambda: transformers.HqqConfig(nbits=4, group_size=64))),
-    Line("GPTQ, 4 bit", ("gptqmodel", "optimum"), _gptq),
-    Line("AWQ, 4 bit", ("gptqmodel",), _quantised(lambda: transformers.AwqConfig(bits=4, group_size=64))),
+    Line("GPTQ, 4 bit", ("gptqmodel", "optimum"), _packed("gptq", torch.float32)),
+    Line("AWQ, 4 bit", ("gptqmodel",), _packed("awq", torch.float16)),
     Line("fp8 in blocks", (), _quantised(lambda: transformers.FineGrainedFP8Config())),
     Line("`device_map` with layers on the disk", ("accelerate",), _offloaded),
     Line("`accelerate.cpu_offload`", ("accelerate",), _brought_in),
@@ -436,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         "This table was made by `python -m eval.compatibility` on a CPU: the reference model llava, transformers "
         f"{transformers.__version__},\ntorch {torch.__version__}, one prompt, float32 where nothing else is said. "
-        '"refused" are errors of `vtc`, "not run" those of\nthe package itself, before `vtc` had a part in it.\n'
+        '"refused" are errors of `vtc`, "not run" is what\nhappened before `vtc` had a part in it.\n'
     )
     print("| the model is | packages | compressing it |\n| --- | --- | --- |")
     with _given() as given, _alone():
