@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -18,6 +17,7 @@ from PIL import Image
 
 import vtc
 from vtc.cli import main
+from vtc.loading.original_llava import _reads_sentencepiece
 from vtc.loading.weights import Weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "original_llava"
@@ -31,7 +31,7 @@ def place(kind: str, folder: Path, *, tower: bool = True) -> Path:
     copied = shutil.copytree(GOLDEN / kind, folder / kind)
     if tower:
         shutil.copytree(GOLDEN / TOWER, folder / TOWER)
-    if importlib.util.find_spec("sentencepiece") is None:
+    if not _reads_sentencepiece():
         shutil.copy(GOLDEN / "v1_6" / "tokenizer.json", copied)
     return copied
 

@@ -267,10 +267,10 @@ def _tokenizer(folder: Path) -> Any:
     found = [name for name in kinds if (folder / name).is_file()]
     if not found:
         raise InputError(f"{folder}: holds no tokenizer, neither {' nor '.join(kinds)}")
-    if found == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
+    if found == ["tokenizer.model"] and not _reads_sentencepiece():
         raise InputError(
-            f"{folder}: its tokenizer is a tokenizer.model, which the package sentencepiece reads: "
-            "pip install sentencepiece"
+            f"{folder}: its tokenizer is a tokenizer.model, which the packages sentencepiece and protobuf read: "
+            'pip install "vtc[llava]"'
         )
     settings = folder / "tokenizer_config.json"
     cls = AutoTokenizer
@@ -284,6 +284,13 @@ def _tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _reads_sentencepiece() -> bool:
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in ("sentencepiece", "google.protobuf"))
+    except ModuleNotFoundError:  # there is no package google
+        return False
 
 
 def _with_placeholder(tokenizer: Any, named: dict[str, Any]) -> int:
