@@ -17,7 +17,7 @@ from vtc.errors import ConfigError, StateError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["available", "clips", "load", "names", "samples"]
+__all__ = ["available", "clips", "load", "modules", "names", "samples"]
 
 
 def _distribution() -> ModuleType:
@@ -69,11 +69,23 @@ def load(name: str = "llava", dtype: torch.dtype | None = None) -> tuple[Any, An
     ConfigError
         If there is no model of that name.
     """
-    known = names()
-    if name not in known:
-        raise ConfigError(f"no reference model is called {name!r}; there are: {', '.join(known)}")
+    _check(name)
     distribution = _distribution()
     return distribution.load(name) if dtype is None else distribution.load(name, dtype)
+
+
+def modules(name: str = "llava") -> dict[str, Path]:
+    """Return the folders of trained modules that ship with a reference model, by their names, such as "llava-mini-4".
+
+    Raises
+    ------
+    StateError
+        If ``vtc-reference`` is not installed.
+    ConfigError
+        If there is no model of that name.
+    """
+    _check(name)
+    return dict(_distribution().modules(name))
 
 
 def samples() -> list[Path]:
@@ -96,3 +108,10 @@ def clips() -> list[Path]:
         If ``vtc-reference`` is not installed.
     """
     return list(_distribution().clips())
+
+
+def _check(name: str) -> None:
+    """Raise ConfigError unless there is a model of this name."""
+    known = names()
+    if name not in known:
+        raise ConfigError(f"no reference model is called {name!r}; there are: {', '.join(known)}")

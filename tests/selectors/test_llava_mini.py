@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 import vtc
+import vtc.reference
 from tests import learned, tiny
 from tests.selectors.test_golden import load
 from vtc.core.grids import evenly_spread
@@ -249,3 +250,16 @@ def test_it_works_before_the_decoder_only(case: tiny.TinyCase, tmp_path: Path) -
     folder = learned.llava_mini(case.model, tmp_path)
     with pytest.raises(UnsupportedMethodError, match="cannot work at 'decoder:2'"):
         vtc.compress(case.model, "llava-mini", modules=folder, keep_tokens=4, at="decoder:2")
+
+
+@pytest.mark.skipif(not vtc.reference.available(), reason="needs vtc-reference")
+def test_shipped_modules_are_small_and_fit_the_reference_model() -> None:
+    folders = vtc.reference.modules("llava")
+    assert folders
+    model, _ = vtc.reference.load("llava")
+    for name, folder in folders.items():
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
+        count = int(name.removeprefix("llava-mini-"))
+        vtc.compress(model, "llava-mini", modules=str(folder), keep_tokens=count)
+        assert engine_of(model).plan.stages[0].selector.module.side ** 2 == count
+    assert vtc.reference.modules("internvl") == {}

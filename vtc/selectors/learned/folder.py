@@ -1,7 +1,7 @@
 """Folders of trained modules: ``modules.safetensors`` and ``modules.json``.
 
-The JSON says for which method and model the modules were made, and how they are built; the weights are float32. Nothing
-in the folder is executed when it is read.
+The JSON says for which method and model the modules were made, and how they are built; weights run in float32, whatever
+they are stored in. Nothing in the folder is executed when it is read.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ class Modules:
                 )
 
 
-def save_modules(folder: str | Path, modules: Modules, module: nn.Module) -> None:
+def save_modules(folder: str | Path, modules: Modules, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Write trained modules to a folder, which is made if there is none.
 
     Parameters
     ----------
-    folder, modules
-    module
-        Its weights are written in float32.
+    folder, modules, module
+    dtype
+        In which the weights are written; float16 halves the file, and is not what was trained bit for bit.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def save_modules(folder: str | Path, modules: Modules, module: nn.Module) -> Non
     """
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().float().cpu().contiguous() for name, value in module.state_dict().items()}
+    weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
     with replacing(where / _WEIGHTS) as file:
         safetensors.torch.save_file(weights, file)
     data = {"format": FORMAT, "version": package_version(), **plain(asdict(modules), "modules")}

@@ -13,8 +13,8 @@ Each model's folder holds a ``README.md`` (model card): what it can do, how it w
 
 from __future__ import annotations
 
-from vtc_reference.loading import card, clips, export, export_open_clip, load, names, samples
+from vtc_reference.loading import card, clips, export, export_open_clip, load, modules, names, samples
 
-__all__ = ["card", "clips", "export", "export_open_clip", "load", "names", "samples"]
+__all__ = ["card", "clips", "export", "export_open_clip", "load", "modules", "names", "samples"]
 
 __version__ = "0.1.0"

@@ -172,6 +172,11 @@ def samples() -> list[Path]:
     return sorted(path for path in (_HERE / "samples").iterdir() if path.suffix in _IMAGE_SUFFIXES)
 
 
+def modules(name: str) -> dict[str, Path]:
+    """Return the folders of trained modules that ship with a model, by their names, such as "llava-mini-4"."""
+    return {path.name: path for path in sorted((_HERE / CATALOGUE[name].folder / "modules").glob("*"))}
+
+
 def clips() -> list[Path]:
     """Return the paths of the sample clips, sorted; ``questions.jsonl`` beside them holds questions and answers."""
     return sorted((_HERE / "clips").glob("*.mp4"))

@@ -1,0 +1,225 @@
+"""Train LLaVA-Mini's compressor on the reference LLaVA, and compare it at equal numbers of tokens.
+
+    python -m eval.train_llava_mini --cache cache/ --side 2 --steps 300 --out modules/
+    python -m eval.train_llava_mini --cache cache/ --compare modules-1/ modules-2/ modules-4/ --table table.json
+
+Tower features come from `python -m eval.reference.train cache`, so that the tower does not run; the decoder is frozen
+and reads several questions packed behind each picture. `vtc.train` does the same without a cache, on anybody's
+pictures.
+
+An answer counts as right if every one of its tokens, its end included, is the most probable one behind those before it,
+which is when greedy decoding gives exactly it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import vtc
+import vtc.reference
+from eval.reference.train.__main__ import PRACTICE, Data
+from eval.reference.train.packing import IGNORE, PackedText, Packer, attention_mask
+from eval.tasks.scenes.questions import ask
+from eval.tasks.scenes.vocabulary import GRID
+from vtc.core.grids import evenly_spread
+from vtc.core.stage import ModelShape
+from vtc.selectors.learned import save_modules
+from vtc.selectors.learned.llava_mini.method import load_compressor
+from vtc.selectors.learned.llava_mini.module import Compressor
+from vtc.selectors.learned.llava_mini.training import begin
+
+FIRST = 1
+"""Position of the first visual token."""
+
+LENGTH = 120
+"""Tokens of the questions and answers packed behind one picture."""
+
+Tokens = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From tower features (B, N, D) to visual tokens (B, K, d) and their places (B, K) in the picture."""
+
+
+class Reader:
+    """The frozen reference LLaVA behind its tower."""
+
+    def __init__(self) -> None:
+        self.model, processor = vtc.reference.load("llava")
+        self.model.requires_grad_(False)
+        self.decoder = self.model.model.language_model
+        self.packer = Packer(processor.tokenizer, FIRST + GRID**2, LENGTH)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Give what the language model gets without compression, (B, N, d)."""
+        projected: Tensor = self.model.model.multi_modal_projector(features)
+        return projected
+
+    def __call__(self, tokens: Tensor, places: Tensor, text: PackedText) -> Tensor:
+        """Compute logits (M, V) at the positions of ``text.labels`` behind tokens (B, K, d) at places (B, K)."""
+        embed = self.model.get_input_embeddings()
+        bos = embed(torch.full((len(tokens), 1), self.decoder.config.bos_token_id))
+        hidden = torch.cat([bos, tokens, embed(text.ids)], dim=1)
+        prefix = FIRST + tokens.shape[1]
+        positions = torch.cat([torch.zeros_like(places[:, :1]), FIRST + places, text.positions], dim=1)
+        seen = attention_mask(prefix, text.segments)
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        rotary = self.decoder.rotary_emb(hidden, positions)
+        for layer in self.decoder.layers:
+            hidden = layer(hidden, attention_mask=mask.to(hidden.dtype), position_embeddings=rotary)
+        logits: Tensor = self.model.lm_head(self.decoder.norm(hidden)[:, prefix:][text.labels != IGNORE])
+        return logits
+
+
+def replaced(module: Compressor) -> Tokens:
+    """Give the tokens of a compressor."""
+    places = evenly_spread((1, GRID, GRID), (1, module.side, module.side))
+
+    def tokens(features: Tensor) -> tuple[Tensor, Tensor]:
+        return module(features, (GRID, GRID)), places.expand(len(features), -1)
+
+    return tokens
+
+
+def selected(reader: Reader, method: str, count: int, seed: int = 0) -> Tokens:
+    """Give the tokens that a method which needs projected features alone keeps."""
+
+    def tokens(features: Tensor) -> tuple[Tensor, Tensor]:
+        kept, places = [], []
+        for index, row in enumerate(reader.project(features)):
+            choice = vtc.select(method, features=row, grid_thw=(1, GRID, GRID), keep_tokens=count, seed=seed + index)
+            kept.append(choice.tokens(row))
+            places.append(choice.keep)
+        return torch.stack(kept), torch.stack(places)
+
+    return tokens
+
+
+def train(reader: Reader, module: Compressor, data: Data, steps: int, batch: int, rate: float, seed: int) -> float:
+    """Train a compressor; return the seconds that it took."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    chance, began, losses = np.random.default_rng(seed), time.time(), []
+    tokens = replaced(module)
+    for step in range(steps):
+        indices = chance.integers(len(data.scenes), size=batch)
+        text = questions(reader.packer, data, indices, seed=1 + step)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = reader(*tokens(data.batch(indices)[:, 0].float()), text)
+        loss = functional.cross_entropy(logits.float(), text.labels[text.labels != IGNORE])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 20 == 19:
+            print(f"step {step + 1}, {time.time() - began:.0f} s: loss {np.mean(losses[-20:]):.3f}", flush=True)
+    return time.time() - began
+
+
+def questions(packer: Packer, data: Data, indices: Sequence[int], seed: int, **given: Any) -> PackedText:
+    """Return packed questions about each of these scenes; each seed asks others."""
+    return packer.pack(
+        [ask(data.scenes[int(index)], 12, seed=seed, **(given or {"kinds": PRACTICE})) for index in indices]
+    )
+
+
+@torch.no_grad()
+def right(reader: Reader, tokens: Tokens, data: Data, per_scene: int = 8) -> list[np.ndarray]:
+    """Say of every scene which of its questions are answered exactly."""
+    found = []
+    for first in range(0, len(data.scenes), 8):
+        indices = np.arange(first, min(first + 8, len(data.scenes)))
+        asked = [ask(data.scenes[int(index)], per_scene, seed=0) for index in indices]
+        text = reader.packer.pack(asked)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = reader(*tokens(data.batch(indices)[:, 0].float()), text)
+        where = text.labels != IGNORE
+        good = torch.zeros_like(text.labels)
+        good[where] = (logits.argmax(dim=-1) == text.labels[where]).long()
+        for row in range(len(indices)):
+            segments = text.segments[row]
+            numbers = range(1, int(segments.max()) + 1)
+            found.append(
+                np.array([bool(good[row][where[row] & (segments == number)].all()) for number in numbers], dtype=float)
+            )
+    return found
+
+
+def interval(scenes: Sequence[np.ndarray], seed: int = 0) -> tuple[float, float, float]:
+    """Mean over all questions, and its 95 % interval by drawing scenes (1,000 times)."""
+    sums, counts = np.array([s.sum() for s in scenes]), np.array([len(s) for s in scenes])
+    draws = np.random.default_rng(seed).integers(len(scenes), size=(1000, len(scenes)))
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+def compare(reader: Reader, data: Data, folders: Sequence[str]) -> dict[str, Any]:
+    """Measure the compressors of these folders beside methods without modules, at their numbers of tokens."""
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, count: int, tokens: Tokens, **more: Any) -> None:
+        scenes = right(reader, tokens, data)
+        mean, low, high = interval(scenes)
+        asked = sum(map(len, scenes))
+        rows.append({"method": method, "tokens": count, "accuracy": mean, "low": low, "high": high, **more})
+        print(f"{method} {count}: {mean:.3f} ({low:.3f} to {high:.3f}) of {asked}", flush=True)
+
+    every = torch.arange(GRID**2)
+    add("all tokens", GRID**2, lambda x: (reader.project(x), every.expand(len(x), -1)))
+    for folder in folders:
+        made_for, module = load_compressor(folder)
+        count, parameters = module.side**2, sum(weight.numel() for weight in module.parameters())
+        for method in ("random", "uniform", "pool", "vtc"):
+            add(method, count, selected(reader, method, count))
+        add("llava-mini", count, replaced(module), parameters=parameters, training=dict(made_for.training))
+    return {"scenes": len(data.scenes), "split": "test", "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="folder of cached scenes, train and test")
+    parser.add_argument("--out", type=Path, help="folder for the modules")
+    parser.add_argument("--side", type=int, default=2, help="C: C x C tokens")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", nargs="+", help="folders of modules")
+    parser.add_argument("--table", type=Path, help="file for the comparison")
+    arguments = parser.parse_args(argv)
+    reader = Reader()
+    if arguments.compare:
+        found = compare(reader, Data.load("test", arguments.cache), arguments.compare)
+        if arguments.table:
+            arguments.table.write_text(json.dumps(found, indent=1) + "\n")
+        return
+    config = reader.model.config
+    shape = ModelShape(
+        config.text_config.num_hidden_layers,
+        family=config.model_type,
+        width=config.text_config.hidden_size,
+        vision_width=config.vision_config.hidden_size,
+    )
+    projector = reader.model.model.multi_modal_projector.state_dict()
+    modules, module = begin(shape, projector, side=arguments.side, seed=arguments.seed)
+    data = Data.load("train", arguments.cache)
+    seconds = train(reader, module, data, arguments.steps, arguments.batch, arguments.rate, arguments.seed)
+    names = ("steps", "batch", "rate", "seed")
+    told = {name: getattr(arguments, name) for name in names} | {"samples": len(data.scenes), "seconds": round(seconds)}
+    save_modules(arguments.out, replace(modules, training=told), module, torch.float16)  # what ships is to be small
+
+
+if __name__ == "__main__":
+    main()
