@@ -32,12 +32,8 @@ from eval.reference.train.__main__ import PRACTICE, Data
 from eval.reference.train.packing import IGNORE, PackedText, Packer, attention_mask
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.vocabulary import GRID
-from vtc.core.grids import evenly_spread
-from vtc.core.stage import ModelShape
 from vtc.selectors.learned import save_modules
-from vtc.selectors.learned.llava_mini.method import load_compressor
-from vtc.selectors.learned.llava_mini.module import Compressor
-from vtc.selectors.learned.llava_mini.training import begin
+from vtc.selectors.learned.llava_mini import Compressor, begin, load_compressor
 
 FIRST = 1
 """Position of the first visual token."""
@@ -81,7 +77,8 @@ class Reader:
 
 def replaced(module: Compressor) -> Tokens:
     """Give the tokens of a compressor."""
-    places = evenly_spread((1, GRID, GRID), (1, module.side, module.side))
+    line = (2 * torch.arange(module.side) + 1) * GRID // (2 * module.side)
+    places = (line[:, None] * GRID + line).flatten()  # where the method puts them
 
     def tokens(features: Tensor) -> tuple[Tensor, Tensor]:
         return module(features, (GRID, GRID)), places.expand(len(features), -1)
@@ -206,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.table.write_text(json.dumps(found, indent=1) + "\n")
         return
     config = reader.model.config
-    shape = ModelShape(
+    shape = vtc.ModelShape(
         config.text_config.num_hidden_layers,
         family=config.model_type,
         width=config.text_config.hidden_size,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .method import LlavaMiniSelector
+from .method import LlavaMiniSelector, load_compressor
 from .module import Compressor, Projector, Resampler, sincos_2d
+from .training import begin
 
-__all__ = ["Compressor", "LlavaMiniSelector", "Projector", "Resampler", "sincos_2d"]
+__all__ = ["Compressor", "LlavaMiniSelector", "Projector", "Resampler", "begin", "load_compressor", "sincos_2d"]
