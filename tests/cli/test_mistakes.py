@@ -140,7 +140,7 @@ def test_a_separator_of_lines_inside_of_a_question_ends_no_line(folder: Path) ->
     from vtc.cli.samples import _lines
 
     (folder / "s.jsonl").write_text('{"image": "ok.png", "question": "a\u2028b"}\n', encoding="utf-8")
-    assert [question for _, _, question in _lines(folder / "s.jsonl")] == ["a\u2028b"]
+    assert [more["question"] for _, _, more in _lines(folder / "s.jsonl")] == ["a\u2028b"]
 
 
 def test_a_checkpoint_that_raises_anything_is_named(folder: Path, refused: Callable[..., str]) -> None:
