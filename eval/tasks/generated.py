@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from eval.tasks.base import Sample, Task, Truth, register_task
+from eval.tasks.base import Picture, Sample, Task, Truth, register_task
 from eval.tasks.video import Frames
+
+if TYPE_CHECKING:
+    from eval.tasks.scenes.questions import Question
 
 
 class Generated(Task):
@@ -56,22 +59,10 @@ class ScenesTask(Generated):
         from eval.tasks.scenes.questions import ask
         from eval.tasks.scenes.vocabulary import KINDS
 
-        found = []
+        found: list[Sample] = []
         for index in range(self.pictures):
-            scene = scene_at(self.seed, index)
-            picture = functools.partial(drawn, self.seed, index)
-            for number, question in enumerate(ask(scene, self.per_picture, kinds=self.kinds or KINDS)):
-                found.append(
-                    Sample(
-                        id=f"scene-{index}-{number}",
-                        question=question.text,
-                        images=(picture,),
-                        target=question.answer,
-                        group=f"scene-{index}",
-                        options=question.options,
-                        meta={"kind": question.kind, "index": index},
-                    )
-                )
+            asked = ask(scene_at(self.seed, index), self.per_picture, kinds=self.kinds or KINDS)
+            found += about(f"scene-{index}", asked, images=(functools.partial(drawn, self.seed, index),), index=index)
         return found
 
     def truth(self, sample: Sample) -> Truth:
@@ -113,23 +104,10 @@ class ClipsTask(Generated):
     def samples(self, folder: Path | None) -> Sequence[Sample]:
         from eval.tasks.clips.questions import KINDS, ask
 
-        found = []
+        found: list[Sample] = []
         for index in range(self.pictures):
-            frames = functools.partial(_frames, self.seed, index)
-            for number, question in enumerate(
-                ask(_clip(self.seed, index), self.per_picture, kinds=self.kinds or KINDS)
-            ):
-                found.append(
-                    Sample(
-                        id=f"clip-{index}-{number}",
-                        question=question.text,
-                        video=frames,
-                        target=question.answer,
-                        group=f"clip-{index}",
-                        options=question.options,
-                        meta={"kind": question.kind, "index": index},
-                    )
-                )
+            asked = ask(_clip(self.seed, index), self.per_picture, kinds=self.kinds or KINDS)
+            found += about(f"clip-{index}", asked, video=functools.partial(_frames, self.seed, index), index=index)
         return found
 
     def truth(self, sample: Sample) -> Truth:
@@ -140,6 +118,30 @@ class ClipsTask(Generated):
         clip, side = _clip(self.seed, index), SIDE // 14
         things = tuple(_ends_first(cells(actor, clip.length), side * side) for actor in clip.objects)
         return Truth(things, (clip.length // 2, side, side), (self.seed, index))
+
+
+def about(
+    group: str,
+    asked: Sequence[Question],
+    *,
+    images: tuple[Picture, ...] = (),
+    video: Callable[[], Frames] | None = None,
+    **meta: Any,
+) -> list[Sample]:
+    """Return a sample for each question about one picture or clip."""
+    return [
+        Sample(
+            id=f"{group}-{number}",
+            question=question.text,
+            images=images,
+            video=video,
+            target=question.answer,
+            group=group,
+            options=question.options,
+            meta={"kind": question.kind, **meta},
+        )
+        for number, question in enumerate(asked)
+    ]
 
 
 def _ends_first(tokens: Sequence[int], per_step: int) -> tuple[int, ...]:

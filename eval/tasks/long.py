@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from eval.tasks.base import Sample, Truth, register_task
-from eval.tasks.generated import Generated
+from eval.tasks.generated import Generated, about
 from eval.tasks.video import Frames
 
 if TYPE_CHECKING:
@@ -59,22 +59,11 @@ class LongClipsTask(Generated):
     seed: int = 0
 
     def samples(self, folder: Path | None) -> Sequence[Sample]:
-        found = []
+        found: list[Sample] = []
         for index in range(self.pictures):
-            frames = functools.partial(_frames, self.seed, index)
-            clip = _clip(self.seed, index)
-            for number, question in enumerate(ask(clip, self.per_picture)):
-                found.append(
-                    Sample(
-                        id=f"long-{index}-{number}",
-                        question=question.text,
-                        video=frames,
-                        target=question.answer,
-                        group=f"long-{index}",
-                        options=question.options,
-                        meta={"kind": question.kind, "index": index, "frames": clip.length},
-                    )
-                )
+            clip, frames = _clip(self.seed, index), functools.partial(_frames, self.seed, index)
+            asked = ask(clip, self.per_picture)
+            found += about(f"long-{index}", asked, video=frames, index=index, frames=clip.length)
         return found
 
     def truth(self, sample: Sample) -> Truth:
