@@ -36,7 +36,8 @@ class CompressionConfig:
     positions
         "original": kept tokens keep their position ids and the text continues as if nothing had been removed;
         "compact": positions are renumbered without gaps, as some papers do. Of (t, h, w) positions there is such a
-        numbering only where pictures become smaller at the pixels: that of a prompt with the smaller pictures.
+        numbering only where pictures become smaller at the pixels: that of a prompt with the smaller pictures. What
+        later stages drop of these leaves gaps.
     structural
         "keep" or "drop" newline and separator tokens.
     seed

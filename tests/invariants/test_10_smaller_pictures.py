@@ -145,14 +145,36 @@ def test_compact_positions_in_batches_and_conversations(family: str) -> None:
     assert reference.max_error(reference.stacked_logits(second), reference.stacked_logits(whole)) <= 1e-6
 
 
-def test_compact_positions_need_pictures_that_only_become_smaller() -> None:
+@pytest.mark.parametrize("site", ["decoder", "vision:1"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.modality == "image"], ids=str)
+@torch.no_grad()
+def test_compact_positions_with_later_stages_are_those_of_the_smaller_prompt(family: tiny.Family, site: str) -> None:
+    """A model that is given the smaller prompt, compressed by the later stage alone, says the same."""
+    case = sharp(family)
+    alone = vtc.CompressionConfig("uniform", keep_ratio=0.5, at=site)
+    later = dataclasses.replace(alone, positions="compact")
+    for kind in ("single", "two_images"):
+        for row in case.rows(kind):
+            inputs, pictures = pictured(case, row)
+            with vtc.compressed(case.model, config(0.6, positions="compact")) as model:
+                model(**inputs)
+                given = smaller(case, inputs, pictures, vtc.report(model))
+            given.pop("position_ids")
+            with vtc.compressed(case.model, [config(0.6, positions="compact"), later]) as model:
+                ours = reference.stacked_logits(model.generate(**inputs, **GREEDY))
+                left = [segment.tokens_after for segment in vtc.report(model).segments]
+            with vtc.compressed(case.model, alone) as model:
+                theirs = reference.stacked_logits(model.generate(**given, **GREEDY))
+                assert [segment.tokens_after for segment in vtc.report(model).segments] == left
+            assert reference.max_error(ours, theirs) <= bound(family), kind
+
+
+def test_compact_positions_need_pictures_that_become_smaller() -> None:
     case = build(tiny.family("qwen2_vl"))
-    for more in (
-        vtc.CompressionConfig("random", keep_ratio=0.5, positions="compact"),
-        vtc.CompressionConfig("random", keep_ratio=0.5, positions="compact", at="vision:1"),
-    ):
+    for site in ("decoder", "vision:1"):
+        lonely = vtc.CompressionConfig("random", keep_ratio=0.5, positions="compact", at=site)
         with pytest.raises(ConfigError, match=r"positions='compact' has no meaning for the \(t, h, w\) positions"):
-            vtc.compress(case.model, [config(positions="compact"), more])
+            vtc.compress(case.model, lonely)
     inside = vtc.CompressionConfig("fastv", keep_ratio=0.5, positions="compact")
     with vtc.compressed(case.model, [config(positions="compact"), inside]) as model:
         model(**case.batch("ragged"))

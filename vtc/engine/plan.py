@@ -236,11 +236,10 @@ def make_plan(configs: Sequence[CompressionConfig], adapter: Adapter) -> Plan:
     _check_order(stages)
     if configs[0].positions == "compact":
         resamples = any(stage.stage.action is Action.RESAMPLE for stage in stages)
-        drops = [stage for stage in stages if stage.site.order <= _BEFORE and stage.stage.action is not Action.RESAMPLE]
-        if adapter.multi_axis_positions and (drops or not resamples):
+        if adapter.multi_axis_positions and not resamples:
             raise ConfigError(
                 f"positions='compact' has no meaning for the (t, h, w) positions of {adapter.config.model_type}, but "
-                "where pictures only become smaller before the decoder; use 'original'"
+                "where pictures become smaller (resize); use 'original'"
             )
         if not resamples and not any(isinstance(stage.site, BeforeDecoder) for stage in stages):
             raise ConfigError("positions='compact' renumbers before the language model, but no stage works there")
