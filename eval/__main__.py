@@ -90,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     table.set_defaults(run=_table)
     taken = commands.add_parser("cost", help="write the table of costs of a shape from measurements")
     taken.add_argument("name", choices=tuple(cost.LAYERS))
-    taken.add_argument("--bench", type=Path, required=True, help="what `vtc bench tower --json` wrote")
+    taken.add_argument("--bench", type=Path, help="what `vtc bench tower --json` wrote (the table there is)")
+    taken.add_argument(
+        "--selectors", type=Path, nargs="+", default=[], help="what `vtc bench selectors --json` wrote at every share"
+    )
     taken.set_defaults(run=_cost)
     compare = commands.add_parser("compare", help="paired differences with significance")
     compare.add_argument(
@@ -105,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
     once = commands.add_parser("confirm", help="write a rule down, then compare it on pictures nobody has looked at")
     once.add_argument("rule", nargs="+", metavar="METHOD@SITE=KEEP+...", help="settings to confirm")
-    once.add_argument("--against", nargs="+", default=["random", "uniform"], help="methods (random uniform)")
+    once.add_argument("--against", nargs="+", help="methods (random uniform, without --rival)")
+    once.add_argument(
+        "--rival", nargs="+", default=[], metavar="METHOD@SITE=KEEP+...", help="settings to compare them with, one each"
+    )
     once.add_argument("--task", choices=("scenes", "clips"), default="scenes")
     once.add_argument("--number", type=int, help="of the confirming seed (the first that nobody has looked at)")
     once.add_argument("--locks", type=Path, default=confirm.LOCKS, help="folder of the rules that were written down")
@@ -172,7 +178,8 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="METHOD@SITE=KEEP+...",
-        help="stages at any sites, such as divprune@vision:4=0.5+divprune@decoder=0.5; repeat for more",
+        help="stages at any sites, such as divprune@vision:4=0.5+divprune@decoder=0.5, or with compact positions "
+        '"resize@pixels=0.5+vtc=0.5 compact"; repeat for more',
     )
     parser.add_argument(
         "--keep",
@@ -363,12 +370,20 @@ def _costs(args: argparse.Namespace) -> cost.CostTable | None:
 
 
 def _cost(args: argparse.Namespace) -> int:
-    if not args.bench.is_file():
-        raise vtc.InputError(f"{args.bench}: no such file; make it with `{cost.bench_command(args.name)}`")
-    _, processor = vtc.reference.load("qwen2_5_vl")
-    data = cost.from_bench(args.name, parse_json(args.bench.read_bytes()), processor)
+    path = cost.TABLES / f"{args.name}.json"
+    given = [(args.bench or path, cost.bench_command(args.name))]
+    given += [(file, cost.selectors_command(args.name, cost.SHARES[0])) for file in args.selectors]
+    for file, command in given:
+        if not file.is_file():
+            raise vtc.InputError(f"{file}: no such file; make it with `{command}`")
+    data = parse_json(given[0][0].read_bytes())
+    if args.bench is not None:
+        _, processor = vtc.reference.load("qwen2_5_vl")
+        data = cost.from_bench(args.name, data, processor)
+    if args.selectors:
+        data = cost.with_selectors(data, [parse_json(file.read_bytes()) for file in args.selectors])
     cost.TABLES.mkdir(exist_ok=True)
-    write_text(cost.TABLES / f"{args.name}.json", json.dumps(data, indent=2) + "\n")
+    write_text(path, json.dumps(data, indent=2) + "\n")
     return 0
 
 
@@ -387,7 +402,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _confirm(args: argparse.Namespace) -> int:
-    rule = confirm.rule_of(args.rule, args.against, args.task, args.pictures, args.per_picture)
+    against = args.against or ([] if args.rival else ["random", "uniform"])
+    rule = confirm.rule_of(args.rule, against, args.task, args.pictures, args.per_picture, args.rival)
     model = Path(args.model).name.replace(":", "-")
     out = args.out or Path("results") / f"confirm-{args.task}-{model}-{rule.fingerprint[:12]}"
     job = Job(
@@ -406,7 +422,7 @@ def _confirm(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
         out=out,
-        settings=rule.settings,
+        settings=(*rule.settings, *rule.rivals),
         pictures=args.pictures,
         per_picture=args.per_picture,
         check=args.check,

@@ -22,7 +22,6 @@ from eval.conditions import conditions
 from eval.runs import Run
 from eval.sweep import Job
 from vtc.files import write_text
-from vtc.notation import parse_stages
 from vtc.plain import parse_json
 from vtc.registry import get_selector
 
@@ -41,6 +40,8 @@ class Rule:
         Methods that each setting is compared with, at its budget.
     task : str
     pictures, per_picture : int
+    rivals : tuple of str
+        Settings that the rule's are compared with, one by one: those of equal cost, say. None, or as many.
     """
 
     settings: tuple[str, ...]
@@ -48,6 +49,7 @@ class Rule:
     task: str
     pictures: int
     per_picture: int
+    rivals: tuple[str, ...] = ()
 
     def described(self) -> dict[str, Any]:
         """Return everything that the fingerprint depends on as plain JSON types.
@@ -57,7 +59,7 @@ class Rule:
         ConfigError, UnsupportedMethodError
             A setting is not in the notation, or a method does not exist.
         """
-        methods = {config.method for text in self.settings for config in parse_stages(text)}
+        methods = {config.method for text in (*self.settings, *self.rivals) for config in Run.of_stages(text).plan()}
         files = {path for method in methods for path in _sources(Path(inspect.getfile(type(get_selector(method)))))}
         return {
             "settings": list(self.settings),
@@ -65,6 +67,7 @@ class Rule:
             "task": self.task,
             "pictures": self.pictures,
             "per_picture": self.per_picture,
+            **({"rivals": list(self.rivals)} if self.rivals else {}),
             "sources": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)},
         }
 
@@ -74,8 +77,8 @@ class Rule:
         return hashlib.sha256(json.dumps(self.described(), sort_keys=True).encode()).hexdigest()
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Return the names of the runs to compare: a method, and a setting with the same budget."""
-        found = []
+        """Return the names of the runs to compare: every rival or method of the same budget, and the setting."""
+        found = list(zip(self.rivals, self.settings, strict=False))
         for run in map(Run.of_stages, self.settings):
             for method in self.against:
                 other = Run(method, _short(run.keep_ratio), run.keep_tokens)
@@ -83,14 +86,14 @@ class Rule:
         return found
 
     def budgets(self) -> tuple[float, ...]:
-        """Return the budgets of the settings.
+        """Return the budgets of the settings at which methods are compared with them.
 
         Raises
         ------
         ConfigError
             A setting mixes counts and fractions, so that no other method has the same budget.
         """
-        runs = [Run.of_stages(text) for text in self.settings]
+        runs = [Run.of_stages(text) for text in self.settings if self.against]
         if bare := [run.name for run in runs if run.keep_ratio is None and run.keep_tokens is None]:
             raise vtc.ConfigError(f"{bare[0]} has no one budget that a method could be compared at")
         return tuple(dict.fromkeys(_short(run.keep_ratio) or float(run.keep_tokens or 0) for run in runs))
@@ -156,8 +159,25 @@ def _sources(path: Path, seen: frozenset[Path] = frozenset()) -> frozenset[Path]
     return found
 
 
-def rule_of(settings: Sequence[str], against: Sequence[str], task: str, pictures: int, per_picture: int) -> Rule:
-    """Return the rule, after a look at whether it can be one."""
-    rule = Rule(tuple(dict.fromkeys(settings)), tuple(dict.fromkeys(against)), task, pictures, per_picture)
+def rule_of(
+    settings: Sequence[str],
+    against: Sequence[str],
+    task: str,
+    pictures: int,
+    per_picture: int,
+    rivals: Sequence[str] = (),
+) -> Rule:
+    """Return the rule, after a look at whether it can be one.
+
+    Raises
+    ------
+    ConfigError
+        A setting has no one budget, or there are rivals, but not one for each setting.
+    """
+    if rivals and len(rivals) != len(settings):
+        raise vtc.ConfigError(f"{len(settings)} settings were given, but {len(rivals)} rivals; give one for each")
+    if not rivals:
+        settings = tuple(dict.fromkeys(settings))
+    rule = Rule(tuple(settings), tuple(dict.fromkeys(against)), task, pictures, per_picture, tuple(rivals))
     rule.budgets()
     return rule

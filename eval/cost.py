@@ -1,9 +1,10 @@
 """What a run would cost at the shape of a real checkpoint: the whole call, from picture to first token, in seconds.
 
 Scores are those of a small model, whose own times say nothing about a large one. A committed table holds measured
-seconds of the parts of a call at a true shape, by number of tokens: preprocessing, vision tower and decoder. The cost
-of a run is read off it: the tower by the share of patches that each of its layers sees, the decoder by the mean number
-of tokens in its layers. The selector's own time is not in it.
+seconds of the parts of a call at a true shape, by number of tokens: preprocessing, vision tower, selectors and decoder.
+The cost of a run is read off it: the tower by the share of patches that each of its layers sees, the decoder by the
+mean number of tokens in its layers, the selectors by the share that they keep. What methods read inside the decoder is
+not in it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ TABLES = Path(__file__).parent / "costs"
 LAYERS = {"qwen2.5-vl-3b": 32}
 """Shapes that can be measured, and the layers of their towers."""
 
+WIDTHS = {"qwen2.5-vl-3b": 2048}
+"""Of their embeddings."""
+
 TOKENS = (16, 36, 64, 144, 324, 576)
 """Visual tokens at which a table is measured; costs are those of a picture of the last number."""
+
+SHARES = (0.056, 0.11, 0.25, 0.5)
+"""Shares kept at which selectors are measured, among the largest number of tokens."""
 
 SETTINGS = ("divprune@vision:8=0.5+divprune@decoder=0.5", "divprune@vision:11=0.25+divprune@decoder=0.4")
 """Stages in the tower whose realised share the table takes over."""
@@ -49,6 +56,8 @@ class CostTable:
         Seconds at these numbers.
     realised : float
         What shortening the tower inside saves in fact: the computed time divided by the measured one.
+    selectors : mapping of str to tuple of float
+        Seconds of methods that choose among the largest number of tokens, at `SHARES`.
     conditions : dict
         Machine, versions and commands.
     """
@@ -60,6 +69,7 @@ class CostTable:
     tower: tuple[float, ...]
     decoder: tuple[float, ...]
     realised: float
+    selectors: Mapping[str, tuple[float, ...]]
     conditions: Mapping[str, Any]
 
     @classmethod
@@ -82,7 +92,12 @@ class CostTable:
             data = parse_json(path.read_bytes())
             columns = {key: tuple(data[key]) for key in ("tokens", "preprocessing", "tower", "decoder")}
             return cls(
-                data["name"], data["layers"], **columns, realised=data["realised"], conditions=data["conditions"]
+                data["name"],
+                data["layers"],
+                **columns,
+                realised=data["realised"],
+                selectors={name: tuple(seconds) for name, seconds in data["selectors"].items()},
+                conditions=data["conditions"],
             )
         except (KeyError, TypeError) as error:
             raise vtc.ConfigError(f"{path}: not a table of costs ({error!r})") from error
@@ -93,7 +108,8 @@ class CostTable:
         where = bench["machine"].get("gpu") or f"{bench['machine']['cpu']}, {bench['machine']['threads']} threads"
         return (
             f"{self.name}, a picture of {self.tokens[-1]} visual tokens, {bench.get('text_tokens')} of text, batch 1, "
-            f"{bench.get('dtype')}, {where}; preprocessing, tower and decoder, interpolated; without the selector"
+            f"{bench.get('dtype')}, {where}; preprocessing, tower, selectors and decoder, interpolated; without what "
+            "methods read inside the decoder"
         )
 
     def seconds(self, run: Run, kept: float, tower_layers: int | None) -> float | None:
@@ -112,26 +128,46 @@ class CostTable:
             return None
         whole = self.tokens[-1]
         if run.resizes:
-            small = kept * whole
-            return self._at(self.preprocessing, small) + self._at(self.tower, small) + self._at(self.decoder, small)
-        tower = self._tower(run, whole, tower_layers)
-        if tower is None:
-            return None
-        return self.preprocessing[-1] + tower + self._at(self.decoder, kept * whole)
+            return self._of_smaller_picture(kept * whole) + self._at(self.decoder, kept * whole)
+        tower = self._tower(run, kept, tower_layers)
+        return None if tower is None else tower + self._choosing(run) + self._at(self.decoder, kept * whole)
 
-    def _tower(self, run: Run, whole: int, tower_layers: int | None) -> float | None:
-        seen = np.ones(self.layers)
+    def _of_smaller_picture(self, tokens: float) -> float:
+        return self._at(self.preprocessing, tokens) + self._at(self.tower, tokens)
+
+    def _choosing(self, run: Run) -> float:
+        """Sum what the selectors of a run take, each in proportion to the tokens that it chooses among."""
+        seconds, left = 0.0, 1.0
+        for config in run.plan():
+            share = config.keep_ratio
+            if share is None:
+                share = min(1.0, (config.keep_tokens or 0) / self.tokens[-1])
+            if config.method in self.selectors and share < 1:
+                seconds += left * float(np.interp(share, SHARES, self.selectors[config.method]))
+            left *= share
+        return seconds
+
+    def _tower(self, run: Run, kept: float, tower_layers: int | None) -> float | None:
+        """Return the seconds of preprocessing and tower; None if it is not known how deep a stage of the tower is."""
+        whole, seen, smaller, others = self.tokens[-1], np.ones(self.layers), False, 1.0
         for config in run.plan() if run.stages is not None else ():
             site = config.site
+            if config.method == "resize":
+                smaller = True
+                continue
+            others *= config.keep_ratio or 1.0
             if not isinstance(site, (vtc.Pixels, vtc.VisionLayer)):
                 continue
             if tower_layers is None or config.keep_ratio is None:
                 return None
             first = site.layer if isinstance(site, vtc.VisionLayer) else 0
             seen[round(first / tower_layers * self.layers) :] *= config.keep_ratio
+        if smaller:
+            whole *= min(1.0, kept / others)  # a picture shrinks by whole tokens: what came out, not what was asked for
         if (seen == 1).all():
-            return self.tower[-1]
-        return float(np.mean([self._at(self.tower, share * whole) for share in seen])) / self.realised
+            return self._of_smaller_picture(whole)
+        preprocessing = self._at(self.preprocessing, whole)
+        return preprocessing + float(np.mean([self._at(self.tower, share * whole) for share in seen])) / self.realised
 
     def _at(self, seconds: Sequence[float], tokens: float) -> float:
         """Interpolate; fewer tokens than were measured cost as much as the fewest."""
@@ -142,6 +178,14 @@ def bench_command(name: str) -> str:
     """Return the command that measures tower and decoder."""
     settings = " ".join(f"--setting {text}" for text in SETTINGS)
     return f"vtc bench tower --model {name} --visual-tokens {' '.join(map(str, TOKENS))} {settings} --json bench.json"
+
+
+def selectors_command(name: str, share: float) -> str:
+    """Return the command that measures the selectors at a share kept."""
+    return (
+        f"vtc bench selectors --tokens {TOKENS[-1]} --width {WIDTHS[name]} --keep-ratio {share} "
+        f"--json selectors-{share}.json"
+    )
 
 
 def from_bench(name: str, bench: Mapping[str, Any], processor: Any) -> dict[str, Any]:
@@ -169,8 +213,38 @@ def from_bench(name: str, bench: Mapping[str, Any], processor: Any) -> dict[str,
         "tower": [each["front"]["median"] for each in plain],
         "decoder": [each["decoder"] for each in plain],
         "realised": statistics.median(inside) if inside else 1.0,
+        "selectors": {},
         "conditions": {"bench": bench["conditions"], "preprocessing": conditions()},
     }
+
+
+def with_selectors(table: Mapping[str, Any], selectors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a table with the selectors' seconds, of the results of `selectors_command` at each of `SHARES`.
+
+    Raises
+    ------
+    ConfigError
+        A share is missing, or the results are of another shape or benchmark.
+    """
+    name, tokens = table["name"], table["tokens"][-1]
+    by_share = {each.get("conditions", {}).get("keep_ratio"): each for each in selectors}
+    if missing := [share for share in SHARES if share not in by_share]:
+        raise vtc.ConfigError(
+            "no results of `vtc bench selectors` at every share; measure the missing ones with "
+            + ", ".join(f"`{selectors_command(name, share)}`" for share in missing)
+        )
+    seconds: dict[str, list[float]] = {}
+    for share in SHARES:
+        for each in by_share[share]["results"]:
+            if (each["tokens"], each["width"]) == (tokens, WIDTHS[name]):
+                seconds.setdefault(each["method"], []).append(each["ours"]["median"])
+    if not seconds or any(len(found) != len(SHARES) for found in seconds.values()):
+        raise vtc.ConfigError(
+            f"the results of `vtc bench selectors` are not of the same methods, {tokens} tokens and a width of "
+            f"{WIDTHS[name]} at every share"
+        )
+    measured = {**table["conditions"], "selectors": by_share[SHARES[0]]["conditions"]}
+    return {**table, "selectors": seconds, "conditions": measured}
 
 
 def _preprocessing(processor: Any, tokens: int, repeats: int = 5) -> float:

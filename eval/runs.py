@@ -19,7 +19,7 @@ BASELINES = ("random", "uniform", "pool", "resize")
 BOUNDS = ("oracle", "anti-oracle")
 """Selections that use the ground truth of a generated task: the upper and lower bound of a method, not methods."""
 
-_BLIND, _RESIZE = "blind", "resize"
+_BLIND, _RESIZE, _COMPACT = "blind", "resize", " compact"
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,22 @@ class Run:
     def of_stages(cls, text: str) -> Run:
         """Return a run of stages in the notation of `vtc.notation`; its budget is what is left behind all of them.
 
+        A blank and the word "compact" behind the stages ask for compact positions.
+
         Raises
         ------
         ConfigError
             The text is not in this notation.
         """
+        name, text = text, text.removesuffix(_COMPACT)
+        positions = "original" if name == text else "compact"
         configs = parse_stages(text)
         method = "+".join(setting for setting, _ in split_stages(text))
         if configs[-1].keep_tokens is not None:
-            return cls(method, keep_tokens=configs[-1].keep_tokens, stages=text)
+            return cls(method, keep_tokens=configs[-1].keep_tokens, positions=positions, stages=text)
         shares = [config.keep_ratio for config in configs if config.keep_ratio is not None]
-        return cls(method, keep_ratio=math.prod(shares) if len(shares) == len(configs) else None, stages=text)
+        share = math.prod(shares) if len(shares) == len(configs) else None
+        return cls(method, keep_ratio=share, positions=positions, stages=text)
 
     @property
     def name(self) -> str:
@@ -72,7 +77,7 @@ class Run:
         if self.method == _BLIND:
             return _BLIND
         if self.stages is not None:
-            return self.stages
+            return self.stages + (_COMPACT if self.positions == "compact" else "")
         keep = f"{self.keep_ratio:g}" if self.keep_ratio is not None else f"{self.keep_tokens} tokens"
         extra = "".join(f" {key}={value}" for key, value in sorted(self.options.items()))
         return f"{self.method} {keep}{'' if self.positions == 'original' else ' ' + self.positions}{extra}"
@@ -93,7 +98,8 @@ class Run:
         if self.method in (None, _BLIND, _RESIZE):
             return []
         if self.stages is not None:
-            return [dataclasses.replace(config, seed=seed) for config in parse_stages(self.stages)]
+            shared = {"seed": seed, "positions": self.positions}
+            return [dataclasses.replace(config, **shared) for config in parse_stages(self.stages)]
         config = CompressionConfig(
             self.method,
             keep_ratio=self.keep_ratio,
@@ -208,7 +214,7 @@ def supported_runs(
         except (vtc.UnsupportedMethodError, vtc.ConfigError) as error:
             errors[run.name] = error
     for name in requested:
-        asked = [run for run in runs if name in (run.method, run.stages)]
+        asked = [run for run in runs if name in (run.method, run.stages, run.name)]
         refused = [errors[run.name] for run in asked if run.name in errors]
         if refused and not any(run in supported for run in asked):
             raise refused[0]

@@ -138,6 +138,10 @@ def test_stages_have_readable_names_and_one_budget() -> None:
     ]
     counted = Run.of_stages("random@vision:4=0.5+uniform=64")
     assert (counted.keep_ratio, counted.keep_tokens, counted.plan()[1].at) == (None, 64, None)
+    smaller = Run.of_stages("resize@pixels=0.5+vtc=0.5 compact")
+    assert smaller.name == "resize@pixels=0.5+vtc=0.5 compact"
+    assert [config.positions for config in smaller.plan()] == ["compact", "compact"]
+    assert Run.from_dict(smaller.to_dict()) == smaller
     for text in ("divprune@=0.5", "divprune", "=0.5", "divprune@decoder=many"):
         with pytest.raises(vtc.ConfigError, match="METHOD@SITE=KEEP"):
             Run.of_stages(text)

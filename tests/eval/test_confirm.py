@@ -53,6 +53,17 @@ def test_a_second_look_with_another_rule_is_refused(tmp_path: Path) -> None:
 RULE_FIELDS = (RULE.settings, RULE.against, RULE.task)
 
 
+def test_settings_are_compared_with_rivals_one_by_one(tmp_path: Path) -> None:
+    settings, rivals = ("resize@pixels=0.5+vtc=0.5 compact", "vtc=0.3"), ("resize@pixels=0.4 compact", "random=0.5")
+    rule = confirm.rule_of(settings, (), "scenes", 2, 2, rivals)
+    assert rule.pairs() == list(zip(rivals, settings, strict=True))
+    assert rule.budgets() == ()
+    assert "resize.py" in rule.described()["sources"]
+    assert rule.fingerprint != confirm.rule_of(settings, (), "scenes", 2, 2, rivals[::-1]).fingerprint
+    with pytest.raises(vtc.ConfigError, match="2 settings were given, but 1 rivals"):
+        confirm.rule_of(settings, (), "scenes", 2, 2, rivals[:1])
+
+
 def test_the_source_of_the_selectors_is_part_of_the_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sources = Rule(("fastv@decoder:2=0.5", "aim=0.25"), ("uniform",), "scenes", 2, 2).described()["sources"]
     assert {"fastv.py", "aim.py", "schedule.py"} <= set(sources), "files beside them that they import, too"

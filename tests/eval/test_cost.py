@@ -27,6 +27,7 @@ MADE = {
     "tower": [1.0, 10.0],
     "decoder": [2.0, 20.0],
     "realised": 0.8,
+    "selectors": {},
     "conditions": {
         "bench": {"machine": {"cpu": "made up", "threads": 1}, "text_tokens": 64, "dtype": "bfloat16"},
         "preprocessing": {},
@@ -53,6 +54,26 @@ def test_a_run_costs_its_parts(table: CostTable) -> None:
     assert table.seconds(stages, 0.25, None) is None, "at which depth is not known"
     assert table.seconds(Run.of_stages("uniform@pixels=0.5"), 0.5, None) is None
     assert table.seconds(Run.of_stages("uniform@decoder=0.5"), 0.5, None) == pytest.approx(21.0)
+
+
+def test_selectors_cost_what_they_choose_among(tmp_path: Path) -> None:
+    made = {**MADE, "selectors": {"divprune": [0.1, 0.2, 0.3, 0.4], "vtc": [0.5, 0.6, 0.7, 0.8]}}
+    (tmp_path / "qwen2.5-vl-3b.json").write_text(json.dumps(made))
+    table = CostTable.load("qwen2.5-vl-3b", tmp_path)
+    assert table.seconds(FULL, 1.0, 12) == pytest.approx(31.0), "nothing is chosen"
+    assert table.seconds(Run("divprune", 0.25), 0.25, 12) == pytest.approx(1 + 10 + 0.3 + 5)
+    assert table.seconds(Run("divprune", keep_tokens=25), 0.25, 12) == pytest.approx(1 + 10 + 0.3 + 5)
+    assert table.seconds(Run("vtc", 0.375), 0.375, 12) == pytest.approx(1 + 10 + 0.75 + 7.5)
+    stages = Run.of_stages("divprune@vision:0=0.5+vtc@decoder=0.5")
+    assert table.seconds(stages, 0.25, 12) == pytest.approx(1 + 5 / 0.8 + 0.4 + 0.5 * 0.8 + 5)
+
+
+def test_a_picture_that_shrinks_by_whole_tokens_costs_what_came_out(table: CostTable) -> None:
+    stages = Run.of_stages("resize@pixels=0.5+vtc@decoder=0.5")
+    asked = table.seconds(stages, 0.25, 12)
+    came_out = table.seconds(stages, 0.2, 12)
+    assert asked == pytest.approx(0.5 + 5 + 5)
+    assert came_out == pytest.approx(0.4 + 4 + 4)
 
 
 def test_costs_stand_in_table_and_plot(table: CostTable, tmp_path: Path) -> None:
@@ -110,3 +131,23 @@ def test_the_table_is_made_of_what_the_bench_wrote(tmp_path: Path, monkeypatch: 
     assert 0 < table.preprocessing[0] < 1
     with pytest.raises(vtc.ConfigError, match="no results"):
         cost.from_bench("qwen2.5-vl-3b", {"results": []}, None)
+
+
+def test_selectors_are_added_to_the_table_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "TABLES", tmp_path)
+    (tmp_path / "qwen2.5-vl-3b.json").write_text(json.dumps({**MADE, "tokens": [10, 576]}))
+    files = []
+    for share in cost.SHARES:
+        each = {"method": "vtc", "tokens": 576, "width": 2048, "ours": {"median": share}}
+        files.append(tmp_path / f"{share}.json")
+        files[-1].write_text(json.dumps({"conditions": {"keep_ratio": share}, "results": [each]}))
+    assert main(["cost", "qwen2.5-vl-3b", "--selectors", *map(str, files)]) == 0
+    assert CostTable.load("qwen2.5-vl-3b", tmp_path).selectors == {"vtc": cost.SHARES}
+    table = json.loads((tmp_path / "qwen2.5-vl-3b.json").read_text())
+    assert table["conditions"]["bench"] == MADE["conditions"]["bench"]
+    results = [json.loads(file.read_text()) for file in files]
+    with pytest.raises(vtc.ConfigError, match=r"keep-ratio 0.5 "):
+        cost.with_selectors(table, results[:-1])
+    results[0]["results"][0]["width"] = 64
+    with pytest.raises(vtc.ConfigError, match="same methods"):
+        cost.with_selectors(table, results)
