@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ import torch
 
 import vtc
 from tests.integrations import vllm_checkpoints
+from vtc.integrations.vllm import choosing, tower
+from vtc.integrations.vllm.settings import methods, planned
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed (see docs/serving.md)")
@@ -53,7 +55,7 @@ COMPACT = ("llava", "llava_next", "llava_onevision", "internvl")
 
 METHODS = (
     {"vtc_method": "divprune", "vtc_keep_ratio": 0.25},
-    {"vtc_keep_ratio": 0.5, "vtc_quality": "none"},  # merges
+    {"vtc_keep_ratio": 0.5},  # merges, by [CLS] attention where there is one
     {"vtc_method": "random", "vtc_keep_tokens": 5, "vtc_seed": 3},
 )
 
@@ -66,6 +68,7 @@ class Engine:
     llm: Any
     model: Any
     processor: Any
+    kept: list[list[int]] = field(default_factory=list)
 
     def ask(self, prompts: Sequence[dict[str, Any]]) -> list[tuple[int, list[int]]]:
         """Prompt tokens and answers of vLLM, asked for at once."""
@@ -93,6 +96,7 @@ class Engine:
         with vtc.compressed(self.model, options.pop("method", "vtc"), **options):
             self._generate(inputs)
             report = vtc.report(self.model)
+            self.kept = [segment.kept.tolist() for segment in report.segments]
             left = report.visual_tokens_before - round(report.average_visual_tokens)
             return inputs["input_ids"].shape[1] - left, self._answer
 
@@ -194,6 +198,57 @@ def test_answers_about_videos_are_those_of_the_library(engine: Engine, settings:
     full = [prompt(engine.family, {}, video=clip(4))]
     for asked in (prompts, full):
         assert engine.ask(asked) == [engine.expected(each) for each in asked]
+
+
+def test_what_is_read_of_the_tower_is_what_the_library_reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method that reads layers of the tower keeps the same tokens, and the answers are the same."""
+    kept: list[list[int]] = []
+
+    def choose_rows(*args: Any) -> Any:
+        found = choosing.choose_rows(*args)
+        kept.append(found[0].tolist())
+        return found
+
+    monkeypatch.setattr("vtc.integrations.vllm.models.choose_rows", choose_rows)
+    adapter = tower.adapter_of(vllm_checkpoints.config_of(engine.family))
+    cls = adapter.prefix_tokens("image") > 0
+    asked = [{"vtc_method": name} for name in methods(adapter) if reads_tower(name, adapter)]
+    assert len(asked) >= (10 if cls else 4)
+    asked += [{"vtc_method": "visionzip", "vtc_score_source": "received"}]
+    asked += [{"vtc_method": "vtc-cls", "vtc_start_layer": -3, "vtc_score_source": "cls" if cls else "received"}]
+    prompts = [
+        prompt(engine.family, {**given, "vtc_keep_ratio": 0.4}, [picture(100 + number, 40, 24), picture(200 + number)])
+        for number, given in enumerate(asked)
+    ]
+    answers, expected = engine.ask(prompts), []
+    for one, given, answer in zip(prompts, asked, answers, strict=True):
+        assert answer == engine.expected(one), given
+        expected += engine.kept
+    assert sorted(kept) == sorted(expected)
+
+
+def reads_tower(name: str, adapter: Any) -> bool:
+    return tower.reads_tower(planned(vtc.CompressionConfig(name, keep_ratio=0.4), adapter))
+
+
+def test_videos_are_read_by_the_tower_too(engine: Engine) -> None:
+    if engine.family in ("llava", "llava_next"):
+        pytest.skip("takes no videos")
+    given = {"vtc_method": "visionzip", "vtc_keep_ratio": 0.4, "vtc_score_source": "received"}
+    prompts = [prompt(engine.family, given, video=clip(9)), prompt(engine.family, given, [picture(9)], clip(9))]
+    assert engine.ask(prompts) == [engine.expected(each) for each in prompts]
+
+
+def test_settings_that_read_the_tower_and_others_share_a_run(engine: Engine) -> None:
+    """Pictures of several requests are encoded at once, each with what its own method reads."""
+    given = [
+        {"vtc_method": "visionzip", "vtc_keep_ratio": 0.4, "vtc_score_source": "received"},
+        {},
+        METHODS[0],
+        {"vtc_method": "hiprune", "vtc_keep_ratio": 0.25},
+    ]
+    prompts = [prompt(engine.family, each, [picture(300 + number)]) for number, each in enumerate(given)]
+    assert engine.ask(prompts) == [engine.expected(each) for each in prompts]
 
 
 def test_settings_in_turn_do_not_mix(engine: Engine) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import vtc
+from tests import tiny
 from vtc import registry
 from vtc.cli import main
-from vtc.core.observations import TokenGrids
-from vtc.integrations.vllm import choosing, families, settings
+from vtc.core.observations import TokenGrids, VisionAttention, VisionHidden
+from vtc.core.signals import MeanKeys
+from vtc.integrations.vllm import choosing, families, settings, tower
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -107,7 +109,7 @@ def test_equal_settings_are_written_alike() -> None:
         ),
         ({"method": "fastv", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it works at 'decoder:2'"),
         ({"method": "cdpruner", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it reads text_embeds"),
-        ({"method": "visionzip", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "cls_attention"),
+        ({"method": "prumerge", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it decides itself how many"),
         ({"method": "h2o", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "key-value caches"),
         ({"method": "pixelprune", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it works at 'pixels'"),
     ],
@@ -119,14 +121,49 @@ def test_what_cannot_run_is_refused_by_name(layer: dict[str, Any], error: type[E
         assert "divprune" in str(caught.value)  # what would work
 
 
-def test_the_methods_are_those_that_read_features_alone() -> None:
+def test_the_methods_are_those_that_read_the_tower_at_most() -> None:
     found = settings.methods()
-    assert {"divprune", "vtc", "evs", "vidcom2", "random", "uniform", "pool"} <= set(found)
+    assert {"divprune", "vtc", "evs", "vidcom2", "random", "uniform", "pool", "visionzip", "vtc-cls"} <= set(found)
     for name in found:
         (stage,) = registry.get_selector(name).stages(None, 0.25)
         assert str(stage.site) == "decoder"
-        assert all(signal.reads is TokenGrids for signal in stage.requires)
-    assert not {"fastv", "tome", "snapkv", "visionzip", "rediprune", "atp"} & set(found)
+        assert all(signal.reads in (TokenGrids, VisionAttention, VisionHidden) for signal in stage.requires)
+    assert not {"fastv", "tome", "snapkv", "prumerge", "cdpruner", "rediprune", "atp", "aim"} & set(found)
+
+
+def test_a_model_settles_what_a_method_reads() -> None:
+    llava, qwen = (tower.adapter_of(tiny.ARCHITECTURES[name].config()) for name in ("llava", "qwen2_5_vl"))
+    assert {"visionzip", "vtc"} <= set(settings.methods(llava))
+    assert {"divprune", "vtc", "hiprune"} <= set(settings.methods(qwen))
+    assert "visionzip" not in settings.methods(qwen)
+    default = vtc.CompressionConfig("vtc", keep_ratio=0.5)
+    assert tower.reads_tower(settings.planned(default, llava))
+    assert not tower.reads_tower(settings.planned(default, qwen))
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "message"),
+    [
+        (
+            "qwen2_5_vl",
+            {"method": "visionzip"},
+            "no .CLS. token; try score_source=.received.*Inside vLLM, use.*evs",
+        ),
+        ("llava", {"method": "vscan"}, "it works at 'decoder:2'"),
+        ("llava", {"method": "aim"}, "it works at 'decoder:3'"),
+        ("llava", {"method": "todre"}, "it works at 'decoder:3'"),
+        ("llava", {"method": "needs_last_layer"}, "tower layer 3, and vLLM builds the tower up to layer 2"),
+    ],
+)
+def test_what_a_model_lacks_is_named(
+    family: str, layer: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if layer["method"] == "needs_last_layer":
+        monkeypatch.setattr(registry.get_selector("visionzip").__class__, "beside", (MeanKeys((-1,)),))
+        layer = {"method": "visionzip"}
+    adapter = tower.adapter_of(tiny.ARCHITECTURES[family].config())
+    with pytest.raises(vtc.UnsupportedMethodError, match=message):
+        settings.resolve({**layer, "keep_ratio": 0.5}, adapter=lambda: adapter)
 
 
 # -------------------------------------------------------------------------------------------------- counts and choices
@@ -142,7 +179,11 @@ def test_the_count_is_known_before_the_features(method: str, modality: str) -> N
         config = settings.resolve({"method": method}, given)
         assert config is not None
         stage = settings.planned(config)
-        kept, out = choosing.choose_rows(stage, choosing.Visual(modality, grids), rows)
+        signals = {
+            signal: torch.rand(n, max(1, len(signal.vision_layers(24, 22))), 4)
+            for signal in tower.tower_signals(stage, modality)
+        }
+        kept, out = choosing.choose_rows(stage, choosing.Visual(modality, grids), rows, None, signals)
         assert len(kept) == len(out) == choosing.kept_count(stage, n)
 
 

@@ -152,13 +152,7 @@ class Adapter(ABC):
         UnsupportedModelError
             The tower has none that can be recognised.
         """
-        attentions = self.tower_attentions(modality)
-        for module in self.tower(modality).modules():
-            if isinstance(module, nn.ModuleList) and len(module) == len(attentions):
-                pairs = zip(module, attentions, strict=True)
-                if all(any(part is attention for part in block.modules()) for block, attention in pairs):
-                    return list(module)
-        raise UnsupportedModelError(f"no list of layers found in {type(self.tower(modality)).__name__}")
+        return layers_around(self.tower(modality), self.tower_attentions(modality))
 
     def why_not(self, signal: Signal, modality: str) -> str | None:
         """Say in one clause why `signal` cannot be supplied for `modality`; None if it can."""
@@ -326,6 +320,22 @@ class Adapter(ABC):
         """
         width, height = size
         return min(tile_grids(count), key=lambda grid: abs(grid[1] / grid[0] - width / height))
+
+
+def layers_around(tower: nn.Module, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the layers that these attention modules of a tower belong to, one each.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The tower has no list of such layers.
+    """
+    for module in tower.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == len(attentions):
+            pairs = zip(module, attentions, strict=True)
+            if all(any(part is attention for part in block.modules()) for block, attention in pairs):
+                return list(module)
+    raise UnsupportedModelError(f"no list of layers found in {type(tower).__name__}")
 
 
 def tile_grids(count: int) -> Iterator[tuple[int, int]]:

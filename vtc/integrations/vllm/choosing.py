@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vtc.core.grids import Grid, count_tokens
+from vtc.core.signals import Signal
 from vtc.engine.choose import choose
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Segment
@@ -40,7 +42,13 @@ def kept_count(stage: PlannedStage, rows: int, structural: int = 0) -> int:
     return stage.budget(rows - structural) + (structural if stage.config.structural == "keep" else 0)
 
 
-def choose_rows(stage: PlannedStage, visual: Visual, rows: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+def choose_rows(
+    stage: PlannedStage,
+    visual: Visual,
+    rows: Tensor,
+    width: int | None = None,
+    signals: Mapping[Signal, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Let a method choose, and merge where it merges.
 
     Parameters
@@ -52,6 +60,8 @@ def choose_rows(stage: PlannedStage, visual: Visual, rows: Tensor, width: int | 
         looked at, and never merged.
     width
         None: all columns are features.
+    signals
+        Those of the tower, (n, ...) each.
 
     Returns
     -------
@@ -77,7 +87,7 @@ def choose_rows(stage: PlannedStage, visual: Visual, rows: Tensor, width: int | 
         grids=visual.grids,
         structural=structural,
         features=rows[scorable, :width],
-        signals={},
+        signals={signal: value[scorable.to(value.device)] for signal, value in (signals or {}).items()},
         kept=scorable,
     )
     segment.add_grid_signals(stage.stage.requires)

@@ -5,12 +5,16 @@ Every class is vLLM's own with `Compressed` over it. A family says how the rows 
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from contextlib import ExitStack
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
@@ -18,14 +22,17 @@ from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditio
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
 
+from vtc.core.signals import Signal, VisionSignal
 from vtc.engine.plan import PlannedStage
 from vtc.errors import UnsupportedModelError
 from vtc.integrations.vllm.choosing import Visual, choose_rows
 from vtc.integrations.vllm.processing import Processor, field_of, stages_of, with_processor
+from vtc.integrations.vllm.tower import Seen, Tower, adapter_of, reads_tower, tower_signals
 
 __all__ = ["Compressed", "VtcInternVL", "VtcLlava", "VtcLlavaNext", "VtcLlavaOnevision"]
 
 MODALITIES = ("image", "video")
+_LOG = logging.getLogger(__name__)
 
 
 class Compressed:
@@ -36,6 +43,21 @@ class Compressed:
 
     # Recorded graphs of the encoder would be replayed without what comes behind it.
     supports_encoder_cudagraph: ClassVar[bool] = False
+    vtc_packed: ClassVar[bool] = False  # whether all pictures enter the tower as one sequence
+    vtc_config: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        compilation = vllm_config.compilation_config
+        if compilation.compile_mm_encoder:
+            _LOG.warning("vtc reads layers of the vision tower: it runs without compile_mm_encoder.")
+            compilation.compile_mm_encoder = False
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.vtc_config = vllm_config.model_config.hf_config
+
+    @functools.cached_property
+    def vtc_tower(self) -> Tower:
+        """The vision tower, as methods read it."""
+        return Tower(adapter_of(self.vtc_config), cast(nn.Module, self), MMEncoderAttention, packed=self.vtc_packed)
 
     def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
         """Say how the rows (n, D) of one item lie.
@@ -57,10 +79,16 @@ class Compressed:
         raise NotImplementedError
 
     def vtc_item(
-        self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any], stage: PlannedStage | None
+        self,
+        modality: str,
+        rows: Tensor,
+        index: int,
+        inputs: Mapping[str, Any],
+        stage: PlannedStage | None,
+        signals: Mapping[Signal, Tensor],
     ) -> Tensor:
         """Return what goes into the prompt for one item, (K, D)."""
-        return rows if stage is None else self.vtc_chosen(modality, rows, index, inputs, stage)[1]
+        return rows if stage is None else self.vtc_chosen(modality, rows, index, inputs, stage, signals)[1]
 
     def vtc_chosen(
         self,
@@ -69,6 +97,7 @@ class Compressed:
         index: int,
         inputs: Mapping[str, Any],
         stage: PlannedStage,
+        signals: Mapping[Signal, Tensor],
         width: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Choose among the rows of one item; return which stay, (K,), and them, (K, D)."""
@@ -78,28 +107,77 @@ class Compressed:
             size = sum(map(math.prod, visual.grids))
             if visual.structural is not None:
                 size = len(visual.structural)
-            stays, part = choose_rows(stage, visual, rows[start : start + size], width)
+            here = slice(start, start + size)
+            own = {signal: value[here] for signal, value in signals.items()}
+            stays, part = choose_rows(stage, visual, rows[here], width, own)
             kept.append(stays + start)
             parts.append(part)
             start += size
         return torch.cat(kept), torch.cat(parts)
 
+    def vtc_carried(self, modality: str, inputs: Mapping[str, Any], patches: Tensor) -> Tensor:
+        """Make of values of the patches of all items, (crops, M, C), those of their rows, (total, C)."""
+        return self.vtc_tower.adapter.patches_to_tokens(modality, inputs, patches)
+
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Encode, and leave rows out of the result."""
         fields = {modality: kwargs.pop(field_of(modality), None) for modality in MODALITIES}
-        rows = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        items = [
-            (modality, index, stage)
+        stages = {
+            modality: stages_of(field, self.vtc_config)
             for modality in _in_order(kwargs)
             if (field := fields[modality]) is not None
-            for index, stage in enumerate(stages_of(field))
-        ]
-        if not items:
+        }
+        wanted = {modality: self._vtc_signals(modality, each) for modality, each in stages.items()}
+        with ExitStack() as watching:
+            # A setting of one picture is none of another's, but what they read is seen in one run of the tower.
+            seen = {
+                modality: watching.enter_context(self.vtc_tower.observed(signals, self.vtc_tower.encoded_as(modality)))
+                for modality, signals in wanted.items()
+                if signals
+            }
+            rows = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        if not stages:
             return rows
-        return tuple(
-            self.vtc_item(modality, part, index, kwargs, stage)
-            for part, (modality, index, stage) in zip(rows, items, strict=True)
-        )
+        done, left = [], list(rows)
+        for run, (modality, each) in enumerate(stages.items()):
+            mine, left = left[: len(each)], left[len(each) :]
+            lengths, runs = [len(part) for part in mine], (run, len(stages))  # the tower runs once per modality
+            signals = {
+                signal: self._vtc_values(seen[modality], runs, signal, modality, kwargs).split(lengths)
+                for signal in wanted[modality]
+            }
+            done += [
+                self.vtc_item(
+                    modality,
+                    part,
+                    index,
+                    kwargs,
+                    stage,
+                    {} if stage is None else {x: signals[x][index] for x in self._vtc_signals(modality, [stage])},
+                )
+                for index, (part, stage) in enumerate(zip(mine, each, strict=True))
+            ]
+        return tuple(done)
+
+    def _vtc_signals(self, modality: str, stages: Sequence[PlannedStage | None]) -> list[VisionSignal]:
+        """Return the signals of the tower that some of these stages read, each once."""
+        reading = [stage for stage in stages if stage is not None and reads_tower(stage)]
+        if not reading:
+            return []
+        encoded = self.vtc_tower.encoded_as(modality)
+        return list(dict.fromkeys(signal for stage in reading for signal in tower_signals(stage, encoded)))
+
+    def _vtc_values(
+        self,
+        seen: Seen,
+        runs: tuple[int, int],
+        signal: VisionSignal,
+        modality: str,
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        encoded = self.vtc_tower.encoded_as(modality)
+        carry = functools.partial(self.vtc_carried, encoded, inputs)
+        return self.vtc_tower.values(seen, runs, signal, encoded, carry)
 
 
 def _in_order(inputs: Mapping[str, Any]) -> Iterator[str]:
@@ -184,7 +262,7 @@ class AnyRes(Compressed):
     """Mixin over model classes of these families."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vtc_info = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config)
 
     def vtc_side(self) -> int:
@@ -209,6 +287,19 @@ class VtcLlavaNext(AnyRes, LlavaNextForConditionalGeneration):
 @with_processor(AnyResProcessor)
 class VtcLlavaOnevision(AnyRes, LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision: pictures as in LLaVA-NeXT, frames of videos at half their size."""
+
+    def vtc_carried(self, modality: str, inputs: Mapping[str, Any], patches: Tensor) -> Tensor:
+        videos = inputs.get("pixel_values_videos")
+        if modality != "video" or isinstance(videos, Tensor):
+            return super().vtc_carried(modality, inputs, patches)
+        parts = patches.split([len(video) for video in videos or ()])  # with unequal numbers of frames
+        carry = super().vtc_carried
+        return torch.cat(
+            [
+                carry(modality, {"pixel_values_videos": video[None]}, part)
+                for video, part in zip(videos or (), parts, strict=True)
+            ]
+        )
 
     def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
         if modality != "video":

@@ -17,10 +17,12 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import InputProcessingContext, PromptUpdateDetails
 
+from vtc.adapters.base import Adapter
 from vtc.engine.plan import PlannedStage
-from vtc.errors import ConfigError, VtcError
+from vtc.errors import ConfigError, UnsupportedMethodError, VtcError
 from vtc.integrations.vllm.choosing import kept_count
-from vtc.integrations.vllm.settings import RESOLVED, from_environment, parse, resolve, split, written
+from vtc.integrations.vllm.settings import RESOLVED, from_environment, parse, planned, resolve, split, written
+from vtc.integrations.vllm.tower import adapter_of, reads_tower
 
 __all__ = ["Processor", "RequestError", "field_of", "stages_of", "with_processor"]
 
@@ -35,13 +37,13 @@ def field_of(modality: str) -> str:
     return f"vtc_{modality}"
 
 
-def stages_of(field: Tensor | Sequence[Tensor]) -> list[PlannedStage | None]:
-    """Read the settings of items, one row of bytes each; None: all tokens stay."""
-    return [_stage(bytes(row.tolist()).decode()) for row in field]
+def stages_of(field: Tensor | Sequence[Tensor], config: Any) -> list[PlannedStage | None]:
+    """Read the settings of items, one row of bytes each, for a model of this configuration; None: all tokens stay."""
+    return [_stage(bytes(row.tolist()).decode(), config) for row in field]
 
 
-def _stage(text: str) -> PlannedStage | None:
-    return None if text == _KEEP_ALL else parse(text)
+def _stage(text: str, config: Any) -> PlannedStage | None:
+    return None if text == _KEEP_ALL else parse(text, adapter_of(config))
 
 
 class _Own(str):
@@ -96,13 +98,28 @@ class Processor:
         ConfigError, UnsupportedMethodError
             They, or those of the server, cannot be carried out.
         """
-        config = resolve(self.vtc_environment, self.vtc_server, given)
-        if config is not None and self.vtc_pruned_by_vllm:
+        config = resolve(self.vtc_environment, self.vtc_server, given, adapter=self.vtc_adapter)
+        if config is None:
+            return _KEEP_ALL
+        if self.vtc_pruned_by_vllm:
             raise ConfigError(
                 "--video-pruning-rate is vLLM's own pruning of videos, which does not go together with that of vtc: "
                 "leave it out, or the settings of vtc."
             )
-        return _KEEP_ALL if config is None else written(config)
+        mm_config = self.info.ctx.get_mm_config()
+        backend = getattr(mm_config.mm_encoder_attn_backend, "name", None)
+        hidden = "--mm-encoder-tp-mode data" if mm_config.mm_encoder_tp_mode == "data" else None
+        hidden = "--mm-encoder-attn-backend FLASHINFER" if backend == "FLASHINFER" else hidden
+        if hidden is not None and reads_tower(planned(config, self.vtc_adapter())):
+            raise UnsupportedMethodError(
+                f"{config.method} reads the layers of the vision tower, which {hidden} hides from vtc: leave that "
+                "out, or take a method that reads features alone, such as divprune."
+            )
+        return written(config)
+
+    def vtc_adapter(self) -> Adapter:
+        """Return the library's adapter of the model."""
+        return adapter_of(self.info.get_hf_config())
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Process one prompt with its pictures and videos, once the settings are resolved."""
@@ -136,7 +153,7 @@ class Processor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[Any]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        stage = _stage(str(hf_processor_mm_kwargs.get(RESOLVED, _KEEP_ALL)))
+        stage = _stage(str(hf_processor_mm_kwargs.get(RESOLVED, _KEEP_ALL)), self.info.get_hf_config())
         if self.vtc_pruned_by_vllm:
             return updates
         return [

@@ -18,6 +18,7 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration,
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldElem, MultiModalKwargsItem, PlaceholderRange
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from vtc.core.signals import Signal
 from vtc.engine.plan import PlannedStage
 from vtc.integrations.vllm.choosing import Visual, kept_count
 from vtc.integrations.vllm.models import Compressed
@@ -37,6 +38,7 @@ def _always() -> bool:
 class KeepsPositions(Compressed):
     """Mixin over a model class with (t, h, w) positions."""
 
+    vtc_packed: ClassVar[bool] = True
     supports_multimodal_pruning: ClassVar[bool] = True  # vLLM's mark of classes that have `recompute_mrope_positions`
     vtc_steps_aside: bool
 
@@ -46,7 +48,7 @@ class KeepsPositions(Compressed):
         if not steps_aside:
             # For the runner, and for tables of positions, rows with columns are what pruned videos are.
             config.__dict__["is_multimodal_pruning_enabled"] = _always
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vtc_steps_aside = steps_aside
         if not steps_aside:
             self.is_multimodal_pruning_enabled = False  # the family's own code must not prune, too
@@ -92,12 +94,18 @@ class KeepsPositions(Compressed):
         return {name: inputs[name][index] for name in names if inputs.get(name) is not None}
 
     def vtc_item(
-        self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any], stage: PlannedStage | None
+        self,
+        modality: str,
+        rows: Tensor,
+        index: int,
+        inputs: Mapping[str, Any],
+        stage: PlannedStage | None,
+        signals: Mapping[Signal, Tensor],
     ) -> Tensor:
         positions = self.vtc_positions(modality, self.vtc_data(modality, index, inputs))
         takes = int(positions.max()) + 1
         if stage is not None:
-            kept, rows = self.vtc_chosen(modality, rows, index, inputs, stage, self.vtc_width(rows))
+            kept, rows = self.vtc_chosen(modality, rows, index, inputs, stage, signals, self.vtc_width(rows))
             positions = positions[kept.to(positions.device)]
         return _with_columns(rows, positions, takes)
 
@@ -252,15 +260,21 @@ class VtcQwen3VL(KeepsPositions, Qwen3VLForConditionalGeneration):
         return found
 
     def vtc_item(
-        self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any], stage: PlannedStage | None
+        self,
+        modality: str,
+        rows: Tensor,
+        index: int,
+        inputs: Mapping[str, Any],
+        stage: PlannedStage | None,
+        signals: Mapping[Signal, Tensor],
     ) -> Tensor:
         if modality != "video":
-            return super().vtc_item(modality, rows, index, inputs, stage)
+            return super().vtc_item(modality, rows, index, inputs, stage, signals)
         t, h, w = self.vtc_grid(modality, index, inputs)
         data = self.vtc_data(modality, index, inputs)
         kept = torch.arange(len(rows))
         if stage is not None:
-            kept, rows = self.vtc_chosen(modality, rows, index, inputs, stage, self.vtc_width(rows))
+            kept, rows = self.vtc_chosen(modality, rows, index, inputs, stage, signals, self.vtc_width(rows))
         counts = torch.bincount(kept.cpu() // (h * w), minlength=t).tolist()
         positions, tokens = self.vtc_positions(modality, data), torch.tensor(self.vtc_tokens(modality, data))
         stays = tokens != self.config.video_token_id

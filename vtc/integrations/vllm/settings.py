@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vtc.config import DEFAULT_METHOD, CompressionConfig
-from vtc.errors import ConfigError, UnsupportedMethodError
+from vtc.errors import ConfigError, UnsupportedMethodError, VtcError
 from vtc.integrations.arguments import PREFIX, configuration, parted
 from vtc.plain import parse_json, shown
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # they bring torch
+    from vtc.adapters.base import Adapter
     from vtc.core.selector import Selector
     from vtc.core.stage import Stage
     from vtc.engine.plan import PlannedStage
@@ -88,11 +89,17 @@ def _number(variable: str, text: str) -> Any:
     return value
 
 
-def resolve(*layers: Mapping[str, Any]) -> CompressionConfig | None:
+def resolve(*layers: Mapping[str, Any], adapter: Callable[[], Adapter] | None = None) -> CompressionConfig | None:
     """Make one configuration of settings without prefix, later layers winning; None if there are none at all.
 
     A layer that names a method takes it without the options that earlier layers gave to theirs, and a layer that gives
     a ratio or a count replaces both. Without a method it is the library's own.
+
+    Parameters
+    ----------
+    layers
+    adapter
+        Of the model that is to carry it out; it is made if there are settings. None: any model.
 
     Raises
     ------
@@ -114,7 +121,7 @@ def resolve(*layers: Mapping[str, Any]) -> CompressionConfig | None:
             "all others count positions over kept tokens only."
         )
     config = configuration({"method": DEFAULT_METHOD} | merged)
-    planned(config)
+    planned(config, None if adapter is None else adapter())
     return config
 
 
@@ -125,13 +132,19 @@ def written(config: CompressionConfig) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def parse(text: str) -> PlannedStage:
+def parse(text: str, adapter: Adapter | None = None) -> PlannedStage:
     """Read what `written` wrote, as a stage that can choose."""
-    return planned(CompressionConfig.from_json(text))
+    return planned(CompressionConfig.from_json(text), adapter)
 
 
-def planned(config: CompressionConfig) -> PlannedStage:
-    """Return the one stage of a configured method, where it chooses before the language model from features alone.
+def planned(config: CompressionConfig, adapter: Adapter | None = None) -> PlannedStage:
+    """Return the one stage of a configured method, where it chooses before the language model, for one model.
+
+    Parameters
+    ----------
+    config
+    adapter
+        Of the model; None: only what no model could change is checked, and what depends on the model is left open.
 
     Raises
     ------
@@ -140,23 +153,31 @@ def planned(config: CompressionConfig) -> PlannedStage:
     ConfigError
         An option does not exist or is invalid.
     """
-    from vtc.engine.plan import PlannedStage
+    from vtc.engine.plan import PlannedStage, make_plan
     from vtc.registry import get_selector
 
     selector = get_selector(config.method, **config.options).resolve(None, config.keep_ratio)
-    stages = selector.stages(None, config.keep_ratio)
-    lacks = _lacks(selector, stages)
+    stage = PlannedStage(config, selector, selector.stages(None, config.keep_ratio)[0])
+    lacks = _lacks(selector, selector.stages(None, config.keep_ratio))
     if lacks is None and config.at not in (None, "decoder"):
         lacks = f"at={config.at!r}: in vLLM tokens leave before the language model"
+    if lacks is None and adapter is not None:
+        try:
+            stages = make_plan((config,), adapter).stages
+        except UnsupportedMethodError as error:
+            raise UnsupportedMethodError(f"{error}. Inside vLLM, use {', '.join(methods(adapter))}.") from error
+        stage = stages[0]
+        lacks = _lacks(stage.selector, tuple(each.stage for each in stages)) or _not_built(stage, adapter)
     if lacks is not None:
-        raise UnsupportedMethodError(f"{config.method} cannot run inside vLLM: {lacks}. Use {', '.join(methods())}.")
-    return PlannedStage(config, selector, stages[0])
+        use = ", ".join(methods(adapter))
+        raise UnsupportedMethodError(f"{config.method} cannot run inside vLLM: {lacks}. Use {use}.")
+    return stage
 
 
 def _lacks(selector: Selector, stages: tuple[Stage, ...]) -> str | None:
     """Say in one clause what a method needs that is not there when vLLM encodes a picture; None if nothing."""
     from vtc.core.eviction import CacheSelector
-    from vtc.core.observations import TokenGrids
+    from vtc.core.observations import TokenGrids, VisionAttention, VisionHidden
     from vtc.core.sites import BeforeDecoder
 
     if isinstance(selector, CacheSelector):
@@ -164,9 +185,10 @@ def _lacks(selector: Selector, stages: tuple[Stage, ...]) -> str | None:
     for stage in stages:
         if not isinstance(stage.site, BeforeDecoder):
             return f"it works at {str(stage.site)!r}, and in vLLM tokens leave before the language model only"
-        needed = sorted({signal.name for signal in stage.requires if signal.reads is not TokenGrids})
+        known = (TokenGrids, VisionAttention, VisionHidden)
+        needed = sorted({signal.name for signal in stage.requires if signal.reads not in known})
         if needed:
-            return f"it reads {', '.join(needed)}, and only features and grids are known there"
+            return f"it reads {', '.join(needed)}, and only the vision tower, its features and grids are known there"
     if len(stages) > 1:
         return f"it has {len(stages)} stages, and vLLM fixes the number of tokens once"
     if selector.adaptive:
@@ -174,15 +196,49 @@ def _lacks(selector: Selector, stages: tuple[Stage, ...]) -> str | None:
     return None
 
 
+def _not_built(stage: PlannedStage, adapter: Adapter) -> str | None:
+    """Say which layers of the tower a method reads that vLLM does not build; None if there are none."""
+    for modality in adapter.modalities:
+        last, depth = adapter.feature_layer(modality, {}), len(adapter.tower_attentions(modality))
+        for signal in stage.stage.requires:
+            layers = signal.vision_layers(depth, last) if signal.wanted_of(modality) else ()
+            if layers and max(layers) > last:
+                return (
+                    f"it reads {signal.name} of tower layer {max(layers)}, and vLLM builds the tower up to layer "
+                    f"{last}, which makes the features"
+                )
+    return None
+
+
 @functools.cache
-def methods() -> tuple[str, ...]:
-    """Return the ids of the methods that run inside vLLM with their default options, sorted."""
+def methods(adapter: Adapter | None = None) -> tuple[str, ...]:
+    """Return the ids of the methods that run inside vLLM with their default options, sorted.
+
+    Parameters
+    ----------
+    adapter
+        Of the model that they are to run on; None: one whose tower has a [CLS] token.
+    """
+    from vtc.core.stage import ModelShape
+    from vtc.engine.plan import make_plan
     from vtc.registry import selectors
 
     found = []
     for name, cls in selectors().items():
-        selector = cls()
-        if _lacks(selector, selector.stages(None, None)) is None:
+        if _lacks(cls(), cls().stages(None, None)) is not None:
+            continue  # trained ones are not even made without their module
+        if adapter is None:
+            like_llava = ModelShape(32, vision_layers=24, feature_layer=22, cls=True)
+            selector = cls().resolve(like_llava, 0.5)
+            works = _lacks(selector, selector.stages(like_llava, 0.5)) is None
+        else:
+            try:
+                plan = make_plan((CompressionConfig(name, keep_ratio=0.5),), adapter)
+            except VtcError:
+                continue
+            stages = tuple(each.stage for each in plan.stages)
+            works = not (_lacks(plan.stages[0].selector, stages) or _not_built(plan.stages[0], adapter))
+        if works:
             found.append(name)
     return tuple(found)
 
