@@ -17,9 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,16 +29,19 @@ from typing import Any
 from vtc.bench.timing import conditions, describe, markdown_table, write_json
 from vtc.errors import StateError
 
-__all__ = ["run"]
+__all__ = ["free_port", "run", "server"]
 
 _START_SECONDS = 600
+_END_SECONDS = 60
 _REQUEST_SECONDS = 300
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure every ratio at every concurrency on one server."""
     cells = []
-    with _server(args) as address:
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    with server(_command(args, port), address):
         _ask(address, args, 0, args.keep_ratio[0])  # the first request compiles and fills caches of the processor
         blocks, size = _cache_of(address)
         seed = 1
@@ -76,32 +80,77 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in found}
 
 
-@contextmanager
-def _server(args: argparse.Namespace) -> Iterator[str]:
-    """Start vLLM's server on a free port of the loopback address; end it behind the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _command(args: argparse.Namespace, port: int) -> list[str]:
+    """Return the command line of vLLM's server on a port of the loopback address."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.checkpoint]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--trust-request-mm-kwargs"]
-    address = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as folder:
+    return [*command, *shlex.split(args.vllm)]
+
+
+def free_port() -> int:
+    """Return a port of the loopback address that nobody listens to now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def server(command: Sequence[str], address: str) -> Iterator[None]:
+    """Start a server in a process group of its own and wait until it answers; end the group behind the block.
+
+    SIGTERM and SIGHUP, which would end this process on the spot, end the server first: they leave the block as an
+    exception does, with the exit status that a shell gives to such a process. They only do so in the main thread.
+
+    Raises
+    ------
+    StateError
+        The server ended, or took too long to answer.
+    """
+    with tempfile.TemporaryDirectory() as folder, _signals_raise():
         log = Path(folder) / "log.txt"
         with log.open("w") as out:
-            process = subprocess.Popen(
-                [*command, *shlex.split(args.vllm)], stdout=out, stderr=out, start_new_session=True
-            )
+            process = subprocess.Popen([*command], stdout=out, stderr=out, start_new_session=True)
         try:
             ends = time.monotonic() + _START_SECONDS
             while not _answers(address):
                 if process.poll() is not None or time.monotonic() > ends:
                     raise StateError(f"vLLM's server did not start:\n{log.read_text()[-2000:]}")
                 time.sleep(0.5)
-            yield address
+            yield
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+            _end(process)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let signals that end this process raise SystemExit while entered."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    found = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all of its group, in the end by force."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_END_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):  # what is left of the group, or all of it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _answers(address: str) -> bool:
