@@ -1,24 +1,39 @@
-"""Answers of the reference Qwen2.5-VL inside vLLM beside those of transformers, on the same questions.
+"""vLLM with the plug-in: answers of the reference Qwen2.5-VL beside those of transformers, and beside vLLM's own EVS.
 
     python -m eval.serving --pictures 20 --json FILE
+    python -m eval.serving --clips 32 --json FILE
+    python -m eval.serving --write-larger FOLDER
+    python -m eval.serving --clip-speed FOLDER --json FILE
 
-runs in an environment with vLLM (docs/serving.md).
+run in an environment with vLLM (docs/serving.md). The first compares answers about pictures with transformers. The
+second asks about clips, compressed by methods of this library and by vLLM itself (``--video-pruning-rate``); the last
+measures the same on clips of noise, with the model that the third has written.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
+import itertools
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import vtc
 from eval.statistics import interval, paired
-from eval.tasks.generated import ScenesTask
+from eval.tasks.base import Sample, Task
+from eval.tasks.generated import ClipsTask, ScenesTask
+from eval.tasks.video import Frames
 from vtc.chat import chat, image_inputs
 from vtc.files import write_text
 
@@ -27,52 +42,226 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "divprune", "keep_ratio": 0.25},
     {"method": "vtc", "keep_ratio": 0.25},
 )
+CLIP_SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    *({"method": method, "keep_ratio": 0.25} for method in ("evs", "vidcom2", "divprune", "vtc")),
+)
+OWN = {"video_pruning_rate": 0.75}
+"""Arguments of vLLM that drop what the settings above drop."""
+
 NEW = 6
+FRAMES, SIDE = 32, 224
+"""Of the clips of noise that speed is measured with: 1,024 tokens."""
 
 
 def main() -> None:
     """Read the arguments and do what they say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=20, help="pictures, with up to ten questions each (20)")
+    parser.add_argument("--clips", type=int, help="ask about so many clips, up to seven questions each, instead")
+    parser.add_argument(
+        "--clip-speed", type=Path, metavar="FOLDER", help="measure this model on clips of noise instead"
+    )
+    parser.add_argument("--requests", type=int, default=8, help="of the latter, per setting and repetition (8)")
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--write-larger", type=Path, metavar="FOLDER", help="only write a model for vtc bench serve")
+    parser.add_argument("--write-larger", type=Path, metavar="FOLDER", help="only write a model to measure")
     args = parser.parse_args()
     if args.write_larger is not None:
         return write_larger(args.write_larger)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    task = ScenesTask(pictures=args.pictures)
-    samples = list(task.samples(None))
-    shown = [sample.images[0]() for sample in samples]
-    result: dict[str, Any] = {"questions": len(samples), "settings": []}
-    with tempfile.TemporaryDirectory() as folder:
-        import vtc_reference
-
-        vtc_reference.export("qwen2_5_vl", folder)
-        model, processor = vtc.reference.load("qwen2_5_vl")
-        inside, seconds, versions = _inside_vllm(folder, processor, samples, shown)
-    for setting, found in zip(SETTINGS, inside, strict=True):
-        expected = _in_transformers(model, processor, setting, samples, shown)
-        right = [
-            [task.score(sample, answer)["exact"] for sample, answer in zip(samples, answers, strict=True)]
-            for answers in (found, expected)
-        ]
-        groups = [sample.group for sample in samples]
-        difference, between, _ = paired(right[1], right[0], groups)
-        entry = {
-            "setting": setting,
-            "vllm": sum(right[0]) / len(samples),
-            "transformers": sum(right[1]) / len(samples),
-            "interval": interval(right[0], groups),
-            "difference": difference,
-            "difference_interval": between,
-            "agreement": sum(a == b for a, b in zip(found, expected, strict=True)) / len(samples),
-        }
-        print(entry)
-        result["settings"].append(entry)
-    result |= {"versions": versions, "machine": platform.machine(), "seconds": seconds}
+    if args.clip_speed is not None:
+        result = clip_speed(args.clip_speed, args.requests)
+    elif args.clips is not None:
+        result = clip_answers(args.clips)
+    else:
+        result = picture_answers(args.pictures)
+    result |= {"versions": _versions(), "machine": platform.machine()}
     if args.json is not None:
         write_text(args.json, json.dumps(result, indent=2) + "\n")
     return None
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def picture_answers(pictures: int) -> dict[str, Any]:
+    """Compare answers about pictures with those of transformers."""
+    task = ScenesTask(pictures=pictures)
+    samples = list(task.samples(None))
+    shown = [sample.images[0]() for sample in samples]
+    pairs = list(zip(samples, shown, strict=True))
+    with _reference() as (folder, model, processor), _engine(folder, {"image": 1, "video": 0}) as llm:
+        began = time.perf_counter()
+        inside = [
+            _answers(llm, [picture_prompt(processor, *pair, setting) for pair in pairs])[0] for setting in SETTINGS
+        ]
+        seconds = time.perf_counter() - began
+        result: dict[str, Any] = {"questions": len(samples), "seconds": seconds, "settings": []}
+        for setting, found in zip(SETTINGS, inside, strict=True):
+            expected = _in_transformers(model, processor, setting, samples, shown)
+            entry = {"setting": setting, **compared(task, samples, found, expected)}
+            print(entry)
+            result["settings"].append(entry)
+    return result
+
+
+def clip_answers(clips: int) -> dict[str, Any]:
+    """Score answers about clips, with every setting and with vLLM's own pruning."""
+    task = ClipsTask(pictures=clips)
+    samples = list(task.samples(None))
+    shown = [sample.video() for sample in samples if sample.video is not None]
+    groups = [sample.group for sample in samples]
+    result: dict[str, Any] = {"questions": len(samples), "settings": []}
+    whole: list[float] | None = None
+    with _reference() as (folder, _, processor):
+        for arguments, settings in (({}, CLIP_SETTINGS), (OWN, ({},))):
+            with _engine(folder, {"image": 0, "video": 1}, **arguments) as llm:
+                for setting in settings:
+                    pairs = zip(samples, shown, strict=True)
+                    answers, lengths = _answers(llm, [clip_prompt(processor, *pair, setting) for pair in pairs])
+                    right = scores(task, samples, answers)
+                    entry = {
+                        "setting": setting or arguments,
+                        "accuracy": statistics.fmean(right),
+                        "interval": interval(right, groups),
+                        "prompt_tokens": statistics.fmean(lengths),
+                    }
+                    if whole is None:
+                        whole = right
+                    else:
+                        entry["difference"], entry["difference_interval"], _ = paired(whole, right, groups)
+                    print(entry)
+                    result["settings"].append(entry)
+    return result
+
+
+def scores(task: Task, samples: Sequence[Sample], answers: Sequence[str]) -> list[float]:
+    """Return 1 for every right answer and 0 for every other."""
+    return [task.score(sample, answer)["exact"] for sample, answer in zip(samples, answers, strict=True)]
+
+
+def compared(task: Task, samples: Sequence[Sample], inside: Sequence[str], expected: Sequence[str]) -> dict[str, Any]:
+    """Compare answers of vLLM with those of transformers: accuracies, their difference, and how many are the same."""
+    groups = [sample.group for sample in samples]
+    right = [scores(task, samples, answers) for answers in (inside, expected)]
+    difference, between, _ = paired(right[1], right[0], groups)
+    return {
+        "vllm": statistics.fmean(right[0]),
+        "transformers": statistics.fmean(right[1]),
+        "interval": interval(right[0], groups),
+        "difference": difference,
+        "difference_interval": between,
+        "agreement": statistics.fmean(a == b for a, b in zip(inside, expected, strict=True)),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def clip_speed(folder: Path, requests: int, repetitions: int = 3) -> dict[str, Any]:
+    """Measure the first token of single requests, and many requests at once, on clips of noise, each shown once."""
+    import transformers
+
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    result: dict[str, Any] = {"requests": requests, "repetitions": repetitions, "settings": []}
+    seeds = itertools.count()
+
+    def prompts(setting: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+        sample = Sample("noise", "What happens in the clip?")
+        return [clip_prompt(processor, sample, noise(next(seeds)), setting) for _ in range(count)]
+
+    for arguments, settings in (({}, CLIP_SETTINGS), (OWN, ({},))):
+        given = {"dtype": "bfloat16", "max_model_len": 2048, "enable_prefix_caching": False, **arguments}
+        with _engine(str(folder), {"image": 0, "video": 1}, **given) as llm:
+            for setting in settings:
+                _answers(llm, prompts(setting, 1))  # the first request fills what is filled once
+            for setting in settings:
+                ask, make = functools.partial(_answers, llm), functools.partial(prompts, setting, requests)
+                entry = {"setting": setting or arguments, **load(ask, make, repetitions)}
+                print(entry)
+                result["settings"].append(entry)
+    return result
+
+
+def load(
+    ask: Callable[[list[dict[str, Any]], int], tuple[list[str], list[int]]],
+    prompts: Callable[[], list[dict[str, Any]]],
+    repetitions: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Time requests one by one up to their first token, and then as many at once.
+
+    Parameters
+    ----------
+    ask
+        Given prompts and a number of new tokens, returns answers and lengths of prompts.
+    prompts
+        Makes new ones.
+    repetitions
+        Of both.
+    clock
+        In seconds.
+
+    Returns
+    -------
+    dict
+        Tokens of a prompt; medians with least and most of the seconds to the first token, and of requests per second.
+    """
+    first, rates, lengths = [], [], []
+    for _ in range(repetitions):
+        seconds = []
+        for prompt in prompts():
+            began = clock()
+            lengths += ask([prompt], 1)[1]
+            seconds.append(clock() - began)
+        first.append(statistics.median(seconds))
+        asked = prompts()
+        began = clock()
+        ask(asked, 16)
+        rates.append(len(asked) / (clock() - began))
+    return {
+        "prompt_tokens": statistics.fmean(lengths),
+        "first_token": [statistics.median(first), min(first), max(first)],
+        "requests_per_second": [statistics.median(rates), min(rates), max(rates)],
+    }
+
+
+def noise(seed: int) -> Frames:
+    """Draw a clip of coarse noise in which a part of the picture moves."""
+    rng = np.random.default_rng(seed)
+    coarse = np.repeat(rng.integers(0, 255, (1, 8, 8, 3), dtype=np.uint8), FRAMES, axis=0)
+    coarse[:, :4] = rng.integers(0, 255, (FRAMES, 4, 8, 3), dtype=np.uint8)
+    frames = coarse.repeat(SIDE // 8, axis=1).repeat(SIDE // 8, axis=2)
+    return Frames(frames, tuple(range(FRAMES)), 2.0, FRAMES)
+
+
+# ------------------------------------------------------------------------------------------------------- what is asked
+
+
+def picture_prompt(processor: Any, sample: Sample, image: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a question about a picture as vLLM takes it."""
+    return _prompt(processor, "image", sample, image, setting)
+
+
+def clip_prompt(processor: Any, sample: Sample, clip: Frames, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a question about a clip, of which all frames are shown, as vLLM takes it."""
+    metadata = {
+        "fps": clip.fps,
+        "total_num_frames": clip.total,
+        "duration": clip.total / clip.fps,
+        "frames_indices": list(clip.indices),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
+    return _prompt(processor, "video", sample, (clip.frames, metadata), setting)
+
+
+def _prompt(processor: Any, kind: str, sample: Sample, shown: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": chat(processor, [kind], sample.question),
+        "multi_modal_data": {kind: shown},
+        "mm_processor_kwargs": {f"vtc_{name}": value for name, value in setting.items()},
+    }
 
 
 def write_larger(folder: Path) -> None:
@@ -91,37 +280,47 @@ def write_larger(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _inside_vllm(
-    folder: str, processor: Any, samples: list[Any], shown: list[Any]
-) -> tuple[list[list[str]], float, dict[str, str]]:
+@contextmanager
+def _reference() -> Iterator[tuple[str, Any, Any]]:
+    """Write the reference model to a folder, and load it in transformers as well."""
+    import vtc_reference
+
+    with tempfile.TemporaryDirectory() as folder:
+        vtc_reference.export("qwen2_5_vl", folder)
+        yield folder, *vtc.reference.load("qwen2_5_vl")
+
+
+@contextmanager
+def _engine(folder: str, limits: Mapping[str, int], **arguments: Any) -> Iterator[Any]:
+    """Start vLLM; several engines follow each other in one process."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    given = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "skip_mm_profiling": True, **arguments}
+    llm = LLM(folder, enforce_eager=True, limit_mm_per_prompt=dict(limits), **given)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _answers(llm: Any, prompts: list[dict[str, Any]], new: int = NEW) -> tuple[list[str], list[int]]:
+    """Ask for all answers at once; return them, and the lengths of the prompts."""
+    from vllm import SamplingParams
+
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new), use_tqdm=False)
+    return [output.outputs[0].text.strip() for output in outputs], [len(output.prompt_token_ids) for output in outputs]
+
+
+def _versions() -> dict[str, str]:
     import torch
     import transformers
     import vllm
 
-    llm = vllm.LLM(
-        folder,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=8,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        skip_mm_profiling=True,
-    )
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW)
-    began, answers = time.perf_counter(), []
-    for setting in SETTINGS:
-        prompts = [
-            {
-                "prompt": chat(processor, ["image"], sample.question),
-                "multi_modal_data": {"image": image},
-                "mm_processor_kwargs": {f"vtc_{name}": value for name, value in setting.items()},
-            }
-            for sample, image in zip(samples, shown, strict=True)
-        ]
-        outputs = llm.generate(prompts, greedy, use_tqdm=False)
-        answers.append([output.outputs[0].text.strip() for output in outputs])
-    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return answers, time.perf_counter() - began, versions
+    return {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _in_transformers(
