@@ -22,7 +22,7 @@ from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors import FastVidSelector, PruneVidSelector
 from vtc.selectors.flashvid import attended_and_diverse
-from vtc.selectors.frames import cut_scenes, earlier_at_place, frame_of
+from vtc.selectors.frames import Frames, cut_scenes, earlier_at_place, frame_of
 from vtc.selectors.holitom import best_windows
 from vtc.selectors.prunevid import group_shares, likeness, runs_of
 from vtc.selectors.static_cells import number_cells, static_units
@@ -67,14 +67,15 @@ def test_fastvid(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if len(theirs) < each * golden["T"]:  # anchor frames got a part that was rounded down
         counts = selector._counts
 
-        def rounded(self: FastVidSelector, sizes: Tensor, segment: Tensor, budget: int) -> tuple[Tensor, ...]:
-            salient, anchors, turn = counts(sizes, segment, each * golden["T"])
-            lengths = torch.bincount(segment)
-            parts = context * lengths // -(-lengths // self.interval)
-            return salient, torch.where(anchors > 0, parts[segment], 0), turn
+        def rounded(self: FastVidSelector, sizes: list[int], segments: list[int], budget: int) -> tuple[list[int], ...]:
+            salient, anchors, turn = counts(sizes, segments, each * golden["T"])
+            lengths = [segments.count(segment) for segment in segments]
+            parts = [context * length // -(-length // self.interval) for length in lengths]
+            return salient, [part if few else 0 for part, few in zip(parts, anchors, strict=True)], turn
 
         monkeypatch.setattr(FastVidSelector, "_counts", rounded)
-    selection = selector.merged(x, golden["frame_attn"].flatten(), frame, segment, len(theirs))
+    frames = Frames(torch.empty(0), frame, frame, torch.bincount(frame).tolist())
+    selection = selector.merged(x, golden["frame_attn"].flatten(), frames, segment, len(theirs))
     assert torch.equal(selection.keep, theirs)
     torch.testing.assert_close(selection.merge(x), out, **TOLERANCE)
 
@@ -86,7 +87,7 @@ def test_fastvid_gives_what_rounding_would_lose_to_anchors(frames: int, budget: 
     n = frames * grid[1] * grid[2]
     selector = FastVidSelector(segments=2, tau=0.0)
     sizes, segment = torch.full((frames,), n // frames), (torch.arange(frames) > 0).long()
-    salient, anchors, turn = selector._counts(sizes, segment, budget)
+    salient, anchors, turn = map(torch.tensor, selector._counts(sizes.tolist(), segment.tolist(), budget))
     assert int(salient.sum() + anchors.sum()) == budget
     assert bool((salient + anchors <= sizes).all())
     assert not anchors[turn < 0].any()
@@ -247,9 +248,9 @@ def test_prunevid_takes_the_least_alike_apart_first() -> None:
 
 
 def test_prunevid_shares() -> None:
-    assert group_shares(10, torch.tensor([4, 20, 20])).tolist() == [4, 3, 3], "a small group stays whole"
-    assert group_shares(5, torch.tensor([4, 20, 20])).tolist() == [1, 2, 2], "unless nothing would be left"
-    assert group_shares(3, torch.tensor([1, 2])).tolist() == [1, 2]
+    assert group_shares(10, [4, 20, 20]) == [4, 3, 3], "a small group stays whole"
+    assert group_shares(5, [4, 20, 20]) == [1, 2, 2], "unless nothing would be left"
+    assert group_shares(3, [1, 2]) == [1, 2]
 
 
 def test_runs_of_frames() -> None:
@@ -315,15 +316,12 @@ def test_flashvid_attention_and_diversity() -> None:
     golden = load("flashvid_adts_01.npz")
     x, attention, k = golden["features"], golden["cls_attention"], golden["k"]
     frames, n = attention.shape
-    frame = torch.arange(frames).repeat_interleave(n)
-    mask = attended_and_diverse(x.flatten(0, 1), attention.flatten(), frame, torch.full((frames,), k))
+    mask = attended_and_diverse(x.flatten(0, 1), attention.flatten(), [n] * frames, [k] * frames)
     for row, kept in zip(mask.view(frames, n), golden["selected_sorted"], strict=True):
         assert torch.equal(row.nonzero()[:, 0], kept)
     # Frames of other sizes and counts do not matter to each other.
     left = torch.cat([torch.arange(n), n + torch.arange(5), 2 * n + torch.arange(n)])
-    ragged = attended_and_diverse(
-        x.flatten(0, 1)[left], attention.flatten()[left], frame[left], torch.tensor([k, 2, k])
-    )
+    ragged = attended_and_diverse(x.flatten(0, 1)[left], attention.flatten()[left], [n, 5, n], [k, 2, k])
     assert torch.equal(ragged[:n], mask[:n])
     assert torch.equal(ragged[-n:], mask[-n:])
     assert int(ragged.sum()) == 2 * k + 2

@@ -15,7 +15,7 @@ from vtc.core.observations import TokenGrids
 from vtc.errors import ConfigError
 from vtc.functional import select
 from vtc.registry import get_selector
-from vtc.selectors.evs import change
+from vtc.selectors.evs import before
 from vtc.selectors.frames import lowest_per_group
 from vtc.selectors.vidcom2 import frame_budgets, typicality
 
@@ -55,9 +55,7 @@ def test_evs_by_hand() -> None:
     # Three frames of three places: the first place never changes, the second turns by 90 degrees, the third by 180.
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     x = torch.stack([a, a, a, a, b, -a, a, b, -a])
-    scores, first = change(x, TokenGrids(((3, 1, 3),)).origin())
-    assert first.tolist() == [True] * 3 + [False] * 6
-    assert scores.tolist() == pytest.approx([0, 0, 0, 0, 1, 2, 0, 0, 0])
+    assert before(TokenGrids(((3, 1, 3),)).origin()).tolist() == [-1, -1, -1, 0, 1, 2, 3, 4, 5]
     assert select("evs", features=x, grid_thw=(3, 1, 3), keep_tokens=4).keep.tolist() == [0, 1, 2, 5]
     assert select("evs", features=x, grid_thw=(3, 1, 3), keep_tokens=5).keep.tolist() == [0, 1, 2, 4, 5]
     assert select("evs", features=x, grid_thw=(3, 1, 3), keep_tokens=6).keep.tolist() == [0, 1, 2, 3, 4, 5]
@@ -75,15 +73,11 @@ def test_evs_holds_a_budget_below_one_frame(budget: int) -> None:
 def test_evs_compares_with_the_last_frame_that_still_has_the_place() -> None:
     # An earlier stage has dropped place 0 of frame 1, so frame 2 is compared with frame 0 there.
     origin = TokenGrids(((3, 1, 2),)).origin()[[0, 1, 3, 4, 5]]
-    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    scores, first = change(x, origin)
-    assert first.tolist() == [True, True, False, False, False]
-    assert scores.tolist() == pytest.approx([0, 0, 0, 1, 0])
+    assert before(origin).tolist() == [-1, -1, 1, 0, 2]
 
 
 def test_evs_does_not_compare_tiles() -> None:
-    _, first = change(torch.randn(10, 4), TokenGrids(((1, 2, 3), (1, 2, 2))).origin())
-    assert first.all()
+    assert before(TokenGrids(((1, 2, 3), (1, 2, 2))).origin()).tolist() == [-1] * 10
 
 
 # ----------------------------------------------------------------------------------------------------------- vidcom2
@@ -98,11 +92,11 @@ def frame_of(golden: dict[str, Any]) -> torch.Tensor:
 def test_vidcom2_scores_and_frame_budgets_are_the_authors(number: int) -> None:
     golden = case(VIDCOM2, number)
     frame = frame_of(golden)
-    to_video, to_frame = typicality(torch.from_numpy(golden["x"]), frame)
+    to_video, to_frame = typicality(torch.from_numpy(golden["x"]), frame, int(frame[-1]) + 1)
     for name, ours in (("video_score", to_video), ("frame_score", to_frame)):
         if name in golden:
             np.testing.assert_allclose(ours.numpy(), golden[name].flatten(), rtol=1e-4, atol=1e-5)
-    shares = frame_budgets(to_video, frame, float(golden["base_scale"]))
+    shares = frame_budgets(to_video, frame, int(frame[-1]) + 1, float(golden["base_scale"]))
     assert shares.tolist() == golden["per_frame_k"].tolist()
     chosen = lowest_per_group(to_video + to_frame, frame, shares).nonzero()[:, 0]
     if number == 5:  # a newline after each row of 13, which counts in the authors' indices
@@ -143,11 +137,12 @@ def test_vidcom2_is_exact_at_any_count(budget: int) -> None:
 def test_vidcom2_goes_through_a_long_video_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3000, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     frame = torch.arange(3000) // 50
-    whole = typicality(x, frame)
-    monkeypatch.setattr("vtc.selectors.vidcom2._BLOCK", 128)
-    for once, blocked in zip(whole, typicality(x, frame), strict=True):
+    whole = typicality(x, frame, 60)
+    monkeypatch.setattr("vtc.selectors.vidcom2._BLOCK", {False: 2**13})
+    monkeypatch.setattr("vtc.selectors.vidcom2._HELD", 2**10)
+    for once, blocked in zip(whole, typicality(x, frame, 60), strict=True):
         torch.testing.assert_close(once, blocked)
-    assert peak_bytes(lambda: typicality(x, frame)) < 4 * x.numel() / 2, "no copy of all in float32"
+    assert peak_bytes(lambda: typicality(x, frame, 60)) < 4 * x.numel() / 2, "no copy of all in float32"
 
 
 def test_vidcom2_refuses_a_cold_softmax() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import InputError
+from ..kernels.host import remembered
 from .grids import Grid, grid_coords
 
 __all__ = [
@@ -132,9 +134,15 @@ class TokenGrids(Observation):
 
     def origin(self) -> Tensor:
         """(N, 6) long: (view, t, row, column) of every token, and the rows and columns of its view."""
-        coords = grid_coords(self.grids, self.device)
-        sizes = torch.tensor([(h, w) for _, h, w in self.grids], device=coords.device)
-        return torch.cat([coords, sizes[coords[:, 0]]], dim=1)
+        return remembered(_origin(self.grids).clone(), self.device)
+
+
+@lru_cache(maxsize=32)
+def _origin(grids: tuple[Grid, ...]) -> Tensor:
+    """Return `TokenGrids.origin` on the host."""
+    coords = grid_coords(grids)
+    sizes = torch.tensor([(h, w) for _, h, w in grids])
+    return torch.cat([coords, sizes[coords[:, 0]]], dim=1)
 
 
 @dataclass(frozen=True, eq=False)

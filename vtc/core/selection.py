@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .. import kernels
 from ..errors import InputError
+from ..kernels.dispatch import queues
 from .grids import Grid
 
 __all__ = ["Selection"]
@@ -63,8 +64,8 @@ class Selection:
             raise InputError(f"Selection.keep must be (K,) long, got {tuple(keep.shape)} {keep.dtype}.")
         checks: list[_Check] = []
         if keep.numel():
-            ascending = (keep[:-1] < keep[1:]).all() & (keep[0] >= 0) & (keep[-1] < n)
-            checks.append((ascending, f"keep must be ascending, unique and within 0..{n - 1}", keep))
+            rule = f"keep must be ascending, unique and within 0..{n - 1}"
+            checks.append((_ascending_within(keep, n), rule, keep))
         if self.assign is not None:
             checks += self._checks_of_assign(self.assign)
         if self.weight is not None:
@@ -72,8 +73,10 @@ class Selection:
             object.__setattr__(self, "weight", self.weight.float())
         if self.features is not None:
             checks.append(self._check_of_features(self.features))
-        # One transfer: a GPU is waited for once.
-        held = torch.stack([held.to(keep.device) for held, _, _ in checks]).tolist() if checks else []
+        if not queues(keep):
+            held = [bool(held) for held, _, _ in checks]
+        else:  # one transfer: a GPU is waited for once
+            held = torch.stack([held.to(keep.device) for held, _, _ in checks]).tolist() if checks else []
         for good, (_, rule, found) in zip(held, checks, strict=True):
             if not good:
                 raise InputError(f"Selection.{rule}{'.' if found is None else f', got {_preview(found)}.'}")
@@ -119,16 +122,19 @@ class Selection:
         return cls(n, indices.sort().values)
 
     @classmethod
-    def from_entries(cls, n: int, keep: Tensor, token: Tensor, slot: Tensor, weight: Tensor) -> Selection:
+    def from_entries(
+        cls, n: int, keep: Tensor, token: Tensor, slot: Tensor, weight: Tensor, most: int | None = None
+    ) -> Selection:
         """Merge as the entries of a sparse matrix say: `weight` (E,) of each `token` (E,) flows into its `slot` (E,).
 
-        No pair of token and slot comes twice.
+        No pair of token and slot comes twice, and no token more than `most` times; None: a GPU is asked how often.
         """
         order = token.sort(stable=True).indices
         token, slot, weight = token[order], slot[order], weight[order].float()
-        count = torch.bincount(token, minlength=n)
+        count = torch.zeros(n, dtype=torch.long, device=token.device).index_add_(0, token, torch.ones_like(token))
         place = torch.arange(len(token), device=token.device) - (count.cumsum(0) - count)[token]
-        shape = (n, max(1, int(count.max()) if n else 1))
+        most = (int(count.max()) if n else 1) if most is None else most
+        shape = (n, max(1, most))
         assign = torch.full(shape, -1, device=token.device).index_put_((token, place), slot)
         return cls(n, keep, _narrow(assign), _narrow(weight.new_zeros(shape).index_put_((token, place), weight)))
 
@@ -332,6 +338,14 @@ class Selection:
         if self.k == 0:
             return torch.zeros(assign.shape, device=self.keep.device)
         return self.sizes.float().reciprocal()[assign.clamp(min=0)]
+
+
+def _ascending_within(keep: Tensor, n: int) -> Tensor:
+    """() bool: `keep`, which is not empty, ascends within 0..n - 1."""
+    ascending = (keep[:-1] < keep[1:]).all()
+    if not queues(keep):  # where reading a number is cheaper than computing with it
+        return ascending if keep[0].item() >= 0 and keep[-1].item() < n else torch.zeros_like(ascending)
+    return ascending & (keep[0] >= 0) & (keep[-1] < n)
 
 
 def _table(values: Tensor) -> Tensor:

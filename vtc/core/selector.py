@@ -135,8 +135,8 @@ class ScoreSelector(Selector):
         """
         scores = self.score(ctx)
         keep = kernels.topk_indices(scores, min(ctx.budget, ctx.n))
-        # No selection keeps -1, so that one check, for which a GPU is waited for, is enough.
-        keep = torch.where(torch.isnan(scores).any(), -1, keep)
+        # NaN is the largest of any. No selection keeps -1, so that one check, for which a GPU is waited for, is enough.
+        keep = torch.where(torch.isnan(scores.max()), -1, keep)
         try:
             return Selection(ctx.n, keep)
         except InputError:

@@ -1,6 +1,14 @@
-"""Clustering of tokens within groups: the tokens of a frame, of a window of frames, of a set of static places."""
+"""Clustering of tokens within groups: the tokens of a frame, of a window of frames, of a set of static places.
+
+Groups are compared side by side, padded to the longest of a block. How many tokens a group has, the host has to know:
+it asks, for which a GPU is waited for, unless the caller says.
+"""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,17 +17,20 @@ from vtc.errors import ConfigError
 
 from .cosines import with_inverse_norms
 from .dispatch import op
+from .host import upload
 
-__all__ = ["density_peaks", "nearest_in_group", "padded_groups"]
+__all__ = ["density_peaks", "gathered_rows", "nearest_in_group", "padded_groups", "sorted_by_group"]
 
-_BLOCK = 512  # rows compared at a time
+_BLOCK = 512  # tokens of a group that are compared at a time
 _ELEMENTS = 2**22  # distances, and features, held at a time
 _ROUNDING = 4e-6  # share of the squared norms below which a squared distance is rounding
 _METRICS = ("cosine", "euclidean")
 
+Run = TypeVar("Run")
+
 
 @op()
-def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
+def density_peaks(x: Tensor, group: Tensor, neighbours: int, sizes: Sequence[int] | None = None) -> Tensor:
     """Score every token by its density and its distance to denser tokens of its group (DPC-kNN).
 
     Distances d are Euclidean, divided by sqrt(D). The density of a token is ``exp(-mean d^2)`` over the `neighbours`
@@ -37,6 +48,8 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
         (N,) long, at least 0; -1 for tokens that have no part in it.
     neighbours
         At least 1; groups may be smaller.
+    sizes
+        How many tokens each group has, where the host knows; None: it asks.
 
     Returns
     -------
@@ -44,32 +57,69 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
         (N,) float32: logarithm of density times separation, minus infinity for all but the first of equal vectors and
         for tokens without a group.
     """
-    scores = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
-    grouped = (group >= 0).nonzero()[:, 0]
-    if not len(grouped):
-        return scores
-    members, there = padded_groups(grouped, group[grouped])
-    size = members.shape[1]
-    step = max(1, min(_ELEMENTS // size**2, _ELEMENTS // (size * max(1, x.shape[1]))))
-    for index, exists in zip(members.split(step), there.split(step), strict=True):
-        scores[index[exists]] = _peaks(x[index].float(), exists, neighbours)[exists]
-    return scores
+    n, width = len(x), x.shape[1]
+    scores = x.new_full((n + 1,), -torch.inf, dtype=torch.float32)  # what is not there is written behind the last
+    order, counts = sorted_by_group(group, sizes)
+    runs = sorted(_runs(counts), key=lambda run: -run[1])  # of equal lengths side by side, so that little is padded
+
+    def fits(part: list[tuple[int, int]]) -> bool:
+        return len(part) * part[0][1] * max(part[0][1], width) <= _ELEMENTS
+
+    for part in _blocks(runs, fits):
+        index, there = padded_groups(order, part)
+        found = _peaks(gathered_rows(x, index), None if _full(part) else there, neighbours)
+        scores.scatter_(0, index.masked_fill_(~there, n).flatten(), found.flatten())
+    return scores[:n]
 
 
-def padded_groups(tokens: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the `tokens` (M,) as rows (G, m), one for every `group` (M,) that occurs, and (G, m) bool: one is there.
+def sorted_by_group(group: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Sequence[int]]:
+    """Return the tokens in the order of their groups (N,), without those of group -1, and how many each group has."""
+    counts = torch.bincount(group + 1).tolist()[1:] if sizes is None else sizes
+    last = group.masked_fill(group < 0, torch.iinfo(group.dtype).max)
+    return last.argsort(stable=True)[: sum(counts)], counts
 
-    Tokens keep their order; where a group has fewer than m, 0 stands.
+
+def padded_groups(tokens: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Return runs of the `tokens` (M,) as rows (G, m), and (G, m) bool: there is one.
+
+    A run is the place of its first token and how many it has, not 0. Some other token stands where it has fewer than m.
     """
-    sizes = group.unique(return_counts=True)[1]
-    there = torch.arange(int(sizes.max()), device=group.device) < sizes[:, None]
-    ordered = tokens[group.argsort(stable=True)]
-    return torch.zeros_like(there, dtype=torch.long).masked_scatter_(there, ordered), there
+    table = upload(torch.tensor(runs), tokens.device)
+    at = torch.arange(max(length for _, length in runs), device=tokens.device)
+    return tokens[(table[:, :1] + at).clamp_(max=len(tokens) - 1)], at < table[:, 1:]
 
 
-def _peaks(x: Tensor, there: Tensor, neighbours: int) -> Tensor:
-    """Return the scores (G, m) of groups `x` (G, m, D) whose tokens are `there` (G, m); `x` is written over."""
-    absent = None if bool(there.all()) else ~there[..., None]
+def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
+    """(..., D) float32: the rows of `x` (N, D) at `index`, in memory of their own."""
+    return x.index_select(0, index.flatten()).float().view(*index.shape, x.shape[1])
+
+
+def _runs(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and length of every group that has tokens."""
+    starts = itertools.accumulate(sizes, initial=0)
+    return [(start, size) for start, size in zip(starts, sizes, strict=False) if size]
+
+
+def _blocks(runs: Sequence[Run], fits: Callable[[list[Run]], bool]) -> Iterator[list[Run]]:
+    """Cut a list into parts that fit, or that are of length 1."""
+    part: list[Run] = []
+    for run in runs:
+        if part and not fits([*part, run]):
+            yield part
+            part = []
+        part.append(run)
+    if part:
+        yield part
+
+
+def _full(runs: Sequence[tuple[int, int]]) -> bool:
+    return len({length for _, length in runs}) == 1
+
+
+def _peaks(x: Tensor, there: Tensor | None, neighbours: int) -> Tensor:
+    """Return the scores (G, m) of groups `x` (G, m, D), which is written over; tokens are `there` (G, m), or all."""
+    absent = None if there is None else ~there[..., None]
+    there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if there is None else there
     if absent is not None:
         x.masked_fill_(absent, 0.0)
     # Relative to the mean of the group, where products lose fewer digits.
@@ -93,9 +143,11 @@ def _peaks(x: Tensor, there: Tensor, neighbours: int) -> Tensor:
     for start in blocks:
         squared = distances(start) if whole is None else whole
         near = squared.topk(min(neighbours, x.shape[1]), dim=2, largest=False).values
-        spreads.append(near.masked_fill(near == torch.inf, 0.0).sum(dim=2) / count)
-        finite = squared.masked_fill(squared == torch.inf, 0.0) * there[:, start : start + rows, None]
-        largest = torch.maximum(largest, finite.flatten(1).amax(dim=1, keepdim=True))
+        if absent is not None:
+            near = near.masked_fill(near == torch.inf, 0.0)
+            squared = squared.masked_fill(squared == torch.inf, 0.0) * there[:, start : start + rows, None]
+        spreads.append(near.sum(dim=2) / count)
+        largest = torch.maximum(largest, squared.flatten(1).amax(dim=1, keepdim=True))
     spread = torch.cat(spreads, dim=1)
     at = torch.arange(x.shape[1], device=x.device)
     separations = []
@@ -103,18 +155,27 @@ def _peaks(x: Tensor, there: Tensor, neighbours: int) -> Tensor:
         squared = distances(start) if whole is None else whole
         ours = spread[:, start : start + rows, None]
         earlier = at < at[start : start + rows, None]
-        denser = (spread[:, None] < ours) | ((spread[:, None] == ours) & earlier)
-        separations.append(squared.masked_fill_(~denser, torch.inf).amin(dim=2))
+        less_dense = (spread[:, None] > ours) | ((spread[:, None] == ours) & ~earlier)
+        separations.append(squared.masked_fill_(less_dense, torch.inf).amin(dim=2))
     separation = torch.cat(separations, dim=1)
     separation = torch.where(separation == torch.inf, largest, separation)
     return 0.5 * separation.log() - spread
 
 
 @op()
-def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "cosine") -> Tensor:
+def nearest_in_group(
+    x: Tensor,
+    group: Tensor,
+    targets: Tensor,
+    metric: str = "cosine",
+    *,
+    target_group: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    target_sizes: Sequence[int] | None = None,
+) -> Tensor:
     """Find for every token the most similar target of its own group; ties go to the target named first.
 
-    Tokens are sorted by group and processed in blocks, each compared with the targets of its groups alone.
+    Every group is compared with its targets alone, a group of many tokens in blocks of them.
 
     Parameters
     ----------
@@ -123,9 +184,13 @@ def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "c
     group
         (N,) long, at least 0; -1 for tokens that are not looked at.
     targets
-        (T,) long: tokens of groups.
+        (T,) long: tokens.
     metric
         "cosine", or "euclidean": the least distance.
+    target_group
+        (T,) long: the group that each target is one of; None: its own in `group`.
+    sizes, target_sizes
+        How many tokens, and targets, each group has, where the host knows; None: it asks.
 
     Returns
     -------
@@ -140,31 +205,38 @@ def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "c
     if metric not in _METRICS:
         raise ConfigError(f"nearest_in_group: metric is one of {', '.join(_METRICS)}; got {metric!r}.")
     x, inverse = with_inverse_norms(x)
-    found = torch.full_like(inverse, -1, dtype=torch.long)
-    order = (group >= 0).nonzero()[:, 0]
-    if not len(targets) or not len(order):
-        return found
-    place = group[targets].argsort(stable=True)
-    targets = targets[place]
-    of = group[targets].contiguous()
-    goals = x.index_select(0, targets).float()
-    goals = goals * inverse[targets, None] if metric == "cosine" else goals
-    half = goals.square().sum(dim=1) / 2
-    order = order[group[order].argsort(stable=True)]
-    sorted_group = group[order]
-    # About a group per block: it is compared with the targets of all groups that it has a part in.
-    size = min(_BLOCK, max(64, len(order) // len(of.unique())))
-    last = torch.arange(size - 1, len(order) + size - 1, size, device=order.device).clamp(max=len(order) - 1)
-    starts = torch.searchsorted(of, sorted_group[::size].contiguous()).tolist()
-    stops = torch.searchsorted(of, sorted_group[last], right=True).tolist()
-    for rows, start, stop in zip(order.split(size), starts, stops, strict=True):
-        if start == stop:
-            continue
-        closeness = x.index_select(0, rows).float() @ goals[start:stop].T
-        if metric == "euclidean":
-            closeness -= half[start:stop]
-        closeness.masked_fill_(group[rows, None] != of[start:stop], -torch.inf)
-        at = closeness.argmax(dim=1)  # the first of equals
-        alone = closeness.amax(dim=1) == -torch.inf
-        found[rows] = place[at + start].masked_fill(alone, -1)
-    return found
+    n, width = x.shape
+    found = torch.full((n + 1,), -1, dtype=torch.long, device=x.device)  # what is not there is written behind the last
+    place, goals = sorted_by_group(group[targets] if target_group is None else target_group, target_sizes)
+    order, counts = sorted_by_group(group, sizes)
+    named = targets[place]
+    vectors = x.index_select(0, named).float()
+    if metric == "cosine":
+        vectors *= inverse[named, None]
+        half = None
+    else:
+        half = torch.linalg.vector_norm(vectors, dim=1).square_() / 2
+    numbers = torch.arange(len(place), device=x.device)
+    first, first_goal = (itertools.accumulate(each, initial=0) for each in (counts, goals))
+    runs = [
+        ((start + at, min(_BLOCK, count - at)), (goal, many))
+        for start, count, goal, many in zip(first, counts, first_goal, goals, strict=False)
+        for at in range(0, count, _BLOCK)
+        if many
+    ]
+
+    def fits(part: list[tuple[tuple[int, int], tuple[int, int]]]) -> bool:
+        rows, columns = (max(length for _, length in side) for side in zip(*part, strict=True))
+        return len(part) * max(rows * columns, (rows + columns) * width) <= _ELEMENTS
+
+    for part in _blocks(runs, fits):
+        ours, theirs = ([run[side] for run in part] for side in (0, 1))
+        (index, there), (at, goal) = padded_groups(order, ours), padded_groups(numbers, theirs)
+        closeness = gathered_rows(x, index) @ gathered_rows(vectors, at).transpose(1, 2)
+        if half is not None:
+            closeness -= half[at][:, None]
+        if not _full(theirs):
+            closeness.masked_fill_(~goal[:, None], -torch.inf)
+        best = at.gather(1, closeness.argmax(dim=2))  # the first of equals
+        found.scatter_(0, index.masked_fill_(~there, n).flatten(), place[best].flatten())
+    return found[:n]

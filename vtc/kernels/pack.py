@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.errors import InputError
 
-from .dispatch import op
+from .dispatch import op, queues
 
 __all__ = ["Packed", "gather_planes", "select_gather", "topk_indices"]
 
@@ -53,8 +53,13 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     Tensor
         (min(k, N),) long.
     """
+    k = max(0, min(k, scores.numel()))
+    if 0 < k < scores.numel() and not queues(scores):
+        value, index = scores.topk(k + 1)  # NaN first
+        if value[k - 1].item() > value[k].item() and value[0].item() == value[0].item():
+            return index[:k].sort().values  # nothing ties with what is left, so that any order of equals will do
     # The number of them is known, so that a GPU need not be waited for.
-    return torch.nonzero_static(_best(scores, k), size=max(0, min(k, scores.numel()))).squeeze(1)
+    return torch.nonzero_static(_best(scores, k), size=k).squeeze(1)
 
 
 @op("vtc.kernels.triton_pack:select_gather")

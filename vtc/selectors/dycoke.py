@@ -12,8 +12,9 @@ from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.signals import Origin, Signal
+from ..kernels.host import upload
 from ..registry import register_selector
-from .frames import earlier_at_place, frame_of, lowest_per_group, proportional, spread_over
+from .frames import earlier_at_place, frames_of, lowest_per_group, proportional, spread_over
 
 __all__ = ["DyCokeSelector"]
 
@@ -57,17 +58,16 @@ class DyCokeSelector(Selector):
         """Choose ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        origin = ctx[Origin]
-        back = torch.tensor(_BACK, device=origin.device)[origin[:, 1] % 4]
-        whole = (back == 0).nonzero()[:, 0]
+        device, frames = ctx.features.device, frames_of(ctx)
+        back = torch.tensor(_BACK)[frames.origin[:, 1] % 4]
+        is_whole = back == 0
+        whole = is_whole.nonzero()[:, 0]
         if ctx.budget <= len(whole):
             firsts = tuple((-(-t // 4), h, w) for t, h, w in ctx.grids)
-            return Selection(ctx.n, spread_over(ctx, whole, ctx.budget, firsts))
-        earlier = earlier_at_place(origin, back)
+            return Selection(ctx.n, upload(spread_over(whole, ctx.budget, firsts), device))
+        earlier, is_whole = upload(earlier_at_place(frames.origin, back), device), upload(is_whole, device)
         similarity = kernels.temporal_similarity(ctx.features, earlier).masked_fill(earlier < 0, -torch.inf)
-        frame = frame_of(origin)
-        sizes = torch.zeros_like(torch.bincount(frame)).index_add_(0, frame, (back > 0).long())
-        counts = proportional(ctx.budget - len(whole), sizes)
-        chosen = lowest_per_group(similarity.masked_fill(back == 0, torch.inf), frame, counts)
-        chosen[whole] = True
-        return Selection(ctx.n, chosen.nonzero()[:, 0])
+        sizes = torch.bincount(frames.on_host[back > 0], minlength=len(frames.sizes)).tolist()
+        counts = upload(torch.tensor(proportional(ctx.budget - len(whole), sizes)), device)
+        chosen = lowest_per_group(similarity.masked_fill(is_whole, torch.inf), frames.number, counts) | is_whole
+        return Selection(ctx.n, torch.nonzero_static(chosen, size=ctx.budget)[:, 0])

@@ -13,6 +13,7 @@ from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.signals import Origin, Signal
+from ..kernels.host import on_host, upload
 from ..registry import register_selector
 from .frames import place_of, spread_over
 
@@ -45,34 +46,25 @@ class EvsSelector(Selector):
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
-        budget = min(ctx.budget, ctx.n)
-        scores, first = change(ctx.features, ctx[Origin])
-        whole = first.nonzero()[:, 0]
-        if budget >= len(whole):
-            scores = scores.masked_fill(first, torch.inf)
-            return Selection(ctx.n, kernels.topk_indices(scores, budget))
-        return Selection(ctx.n, spread_over(ctx, whole, budget, tuple((1, h, w) for _, h, w in ctx.grids)))
+        budget, device = min(ctx.budget, ctx.n), ctx.features.device
+        earlier = before(on_host(ctx[Origin]))
+        whole = (earlier < 0).nonzero()[:, 0]
+        if budget < len(whole):
+            keep = spread_over(whole, budget, tuple((1, h, w) for _, h, w in ctx.grids))
+            return Selection(ctx.n, upload(keep, device))
+        similarity = kernels.temporal_similarity(ctx.features, earlier := upload(earlier, device))
+        return Selection(ctx.n, kernels.topk_indices((1 - similarity).masked_fill(earlier < 0, torch.inf), budget))
 
 
-def change(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute how much each token differs from the one at its place in the frame before.
+def before(origin: Tensor) -> Tensor:
+    """(N,) long: the token at the place of each one in the last frame before that has it, -1 where there is none.
 
-    Parameters
-    ----------
-    x : Tensor (N, D)
-    origin : Tensor (N, 6)
-        As the signal `Origin`.
-
-    Returns
-    -------
-    (N,) float32 in 0..2, 0 where there is none; and (N,) bool: there is none.
+    `origin` (N, 6) is as the signal `Origin`, on the host.
     """
     frame, place = origin[:, 1], place_of(origin)
     # Sorted by place and then by time (a stable sort of tokens in time's order), predecessors are neighbours.
     order = torch.argsort(place * (frame.max() + 1) + frame, stable=True)
-    before, after = order[:-1], order[1:]
-    same = place[before] == place[after]
+    same = place[order[:-1]] == place[order[1:]]
     earlier = torch.full_like(order, -1)
-    earlier[after[same]] = before[same]
-    first = earlier < 0
-    return (1 - kernels.temporal_similarity(x, earlier)).masked_fill(first, 0.0), first
+    earlier[order[1:][same]] = order[:-1][same]
+    return earlier

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,8 +17,9 @@ from ..core.ranges import Float, Int, Range
 from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
+from ..kernels.host import upload
 from ..registry import register_selector
-from .frames import cut_scenes, frame_means, frame_of, lowest_per_group, proportional
+from .frames import Frames, cut_scenes, frames_of, lowest_per_group, proportional
 from .saliency import SaliencySelector
 from .schedule import check_fraction, check_layer, check_number
 
@@ -109,11 +112,11 @@ class FastVidSelector(SaliencySelector):
         """Choose and merge into ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        frame = frame_of(ctx[Origin])
-        segment = cut_scenes(frame_means(ctx.features, frame), self.segments, self.tau)
-        return self.merged(ctx.features, self.saliency(ctx), frame, segment, ctx.budget)
+        frames = frames_of(ctx)
+        segment = cut_scenes(frames.means(ctx.features), self.segments, self.tau)
+        return self.merged(ctx.features, self.saliency(ctx), frames, segment, ctx.budget)
 
-    def merged(self, x: Tensor, attention: Tensor, frame: Tensor, segment: Tensor, budget: int) -> Selection:
+    def merged(self, x: Tensor, attention: Tensor, frames: Frames, segment: Tensor, budget: int) -> Selection:
         """Keep `budget` tokens of `x` (N, D).
 
         Parameters
@@ -122,63 +125,81 @@ class FastVidSelector(SaliencySelector):
             (N, D).
         attention
             (N,).
-        frame
-            (N,) long, 0 to T - 1.
+        frames
+            T of them.
         segment
-            (T,) long, ascending.
+            (T,) long, ascending, on the host.
         budget
             Fewer than N.
         """
-        sizes = torch.bincount(frame)
-        salient, anchors, turn = self._counts(sizes, segment, budget)
-        kept = lowest_per_group(-attention, frame, salient)
-        peaks = kernels.density_peaks(x, frame.masked_fill(kept | (anchors[frame] == 0), -1), _NEIGHBOURS)
-        rest = (~kept).nonzero()[:, 0]
+        frame, sizes, segments = frames.number, frames.sizes, segment.tolist()
+        salient, anchors, turn = self._counts(sizes, segments, budget)
+        groups = range(len(sizes)) if self.interval == 1 else segments  # of frames
+        numbers = upload(torch.tensor([salient, anchors, turn, list(groups)]), x.device)
+        kept = lowest_per_group(-attention, frame, numbers[0])
+        others = [size - own for size, own in zip(sizes, salient, strict=True)]
+        within = frame.masked_fill(kept | (numbers[1] == 0)[frame], -1)
+        looked_at = [other if few else 0 for other, few in zip(others, anchors, strict=True)]
+        peaks = kernels.density_peaks(x, within, _NEIGHBOURS, looked_at)
+        rest = _places(~kept, sum(others))
         centre = torch.zeros_like(kept)
-        centre[rest] = lowest_per_group(-peaks[rest], frame[rest], anchors)
-        keep = (kept | centre).nonzero()[:, 0]
+        centre[rest] = lowest_per_group(-peaks[rest], frame[rest], numbers[1])
+        keep = _places(kept | centre, budget)
         slot = torch.full_like(frame, -1).index_copy_(0, keep, torch.arange(len(keep), device=keep.device))
-        group = (frame if self.interval == 1 else segment[frame]).masked_fill(kept, -1)
-        tokens, slots = [kept.nonzero()[:, 0]], [slot[kept]]
-        for number in range(int(turn.max()) + 1):  # the first anchor frame of every segment, then the second, ...
-            goals = (centre & (turn[frame] == number)).nonzero()[:, 0]
-            joined = kernels.nearest_in_group(x, group, goals)
+        group, many = numbers[3][frame].masked_fill(kept, -1), _sums(others, groups)
+        salient_tokens = _places(kept, sum(salient))
+        tokens, slots, most = [salient_tokens], [slot[salient_tokens]], [0] * len(many)
+        for number in range(max(turn) + 1):  # the first anchor frame of every segment, then the second, ...
+            few = _sums([own if at == number else 0 for own, at in zip(anchors, turn, strict=True)], groups)
+            goals = _places(centre & (numbers[2] == number)[frame], sum(few))
+            joined = kernels.nearest_in_group(x, group, goals, sizes=many, target_sizes=few)
             joined[goals] = torch.arange(len(goals), device=goals.device)  # of equal anchors, each itself
-            found = (joined >= 0).nonzero()[:, 0]
+            found = _places(joined >= 0, sum(size for size, own in zip(many, few, strict=True) if own))
             tokens.append(found)
             slots.append(slot[goals[joined[found]]])
-        return self._summed(keep, torch.cat(tokens), torch.cat(slots), kept)
+            most = [so_far + bool(own) for so_far, own in zip(most, few, strict=True)]
+        return self._summed(keep, torch.cat(tokens), torch.cat(slots), kept, max(most))
 
-    def _counts(self, sizes: Tensor, segment: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _counts(
+        self, sizes: Sequence[int], segments: Sequence[int], budget: int
+    ) -> tuple[list[int], list[int], list[int]]:
         """Count the salient tokens and the anchors of every frame, and number the anchor frames of each segment.
 
-        Returns
-        -------
-        Three tensors (T,) long; the last is -1 in frames that are none.
+        The numbers are -1 in frames that are none.
         """
         shares = proportional(budget, sizes)
-        context = (shares.double() * self.context).long()
-        salient = shares - context
-        lengths = torch.bincount(segment)
-        starts = lengths.cumsum(0) - lengths
-        at = torch.arange(len(sizes), device=sizes.device)
-        to_end = (starts + lengths)[segment] - 1 - at
-        is_anchor = to_end % self.interval == 0
-        before = is_anchor.long().cumsum(0)
-        turn = torch.where(is_anchor, before - before[starts][segment] + is_anchor[starts][segment].long() - 1, -1)
-        total = torch.zeros_like(lengths).index_add_(0, segment, context)
-        frames = torch.zeros_like(lengths).index_add_(0, segment, is_anchor.long())
-        each = total // frames
-        anchors = each[segment] + (turn < (total % frames)[segment]).long()
-        anchors = torch.where(is_anchor, anchors, 0).minimum(sizes - salient)
-        left = budget - int(salient.sum() + anchors.sum())
-        return salient + proportional(left, sizes - salient - anchors), anchors, turn
+        context = [int(share * self.context) for share in shares]
+        salient = [share - part for share, part in zip(shares, context, strict=True)]
+        anchors, turn, start = [0] * len(sizes), [-1] * len(sizes), 0
+        for _, same in itertools.groupby(segments):
+            stop = start + len(list(same))
+            at = [t for t in range(start, stop) if (stop - 1 - t) % self.interval == 0]
+            each, over = divmod(sum(context[start:stop]), len(at))
+            for number, t in enumerate(at):
+                turn[t], anchors[t] = number, min(each + (number < over), sizes[t] - salient[t])
+            start = stop
+        room = [size - own - few for size, own, few in zip(sizes, salient, anchors, strict=True)]
+        more = proportional(budget - sum(salient) - sum(anchors), room)
+        return [own + some for own, some in zip(salient, more, strict=True)], anchors, turn
 
-    def _summed(self, keep: Tensor, token: Tensor, slot: Tensor, salient: Tensor) -> Selection:
-        """Weigh the entries of the merge: `token` (E,) flows into `slot` (E,)."""
-        count = torch.bincount(slot, minlength=len(keep)).float()
+    def _summed(self, keep: Tensor, token: Tensor, slot: Tensor, salient: Tensor, most: int) -> Selection:
+        """Weigh the entries of the merge: `token` (E,) flows into `slot` (E,), a token into at most `most` slots."""
+        count = torch.zeros(len(keep), device=keep.device).index_add_(0, slot, torch.ones_like(slot).float())
         own = (1 / (count + 1)).clamp(min=self.beta)
         own = torch.where(salient[keep], 1.0, own)
         weight = ((1 - own) / count)[slot]
         weight = torch.where(token == keep[slot], weight + own[slot], weight)
-        return Selection.from_entries(len(salient), keep, token, slot, weight)
+        return Selection.from_entries(len(salient), keep, token, slot, weight, most)
+
+
+def _places(mask: Tensor, count: int) -> Tensor:
+    """(count,) long: where the mask is true, which is so `count` times."""
+    return torch.nonzero_static(mask, size=count)[:, 0]
+
+
+def _sums(numbers: Sequence[int], groups: Sequence[int]) -> list[int]:
+    """Add up the numbers of every group; the last number is of the last group."""
+    total = [0] * (groups[-1] + 1)
+    for number, group in zip(numbers, groups, strict=True):
+        total[group] += number
+    return total

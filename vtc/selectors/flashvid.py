@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -15,9 +17,10 @@ from ..core.ranges import Float, Range
 from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
-from ..kernels.cluster import padded_groups
+from ..kernels.cluster import gathered_rows, padded_groups
+from ..kernels.host import on_host, upload
 from ..registry import register_selector
-from .frames import cut_scenes, frame_means, frame_of, group_sums, lowest_per_group, proportional
+from .frames import Frames, cut_scenes, frames_of, group_sums, lowest_per_group, proportional
 from .saliency import SaliencySelector
 from .schedule import check_fraction, check_layer, check_number
 from .static_cells import join, peaks
@@ -104,56 +107,73 @@ class FlashVidSelector(SaliencySelector):
         """Choose and merge into ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        x, frame = ctx.features, frame_of(ctx[Origin])
-        shares = proportional(ctx.budget, torch.bincount(frame))
-        first = (shares.double() * self.alpha).long()
-        kept = attended_and_diverse(x, self.saliency(ctx), frame, first)
-        segment = cut_scenes(frame_means(x, frame), self.segments, self.tau)
-        root = self._trees(x, frame, segment, kept, ctx.budget - int(first.sum()))
-        tokens = torch.arange(ctx.n, device=x.device)
-        roots = ((root == tokens) & ~kept).nonzero()[:, 0]
-        tree = torch.searchsorted(roots, root).masked_fill(kept, -1)
-        size = torch.bincount(tree[~kept], minlength=len(roots))
-        means = group_sums(x, tree, len(roots)).div_(size[:, None])
-        found = torch.bincount(frame[roots], minlength=len(shares))
-        counts = (shares - first).minimum(found)
-        counts = counts + proportional(ctx.budget - int((first + counts).sum()), found - counts)
-        chosen = lowest_per_group(-peaks(means, frame[roots]), frame[roots], counts)
-        keep = torch.cat([kept.nonzero()[:, 0], roots[chosen]]).sort().values
-        number = torch.full_like(roots, -1)
-        number[chosen] = torch.searchsorted(keep, roots[chosen])
-        slot = join(means, frame[roots], number)
-        assign = torch.where(kept, torch.searchsorted(keep, tokens), slot[tree.clamp(min=0)] if len(roots) else -1)
-        trees = torch.bincount(slot[slot >= 0], minlength=len(keep))
-        weight = 1 / (size[tree.clamp(min=0)] * trees[assign.clamp(min=0)]).clamp(min=1) if len(roots) else kept.float()
+        x, frames = ctx.features, frames_of(ctx)
+        shares = proportional(ctx.budget, frames.sizes)
+        first = [int(share * self.alpha) for share in shares]
+        kept = attended_and_diverse(x, self.saliency(ctx), frames.sizes, first)
+        segment = cut_scenes(frames.means(x), self.segments, self.tau)
+        root = self._trees(x, frames, segment, kept, first, ctx.budget - sum(first))
+        # From here on the host knows which trees there are, and how many tokens each has.
+        decided = on_host(root.masked_fill(kept, -1))
+        roots = (decided == torch.arange(ctx.n)).nonzero()[:, 0]
+        tree = torch.searchsorted(roots, decided).masked_fill_(decided < 0, -1)
+        size = torch.bincount(tree[tree >= 0], minlength=len(roots))
+        frame = frames.on_host[roots]
+        found = torch.bincount(frame, minlength=len(shares)).tolist()
+        counts = [min(share - own, some) for share, own, some in zip(shares, first, found, strict=True)]
+        room = [some - count for some, count in zip(found, counts, strict=True)]
+        more = proportional(ctx.budget - sum(first) - sum(counts), room)
+        counts = [count + some for count, some in zip(counts, more, strict=True)]
+        sizes = size.tolist()
+        tree, size, roots, frame = (upload(part, x.device) for part in (tree, size, roots, frame))
+        means = group_sums(x, tree, len(roots), sizes=sizes).div_(size[:, None])
+        best = -peaks(means, frame, found)
+        chosen = lowest_per_group(best, frame, upload(torch.tensor(counts), x.device))
+        centres = torch.nonzero_static(chosen, size=sum(counts))[:, 0]
+        others = torch.nonzero_static(kept, size=sum(first))[:, 0]
+        keep = torch.cat([others, roots[centres]]).sort().values
+        number = torch.full_like(roots, -1).index_copy_(0, centres, torch.searchsorted(keep, roots[centres]))
+        slot = join(means, frame, number, found, counts)
+        own = torch.searchsorted(keep, torch.arange(ctx.n, device=x.device))
+        assign = torch.where(kept, own, slot[tree.clamp(min=0)])
+        trees = torch.zeros_like(keep).index_add_(0, slot.clamp(min=0), (slot >= 0).long())
+        weight = 1 / (size[tree.clamp(min=0)] * trees[assign.clamp(min=0)]).clamp(min=1)
         return Selection(ctx.n, keep, assign, torch.where(kept, 1.0, weight))
 
-    def _trees(self, x: Tensor, frame: Tensor, segment: Tensor, kept: Tensor, least: int) -> Tensor:
+    def _trees(
+        self, x: Tensor, frames: Frames, segment: Tensor, kept: Tensor, first: Sequence[int], least: int
+    ) -> Tensor:
         """(N,) long: the root of the tree of every token; that of a `kept` one is itself. At least `least` others."""
         tokens = torch.arange(len(x), device=x.device)
         # Whether a frame continues the scene of the one before it.
         goes_on = torch.zeros_like(segment, dtype=torch.bool)
         goes_on[1:] = segment[1:] == segment[:-1]
-        parent = torch.full_like(tokens, -1)
-        for odd in (0, 1):  # frames 0 and 1, 2 and 3, ...; then 1 and 2, 3 and 4, ...
-            later = (frame + odd) % 2 == 1
-            pair = ((frame + odd) // 2).masked_fill(kept | (later & ~goes_on[frame]), -1)
-            earlier = (~later & ~kept).nonzero()[:, 0]
-            nearest = kernels.nearest_in_group(x, pair, earlier)
-            linked = (later & (nearest >= 0)).nonzero()[:, 0]
-            parent[linked] = earlier[nearest[linked]]
+        others = [size - own for size, own in zip(frames.sizes, first, strict=True)]
+        looking = [count if goes else 0 for count, goes in zip(others, goes_on.tolist(), strict=True)]
+        group = frames.number.masked_fill(kept | ~upload(goes_on, x.device)[frames.number], -1)
+        earlier = torch.nonzero_static(~kept, size=sum(others))[:, 0]
+        nearest = kernels.nearest_in_group(
+            x,
+            group,
+            earlier,
+            target_group=frames.number[earlier] + 1,
+            sizes=looking,
+            target_sizes=[0, *others],
+        )
+        parent = torch.where(nearest >= 0, earlier[nearest.clamp(min=0)], -1)
         closeness = kernels.temporal_similarity(x, parent)
-        linked = ((parent >= 0) & (closeness > self.link)).nonzero()[:, 0]
-        lacking = least - (len(x) - int(kept.sum()) - len(linked))
-        linked = linked[closeness[linked].sort(stable=True).indices[max(0, lacking) :]]
-        root = tokens.clone()
-        root[linked] = parent[linked]
-        for _ in range(int(frame[-1]).bit_length()):  # every step doubles how far a token sees
+        linked = (parent >= 0) & (closeness > self.link)
+        # The weakest are cut where there would be too few trees.
+        lacking = least - (sum(others) - linked.sum())
+        order = closeness.masked_fill(~linked, torch.inf).sort(stable=True).indices
+        linked &= torch.empty_like(order).index_copy_(0, order, tokens) >= lacking
+        root = torch.where(linked, parent, tokens)
+        for _ in range((len(others) - 1).bit_length()):  # every step doubles how far a token sees
             root = root[root]
         return root
 
 
-def attended_and_diverse(x: Tensor, attention: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
+def attended_and_diverse(x: Tensor, attention: Tensor, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
     """(N,) bool: in every frame the `counts` (T,) tokens of greedy max-min under ``(1 - cosine) * attention``.
 
     Frames are processed side by side, in blocks of bounded memory.
@@ -161,37 +181,36 @@ def attended_and_diverse(x: Tensor, attention: Tensor, frame: Tensor, counts: Te
     Parameters
     ----------
     x
-        (N, D).
+        (N, D), frame after frame.
     attention
         (N,), not negative: what scales the distances to a token.
-    frame
-        (N,) long, 0 to T - 1, ascending.
-    counts
-        (T,) long, at most the tokens of each frame.
+    sizes, counts
+        Tokens of each frame, at least 1, and how many of them to choose, at most all.
     """
-    members, there = padded_groups(torch.arange(len(x), device=x.device), frame)
-    longest = members.shape[1]
+    longest = max(sizes)
     step = max(1, _ELEMENTS // (longest * max(longest, x.shape[1])))
-    chosen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for index, exists, count in zip(members.split(step), there.split(step), counts.split(step), strict=True):
-        picked = _max_min(x[index].float(), attention[index].float(), exists, count)
-        chosen[index[picked]] = True
-    return chosen
+    tokens, runs = torch.arange(len(x), device=x.device), list(zip(accumulate(sizes, initial=0), sizes, strict=False))
+    chosen = torch.zeros(len(x) + 1, dtype=torch.bool, device=x.device)  # what is not there is written behind the last
+    for start in range(0, len(sizes), step):
+        index, exists = padded_groups(tokens, runs[start : start + step])
+        picked = _max_min(gathered_rows(x, index), attention[index].float(), exists, counts[start : start + step])
+        chosen.scatter_(0, index.masked_fill_(~exists, len(x)).flatten(), picked.flatten())
+    return chosen[:-1]
 
 
-def _max_min(x: Tensor, attention: Tensor, exists: Tensor, counts: Tensor) -> Tensor:
-    """(G, m) bool: the picks in groups of features `x` (G, m, D)."""
-    unit = torch.nn.functional.normalize(x, dim=2, eps=1e-12)
-    apart = (1 - unit @ unit.transpose(1, 2)).clamp_(min=0) * attention[:, None]
+def _max_min(x: Tensor, attention: Tensor, exists: Tensor, counts: Sequence[int]) -> Tensor:
+    """(G, m) bool: the picks in groups of features `x` (G, m, D), which are written over."""
+    x /= torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_(min=1e-12)
+    apart = (x @ x.transpose(1, 2)).neg_().add_(1).clamp_(min=0).mul_(attention[:, None])
     apart.masked_fill_(~exists[..., None], torch.inf)  # rows that are not there are far from everything
     second = apart.topk(min(2, apart.shape[1]), dim=1, largest=False).values[:, -1]
     near = torch.where(second == torch.inf, attention, second).masked_fill(~exists, -torch.inf)
     picked = torch.zeros_like(exists)
-    groups = torch.arange(len(x), device=x.device)
-    for step in range(int(counts.max())):
+    groups, places = (torch.arange(size, device=x.device) for size in exists.shape)
+    wanted = upload(torch.tensor(counts), x.device)[:, None]
+    for step in range(max(counts)):
         best = near.argmax(dim=1)  # the first of equals
-        wanted = counts > step
-        picked[groups[wanted], best[wanted]] = True
+        picked |= (places == best[:, None]) & (wanted > step)
         row = apart[groups, best]
         near = torch.minimum(near, row) if step else row.masked_fill(~exists, -torch.inf)
         near = near.masked_fill(picked, -torch.inf)

@@ -1,8 +1,13 @@
-"""What methods share that look at the frames of a video, whatever an earlier stage has left of them."""
+"""What methods share that look at the frames of a video, whatever an earlier stage has left of them.
+
+Where tokens stand is looked at on the host, which knows it; see `vtc.kernels.host`.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,13 +16,17 @@ from .. import kernels
 from ..budget import largest_remainder
 from ..core.context import VisualContext
 from ..core.grids import Grid
-from .uniform import UniformSelector
+from ..core.signals import Origin
+from ..kernels.cluster import sorted_by_group
+from ..kernels.host import on_host, upload
+from .uniform import evenly
 
 __all__ = [
+    "Frames",
     "cut_scenes",
     "earlier_at_place",
-    "frame_means",
     "frame_of",
+    "frames_of",
     "group_sums",
     "lowest_per_group",
     "place_of",
@@ -26,6 +35,38 @@ __all__ = [
 ]
 
 _BLOCK = 2**20  # numbers that are looked at in float32 at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """The frames of a video.
+
+    Attributes
+    ----------
+    origin
+        (N, 6) long, on the host: the signal `Origin`.
+    on_host, number
+        (N,) long, 0 to T - 1: the frame of every token, on the host and where the features are.
+    sizes
+        Tokens of every frame.
+    """
+
+    origin: Tensor
+    on_host: Tensor
+    number: Tensor
+    sizes: list[int]
+
+    def means(self, x: Tensor) -> Tensor:
+        """(T, D) float32: mean of the tokens of every frame."""
+        count = upload(torch.tensor(self.sizes), x.device)
+        return group_sums(x, self.number, len(count), sizes=self.sizes).div_(count[:, None])
+
+
+def frames_of(ctx: VisualContext) -> Frames:
+    """Find the frames of a context with the signal `Origin`."""
+    origin = on_host(ctx[Origin])
+    frame = frame_of(origin)
+    return Frames(origin, frame, upload(frame, ctx.features.device), torch.bincount(frame).tolist())
 
 
 def frame_of(origin: Tensor) -> Tensor:
@@ -43,46 +84,41 @@ def place_of(origin: Tensor) -> Tensor:
     return (view * (row.max() + 1) + row) * width.max() + column
 
 
-def frame_means(x: Tensor, frame: Tensor) -> Tensor:
-    """(T, D) float32: mean of the tokens of every frame."""
-    count = torch.bincount(frame)
-    return group_sums(x, frame, len(count)).div_(count[:, None])
-
-
 def cut_scenes(means: Tensor, least: int, tau: float) -> Tensor:
-    """(T,) long: the scene of every frame, given a feature of each (T, D).
+    """(T,) long, on the host: the scene of every frame, given a feature of each (T, D). A GPU is waited for once.
 
     Scenes end at the ``least - 1`` lowest cosines of neighbouring frames and wherever it is below `tau`.
     """
-    similarity = kernels.temporal_similarity(means, kernels.earlier_tokens(len(means), 1).to(means.device))[1:]
+    earlier = upload(kernels.earlier_tokens(len(means), 1), means.device)
+    similarity = on_host(kernels.temporal_similarity(means, earlier))[1:]
     ends = similarity < tau
     ends[similarity.sort(stable=True).indices[: least - 1]] = True
     return torch.nn.functional.pad(ends.long().cumsum(0), (1, 0))
 
 
-def group_sums(x: Tensor, group: Tensor, count: int, unit: bool = False) -> Tensor:
+def group_sums(x: Tensor, group: Tensor, count: int, unit: bool = False, sizes: Sequence[int] | None = None) -> Tensor:
     """(G, D) float32: sum of the rows of `x` (N, D) in each of `count` groups (N,), scaled to length 1 if `unit`.
 
-    A row of group -1 is in no sum. The same on every device and in every run, in blocks that fit into a cache.
+    A row of group -1 is in no sum. The same on every device and in every run, in blocks that fit into a cache. How many
+    rows each group has, a GPU is asked for unless `sizes` says.
     """
     total = x.new_zeros(count, x.shape[1], dtype=torch.float32)
-    order = (group >= 0).nonzero()[:, 0]
-    order = order[group[order].argsort(stable=True)]
-    blocks = order.split(max(1, _BLOCK // max(1, x.shape[1]))) if len(order) else ()
-    for rows, (first, last) in zip(blocks, _ends(group, blocks), strict=True):
+    order, sizes = sorted_by_group(group, sizes)
+    stops = list(itertools.accumulate(sizes))
+    step = max(1, _BLOCK // max(1, x.shape[1]))
+    first = last = start = 0
+    for rows in order.split(step) if len(order) else ():
+        first = next(number for number in range(first, count) if stops[number] > start)
+        start += len(rows)
+        last = next(number for number in range(first, count) if stops[number] >= start)
         part = x.index_select(0, rows).float()
         part = torch.nn.functional.normalize(part, dim=1, eps=1e-12) if unit else part
         total[first : last + 1] += kernels.segment_merge(part, group[rows] - first, last - first + 1)
     return total
 
 
-def _ends(group: Tensor, blocks: Sequence[Tensor]) -> list[list[int]]:
-    """Return the groups of the first and the last token of every block, with one transfer."""
-    return torch.stack([group[rows[[0, -1]]] for rows in blocks]).tolist() if blocks else []
-
-
 def earlier_at_place(origin: Tensor, back: Tensor) -> Tensor:
-    """(N,) long: the token at the same place `back` (N,) times before, -1 where there is none."""
+    """(N,) long, on the host: the token at the same place `back` (N,) times before, -1 where there is none."""
     time = origin[:, 1]
     key = place_of(origin) * (time.max() + 1) + time
     ordered, order = key.sort()
@@ -107,27 +143,19 @@ def lowest_per_group(scores: Tensor, group: Tensor, counts: Tensor) -> Tensor:
     """
     by_score = torch.argsort(scores, stable=True)
     order = by_score[torch.argsort(group[by_score], stable=True)]  # by group, and within it by score
-    sizes = torch.bincount(group, minlength=len(counts))
+    sizes = torch.zeros_like(counts).index_add_(0, group, torch.ones_like(group))
     place = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group[order]]
     chosen = torch.zeros(len(group), dtype=torch.bool, device=group.device)
     chosen[order] = place < counts[group[order]]
     return chosen
 
 
-def proportional(total: int, sizes: Tensor) -> Tensor:
-    """(G,) long: `total`, at most the sum of the `sizes` (G,), in proportion to them, exactly."""
-    if not total:
-        return torch.zeros_like(sizes)
-    return torch.tensor(largest_remainder(total, sizes.tolist()), device=sizes.device)
+def proportional(total: int, sizes: Sequence[int]) -> list[int]:
+    """Share `total`, at most the sum of the `sizes`, in proportion to them, exactly."""
+    return largest_remainder(total, sizes) if total else [0] * len(sizes)
 
 
-def spread_over(ctx: VisualContext, tokens: Tensor, budget: int, grids: tuple[Grid, ...]) -> Tensor:
-    """(budget,) long: an even spread over the `tokens`, which are `grids` if all of these are left."""
+def spread_over(tokens: Tensor, budget: int, grids: tuple[Grid, ...]) -> Tensor:
+    """(budget,) long, on the host: an even spread over the `tokens`, which are `grids` if all of these are left."""
     complete = len(tokens) == sum(t * h * w for t, h, w in grids)
-    part = VisualContext(
-        features=ctx.features[tokens],
-        budget=budget,
-        generator=ctx.generator,
-        grids=grids if complete else ((1, 1, len(tokens)),),
-    )
-    return tokens[UniformSelector().select(part).keep]
+    return tokens[evenly(grids if complete else ((1, 1, len(tokens)),), budget)]

@@ -15,11 +15,12 @@ from ..core.ranges import Float, Range
 from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
+from ..kernels.host import on_host, upload
 from ..registry import register_selector
-from .frames import earlier_at_place, frame_of, lowest_per_group, place_of, proportional
+from .frames import earlier_at_place, frames_of, lowest_per_group, place_of, proportional
 from .saliency import SaliencySelector
 from .schedule import check_number
-from .static_cells import join, number_cells, peaks, static_units
+from .static_cells import join, number_cells, numbers, peaks, static_units
 
 __all__ = ["HoliTomSelector", "best_windows"]
 
@@ -85,25 +86,28 @@ class HoliTomSelector(SaliencySelector):
         """Choose and merge into ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        origin = ctx[Origin]
-        frame = frame_of(origin)
-        earlier = earlier_at_place(origin, torch.ones_like(frame))
-        similarity = kernels.temporal_similarity(ctx.features, earlier).masked_fill(earlier < 0, -torch.inf)
-        window = best_windows(_still(similarity > self.tau, origin, frame)).to(frame.device)
-        cells = number_cells(origin, frame, window)
+        x, frames = ctx.features, frames_of(ctx)
+        frame = frames.on_host
+        earlier = earlier_at_place(frames.origin, torch.ones_like(frame))
+        # From here on the host knows what stands still.
+        similarity = on_host(kernels.temporal_similarity(x, upload(earlier, x.device)))
+        similarity = similarity.masked_fill(earlier < 0, -torch.inf)
+        window = best_windows(_still(similarity > self.tau, frames.origin, frame))
+        cells = number_cells(frames.origin, frame, window)
         starts = torch.ones_like(window, dtype=torch.bool)
         starts[1:] = window[1:] != window[:-1]
         least = torch.full_like(cells.frames, torch.inf, dtype=torch.float32)
         least.scatter_reduce_(0, cells.of, similarity.masked_fill(starts[frame], torch.inf), reduce="amin")
         units = static_units(cells, least, self.tau, frame, window, ctx.budget)
-        shares = proportional(ctx.budget, torch.bincount(units.group))
-        means, group, static = units.means(ctx.features), units.group[units.static], units.static
-        scores = self.saliency(ctx)[units.tokens]
-        scores[static] = peaks(means, group)
-        chosen = lowest_per_group(-scores, units.group, shares)
-        joined = units.numbers(chosen)  # what is not kept is dropped, but for static places
-        joined[static] = join(means, group, joined[static])
-        return units.selection(chosen, joined)
+        shares = proportional(ctx.budget, units.sizes)
+        sizes, centres = units.sizes_of(True), units.sizes_of(True, shares)
+        group, tokens, static = (upload(y, x.device) for y in (units.group, units.tokens, units.places))
+        means, of = units.means(x), group[static]
+        scores = self.saliency(ctx)[tokens].index_copy_(0, static, peaks(means, of, sizes))
+        chosen = lowest_per_group(-scores, group, upload(torch.tensor(shares), x.device))
+        joined = numbers(chosen)  # what is not kept is dropped, but for static places
+        joined = joined.index_copy(0, static, join(means, of, joined[static], sizes, centres))
+        return units.selection(tokens[torch.nonzero_static(chosen, size=ctx.budget)[:, 0]], joined)
 
 
 def _still(above: Tensor, origin: Tensor, frame: Tensor) -> Tensor:
@@ -120,7 +124,6 @@ def best_windows(still: Tensor) -> Tensor:
     A window of d + 1 frames saves d tokens at every place that is `still` (T - 1, P) in all its steps. Of equal cuts
     the one with the shorter last window is chosen.
     """
-    still = still.cpu()
     steps, places = still.shape
     run = torch.zeros(places, dtype=torch.long)
     saved = torch.zeros(steps + 2, dtype=torch.long)  # of the frames before this one

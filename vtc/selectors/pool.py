@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.sites import BeforeDecoder, DecoderLayer, Site
 from ..core.stage import ModelShape, Stage
+from ..kernels.host import upload
 from ..registry import register_selector
 
 __all__ = ["PoolSelector"]
@@ -48,9 +50,16 @@ class PoolSelector(Selector):
         budget, device = min(ctx.budget, ctx.n), ctx.features.device
         if budget == ctx.n:
             return Selection.full(ctx.n, device)
-        shares = largest_remainder(budget, [math.prod(grid) for grid in ctx.grids])
-        found = Selection.concatenate([_pooled(grid, share) for grid, share in zip(ctx.grids, shares, strict=True)])
-        return Selection(found.n, found.keep.to(device), None if found.assign is None else found.assign.to(device))
+        found = _cells(ctx.grids, budget)
+        assign = None if found.assign is None else upload(found.assign.clone(), device)
+        return Selection(found.n, upload(found.keep.clone(), device), assign)
+
+
+@lru_cache(maxsize=32)
+def _cells(grids: tuple[Grid, ...], k: int) -> Selection:
+    """Assign every token of `grids` to one of `k` cells, on the host."""
+    shares = largest_remainder(k, [math.prod(grid) for grid in grids])
+    return Selection.concatenate([_pooled(grid, share) for grid, share in zip(grids, shares, strict=True)])
 
 
 def _pooled(grid: Grid, k: int) -> Selection:

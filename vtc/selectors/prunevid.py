@@ -20,10 +20,11 @@ from ..core.selector import Selector
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
 from ..core.stage import ModelShape, Stage
+from ..kernels.host import on_host, upload
 from ..registry import register_selector
-from .frames import frame_means, frame_of, group_sums, lowest_per_group, proportional
+from .frames import frames_of, group_sums, lowest_per_group, proportional
 from .schedule import check_fraction, check_number
-from .static_cells import Cells, join, number_cells, peaks, static_units
+from .static_cells import Cells, join, number_cells, numbers, peaks, static_units
 
 __all__ = ["PruneVidSelector", "runs_of"]
 
@@ -99,29 +100,32 @@ class PruneVidSelector(Selector):
         """Merge into ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        frame = frame_of(ctx[Origin])
-        window = self.windows(frame_means(ctx.features, frame))
-        cells = number_cells(ctx[Origin], frame, window)
-        units = static_units(cells, likeness(ctx.features, cells), self.tau, frame, window, ctx.budget)
-        means, own, static = units.means(ctx.features), units.own, units.static
-        scores = peaks(ctx.features, own)[units.tokens]
-        scores[static] = peaks(means, units.group[static])
-        shares = group_shares(ctx.budget, torch.bincount(units.group))
-        chosen = lowest_per_group(-scores, units.group, shares)
-        numbers = units.numbers(chosen)
-        joined = join(ctx.features, own, torch.full_like(own, -1).index_copy(0, units.tokens, numbers))[units.tokens]
-        joined[static] = join(means, units.group[static], numbers[static])
-        return units.selection(chosen, joined)
+        x, frames = ctx.features, frames_of(ctx)
+        window = self.windows(frames.means(x))
+        cells = number_cells(frames.origin, frames.on_host, window)
+        alike = on_host(likeness(x, cells))
+        units = static_units(cells, alike, self.tau, frames.on_host, window, ctx.budget)
+        shares = group_shares(ctx.budget, units.sizes)
+        moving, still = ((units.sizes_of(kind), units.sizes_of(kind, shares)) for kind in (False, True))
+        own, group, tokens, static = (upload(y, x.device) for y in (units.own, units.group, units.tokens, units.places))
+        means, of = units.means(x), group[static]
+        scores = peaks(x, own, moving[0])[tokens].index_copy_(0, static, peaks(means, of, still[0]))
+        chosen = lowest_per_group(-scores, group, upload(torch.tensor(shares), x.device))
+        number = numbers(chosen)
+        of_tokens = torch.full_like(own, -1).index_copy_(0, tokens, number)
+        joined = join(x, own, of_tokens, *moving)[tokens]
+        joined = joined.index_copy_(0, static, join(means, of, number[static], *still))
+        return units.selection(tokens[torch.nonzero_static(chosen, size=ctx.budget)[:, 0]], joined)
 
     def windows(self, means: Tensor) -> Tensor:
-        """(T,) long: the window of every frame, given the mean of each (T, D)."""
+        """(T,) long, on the host: the window of every frame, given the mean of each (T, D); one wait for a GPU."""
         count = max(1, int(len(means) * self.segments))
         one = torch.zeros(len(means), dtype=torch.long, device=means.device)
-        peaks = kernels.density_peaks(means, one, _NEIGHBOURS)
+        peaks = kernels.density_peaks(means, one, _NEIGHBOURS, [len(means)])
         centres = peaks.sort(descending=True, stable=True).indices[:count]
-        labels = kernels.nearest_in_group(means, one, centres, "euclidean")
+        labels = kernels.nearest_in_group(means, one, centres, "euclidean", sizes=[len(means)], target_sizes=[count])
         labels[centres] = torch.arange(len(centres), device=centres.device)
-        return torch.tensor(runs_of(labels.tolist()), device=means.device)
+        return torch.tensor(runs_of(labels.tolist()))
 
 
 def runs_of(labels: Sequence[int]) -> list[int]:
@@ -148,20 +152,21 @@ def runs_of(labels: Sequence[int]) -> list[int]:
 
 def likeness(x: Tensor, cells: Cells) -> Tensor:
     """(C,) float32: mean cosine of the tokens of every cell to each other; 0 of a single token."""
-    total = group_sums(x, cells.of, len(cells.frames), unit=True)
-    own = torch.bincount(cells.of[(x != 0).any(dim=1)], minlength=len(total))  # a token of zeros is like none
-    pairs = cells.frames * (cells.frames - 1)
-    return (total.square_().sum(dim=1) - own) / pairs.clamp(min=1)
+    of, frames = upload(cells.of, x.device), upload(cells.frames, x.device)
+    total = group_sums(x, of, len(frames), unit=True, sizes=torch.bincount(cells.of).tolist())
+    length = torch.linalg.vector_norm(x, dim=1)
+    own = torch.zeros_like(frames).index_add_(0, of, (length > 0).long())  # a token of zeros is like none
+    return (total.square_().sum(dim=1) - own) / (frames * (frames - 1)).clamp(min=1)
 
 
-def group_shares(budget: int, sizes: Tensor) -> Tensor:
-    """(G,) long: divide the budget among groups of these sizes; small ones keep all, if each other gets one at least.
+def group_shares(budget: int, sizes: Sequence[int]) -> list[int]:
+    """Divide the budget among groups of these sizes; small ones keep all, if each other gets one at least.
 
     The others, or else all, get theirs in proportion to their sizes.
     """
-    small = sizes <= _SMALL
-    left = budget - int(sizes[small].sum())
-    if left < int((~small).sum()):
+    large = [size if size > _SMALL else 0 for size in sizes]
+    left = budget - (sum(sizes) - sum(large))
+    if left < sum(size > 0 for size in large):
         return proportional(budget, sizes)
-    shares = proportional(min(left, int(sizes[~small].sum())), torch.where(small, 0, sizes))
-    return torch.where(small, sizes, shares)
+    shares = proportional(min(left, sum(large)), large)
+    return [share if size > _SMALL else size for size, share in zip(sizes, shares, strict=True)]

@@ -1,24 +1,30 @@
-"""What PruneVID and HoliTom share: places that stay alike through a window of frames become one token."""
+"""What PruneVID and HoliTom share: places that stay alike through a window of frames become one token.
+
+What is a cell, and what a unit, is worked out on the host, which knows the places and is told how alike they are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..core.selection import Selection
+from ..kernels.host import upload
 from .frames import group_sums, place_of
 
-__all__ = ["Cells", "Units", "join", "number_cells", "peaks", "static_units"]
+__all__ = ["Cells", "Units", "join", "number_cells", "numbers", "peaks", "static_units"]
 
 _NEIGHBOURS = 7  # of a token, in the density of its set
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """The places of every window: tokens that show the same place in the same window are one cell.
+    """The places of every window: tokens that show the same place in the same window are one cell. On the host.
 
     Attributes
     ----------
@@ -46,7 +52,7 @@ def number_cells(origin: Tensor, frame: Tensor, window: Tensor) -> Cells:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What is left of a video once static cells are one token each.
+    """What is left of a video once static cells are one token each. On the host.
 
     Attributes
     ----------
@@ -65,6 +71,21 @@ class Units:
     group: Tensor
     static: Tensor
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Units of every group."""
+        return torch.bincount(self.group).tolist()
+
+    def sizes_of(self, static: bool, counts: Sequence[int] | None = None) -> list[int]:
+        """Units, or other `counts`, of the groups that are static, or of those that are not; 0 of the others."""
+        kind = torch.zeros(len(self.sizes), dtype=torch.bool).index_copy_(0, self.group, self.static).tolist()
+        return [count if so == static else 0 for count, so in zip(counts or self.sizes, kind, strict=True)]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(S,) long: which units are static."""
+        return self.static.nonzero()[:, 0]
+
     @property
     def own(self) -> Tensor:
         """(N,) long: group of every token that is a unit by itself, -1 for the others."""
@@ -74,20 +95,22 @@ class Units:
 
     def means(self, x: Tensor) -> Tensor:
         """(S, D) float32: mean of the tokens `x` (N, D) of every static unit."""
-        count = int(self.static.sum())
         number = torch.where(self.static, self.static.long().cumsum(0) - 1, -1)[self.of]
-        return group_sums(x, number, count).div_(torch.bincount(number[number >= 0], minlength=count)[:, None])
+        size = torch.bincount(number[number >= 0], minlength=len(self.places))
+        total = group_sums(x, upload(number, x.device), len(size), sizes=size.tolist())
+        return total.div_(upload(size, x.device)[:, None])
 
-    def numbers(self, chosen: Tensor) -> Tensor:
-        """(U,) long: number the `chosen` (U,) units in their order; -1 for the others."""
-        return torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
-
-    def selection(self, chosen: Tensor, joined: Tensor) -> Selection:
-        """Let every unit flow into the one of the `chosen` (U,) units whose number `joined` (U,) says; -1: drop it.
+    def selection(self, tokens: Tensor, joined: Tensor) -> Selection:
+        """Keep `tokens` (K,), and let every unit flow into the one whose number `joined` (U,) says; -1: drop it.
 
         A token that is kept becomes the mean of all tokens that flow into it.
         """
-        return Selection(len(self.of), self.tokens[chosen], joined[self.of])
+        return Selection(len(self.of), tokens, joined[upload(self.of, joined.device)])
+
+
+def numbers(chosen: Tensor) -> Tensor:
+    """(U,) long: number the `chosen` (U,) units in their order; -1 for the others."""
+    return torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
 
 
 def static_units(cells: Cells, likeness: Tensor, least: float, frame: Tensor, window: Tensor, budget: int) -> Units:
@@ -110,19 +133,20 @@ def static_units(cells: Cells, likeness: Tensor, least: float, frame: Tensor, wi
     return Units(kept, torch.searchsorted(kept, stands), group.unique(return_inverse=True)[1], within[kept])
 
 
-def peaks(x: Tensor, group: Tensor) -> Tensor:
+def peaks(x: Tensor, group: Tensor, sizes: Sequence[int]) -> Tensor:
     """(M,): how good a centre of a cluster of its group every row of `x` (M, D) is (DPC-kNN, 7 neighbours)."""
-    return kernels.density_peaks(x, group, _NEIGHBOURS)
+    return kernels.density_peaks(x, group, _NEIGHBOURS, sizes)
 
 
-def join(x: Tensor, group: Tensor, number: Tensor) -> Tensor:
+def join(x: Tensor, group: Tensor, number: Tensor, sizes: Sequence[int], centres: Sequence[int]) -> Tensor:
     """(M,) long: the number of the centre of its group that every row of `x` (M, D) is nearest to; -1 of group -1.
 
-    `number` (M,) is that of the centres themselves, which stay with it, and -1 for all other rows.
+    `number` (M,) is that of the centres themselves, which stay with it, and -1 for all other rows. Of a group's rows,
+    `sizes` in all, `centres` are some.
     """
-    centres = ((number >= 0) & (group >= 0)).nonzero()[:, 0]
-    nearest = kernels.nearest_in_group(x, group, centres, "euclidean")
-    if not len(centres):
-        return nearest
-    joined = number[centres][nearest.clamp(min=0)].masked_fill(nearest < 0, -1)
-    return joined.index_copy(0, centres, number[centres])
+    if not sum(centres):
+        return torch.full_like(group, -1)
+    at = torch.nonzero_static((number >= 0) & (group >= 0), size=sum(centres))[:, 0]
+    nearest = kernels.nearest_in_group(x, group, at, "euclidean", sizes=sizes, target_sizes=centres)
+    joined = number[at][nearest.clamp(min=0)].masked_fill(nearest < 0, -1)
+    return joined.index_copy(0, at, number[at])

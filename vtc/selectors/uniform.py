@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -15,9 +16,10 @@ from ..core.grids import Grid
 from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
+from ..kernels.host import upload
 from ..registry import register_selector
 
-__all__ = ["UniformSelector"]
+__all__ = ["UniformSelector", "evenly"]
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -51,13 +53,18 @@ class UniformSelector(Selector):
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
-        sizes = [math.prod(grid) for grid in ctx.grids]
-        shares = largest_remainder(min(ctx.budget, ctx.n), sizes)
-        kept, start = [], 0
-        for view, (grid, size, share) in enumerate(zip(ctx.grids, sizes, shares, strict=True)):
-            kept.append(start + _deal(share, grid, view))
-            start += size
-        return Selection(ctx.n, torch.cat(kept).to(ctx.features.device))
+        return Selection(ctx.n, upload(evenly(ctx.grids, min(ctx.budget, ctx.n)).clone(), ctx.features.device))
+
+
+@lru_cache(maxsize=32)
+def evenly(grids: tuple[Grid, ...], k: int) -> Tensor:
+    """(k,) long, ascending, on the host: tokens that are spread evenly over `grids`, for reading only."""
+    sizes = [math.prod(grid) for grid in grids]
+    kept, start = [], 0
+    for view, (grid, size, share) in enumerate(zip(grids, sizes, largest_remainder(k, sizes), strict=True)):
+        kept.append(start + _deal(share, grid, view))
+        start += size
+    return torch.cat(kept)
 
 
 def _deal(k: int, grid: Grid, view: int) -> Tensor:

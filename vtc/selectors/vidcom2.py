@@ -14,13 +14,15 @@ from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.signals import Origin, Signal
 from ..errors import ConfigError
+from ..kernels.dispatch import queues
 from ..registry import register_selector
-from .frames import frame_of, lowest_per_group
+from .frames import frames_of, lowest_per_group
 
 __all__ = ["VidCom2Selector"]
 
 _BANDWIDTHS = tuple(2.0**power for power in range(-3, 2))
-_BLOCK = 4096  # tokens that are looked at in float32 at a time
+_BLOCK = {False: 2**18, True: 2**24}  # numbers that are looked at at a time: as a cache holds, and on a GPU
+_HELD = 2**24  # normalised numbers that are kept for the second look
 
 
 @register_selector
@@ -65,10 +67,11 @@ class VidCom2Selector(Selector):
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         budget = min(ctx.budget, ctx.n)
-        frame = frame_of(ctx[Origin])
-        to_video, to_frame = typicality(ctx.features, frame)
+        frames = frames_of(ctx)
+        frame = frames.number
+        to_video, to_frame = typicality(ctx.features, frame, len(frames.sizes))
         scores = to_video + to_frame
-        shares = frame_budgets(to_video, frame, budget / ctx.n, self.temperature)
+        shares = frame_budgets(to_video, frame, len(frames.sizes), budget / ctx.n, self.temperature)
         chosen = lowest_per_group(scores, frame, shares)
         # Chosen tokens before the others, each by score: cutting this order at the budget drops or adds as it must.
         by_score = torch.argsort(scores, stable=True)
@@ -76,56 +79,72 @@ class VidCom2Selector(Selector):
         return Selection.from_indices(ctx.n, order[:budget])
 
 
-def typicality(x: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+def typicality(x: Tensor, frame: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     """Compute the similarity of every token to the mean of the video and to the mean of its frame.
 
-    Tokens are processed in blocks of fixed size to bound memory, which is that of a block and of the frames' means.
+    Tokens are processed in blocks of fixed size to bound memory, which is that of a block and of the frames' means;
+    normalised rows of up to `_HELD` numbers are kept between the two looks at them.
 
     Parameters
     ----------
     x : Tensor (N, D)
     frame : LongTensor (N,)
         0..T-1.
+    frames : int
+        T.
 
     Returns
     -------
     Two tensors (N,) float32 in 0..5.
     """
-    quiet = torch.topk(_variance(x), max(1, x.shape[1] // 2), largest=False).indices
-    count = torch.bincount(frame)
-    sums = x.new_zeros(len(count), len(quiet), dtype=torch.float32)
-    for block, of in zip(x.split(_BLOCK), frame.split(_BLOCK), strict=True):
-        sums.index_add_(0, of, _unit(block, quiet))
+    # In the order of the channels, in which they are gathered much faster.
+    quiet = torch.topk(_variance(x), max(1, x.shape[1] // 2), largest=False).indices.sort().values
+    blocks = list(zip(x.split(_rows(x)), frame.split(_rows(x)), strict=True))
+    held: list[Tensor] = []
+    sums = x.new_zeros(frames, len(quiet), dtype=torch.float32)
+    for block, of in blocks:
+        unit = _unit(block, quiet)
+        sums.index_add_(0, of, unit)
+        if len(x) * len(quiet) <= _HELD:
+            held.append(unit)
+    count = torch.zeros_like(sums[:, 0]).index_add_(0, frame, torch.ones_like(frame, dtype=torch.float32))
     means, centre = sums / count[:, None], sums.sum(dim=0) / len(x)
     to_video, to_frame = [], []
-    for block, of in zip(x.split(_BLOCK), frame.split(_BLOCK), strict=True):
-        unit = _unit(block, quiet)
-        to_video.append(_kernel(unit, centre))
-        to_frame.append(_kernel(unit, means[of]))
+    for number, (block, of) in enumerate(blocks):
+        unit = held[number] if held else _unit(block, quiet)
+        to_video.append(_kernel(unit - centre))
+        to_frame.append(_kernel(unit.sub_(means.index_select(0, of))))
     return torch.cat(to_video), torch.cat(to_frame)
+
+
+def _rows(x: Tensor) -> int:
+    """Tokens of `x` (N, D) in a block."""
+    return max(1, _BLOCK[queues(x)] // x.shape[1])
 
 
 def _variance(x: Tensor) -> Tensor:
     """(D,) float32: of each channel; 0 of a single token."""
-    mean = sum((block.float().sum(dim=0) for block in x.split(_BLOCK)), x.new_zeros((), dtype=torch.float32)) / len(x)
-    squares = sum(((block.float() - mean).square().sum(dim=0) for block in x.split(_BLOCK)), torch.zeros_like(mean))
+    blocks, none = x.split(_rows(x)), x.new_zeros(x.shape[1], dtype=torch.float32)
+    mean = sum((block.sum(dim=0, dtype=torch.float32) for block in blocks), none) / len(x)
+    squares = sum(((block - mean).square_().sum(dim=0) for block in blocks), none)
     return squares / max(1, len(x) - 1)
 
 
 def _unit(x: Tensor, channels: Tensor) -> Tensor:
-    """Rows of `x` in these channels, normalised, in float32."""
-    return F.normalize(x[:, channels].float(), dim=-1)
+    """Rows of `x` in these channels, normalised, in float32, in memory of their own."""
+    return F.normalize(x.index_select(1, channels).float(), dim=-1)
 
 
-def _kernel(x: Tensor, centre: Tensor) -> Tensor:
-    distance = (x - centre).square().sum(dim=-1)
+def _kernel(apart: Tensor) -> Tensor:
+    """(N,) sum of the Gaussians of differences (N, C), which are written over."""
+    distance = apart.square_().sum(dim=-1)
     return torch.stack([torch.exp(-distance / (2 * alpha)) for alpha in _BANDWIDTHS]).sum(dim=0)
 
 
-def frame_budgets(to_video: Tensor, frame: Tensor, keep: float, temperature: float = 0.01) -> Tensor:
+def frame_budgets(to_video: Tensor, frame: Tensor, frames: int, keep: float, temperature: float = 0.01) -> Tensor:
     """(T,) long: tokens per frame before the total is made exact; `keep` is the fraction of the whole."""
-    count = torch.bincount(frame)
-    unlike = -to_video.new_zeros(len(count)).index_add(0, frame, to_video) / count
+    count = torch.zeros(frames, dtype=torch.long, device=frame.device).index_add_(0, frame, torch.ones_like(frame))
+    unlike = -to_video.new_zeros(frames).index_add(0, frame, to_video) / count
     excess = torch.softmax((unlike - unlike.max()) / temperature, dim=0)
     scale = (keep * (1 + excess - excess.mean())).clamp(max=1.0)
     return (scale * count).round().long().clamp(min=1).minimum(count)
