@@ -9,31 +9,23 @@ import torch
 
 from tests.kernels.interpreted import needs_triton
 from tests.selectors.inputs import SELECTING, make_context
-from tests.selectors.waits import waits
+from tests.selectors.waits import OnDevice, on_device, patch_queues, waits
+from vtc.core.context import VisualContext
+from vtc.core.observations import TokenGrids
 from vtc.core.sites import BeforeDecoder
-from vtc.kernels import dispatch, greedy, merge
+from vtc.kernels import dispatch
 from vtc.kernels.dispatch import NoKernelError
 from vtc.registry import get_selector
 
 pytestmark = needs_triton
 
 MORE = {
-    "aim": (5, "merges in frames of different lengths, whose slots are numbered anew"),
-    "dycoke": (9, "frames share the budget by largest remainders, on the host"),
-    "evs": (4, "the places of the frames before are paired by what the grids hold"),
-    "fastvid": (32, "segments, salient tokens and anchors are as many as the video makes them"),
-    "flashvid": (59, "trees of tokens are as many as the video makes them"),
-    "hiprune": (7, "anchors share neighbours, so that these are fewer than four each"),
-    "holitom": (36, "windows and static places are as many as the video makes them"),
-    "holov": (8, "crops share the budget in turns, on the host"),
-    "pool": (2, "made of the grids alone, on the host, and copied at the end"),
-    "prumerge": (6, "keeps as many tokens as are outliers"),
-    "prumerge-plus": (7, "keeps as many tokens as are outliers"),
-    "prunevid": (62, "windows, static places and clusters are as many as the video makes them"),
-    "uniform": (4, "made of the grids alone, on the host, and copied at the end"),
-    "vidcom2": (5, "frames share the budget by largest remainders"),
-    "vispruner": (13, "rounds end when no duplicates are left"),
-    "vscan": (5, "windows are as many as the grids make them"),
+    "fastvid": (2, "segments are as many as the video makes them"),
+    "flashvid": (3, "scenes, and trees of tokens, are as many as the video makes them"),
+    "holitom": (2, "windows and static places are as many as the video makes them"),
+    "prumerge": (3, "keeps as many tokens as are outliers, each merged into as many as it resembles"),
+    "prumerge-plus": (4, "the same, with as many others as are no outliers"),
+    "prunevid": (3, "windows, and static places, are as many as the video makes them"),
 }
 """How often at most a method waits that cannot do with once, and why; of 4 frames of 4 x 4 tokens, 20 of them kept."""
 
@@ -49,25 +41,38 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the code that a GPU would run: kernels, here interpreted, where there are any."""
 
     def check(this: dispatch.Op, choice: str, tensors: list[torch.Tensor]) -> None:
-        if this.triton is None:
-            raise NoKernelError("the operation has none")
+        if this.triton is None or not any(isinstance(tensor, OnDevice) for tensor in tensors):
+            raise NoKernelError("the operation has none, or its tensors are on the host")
 
     monkeypatch.setattr(dispatch, "_check", check)
-    for module in (greedy, merge):
-        monkeypatch.setattr(module, "queues", lambda x: True)
+    patch_queues(monkeypatch)
+
+
+def moved(context: VisualContext) -> VisualContext:
+    """The same context on a GPU, its places as `TokenGrids` has them there."""
+    context.features = on_device(context.features)
+    raw = TokenGrids(context.grids, context.features.device)
+    context.signals = {
+        signal: signal.compute(raw) if signal.reads is TokenGrids else on_device(value)
+        for signal, value in context.signals.items()
+    }
+    return context
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("name", in_front())
 def test_a_selection_waits_once(name: str) -> None:
     selector = get_selector(name).resolve(None, 0.5)
-    context = make_context(selector, 20, ((4, 4, 4),))
+    expected = selector.select(make_context(selector, 20, ((4, 4, 4),)))
     with waits() as seen:
+        context = moved(make_context(selector, 20, ((4, 4, 4),)))
+        seen.clear()
         selection = selector.select(context)
+        assert isinstance(selection.keep, OnDevice)
     most, _ = MORE.get(name, (1, ""))
     assert len(seen) <= most, "\n".join(seen)
-    assert selection.n == 64
-    assert selection.k <= 20
+    assert torch.equal(selection.keep, expected.keep), "the code of a GPU chooses something else"
+    torch.testing.assert_close(selection.slots, expected.slots)
 
 
 def test_exceptions_are_methods_that_wait_more() -> None:
@@ -76,8 +81,10 @@ def test_exceptions_are_methods_that_wait_more() -> None:
 
 
 def test_waits_are_seen() -> None:
-    x = torch.arange(6.0)
-    mask = x > 2
+    host = torch.arange(6.0)
+    with waits():
+        x = on_device(host)
+        mask = x > 2
     works: list[tuple[Any, int]] = [
         (lambda: float(x.sum()), 1),
         (lambda: bool(mask.any()), 1),
@@ -85,13 +92,19 @@ def test_waits_are_seen() -> None:
         (lambda: x[mask], 1),
         (lambda: x.tolist(), 1),
         (lambda: torch.tensor([1.0], device=x.device), 1),
+        (lambda: host.to(x.device), 1),
         (lambda: x.unique(), 1),
+        (lambda: torch.nn.functional.normalize(x, dim=0)[mask], 1),
         (lambda: x.clone().masked_fill_(mask, 0.0), 0),
-        (lambda: x[torch.arange(2)], 0),
+        (lambda: x[torch.arange(2, device=x.device)], 0),
         (lambda: x.sort().values.cumsum(0), 0),
         (lambda: torch.nonzero_static(mask, size=3), 0),
+        (lambda: host.to(x.device, non_blocking=True), 0),
+        (lambda: (host.tolist(), host.unique(), torch.tensor([1.0])), 0),
     ]
     for work, count in works:
         with waits() as seen:
             work()
         assert len(seen) == count, (count, seen)
+    with waits(), pytest.raises(AssertionError, match="are on the host"):
+        x + host

@@ -21,6 +21,7 @@ from ..core.signals import Signal, VisionKeys
 from ..core.sites import BeforeDecoder, DecoderLayer, Site
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
+from ..kernels.host import upload
 from ..registry import register_selector
 from .schedule import at_depth, check_layer, check_number
 
@@ -205,17 +206,18 @@ class AimSelector(Selector):
         shares = largest_remainder(ctx.budget, sizes)
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()[:-1]
         # The token that each token ends up in, itself at first; -1: dropped with a frame that has no share.
-        anchor = torch.arange(ctx.n, device=metric.device)
+        tokens = torch.arange(ctx.n, device=metric.device)
+        anchor = tokens.clone()
         weight = torch.ones(ctx.n, device=metric.device)
         for size, share in sorted(set(zip(sizes, shares, strict=True))):
             frames = [start for start, *pair in zip(starts, sizes, shares, strict=True) if pair == [size, share]]
-            places = torch.tensor(frames, device=metric.device)[:, None] + torch.arange(size, device=metric.device)
+            places = upload(torch.tensor(frames)[:, None] + torch.arange(size), metric.device)
             if share == 0:
                 anchor[places], weight[places] = -1, 0.0
             elif share < size:
                 into, weight[places] = _shrink(metric[places], share)
                 anchor[places] = places.gather(1, into)
-        keep = anchor[anchor >= 0].unique()  # ascending
+        keep = torch.nonzero_static(anchor == tokens, size=ctx.budget)[:, 0]
         assign = torch.searchsorted(keep, anchor).masked_fill(anchor < 0, -1)
         return Selection(ctx.n, keep, assign, weight)
 

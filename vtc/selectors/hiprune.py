@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..core.context import VisualContext
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
@@ -114,36 +113,37 @@ class HiPruneSelector(Selector):
         middle, end = scores[0], scores[-1]
         anchors = middle.sort(descending=True, stable=True).indices[: round(ctx.budget * self.alpha / 5)]
         find = _by_index if self.variant == "released" else _in_picture
-        chosen = _first_seen(torch.cat([anchors[:, None], find(anchors, ctx[Origin])], dim=1).flatten())[: ctx.budget]
+        found = torch.cat([anchors[:, None], find(anchors, ctx[Origin])], dim=1).flatten()
+        # Anchors and neighbours in the order in which they come, each once; how many these are is not asked.
+        at = torch.arange(len(found), device=found.device)
+        like = round(ctx.budget * self.text)
+        # Behind the last token stands what is none.
+        seen = torch.full((ctx.n + 1,), len(found) + like, device=found.device)
+        first = seen.scatter_reduce_(0, torch.where(found < 0, ctx.n, found), at, reduce="amin")[: ctx.n]
         if self.text:
-            relevance = relevance_to_text(ctx.features, ctx[TextEmbeds]).index_fill(0, chosen, -torch.inf)
-            count = min(round(ctx.budget * self.text), ctx.budget - len(chosen))
-            chosen = torch.cat([chosen, kernels.topk_indices(relevance, count)])
-        registers = kernels.topk_indices(end.index_fill(0, chosen, -torch.inf), ctx.budget - len(chosen))
-        return Selection.from_indices(ctx.n, torch.cat([chosen, registers]))
-
-
-def _first_seen(tokens: Tensor) -> Tensor:
-    """Drop all repetitions, and what is negative."""
-    tokens = tokens[tokens >= 0]
-    value, inverse = tokens.unique(return_inverse=True)
-    at = torch.arange(len(tokens), device=tokens.device)
-    first = torch.full_like(value, len(tokens)).scatter_reduce_(0, inverse, at, reduce="amin")
-    return tokens[first.sort().values]
+            relevance = relevance_to_text(ctx.features, ctx[TextEmbeds]).masked_fill(first < len(found), -torch.inf)
+            best = relevance.sort(descending=True, stable=True).indices[:like]
+            behind = torch.arange(len(best), device=best.device) + len(found)
+            first = first.index_put_((best,), torch.minimum(first[best], behind))
+        order = end.sort(descending=True, stable=True).indices
+        order = order[first[order].sort(stable=True).indices][: ctx.budget]
+        return Selection.from_indices(ctx.n, order)
 
 
 def _by_index(anchors: Tensor, origin: Tensor) -> Tensor:
     """Return the tokens (A, 4) one place and one row before and behind, within the first and the last token."""
-    width = int(origin[0, 5])
-    return (anchors[:, None] + torch.tensor([-1, 1, -width, width], device=anchors.device)).clamp(0, len(origin) - 1)
+    width = origin[0, 5]
+    beside = torch.stack([anchors - 1, anchors + 1, anchors - width, anchors + width], dim=1)
+    return beside.clamp(0, len(origin) - 1)
 
 
 def _in_picture(anchors: Tensor, origin: Tensor) -> Tensor:
     """Return the tokens (A, 4) left, right, above and below; -1 where there is none."""
     view, frame, row, column, _, _ = origin.unbind(1)
-    times, high, wide = (int(part.max()) + 1 for part in (frame, row, column))
+    times, high, wide = (part.amax() + 1 for part in (frame, row, column))
     # Numbers with an empty place around every row and frame, ascending as the tokens are.
     place = ((view * times + frame) * (high + 2) + row + 1) * (wide + 2) + column + 1
-    wanted = place[anchors][:, None] + torch.tensor([-1, 1, -(wide + 2), wide + 2], device=anchors.device)
+    at = place[anchors]
+    wanted = torch.stack([at - 1, at + 1, at - (wide + 2), at + wide + 2], dim=1)
     found = torch.searchsorted(place, wanted).clamp(max=len(place) - 1)
     return torch.where(place[found] == wanted, found, -1)

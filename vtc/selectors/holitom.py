@@ -113,7 +113,7 @@ class HoliTomSelector(SaliencySelector):
 def _still(above: Tensor, origin: Tensor, frame: Tensor) -> Tensor:
     """(T - 1, P) bool: which of P places stand still in the step to every frame but the first."""
     place = place_of(origin).unique(return_inverse=True)[1]
-    table = torch.zeros(int(frame.max()) + 1, int(place.max()) + 1, dtype=torch.bool, device=above.device)
+    table = torch.zeros(int(frame.max()) + 1, int(place.max()) + 1, dtype=torch.bool)
     table[frame, place] = above
     return table[1:]
 

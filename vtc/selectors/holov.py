@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.signals import PreProjector, Signal
+from ..kernels.host import upload
 from ..registry import register_selector
 from .saliency import SaliencySelector
 from .schedule import check_layer, check_number
@@ -80,16 +81,17 @@ class HoloVSelector(SaliencySelector):
         crops = min(crops, ctx.n)
         sizes = [ctx.n // crops + (crop < ctx.n % crops) for crop in range(crops)]
         parts = zip(ctx[PreProjector].split(sizes), attention.split(sizes), strict=True)
-        shares = _shares(torch.stack([self._worth(*part) for part in parts]), sizes, ctx.budget)
+        worth = torch.stack([self._worth(*part) for part in parts])
+        shares = _shares(worth, upload(torch.tensor(sizes), worth.device), ctx.budget)
         # By crop, then by attention: the first tokens of every crop stay.
-        crop = torch.arange(crops, device=attention.device).repeat_interleave(
-            torch.tensor(sizes, device=attention.device)
-        )
+        crop = torch.arange(crops).repeat_interleave(torch.tensor(sizes))
+        starts = upload(torch.tensor([0, *sizes[:-1]]).cumsum(0)[crop], worth.device)
+        crop = upload(crop, worth.device)
         order = attention.sort(descending=True, stable=True).indices
         order = order[crop[order].sort(stable=True).indices]
-        starts = torch.tensor([0, *sizes[:-1]], device=order.device).cumsum(0)
-        rank = torch.arange(ctx.n, device=order.device) - starts[crop]
-        return Selection.from_indices(ctx.n, order[rank < torch.tensor(shares, device=order.device)[crop]])
+        stays = torch.arange(ctx.n, device=order.device) - starts < shares[crop]
+        kept = torch.zeros_like(stays).index_put_((order,), stays)
+        return Selection(ctx.n, torch.nonzero_static(kept, size=ctx.budget)[:, 0])
 
     def _worth(self, x: Tensor, attention: Tensor) -> Tensor:
         """Compute what one crop is worth, a scalar."""
@@ -110,14 +112,25 @@ class HoloVSelector(SaliencySelector):
         return (scaled + self.diversity * variance).mean()
 
 
-def _shares(worth: Tensor, sizes: list[int], budget: int) -> list[int]:
-    """Divide `budget` tokens, fewer than there are, among crops of these sizes by their worth (P,)."""
+def _shares(worth: Tensor, sizes: Tensor, budget: int) -> Tensor:
+    """(P,) long: divide `budget` tokens, fewer than there are, among crops of these sizes (P,) by their worth (P,).
+
+    What is left of the rounded shares goes round, one to every crop that has room, the worthiest first.
+    """
     weight = worth / (worth.sum() + 1e-6)
-    best = weight.sort(descending=True, stable=True).indices.tolist()
-    shares = [min(int(share), size) for share, size in zip((weight * budget).tolist(), sizes, strict=True)]
-    while (left := budget - sum(shares)) > 0:
-        open_ = [crop for crop in best if shares[crop] < sizes[crop]]
-        each = min(left // len(open_), min(sizes[crop] - shares[crop] for crop in open_))
-        for crop in open_ if each else open_[:left]:
-            shares[crop] += max(each, 1)
-    return shares
+    shares = torch.minimum((weight * budget).long().clamp(min=0), sizes)
+    left, room = budget - shares.sum(), sizes - shares
+    # Rounds end for a crop when it is full: how many tokens are given once the crops with the least room are.
+    least = room.sort().values
+    full = torch.arange(len(room), device=room.device)
+    given = least.cumsum(0) + least * (len(room) - 1 - full)
+    done = (given <= left).sum()  # crops that are filled
+    before = torch.where(done > 0, given.gather(0, (done - 1).clamp(min=0)[None])[0], 0)
+    level = torch.where(done > 0, least.gather(0, (done - 1).clamp(min=0)[None])[0], 0)
+    level = level + (left - before) // (len(room) - done).clamp(min=1)
+    shares = shares + torch.minimum(room, level)
+    over = left - torch.minimum(room, level).sum()
+    best = weight.sort(descending=True, stable=True).indices
+    more = (room > level)[best]
+    more &= more.cumsum(0) <= over
+    return shares + torch.zeros_like(shares).index_put_((best,), more.long())

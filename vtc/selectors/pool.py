@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..budget import largest_remainder
 from ..core.actions import Action
@@ -50,20 +51,26 @@ class PoolSelector(Selector):
         budget, device = min(ctx.budget, ctx.n), ctx.features.device
         if budget == ctx.n:
             return Selection.full(ctx.n, device)
-        found = _cells(ctx.grids, budget)
-        assign = None if found.assign is None else upload(found.assign.clone(), device)
-        return Selection(found.n, upload(found.keep.clone(), device), assign)
+        keep, assign = _cells(ctx.grids, budget)
+        return Selection(ctx.n, upload(keep.clone(), device), upload(assign.clone(), device))
 
 
 @lru_cache(maxsize=32)
-def _cells(grids: tuple[Grid, ...], k: int) -> Selection:
-    """Assign every token of `grids` to one of `k` cells, on the host."""
-    shares = largest_remainder(k, [math.prod(grid) for grid in grids])
-    return Selection.concatenate([_pooled(grid, share) for grid, share in zip(grids, shares, strict=True)])
+def _cells(grids: tuple[Grid, ...], k: int) -> tuple[Tensor, Tensor]:
+    """Return the middles (k,) of `k` cells, and the cell (N,) of every token of `grids`, on the host, for reading."""
+    keep: list[Tensor] = []
+    assign: list[Tensor] = []
+    tokens = cells = 0
+    for grid, share in zip(grids, largest_remainder(k, [math.prod(grid) for grid in grids]), strict=True):
+        middles, of = _pooled(grid, share)
+        keep.append(middles + tokens)
+        assign.append(torch.where(of >= 0, of + cells, of))
+        tokens, cells = tokens + len(of), cells + share
+    return torch.cat(keep), torch.cat(assign)
 
 
-def _pooled(grid: Grid, k: int) -> Selection:
-    """Assign every token of a grid to one of `k` cells."""
+def _pooled(grid: Grid, k: int) -> tuple[Tensor, Tensor]:
+    """Return the middles (k,) of `k` cells, and the cell of every token of a grid, -1 where there is none."""
     t, h, w = grid
     assign = torch.full((t, h, w), -1)
     keep: list[int] = []
@@ -78,7 +85,7 @@ def _pooled(grid: Grid, k: int) -> Selection:
                 columns = _part(cell, cells, w)
                 assign[frames.start : frames.stop, rows.start : rows.stop, columns.start : columns.stop] = len(keep)
                 keep.append((_middle(frames) * h + _middle(rows)) * w + _middle(columns))
-    return Selection(t * h * w, torch.tensor(keep, dtype=torch.long), assign.flatten())
+    return torch.tensor(keep, dtype=torch.long), assign.flatten()
 
 
 def _part(number: int, parts: int, total: int) -> range:

@@ -74,13 +74,13 @@ class _Centred(Selector):
         attention = ctx[WideClsAttention].float()
         most = min(ctx.budget, ctx.n) - 1
         centres = self.centres(attention, most)
-        is_centre = torch.zeros(ctx.n, dtype=torch.bool, device=attention.device)
-        is_centre[centres] = True
-        rest = (~is_centre).nonzero()[:, 0]
+        is_rest = torch.ones(ctx.n, dtype=torch.bool, device=attention.device).index_fill_(0, centres, False)
+        rest = torch.nonzero_static(is_rest, size=ctx.n - len(centres))[:, 0]
         # The token that stands for all of the rest stands where the best of them stood.
-        last = rest[attention[rest].argmax()]
-        keep = torch.cat([centres, last[None]]).sort().values
-        slot = torch.searchsorted(keep, torch.cat([centres, last[None]]))
+        last = rest.gather(0, attention[rest].argmax(dim=0, keepdim=True))
+        chosen = torch.cat([centres, last])
+        keep = chosen.sort().values
+        slot = torch.searchsorted(keep, chosen)
         near = _nearest(ctx[VisionKeys], centres, min(self.neighbours, ctx.n - 1))
         token = torch.cat([centres, near.flatten(), rest])
         into = torch.cat([slot[:-1], slot[:-1].repeat_interleave(near.shape[1]), slot[-1].expand(len(rest))])

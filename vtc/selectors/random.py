@@ -11,6 +11,7 @@ from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.selector import Selector
 from ..core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
+from ..kernels.host import upload
 from ..registry import register_selector
 
 __all__ = ["RandomSelector"]
@@ -39,4 +40,4 @@ class RandomSelector(Selector):
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         drawn = torch.randperm(ctx.n, generator=ctx.generator)[: ctx.budget]
-        return Selection.from_indices(ctx.n, drawn.to(ctx.features.device))
+        return Selection.from_indices(ctx.n, upload(drawn, ctx.features.device))

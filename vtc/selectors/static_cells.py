@@ -118,7 +118,7 @@ def static_units(cells: Cells, likeness: Tensor, least: float, frame: Tensor, wi
 
     Where that leaves fewer units than the budget, the least alike of these cells are taken apart again.
     """
-    tokens = torch.arange(len(frame), device=frame.device)
+    tokens = torch.arange(len(frame))
     static = cells.whole & (likeness > least)
     lacking = budget - int(len(frame) - ((cells.frames - 1) * static).sum())
     if lacking > 0:

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..core.context import VisualContext
 from ..core.selection import Selection
 from ..core.signals import PreProjector, Signal
+from ..kernels import cosines
 from ..kernels.cosines import with_inverse_norms
+from ..kernels.dispatch import queues
 from ..registry import register_selector
 from .saliency import SaliencySelector
 from .schedule import check_fraction
@@ -97,12 +99,16 @@ class _Relatives:
     """The closest relatives of every token, in O(N) memory.
 
     Half of the tokens are at odd places, so nearly always one of a token's `_NEAR` closest is; only for the others the
-    products are computed again.
+    products are computed again. Which these are, a GPU would be waited for; there the whole matrix is kept instead,
+    where it is small.
     """
 
     def __init__(self, x: Tensor) -> None:
         self._x, inverse = with_inverse_norms(x)
         self._unit = self._x.float() * inverse[:, None]
+        self._table = self._unit @ self._unit.T if queues(x) and 4 * len(x) ** 2 <= cosines.WORKSPACE else None
+        if self._table is not None:
+            return
         near = min(_NEAR, len(x) - 1)
         found = []
         for start in range(0, len(x), _BLOCK):
@@ -119,6 +125,12 @@ class _Relatives:
         """
         if not len(others):
             return self._unit.new_full((len(tokens),), -torch.inf, dtype=torch.float64)
+        if self._table is not None:
+            best, place = self._table.index_select(0, tokens).index_select(1, others).max(dim=1)
+            best, partner = best.double(), others[place]
+            value, order = best.sort()
+            tied = torch.empty_like(best, dtype=torch.bool).index_copy_(0, order, _near_another(value))
+            return torch.where(tied, self._exact(tokens, partner), best)
         among = torch.zeros(len(self._unit), dtype=torch.bool, device=others.device)
         among[others] = True
         index = self._index[tokens]
@@ -130,8 +142,17 @@ class _Relatives:
             found, place = (self._unit[tokens[missed]] @ self._unit[others].T).max(dim=1)
             best[missed], partner[missed] = found.double(), others[place]
         value, order = best.sort()
-        close = value.diff() < _ROUNDING
-        tied = order[torch.nn.functional.pad(close, (1, 0)) | torch.nn.functional.pad(close, (0, 1))]
-        pair = self._x[tokens[tied]].double(), self._x[partner[tied]].double()
-        best[tied] = torch.cosine_similarity(*pair, dim=1, eps=1e-12).round(decimals=9)  # copies are equal
+        tied = order[_near_another(value)]
+        best[tied] = self._exact(tokens[tied], partner[tied])
         return best
+
+    def _exact(self, tokens: Tensor, others: Tensor) -> Tensor:
+        """Return (M,) float64 the cosines of pairs; those of copies are equal."""
+        pair = self._x[tokens].double(), self._x[others].double()
+        return torch.cosine_similarity(*pair, dim=1, eps=1e-12).round(decimals=9)
+
+
+def _near_another(ordered: Tensor) -> Tensor:
+    """(M,) bool: which of ascending values (M,) have a neighbour that rounding may put before or behind them."""
+    close = ordered.diff() < _ROUNDING
+    return torch.nn.functional.pad(close, (1, 0)) | torch.nn.functional.pad(close, (0, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 from .. import kernels
 from ..core.actions import Action
 from ..core.context import VisualContext
+from ..core.grids import Grid, grid_coords
 from ..core.ranges import Float, Int, Range
 from ..core.selection import Selection
 from ..core.selector import Selector
@@ -21,6 +23,7 @@ from ..core.signals import ClsAttention, ReceivedAttention, Signal, TextAttentio
 from ..core.sites import DecoderLayer, Site
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
+from ..kernels.host import upload
 from ..registry import register_selector
 from .schedule import at_depth, check_fraction, check_layer
 
@@ -135,22 +138,26 @@ class VScanSelector(Selector):
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
         attention = ctx[_SOURCES[self.score_source]].float().mean(dim=1)
-        local = best_of_windows(attention[0], self._windows(ctx), ctx.budget // 2)
+        window = 4 if self.window is None and self.score_source == "received" else self.window
+        local = best_of_windows(attention[0], windows(ctx.grids, window), ctx.budget // 2)
         rest = attention[-1].index_fill(0, local, -torch.inf)
         keep = torch.cat([local, kernels.topk_indices(rest, ctx.budget - len(local))]).sort().values
         return Selection(ctx.n, keep, nearest(ctx.features, keep))
 
-    def _windows(self, ctx: VisualContext) -> Tensor:
-        """(N,) long: number of the window of every token."""
-        view, frame, row, column = ctx.coords().unbind(dim=1)
-        sizes = torch.tensor([(h, w) for _, h, w in ctx.grids], device=view.device)[view]
-        cell: Any = self.window
-        if cell is None:
-            cell = 4 if self.score_source == "received" else (sizes // 4).clamp(min=1)
-        across = (sizes // cell).clamp(min=1)
-        place = torch.minimum(torch.stack([row, column], dim=1) // cell, across - 1)
-        table = torch.stack([view, frame, place[:, 0], place[:, 1]], dim=1)
-        return table.unique(dim=0, return_inverse=True)[1]
+
+@lru_cache(maxsize=32)
+def windows(grids: tuple[Grid, ...], edge: int | None) -> Tensor:
+    """(N,) long, on the host, for reading: number of the window of every token.
+
+    `edge` is that of a window; None: a quarter of the grid's.
+    """
+    view, frame, row, column = grid_coords(grids).unbind(dim=1)
+    sizes = torch.tensor([(h, w) for _, h, w in grids])[view]
+    cell: Any = (sizes // 4).clamp(min=1) if edge is None else edge
+    across = (sizes // cell).clamp(min=1)
+    place = torch.minimum(torch.stack([row, column], dim=1) // cell, across - 1)
+    table = torch.stack([view, frame, place[:, 0], place[:, 1]], dim=1)
+    return table.unique(dim=0, return_inverse=True)[1]
 
 
 def best_of_windows(scores: Tensor, window: Tensor, count: int) -> Tensor:
@@ -161,20 +168,19 @@ def best_of_windows(scores: Tensor, window: Tensor, count: int) -> Tensor:
     scores
         (N,)
     window
-        (N,) long: number of the window of every token.
+        (N,) long, on the host: number of the window of every token.
 
     Returns
     -------
     Tensor (count,) long
     """
-    windows = int(window.max()) + 1
+    sizes = torch.bincount(window)
+    window, starts = upload(window, scores.device), upload(sizes.cumsum(dim=0) - sizes, scores.device)
     by_score = scores.sort(descending=True, stable=True).indices
     order = by_score[window[by_score].sort(stable=True).indices]  # window by window, best first
-    sizes = torch.bincount(window, minlength=windows)
-    starts = sizes.cumsum(dim=0) - sizes
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - starts[window[order]]
-    offered = rank < -(-count // windows)
+    offered = rank < -(-count // len(sizes))
     chosen = by_score[(~offered[by_score]).int().sort(stable=True).indices]  # those offered first, best first
     return chosen[:count]
 
