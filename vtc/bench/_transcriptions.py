@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from vtc.bench._transcribing import Choice, Transcription, as_choice, best_of, feature_attention
 from vtc.bench._video_transcriptions import VIDEO_TRANSCRIPTIONS
+from vtc.budget import largest_remainder
 from vtc.core.context import VisualContext
 from vtc.core.signals import ClsAttention, MeanKeys, Origin, PreProjector, ReceivedAttention, TextEmbeds, VisionKeys
 from vtc.kernels import reference
 from vtc.selectors.prumerge import WideClsAttention
+from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 from vtc.selectors.vtc import Place
 
 __all__ = ["TRANSCRIPTIONS"]
@@ -129,12 +131,98 @@ def prumerge(selector: Any, ctx: VisualContext) -> Choice:
     return torch.tensor(keep), torch.stack([merged[token] for token in keep])
 
 
+def vscan(selector: Any, ctx: VisualContext) -> Choice:
+    """Half of the best of every window, half of the best of all; the rest averaged into the most similar."""
+    layers, half = ctx[ClsAttention].float().mean(dim=1), ctx.budget // 2
+    windows: dict[tuple[int, ...], list[int]] = {}
+    for token, (view, frame, row, column) in enumerate(ctx.coords().tolist()):
+        _, high, wide = ctx.grids[view]
+        edges = [(place, size, max(1, size // 4)) for place, size in ((row, high), (column, wide))]
+        across = [min(place // edge, size // edge - 1) for place, size, edge in edges]
+        windows.setdefault((view, frame, *across), []).append(token)
+    offered = []
+    for tokens in windows.values():
+        window = torch.tensor(tokens)
+        offered.append(window[best_of(layers[0][window], -(-half // len(windows)))])
+    local = torch.cat(offered).sort().values
+    local = local[best_of(layers[0][local], half)]
+    others = best_of(layers[-1].index_fill(0, local, -torch.inf), ctx.budget - len(local))
+    keep = torch.cat([local, others]).sort().values
+    x = ctx.features.float()
+    unit = F.normalize(x, dim=1)
+    nearest = (unit @ unit[keep].T).argmax(dim=1)
+    nearest[keep] = torch.arange(len(keep))
+    return keep, torch.stack([x[nearest == slot].mean(dim=0) for slot in range(len(keep))])
+
+
+def aim(selector: Any, ctx: VisualContext) -> Choice:
+    """In every picture even tokens flow into odd ones, at most half of them per round."""
+    by_keys = selector.metric == "keys" or (selector.metric == "released" and ctx.modality == "image")
+    metric, x = (ctx[VisionKeys] if by_keys else ctx.features).float(), ctx.features.float()
+    both = torch.cat([metric, x], dim=1)  # what is merged is merged in both
+    sizes = [h * w for t, h, w in ctx.grids for _ in range(t)]
+    keep, merged = [], []
+    tokens = torch.arange(ctx.n).split(sizes)
+    for at, target in zip(tokens, largest_remainder(ctx.budget, sizes), strict=True):
+        y = both[at]
+        while target and len(y) > target:
+            r, unit = min(len(y) - target, len(y) // 2), F.normalize(y[:, : metric.shape[1]], dim=1)
+            closest, partner = (unit[::2] @ unit[1::2].T).max(dim=1)
+            ranked = best_of(closest, len(closest))
+            total, count = y[1::2].clone(), torch.ones(len(y) // 2)
+            for source in ranked[:r].tolist():
+                total[partner[source]] += y[2 * source]
+                count[partner[source]] += 1
+            y = torch.cat([y[::2][ranked[r:]], total / count[:, None]])
+            at = torch.cat([at[::2][ranked[r:]], at[1::2]])
+        if target:
+            keep.append(at.sort().values)
+            merged.append(y[at.argsort(), metric.shape[1] :])
+    return torch.cat(keep), torch.cat(merged)
+
+
+def vflowopt(selector: Any, ctx: VisualContext) -> Choice:
+    """The most important, and of the others one for every cell of the picture, weighted by importance."""
+    scores, x = ctx[ContextRelevance].float(), ctx.features.float()
+    if selector.alpha:
+        scores = scores + selector.alpha * ctx[PixelEntropy].float()
+    lowest = best_of(scores, ctx.n).flip(0)
+    cells: dict[tuple[int, ...], list[int]] = {}
+    places, left = ctx.coords().tolist(), ctx.n
+    for token in lowest.tolist():
+        view, frame, row, column = places[token]
+        cell = (view, frame, int(row / selector.cell), int(column / selector.cell))
+        left += (cell not in cells) - 1
+        cells.setdefault(cell, []).append(token)
+        if left <= ctx.budget:
+            break
+    if left > ctx.budget:
+        return as_choice(best_of(scores, ctx.budget))
+    low = {token for tokens in cells.values() for token in tokens}
+    found = {token: x[token] for token in range(ctx.n) if token not in low}
+    for tokens in cells.values():
+        share = scores[tokens] / scores[tokens].sum()
+        found[max(tokens, key=lambda token: (float(scores[token]), -token))] = share @ x[tokens]
+    keep = sorted(found)
+    return torch.tensor(keep), torch.stack([found[token] for token in keep])
+
+
 # -- diversity and coverage ------------------------------------------------------------------------------------------
 
 
 def divprune(_: Any, ctx: VisualContext) -> Choice:
     """Farthest points."""
     return as_choice(reference.farthest_point(ctx.features, ctx.budget))
+
+
+def todre(_: Any, ctx: VisualContext) -> Choice:
+    """From the token that [CLS] looks at most, always the one least similar to those chosen, taken together."""
+    attention = ctx[ClsAttention][-1].float().mean(dim=0)
+    return as_choice(reference.max_sum(ctx.features, ctx.budget, int(attention[: _thumbnail(ctx)].argmax())))
+
+
+def _thumbnail(ctx: VisualContext) -> int:
+    return math.prod(ctx.grids[0]) if len(ctx.grids) == 2 else ctx.n
 
 
 def cdpruner(selector: Any, ctx: VisualContext) -> Choice:
@@ -222,7 +310,11 @@ TRANSCRIPTIONS: dict[str, Transcription] = {
     "hiprune": hiprune,
     "prumerge": prumerge,
     "prumerge-plus": prumerge,
+    "vscan": vscan,
+    "aim": aim,
+    "vflowopt": vflowopt,
     "divprune": divprune,
+    "todre": todre,
     "cdpruner": cdpruner,
     "scope": scope,
     "rediprune": rediprune,

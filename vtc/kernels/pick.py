@@ -17,6 +17,8 @@ _TILE = 128  # initial number of rows on either side of a product
 _MAX_TILE = 1024  # its limit; on noise the tiles grow
 _FINAL_BATCH = 4096  # remaining candidates compared with all rows at a time
 _DENSE_SHARE = 8  # with more than one pick per this many rows, computing the whole matrix is faster
+_DENSE_SHARE_OF_SUMS = 20  # the same where every pick would be compared with all rows
+_CACHED = 2**22  # numbers; that many rows are read again much faster
 _POOL = 512  # candidates updated with every pick
 _PROBES = 192  # candidates compared with all rows after a round, which lowers the bound
 _FIRST_PROBES = 16  # their number while there is no bound that could end their comparison early
@@ -123,7 +125,8 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     """Select `k` rows of `x` (N, D) by greedy max-sum: in every step the row least similar to all picks together.
 
     Like `farthest_point`, with the sum of the cosines to the picks in place of the largest (ToDRE, arXiv 2505.18757v2,
-    section 3). The sum is a running vector, so that a step is one matrix-vector product. Starts at `first`. Picks are
+    section 3). The sum is a running vector, so that a step is one matrix-vector product; where many steps would read
+    more rows than a cache holds, the whole matrix is computed instead, if it is small. Starts at `first`. Picks are
     distinct, and ties go to the lower index. A zero row has cosine 0 to every other.
 
     Returns
@@ -132,23 +135,32 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
         (min(k, N),) long, in the order of the picks.
     """
     x, inverse = with_inverse_norms(x)
-    k = min(k, x.shape[0])
+    n = x.shape[0]
+    k = min(k, n)
+    dense = k * _DENSE_SHARE_OF_SUMS > n and 4 * n**2 <= cosines.WORKSPACE and x.numel() > _CACHED
+    table = _table(x, inverse) if dense else None
     x = x.float()
     total = torch.zeros_like(inverse)
     picks: list[int] = []
     for _ in range(k):
-        taken = int(total.argmin()) if picks else range(x.shape[0])[int(first)]
+        taken = int(total.argmin()) if picks else range(n)[int(first)]
         picks.append(taken)
-        total += (x @ x[taken]) * inverse * inverse[taken]
+        total += (x @ x[taken]) * inverse * inverse[taken] if table is None else table[taken]
         total[taken] = torch.inf
     return torch.tensor(picks, dtype=torch.long, device=x.device)
 
 
-def _from_matrix(x: Tensor, inverse: Tensor, k: int, first: int | None, bonus: Tensor | None = None) -> Tensor:
-    """Return the picks of `farthest_point`, or with a bonus the others, from the whole similarity matrix."""
+def _table(x: Tensor, inverse: Tensor) -> Tensor:
+    """(N, N): the whole similarity matrix."""
     table = inverse.new_empty(x.shape[0], x.shape[0])
     for rows, block in upper_blocks(x, inverse):
         write_block(table, rows, block)
+    return table
+
+
+def _from_matrix(x: Tensor, inverse: Tensor, k: int, first: int | None, bonus: Tensor | None = None) -> Tensor:
+    """Return the picks of `farthest_point`, or with a bonus the others, from the whole similarity matrix."""
+    table = _table(x, inverse)
     if first is None:
         nearest, partner = table.fill_diagonal_(-torch.inf).max(dim=1)
         taken = _first_of_equals(x, inverse, torch.arange(x.shape[0], device=x.device), partner, nearest)
