@@ -6,6 +6,7 @@ same one with all tokens and with each method, and at every token the two distri
 
 from __future__ import annotations
 
+import re
 import statistics as plain
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,10 +52,10 @@ _PAIRS = (
     ("prefixkv", "elastic-cache"),
     ("elastic-cache", "h2o"),
     ("prefixkv", "h2o"),
-    ("prefixkv, profile", "prefixkv"),
     ("h2o", "random"),
     ("snapkv", "random"),
 )
+"""Methods whose difference is told, besides that of every method with options from the one without."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def _frames(each: Opened) -> int | None:
 
 
 def _profiles(plan: Plan, loaded: Loaded) -> list[Setting]:
-    """Find the layer budgets of `PROFILED` on other pictures, for each budget."""
+    """Find the layer budgets of `PROFILED` on other pictures, for each budget; how many pictures is in their name."""
     if not plan.profile or PROFILED not in plan.methods:
         return []
     others = []
@@ -272,7 +273,7 @@ def _profiles(plan: Plan, loaded: Loaded) -> list[Setting]:
         others.append(dict(models.inputs(loaded, [sample], [media])))
     return [
         Setting(
-            f"{PROFILED}, profile",
+            f"{PROFILED}, profile of {plan.profile}",  # rows of another number are those of another run
             keep,
             vtc.calibrate(
                 loaded.model, None, others, keep_ratio=keep, method=PROFILED, scope=plan.scope, progress=False
@@ -411,8 +412,7 @@ def _markdown(frame: pd.DataFrame, by_run: dict[str, list[Row]], headers: Sequen
     parts += ["## Differences of the divergence, with 95 % intervals (pictures resampled)"]
     pairs = [
         [f"{a} - {b}", *(_difference(by_run, a, b, keep) for keep in budgets)]
-        for a, b in _PAIRS
-        if {a, b} <= set(frame["method"])
+        for a, b in _pairs(list(dict.fromkeys(frame["method"])))
     ]
     parts += [to_markdown_table(header, pairs)] if pairs else []
     parts += [
@@ -422,6 +422,13 @@ def _markdown(frame: pd.DataFrame, by_run: dict[str, list[Row]], headers: Sequen
         f"weights {identity['weights']}.",
     ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the methods to compare: the usual pairs, and each one that has options with the one that has none."""
+    pairs = [pair for pair in _PAIRS if set(pair) <= set(methods)]
+    plain_of = {method: re.split(r"[(,]", method)[0] for method in methods}
+    return pairs + [(method, base) for method, base in plain_of.items() if base != method and base in methods]
 
 
 def _mean_length(by_run: dict[str, list[Row]]) -> float:

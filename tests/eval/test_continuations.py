@@ -76,18 +76,21 @@ def test_a_command_measures_and_continues(
     assert cli.main([*command, "prefixkv", "random@cache", "h2o(recent=4)@cache", "--profile", "2"]) == 0
     rows = results_log.read(tmp_path)[1]
     assert [row for row in rows if row in first] == [row for row in rows if row["method"] in ("prefixkv", "random")]
-    assert {row["method"] for row in rows} == {"prefixkv", "random", "h2o(recent=4)", "prefixkv, profile"}
+    assert {row["method"] for row in rows} == {"prefixkv", "random", "h2o(recent=4)", "prefixkv, profile of 2"}
     assert all(2 <= row["tokens"] < 24 and row["kl"] > 0 and 0 <= row["equal"] <= 1 for row in rows)
     stored = {(row["method"], row["keep"]): row["stored"] for row in rows}
     assert stored["prefixkv", 0.2] == pytest.approx(0.2, abs=0.01), "of the whole prompt, its text included"
-    assert stored["prefixkv, profile", 0.9] == pytest.approx(0.9, abs=0.02)
+    assert stored["prefixkv, profile of 2", 0.9] == pytest.approx(0.9, abs=0.02)
     assert stored["random", 0.2] > 0.21, "the text stays"
     frame, text = continuations.tables(tmp_path)
     loss = frame.set_index(["method", "keep"])["kl"]
     assert loss["prefixkv", 0.2] > loss["prefixkv", 0.9]
-    assert "| prefixkv, profile - prefixkv |" in text
+    assert "| prefixkv, profile of 2 - prefixkv |" in text
     assert text == (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
+    assert cli.main([*command, "prefixkv", "--profile", "1"]) == 0
+    others = {row["method"] for row in results_log.read(tmp_path)[1]} - {row["method"] for row in rows}
+    assert others == {"prefixkv, profile of 1"}, "rows of another number of pictures are not taken for these"
     log = tmp_path / "rows.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     assert set(continuations.tables(tmp_path)[0]["texts"]) == {2}, "the same texts for all"
