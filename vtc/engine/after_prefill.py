@@ -15,10 +15,11 @@ from transformers.cache_utils import Cache
 from vtc.core.eviction import CacheSelector
 from vtc.core.packing import PackPlan
 from vtc.core.sites import CacheAfterPrefill
-from vtc.engine.before_decoder import require_dynamic_cache, require_whole_prompt
+from vtc.engine.before_decoder import require_whole_prompt
 from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
 from vtc.engine.decoding import after_step
+from vtc.engine.entries import keys_and_values, replace_keys_and_values, require_evictable
 from vtc.engine.evict import evict_by_layer
 from vtc.engine.state import ForwardState
 
@@ -43,7 +44,7 @@ def after_prefill(compression: Compression, forward: ForwardState, output: Any) 
     if forward.cache is None:  # the language model has made one
         parts = output if isinstance(output, tuple) else output.values()
         forward.cache = next((part for part in parts if isinstance(part, Cache)), None)
-    require_dynamic_cache(forward.cache, stages[0])
+    require_evictable(forward.cache, stages[0])
     require_whole_prompt(forward, stages[0])
     if isinstance(stages[0].selector, CacheSelector):
         changed = evict_by_layer(compression, forward, stages[0], stages[0].selector)
@@ -71,8 +72,9 @@ def _evict_tokens(forward: ForwardState, keep: torch.Tensor) -> bool:
         groups.append((start, plan.take(index).masked_fill(~plan.mask, -1)))
         if bool(plan.mask.all()):
             complete.add(start)
-        for layer in forward.cache.layers[start:stop]:
-            layer.keys, layer.values = (_take(plan, entries) for entries in (layer.keys, layer.values))
+        for layer in range(start, stop):
+            keys, values = (_take(plan, entries) for entries in keys_and_values(forward.cache, layer))
+            replace_keys_and_values(forward.cache, layer, keys, values)
     changed = any(new is not old for (_, new), (_, old) in zip(groups, forward.key_groups, strict=True))
     forward.key_groups, forward.complete = groups, complete
     return changed

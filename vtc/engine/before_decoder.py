@@ -10,21 +10,21 @@ import time
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from vtc.core.observations import PromptText
 from vtc.core.signals import ProbeSignal, Signal
 from vtc.engine.cache import CACHE, CacheRecord, cache_in, record_of
 from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
+from vtc.engine.entries import require_evictable
 from vtc.engine.plan import PlannedStage
-from vtc.engine.preallocated import PreallocatedLayer
 from vtc.engine.probe import probe
 from vtc.engine.prompt import Prompt, Segment
 from vtc.engine.state import CallState, ForwardState
 from vtc.errors import InputError, UnsupportedMethodError, UnsupportedModelError
 
-__all__ = ["before_decoder", "require_dynamic_cache", "require_whole_prompt"]
+__all__ = ["before_decoder", "require_whole_prompt"]
 
 
 def before_decoder(
@@ -56,7 +56,7 @@ def before_decoder(
         prompt = _find_prompt(compression, call, forward)
         for stage in compression.plan.after_prefill[:1]:  # refused before the prompt is read
             if cache is not None or not _uses_cache(compression, kwargs):
-                require_dynamic_cache(cache, stage)
+                require_evictable(cache, stage)
             require_whole_prompt(forward, stage)
         _select(compression, forward, prompt, kwargs)
         keep = forward.keeping(prompt.keep_at())
@@ -93,21 +93,6 @@ def require_whole_prompt(forward: ForwardState, stage: PlannedStage) -> None:
         raise UnsupportedMethodError(
             f"{stage.selector.name} needs the whole prompt at once, for its text or inside the decoder, but "
             "prefill_chunk_size brings it in pieces; prefill in one piece or choose a method that does not need it"
-        )
-
-
-def require_dynamic_cache(cache: Any, stage: PlannedStage) -> None:
-    """Raise UnsupportedMethodError where entries are to leave a cache that there is not, or that cannot lose any."""
-    method, where = stage.selector.name, repr(str(stage.site))
-    if cache is None:
-        raise UnsupportedMethodError(f"{method} at {where} needs a key-value cache; call the model with use_cache=True")
-    dynamic = (DynamicLayer, PreallocatedLayer)
-    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in dynamic})
-    if kinds or getattr(cache, "offloading", False):
-        found = f"layers of type {', '.join(kinds)}" if kinds else "offloaded layers"
-        raise UnsupportedMethodError(
-            f"{method} at {where} removes entries of a dynamic cache, but this one has {found}; use "
-            "cache_implementation='dynamic', or at='decoder'"
         )
 
 

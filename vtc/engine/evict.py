@@ -19,6 +19,7 @@ from vtc.core.signals import Signal
 from vtc.core.sites import CacheAfterPrefill, CacheWhileDecoding
 from vtc.engine.compression import Compression
 from vtc.engine.decoding import begin
+from vtc.engine.entries import keys_and_values, replace_keys_and_values
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import UNSEEN
@@ -98,13 +99,14 @@ def evict_by_layer(compression: Compression, forward: ForwardState, stage: Plann
     prompt = forward.attached()
     values = _values(forward, stage)
     layers = range(len(forward.cache.layers))
+    heads = [keys_and_values(forward.cache, layer)[0].shape[1] for layer in layers]
     chosen: list[list[_Chosen]] = [[] for _ in layers]
     with torch.no_grad():
         for row in range(prompt.rows):
             found = {start: _entries(forward, stage, method, row, start) for start, _ in forward.key_groups}
             entries = [found[forward.group_of(layer)] for layer in layers]
             contexts = [
-                _context(forward, stage, method, row, layer, each, values.get(layer, {}))
+                _context(forward, stage, method, row, layer, heads[layer], each, values.get(layer, {}))
                 for layer, each in enumerate(entries)
             ]
             began = time.perf_counter()
@@ -173,6 +175,7 @@ def _context(
     method: CacheSelector,
     row: int,
     layer: int,
+    heads: int,
     entries: _Entries,
     values: Mapping[Signal, torch.Tensor],
 ) -> CacheContext:
@@ -186,7 +189,7 @@ def _context(
         places=entries.places,
         length=entries.length,
         visual=entries.visual,
-        heads=forward.cache.layers[layer].keys.shape[1],
+        heads=heads,
         scope=method.scope,
         keep_ratio=stage.keep_ratio,
         generator=torch.Generator().manual_seed(stage.config.seed),
@@ -226,21 +229,21 @@ def _shorten(forward: ForwardState, layer: int, rows: Sequence[_Chosen], *, pack
     index = forward.keys_of(layer)
     if all(row.answer is None for row in rows) and not pack:
         return _Stored(index[:, None])
-    cached = forward.cache.layers[layer]
     groups = max([1, *(len(row.answer.keep) for row in rows if row.answer is not None)])
     tables = [_slots(row, groups) for row in rows]
     width = max(table.shape[1] for table in tables)
     slots = torch.stack([nn.functional.pad(table, (width - table.shape[1], 0), value=-1) for table in tables])
     repeats = len(index) // len(rows)
     slots = slots.repeat_interleave(repeats, dim=0).to(index.device)
-    for name in ("keys", "values"):
-        entries = getattr(cached, name)
+    shortened = []
+    for entries in keys_and_values(forward.cache, layer):
         for number, row in enumerate(rows):
             if row.answer is not None and row.answer.assign is not None:
                 those = slice(number * repeats, (number + 1) * repeats)
                 entries = _merged(entries, those, row.entries.candidates, row.answer)
         at = slots.clamp(min=0).to(entries.device)[..., None]
-        setattr(cached, name, entries.gather(2, at.expand(-1, entries.shape[1], -1, entries.shape[3])))
+        shortened.append(entries.gather(2, at.expand(-1, entries.shape[1], -1, entries.shape[3])))
+    replace_keys_and_values(forward.cache, layer, *shortened)
     taken = index[:, None].expand(-1, groups, -1).gather(2, slots.clamp(min=0))
     return _Stored(taken.masked_fill(slots < 0, -1), slots, tuple(table.shape[1] for table in tables))
 

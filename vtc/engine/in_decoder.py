@@ -30,6 +30,7 @@ from vtc.engine.cache import cache_in
 from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
 from vtc.engine.decoding import record_step
+from vtc.engine.entries import keys_and_values
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import UNSEEN, Recording, record_once
@@ -213,23 +214,23 @@ def see_call(
         return
     rows, length = forward.first_rows(), forward.source_index.shape[1]
     text, hidden = compression.adapter.text_model, given["hidden_states"].detach()
-    cached = forward.cache.layers[layer]
+    keys, values = (entries.to(hidden.device) for entries in keys_and_values(forward.cache, layer))
     cos, sin = given["position_embeddings"]
     probabilities = output[1] if isinstance(output, tuple) and len(output) > 1 else None
     raw = DecoderCall(
         text,
         module,
         hidden[rows],
-        cached.keys[rows, :, -length:].detach(),
-        cached.values[rows, :, -length:].detach(),
+        keys[rows, :, -length:].detach(),
+        values[rows, :, -length:].detach(),
         (cos.expand(len(hidden), -1, -1)[rows], sin.expand(len(hidden), -1, -1)[rows]),
         TextRotary(text.rotary_emb, compression.adapter.multi_axis_positions),
         None if probabilities is None else probabilities[rows, ..., -length:].detach(),
         forward.prompt_columns()[rows] >= 0,
     )
     signals = [signal for signal in compression.plan.cache_signals if signal.reads is DecoderCall]
-    values = forward.entry_values.setdefault(layer, {})
-    values |= _computed(signals, raw, compression.plan.after_prefill[0].selector.name)
+    found = forward.entry_values.setdefault(layer, {})
+    found |= _computed(signals, raw, compression.plan.after_prefill[0].selector.name)
 
 
 def _begin_layer(signals: Sequence[Signal], layer: int, forward: ForwardState, hidden: torch.Tensor) -> None:
@@ -248,11 +249,12 @@ def _look_ahead(
     adapter = compression.adapter
 
     def behind_past(query: Any, key: Any, value: Any, *others: Any) -> None:
-        stored = forward.cache.layers[layer] if forward.past and forward.cache is not None else None
-        if stored is not None:  # an earlier turn of the conversation
+        if forward.past and forward.cache is not None:  # an earlier turn of the conversation
+            stored = (entries.to(key.device) for entries in keys_and_values(forward.cache, layer))
             past = forward.keys_of(layer).shape[1] - key.shape[2]
-            key = torch.cat([stored.keys[:, :, :past], key], dim=2)
-            value = torch.cat([stored.values[:, :, :past], value], dim=2)
+            key, value = (
+                torch.cat([old[:, :, :past], new], dim=2) for old, new in zip(stored, (key, value), strict=True)
+            )
         see(query, key, value, *others)
 
     arguments = {

@@ -110,6 +110,9 @@ def _halves(x: Tensor) -> Tensor:
 
 
 _LAYOUTS: tuple[Layout, ...] = (_halves, _interleaved)
+_ROUNDED = 0.2
+"""How far, of its norm, a key may be from what a layout says: 4 bits of a quantized cache move it by 0.1, another
+layout by more than 0.6."""
 
 
 def _layouts(raw: DecoderCall) -> tuple[Layout, Layout]:
@@ -127,7 +130,7 @@ def _layouts(raw: DecoderCall) -> tuple[Layout, Layout]:
     for layout, of_tables in itertools.product(_LAYOUTS, repeat=2):
         real, imaginary = layout(before).chunk(2, dim=-1)
         turned = layout(before) * of_tables(cos) + torch.cat([-imaginary, real], dim=-1) * of_tables(sin)
-        if float((turned - layout(after)).norm()) <= 0.05 * float(after.norm()):
+        if float((turned - layout(after)).norm()) <= _ROUNDED * float(after.norm()):
             return layout, of_tables
     raise _cannot(raw, "keys that are rotated in no pairs that are known here")
 
