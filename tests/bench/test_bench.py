@@ -237,6 +237,10 @@ class TestCommands:
         entry = 2 * 2 * 32 * 4  # layers, keys and values, width, bytes
         assert [r["cache_bytes"] for r in data[:3]] == [640 * entry, 208 * entry, 208 * entry]
         assert data[5]["cache_bytes"] == 2 * data[2]["cache_bytes"]
+        untouched, dropped, evicted = data[:3]
+        left = untouched["cache_bytes"] - evicted["cache_bytes"]
+        assert left <= untouched["peak_bytes"] - evicted["peak_bytes"] < 2 * left, "a step copies a layer's entries"
+        assert dropped["prefill_peak_bytes"] < evicted["prefill_peak_bytes"]
 
     def test_overhead_prints_a_table_and_writes_its_conditions(self, shape, monkeypatch, tmp_path, capsys):
         from vtc.cli import main

@@ -8,7 +8,8 @@ cache bytes
     What keys and values take up in memory behind the prefill, measured on their storages; beside it the share of the
     untouched model's, which text and rounding keep above the ratio.
 peak memory
-    Most that the device has allocated during the steps, model included; on a CPU it is not told.
+    Most that tensors take up during the prefill and during the steps, weights included: of one more run, which is not
+    timed, on a GPU by its allocator and on a CPU by PyTorch's profiler (`vtc.bench.memory`).
 
 The same tokens dropped before the decoder are the best that can be had of the cache: they save the prefill as well.
 """
@@ -25,6 +26,7 @@ import torch
 import vtc
 from vtc.bench._models import BenchModel, build, prompt
 from vtc.bench._prefill import MODELS
+from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import (
     Case,
     Figures,
@@ -94,6 +96,10 @@ def measure(
     for setting in settings:
         cases[setting] = Case(work, partial(vtc.compressed, model, parse_stages(setting)))
     timings = interleave(cases, repeats=repeats, warmup=warmup)
+    peaks = {}
+    for name, case in cases.items():
+        with case.around():
+            peaks[name] = peak_memory(model, inputs, steps)
     rows = len(inputs["input_ids"])
     whole = timings["untouched"]
     results = []
@@ -110,7 +116,7 @@ def measure(
                 "step_speed_up": ratios[len(ratios) // 2],
                 "cache_bytes": own["cache bytes"].median,
                 "cache_share": own["cache bytes"].median / whole["cache bytes"].median,
-                "peak_bytes": own["peak bytes"].median,
+                **peaks[name],
                 "step": own["step"].to_dict(),
                 "prefill": own["prefill"].to_dict(),
             }
@@ -126,16 +132,30 @@ def decode(model: Any, inputs: dict[str, torch.Tensor], steps: int) -> Figures:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, token = output[CACHE], output.logits.argmax(-1)
     watch.figures["cache bytes"] = float(_stored(cache))
-    counts = model.device.type == "cuda"
-    if counts:
-        torch.cuda.reset_peak_memory_stats(model.device)
     with watch.part("step"):
-        for _ in range(steps):
-            output = model(input_ids=token, use_cache=True, **{CACHE: cache})
-            token = output.logits.argmax(-1)
+        _step(model, cache, token, steps)
     watch.figures["step"] /= steps
-    watch.figures["peak bytes"] = float(torch.cuda.max_memory_allocated(model.device)) if counts else 0.0
     return watch.figures
+
+
+@torch.inference_mode()
+def peak_memory(model: Any, inputs: dict[str, torch.Tensor], steps: int) -> dict[str, int]:
+    """Return the most bytes that the weights and all else take up during a prefill, and during `steps` decode steps."""
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    read: list[Any] = []
+    prefill = peak_bytes(lambda: read.append(model(**inputs, use_cache=True, logits_to_keep=1)), model.device)
+    cache, token = read[0][CACHE], read[0].logits.argmax(-1)
+    read.clear()
+    stored = _stored(cache)
+    step = peak_bytes(partial(_step, model, cache, token, steps), model.device)
+    return {"prefill_peak_bytes": weights + prefill, "peak_bytes": weights + stored + step}
+
+
+def _step(model: Any, cache: Any, token: torch.Tensor, steps: int) -> None:
+    """Decode greedily for `steps` tokens, `token` (B, 1) being the first to be read."""
+    for _ in range(steps):
+        output = model(input_ids=token, use_cache=True, **{CACHE: cache})
+        token = output.logits.argmax(-1)
 
 
 def _stored(cache: Any) -> int:
@@ -150,7 +170,8 @@ def _stored(cache: Any) -> int:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Format results as a markdown table."""
-    header = ("setting", "batch", "prefill", "step", "tokens per second", "against untouched", "cache", "", "peak")
+    header = ("setting", "batch", "prefill", "step", "tokens per second", "against untouched", "cache", "")
+    header += ("peak of the prefill", "of the steps")
     return markdown_table(
         header,
         [
@@ -163,7 +184,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['step_speed_up']:.2f}x",
                 megabytes(r["cache_bytes"]),
                 f"{100 * r['cache_share']:.1f} %",
-                megabytes(r["peak_bytes"]) if r["peak_bytes"] else "-",
+                megabytes(r["prefill_peak_bytes"]),
+                megabytes(r["peak_bytes"]),
             )
             for r in results
         ],
