@@ -99,6 +99,18 @@ class TestOption:
         with pytest.raises(ConfigError, match="no effect beside relevance"):
             get_selector("cdpruner", text="after", relevance=OpenClip(folder, question="a"))
 
+    @pytest.mark.parametrize("method", ["vtc", "hiprune"])
+    def test_it_has_no_effect_where_no_text_counts(self, folder: Path, method: str) -> None:
+        for options in ({"relevance": OpenClip(folder, question="a")}, {"similarity": "inverted"}):
+            with pytest.raises(ConfigError, match=f"{method}: relevance and similarity have no effect"):
+                get_selector(method, **options)
+
+    @pytest.mark.parametrize("at", ["pixels", "vision:1"])
+    def test_no_text_is_known_before_the_decoder(self, at: str) -> None:
+        model = tiny.build("llava").model
+        with pytest.raises(vtc.UnsupportedMethodError, match="it is read before the decoder and inside it"):
+            vtc.compress(model, "vtc", keep_ratio=0.5, at=at, relevance_weight=0.5)
+
     def test_a_processor_names_its_folder(self, folder: Path, answering: str) -> None:
         from transformers import AutoTokenizer
 
@@ -186,6 +198,39 @@ class TestModels:
             question_embeddings=nn.functional.normalize(question, dim=1),
         )
         assert torch.equal(kept, expected.keep)
+
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            ("rediprune", {}),
+            ("mmtok", {}),
+            ("eadp", {}),
+            ("hiprune", {"text": 0.5}),
+            ("vtc", {"relevance_weight": 1.0}),
+            ("vtc@decoder:2", {"relevance_weight": 1.0}),
+        ],
+    )
+    @torch.no_grad()
+    def test_every_method_with_a_text_takes_it(
+        self, folder: Path, stand_in: Any, method: str, options: dict[str, Any]
+    ) -> None:
+        """What is kept follows the contrastive model, its question and the sign of the similarity."""
+        case = tiny.build("llava")
+        _, question = stand_in(case.model.config.vision_config.hidden_size)
+        name, _, at = method.partition("@")
+        place = {"at": at} if at else {}
+
+        def kept(**more: Any) -> list[int]:
+            with vtc.compressed(case.model, name, keep_ratio=0.25, **options, **place, **more):
+                case.model(**case.batch("single"))
+                return list(vtc.report(case.model).segments[0].kept.tolist())
+
+        own, theirs = kept(), kept(relevance=OpenClip(folder, question="x"))
+        other = "direct" if name == "eadp" else "inverted"
+        assert kept(relevance=OpenClip(folder, question="x"), similarity=other) != theirs
+        question.neg_()
+        assert kept(relevance=OpenClip(folder, question="x"), similarity=other) == theirs
+        assert own != theirs
 
     @torch.no_grad()
     def test_another_tower_is_refused_by_its_width(self, folder: Path, stand_in: Any) -> None:

@@ -141,6 +141,7 @@ METHODS: tuple[Method, ...] = (
     Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False),
     Method("aim", _one("aim", 0.4), decoder=True, merges=True, by_ratio=False),
     Method("vtc", _one("vtc", 0.4), merges=True),
+    Method("vtc by text", _one("vtc", 0.4, relevance_weight=0.5), merges=True, reads_text=True, everywhere=False),
     Method(
         "cdpruner",
         _one("cdpruner", 0.5, relevance_weight=0.5, text="after"),

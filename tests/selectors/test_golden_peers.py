@@ -24,11 +24,12 @@ from vtc.errors import ConfigError, InputError
 from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors import HiPruneSelector
-from vtc.selectors.cdpruner import blended, quality_of, relevance_to_text
+from vtc.selectors.cdpruner import blended
 from vtc.selectors.dart import KeyLength, PromptStates, TextPivots, unlike
 from vtc.selectors.prumerge import PruMergePlusSelector, WideClsAttention, outliers
 from vtc.selectors.pyramiddrop import EnteringAttention
 from vtc.selectors.sparsevlm import Raters, TextRows, TextRowsOfHeads, clustered, raters_of, score_text
+from vtc.selectors.text_relevance import quality_of, relevance_to_text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 

@@ -16,8 +16,8 @@ from vtc.errors import ConfigError, InputError
 from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors import EadpSelector
-from vtc.selectors.cdpruner import relevance_to_text
 from vtc.selectors.eadp import dense_relevance, smoothed
+from vtc.selectors.text_relevance import relevance_to_text
 
 
 def golden_files(pattern: str) -> list[str]:

@@ -170,8 +170,10 @@ def _stored(cache: Any) -> int:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Format results as a markdown table."""
-    header = ("setting", "batch", "prefill", "step", "tokens per second", "against untouched", "cache", "")
-    header += ("peak of the prefill", "of the steps")
+    header = (
+        *("setting", "batch", "prefill", "step", "tokens per second", "against untouched", "cache", ""),
+        *("peak of the prefill", "of the steps"),
+    )
     return markdown_table(
         header,
         [

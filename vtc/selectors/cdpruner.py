@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,24 +11,20 @@ from torch import Tensor
 from .. import kernels
 from ..core.context import VisualContext
 from ..core.selection import Selection
-from ..core.selector import Selector
 from ..core.signals import TextEmbeds
 from ..core.sites import BeforeDecoder, Site
 from ..core.stage import ModelShape, Stage
-from ..errors import ConfigError, InputError
-from ..kernels.cosines import with_inverse_norms
+from ..errors import ConfigError
 from ..registry import register_selector
-from ..relevance import OpenClip
 from .schedule import check_fraction, check_number
+from .text_relevance import TextRelevance, quality_of
 
-__all__ = ["CdPrunerSelector", "blended", "check_widths", "quality_of", "relevance_to_text"]
-
-_BLOCK = 4096  # tokens that are looked at in float32 at a time
+__all__ = ["CdPrunerSelector", "blended"]
 
 
 @register_selector
 @dataclass(frozen=True)
-class CdPrunerSelector(Selector):
+class CdPrunerSelector(TextRelevance):
     """Keep tokens that are relevant to the text and differ from each other: a determinantal point process.
 
     The kernel is ``q_i cosine(x_i, x_j) q_j`` of the projected features; the subset is grown greedily by the token that
@@ -84,68 +79,31 @@ class CdPrunerSelector(Selector):
     cost: ClassVar[str] = "K N (d + K)"
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 
-    similarity: str = "direct"
     theta: float | None = None
     relevance_weight: float = 1.0
     text: str = "all"
-    relevance: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.similarity not in ("direct", "inverted"):
-            raise ConfigError(f'cdpruner: similarity must be "direct" or "inverted", got {self.similarity!r}.')
+        super().__post_init__()
         if self.theta is not None:
             check_number("cdpruner", "theta", self.theta, 0, 0.99)
         check_fraction("cdpruner", "relevance_weight", self.relevance_weight)
         if self.text not in ("all", "after"):
             raise ConfigError(f'cdpruner: text must be "all" or "after", got {self.text!r}.')
-        if self.relevance is not None:
-            if self.text != "all":
-                raise ConfigError("cdpruner: text has no effect beside relevance, which says itself what counts.")
-            object.__setattr__(self, "relevance", OpenClip.from_plain(self.relevance))
+        if self.relevance is not None and self.text != "all":
+            raise ConfigError("cdpruner: text has no effect beside relevance, which says itself what counts.")
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, before the language model."""
-        if isinstance(self.relevance, OpenClip):
-            return (Stage(requires=self.relevance.signals()),)
-        return (Stage(requires=(TextEmbeds(self.text),)),)
+        return (Stage(requires=self.text_signals(TextEmbeds(self.text))),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        if isinstance(self.relevance, OpenClip):
-            tokens, question = (ctx[signal] for signal in self.relevance.signals())
-        else:
-            tokens, question = ctx.features, ctx[TextEmbeds]
-        relevance = relevance_to_text(tokens, question)
-        quality = quality_of(-relevance if self.similarity == "inverted" else relevance, self.theta)
+        quality = quality_of(self.relevance_of(ctx), self.theta)
         x, norms = blended(ctx.features, quality, self.relevance_weight)
         return Selection.from_indices(ctx.n, kernels.dpp_greedy(x, ctx.budget, norms))
-
-
-def relevance_to_text(x: Tensor, text: Tensor) -> Tensor:
-    """Compute the mean cosine (N,) of each row of `x` (N, D) to the rows of `text` (T, D); 0 if there is no text.
-
-    Raises
-    ------
-    InputError
-        The widths differ.
-    """
-    check_widths(x, text)
-    if not len(text):
-        return x.new_zeros(len(x), dtype=torch.float32)
-    mean = torch.nn.functional.normalize(text.float(), dim=1, eps=1e-12).mean(dim=0)
-    x, inverse = with_inverse_norms(x)
-    return torch.cat([part.float() @ mean for part in x.split(_BLOCK)]) * inverse
-
-
-def check_widths(x: Tensor, text: Tensor) -> None:
-    """Raise InputError unless tokens (N, D) and text (T, D) can be compared."""
-    if x.shape[1] != text.shape[1]:
-        raise InputError(
-            f"text_embeds are {text.shape[1]} wide and the features {x.shape[1]}; both are to be as wide as the "
-            "language model, or both embeddings of one contrastive model."
-        )
 
 
 def blended(x: Tensor, quality: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -161,11 +119,3 @@ def blended(x: Tensor, quality: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     unit = torch.nn.functional.normalize(x.float(), dim=1, eps=1e-12)
     norms = ((1 - weight) + weight * quality**2).sqrt()
     return torch.cat([(1 - weight) ** 0.5 * unit, weight**0.5 * quality[:, None] * unit], dim=1), norms
-
-
-def quality_of(relevance: Tensor, theta: float | None = None) -> Tensor:
-    """Bring relevance (N,) to the range of 0 to 1, all 1 if it is constant, and apply `theta`."""
-    low, high = relevance.aminmax()
-    spread = high - low
-    quality = torch.where(spread > 0, (relevance - low + 1e-6) / spread, 1.0)
-    return quality if theta is None else (theta / (2 * (1 - theta)) * quality).exp()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -12,14 +12,13 @@ from .. import kernels
 from ..core.context import VisualContext
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
-from ..core.selector import Selector
-from ..core.signals import Origin, Signal, TextEmbeds
+from ..core.signals import Origin
 from ..core.sites import BeforeDecoder, Site
-from ..errors import ConfigError
+from ..core.stage import ModelShape, Stage
 from ..kernels.cosines import with_inverse_norms
 from ..registry import register_selector
-from .cdpruner import check_widths, quality_of, relevance_to_text
 from .schedule import check_fraction, check_number
+from .text_relevance import TextRelevance, check_widths, quality_of, relevance_to_text
 
 __all__ = ["EadpSelector", "dense_relevance", "smoothed"]
 
@@ -31,7 +30,7 @@ _BLOCK = 256  # words at a time
 
 @register_selector
 @dataclass(frozen=True)
-class EadpSelector(Selector):
+class EadpSelector(TextRelevance):
     """Keep tokens that cover the picture, where it is relevant to the text first.
 
     **Relevance.** s_ti is the cosine of text token t and visual token i, negated if `similarity` is "inverted". Of the
@@ -42,7 +41,8 @@ class EadpSelector(Selector):
     raised to the power `beta`: w_i. **Choice.** Greedy facility location: in every step the token with the largest
     increase of ``sum_i w_i max over kept j of (1 + cosine(x_i, x_j)) / 2`` (`vtc.kernels.weighted_coverage`).
 
-    After the released code for Qwen-VL; that for LLaVA reads CLIP's text tower. Differences: its global relevance is
+    After the released code for Qwen-VL; that for LLaVA reads CLIP's text tower, which `relevance` brings: its segments
+    of the question, mostly one, are then what the text tokens are here. Differences: its global relevance is
     that of one vector of the text, here it is the mean over the tokens; the text is the whole prompt without its
     pictures; of T text tokens ``max(1, int(words * T))`` count. What an earlier stage has dropped takes no part in
     smoothing. Tiles of one picture are chosen from together, without the shares that the released code gives to each.
@@ -57,6 +57,8 @@ class EadpSelector(Selector):
         Fraction of the text tokens that is local.
     similarity
         "inverted": what does not resemble the text is relevant, as released; "direct": what does.
+    relevance
+        As in `cdpruner`.
 
     Raises
     ------
@@ -74,13 +76,12 @@ class EadpSelector(Selector):
     name: ClassVar[str] = "eadp"
     paper: ClassVar[str] = "EADP, ECCV 2026, github.com/SJTU-DeepVisionLab/EADP"
     cost: ClassVar[str] = "N^2 d"
-    requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(), Origin())
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 
     alpha: float = 0.5
     beta: float = 1.0
     words: float = 0.2
-    similarity: str = "inverted"
+    similarity: str = field(default="inverted", kw_only=True)
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
@@ -88,18 +89,21 @@ class EadpSelector(Selector):
         return {"alpha": Float(0.0, 1.0), "beta": Float(0.0, 4.0), "words": Float(0.05, 1.0)}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("eadp", "alpha", self.alpha)
         check_number("eadp", "beta", self.beta, 0, 100)
         check_fraction("eadp", "words", self.words)
-        if self.similarity not in ("direct", "inverted"):
-            raise ConfigError(f'eadp: similarity must be "direct" or "inverted", got {self.similarity!r}.')
+
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Once, before the language model."""
+        return (Stage(requires=(*self.text_signals(), Origin())),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        text = ctx[TextEmbeds]
-        importance = self.importance(ctx.features, text, relevance_to_text(ctx.features, text), ctx[Origin])
+        tokens, text = self.tokens_and_text(ctx)
+        importance = self.importance(tokens, text, relevance_to_text(tokens, text), ctx[Origin])
         return Selection.from_indices(ctx.n, kernels.weighted_coverage(ctx.features, ctx.budget, importance))
 
     def importance(self, x: Tensor, text: Tensor, whole: Tensor, origin: Tensor) -> Tensor:
@@ -116,9 +120,8 @@ class EadpSelector(Selector):
         origin
             (N, 6), as the signal `Origin`.
         """
-        sign = -1.0 if self.similarity == "inverted" else 1.0
-        local = dense_relevance(x, text, self.words, sign)
-        mixed = self.alpha * local + (1 - self.alpha) * sign * whole
+        local = dense_relevance(x, text, self.words, self.sign)
+        mixed = self.alpha * local + (1 - self.alpha) * self.sign * whole
         return smoothed(quality_of(mixed), origin).clamp(min=0) ** self.beta
 
 

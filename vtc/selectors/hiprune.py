@@ -11,14 +11,13 @@ from torch import Tensor
 from ..core.context import VisualContext
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
-from ..core.selector import Selector
-from ..core.signals import Origin, ReceivedAttention, Signal, TextEmbeds
+from ..core.signals import Origin, ReceivedAttention, Signal
 from ..core.sites import BeforeDecoder, DecoderLayer, Site
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
-from .cdpruner import relevance_to_text
 from .schedule import at_depth, check_fraction, check_layer
+from .text_relevance import TextRelevance
 
 __all__ = ["HiPruneSelector"]
 
@@ -27,7 +26,7 @@ _RELEASED = {24: 8, 32: 15}  # depth of the tower to its object layer: LLaVA's, 
 
 @register_selector
 @dataclass(frozen=True)
-class HiPruneSelector(Selector):
+class HiPruneSelector(TextRelevance):
     """Keep anchors, which the middle of the tower attends to, with their neighbours, and registers, which its end does.
 
     Scores are the attention that a token receives, averaged over heads and queries. Anchors are the
@@ -56,6 +55,8 @@ class HiPruneSelector(Selector):
         Fraction of the budget for what resembles the text: 0.1 is HiPrune++, 0 reads no text.
     variant
         "paper": neighbours in the picture; "released": neighbours by index, within the first and the last token.
+    similarity, relevance
+        As in `cdpruner`; without effect unless there is `text`.
 
     Raises
     ------
@@ -85,12 +86,15 @@ class HiPruneSelector(Selector):
         return {"alpha": Float(0.0, 1.0)}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("hiprune", "alpha", self.alpha)
         check_fraction("hiprune", "text", self.text)
         if self.object_layer is not None:
             check_layer("hiprune", "object_layer", self.object_layer)
         if self.variant not in ("paper", "released"):
             raise ConfigError(f'hiprune: variant must be "paper" or "released", got {self.variant!r}.')
+        if not self.text and (self.relevance is not None or self.similarity != "direct"):
+            raise ConfigError("hiprune: relevance and similarity have no effect without text.")
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, before the language model, with the attention received in both layers."""
@@ -103,7 +107,7 @@ class HiPruneSelector(Selector):
                 raise ConfigError(f"hiprune: object_layer={first}, but layer {last} of the tower makes the features.")
             layers = (first, last) if first < last else (last,)
         signals: tuple[Signal, ...] = (ReceivedAttention(layers), Origin())
-        return (Stage(requires=(*signals, TextEmbeds()) if self.text else signals),)
+        return (Stage(requires=(*signals, *self.text_signals()) if self.text else signals),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
@@ -121,7 +125,7 @@ class HiPruneSelector(Selector):
         seen = torch.full((ctx.n + 1,), len(found) + like, device=found.device)
         first = seen.scatter_reduce_(0, torch.where(found < 0, ctx.n, found), at, reduce="amin")[: ctx.n]
         if self.text:
-            relevance = relevance_to_text(ctx.features, ctx[TextEmbeds]).masked_fill(first < len(found), -torch.inf)
+            relevance = self.relevance_of(ctx).masked_fill(first < len(found), -torch.inf)
             best = relevance.sort(descending=True, stable=True).indices[:like]
             behind = torch.arange(len(best), device=best.device) + len(found)
             first = first.index_put_((best,), torch.minimum(first[best], behind))

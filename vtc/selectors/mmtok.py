@@ -9,19 +9,19 @@ from .. import kernels
 from ..core.context import VisualContext
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
-from ..core.selector import Selector
-from ..core.signals import PreProjector, Signal, TextEmbeds
+from ..core.signals import PreProjector
 from ..core.sites import BeforeDecoder, Site
+from ..core.stage import ModelShape, Stage
 from ..registry import register_selector
-from .cdpruner import check_widths
 from .schedule import check_number
+from .text_relevance import TextRelevance
 
 __all__ = ["MmTokSelector"]
 
 
 @register_selector
 @dataclass(frozen=True)
-class MmTokSelector(Selector):
+class MmTokSelector(TextRelevance):
     """Keep the tokens that cover best what the text and the picture itself look for: greedy maximum coverage.
 
     What is looked for are T + N distributions over the N tokens,
@@ -33,7 +33,8 @@ class MmTokSelector(Selector):
     lower index winning ties (`vtc.kernels.multimodal_coverage`).
 
     As released, but that gains are computed lazily. The text is the input embeddings of the whole prompt without its
-    pictures, the system's part included. The paper's model that improves the question beforehand is not here.
+    pictures, the system's part included; with `relevance`, x and text are embeddings of a contrastive model, and T the
+    segments of the question, mostly one. The paper's model that improves the question beforehand is not here.
 
     Parameters
     ----------
@@ -41,6 +42,8 @@ class MmTokSelector(Selector):
         Weight of what the picture looks for; 0: the text alone.
     text_temperature, temperature
         Of the two distributions; the lower, the fewer tokens satisfy.
+    similarity, relevance
+        As in `cdpruner`.
 
     Raises
     ------
@@ -57,7 +60,6 @@ class MmTokSelector(Selector):
     name: ClassVar[str] = "mmtok"
     paper: ClassVar[str] = "MMTok, arXiv 2508.18264"
     cost: ClassVar[str] = "N^2 d"
-    requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(), PreProjector())
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 
     alpha: float = 0.5
@@ -74,18 +76,28 @@ class MmTokSelector(Selector):
         }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("mmtok", "alpha", self.alpha, 0, 100)
         check_number("mmtok", "text_temperature", self.text_temperature, 0.001, 100)
         # Below it exp(-1 / temperature) is no float32 any more.
         check_number("mmtok", "temperature", self.temperature, 0.02, 100)
 
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Once, before the language model."""
+        return (Stage(requires=(*self.text_signals(), PreProjector())),)
+
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        text = ctx[TextEmbeds]
-        check_widths(ctx.features, text)
+        tokens, text = self.tokens_and_text(ctx)
         picks = kernels.multimodal_coverage(
-            ctx.features, ctx.budget, text, ctx[PreProjector], self.alpha, self.text_temperature, self.temperature
+            tokens,
+            ctx.budget,
+            self.sign * text,
+            ctx[PreProjector],
+            self.alpha,
+            self.text_temperature,
+            self.temperature,
         )
         return Selection.from_indices(ctx.n, picks)

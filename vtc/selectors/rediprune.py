@@ -9,19 +9,18 @@ from .. import kernels
 from ..core.context import VisualContext
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
-from ..core.selector import Selector
-from ..core.signals import Signal, TextEmbeds
 from ..core.sites import BeforeDecoder, Site
+from ..core.stage import ModelShape, Stage
 from ..registry import register_selector
-from .cdpruner import relevance_to_text
 from .schedule import check_number
+from .text_relevance import TextRelevance
 
 __all__ = ["ReDiPruneSelector"]
 
 
 @register_selector
 @dataclass(frozen=True)
-class ReDiPruneSelector(Selector):
+class ReDiPruneSelector(TextRelevance):
     """Keep tokens that resemble the text and are far from those kept already.
 
     The first is the one most relevant to the text; then in every step the token with the largest
@@ -32,18 +31,21 @@ class ReDiPruneSelector(Selector):
 
     Differences from the released code. It works on the tower's features before the projector, with one vector of the
     question, folded by averaging where that is wider; here the projected features are compared with the input
-    embeddings of the prompt's text, as in `cdpruner`. It leaves layouts with newlines between rows uncompressed; here
-    newlines take no part. Its option `tau`, 0 by default, is left out.
+    embeddings of the prompt's text, or, with `relevance`, embeddings of a contrastive model with each other. It leaves
+    layouts with newlines between rows uncompressed; here newlines take no part. Its option `tau`, 0 by default, is left
+    out.
 
     Parameters
     ----------
     alpha
         Weight of relevance beside the distance; 0: distance alone, after the most relevant token.
+    similarity, relevance
+        As in `cdpruner`.
 
     Raises
     ------
     ConfigError
-        `alpha` is negative or no number.
+        An option is invalid.
     InputError
         Text and features are not equally wide, which only `vtc.select` allows.
 
@@ -55,7 +57,6 @@ class ReDiPruneSelector(Selector):
     name: ClassVar[str] = "rediprune"
     paper: ClassVar[str] = "ReDiPrune, arXiv 2603.24680"
     cost: ClassVar[str] = "K N d"
-    requires: ClassVar[tuple[Signal, ...]] = (TextEmbeds(),)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 
     alpha: float = 0.5
@@ -66,13 +67,18 @@ class ReDiPruneSelector(Selector):
         return {"alpha": Float(0.0, 4.0)}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("rediprune", "alpha", self.alpha, 0, 100)
+
+    def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
+        """Once, before the language model."""
+        return (Stage(requires=self.text_signals()),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Choose ``min(ctx.budget, N)`` tokens."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        relevance = relevance_to_text(ctx.features, ctx[TextEmbeds])
+        relevance = self.relevance_of(ctx)
         if not self.alpha:  # the most relevant all the same
             picks = kernels.farthest_point(ctx.features, ctx.budget, int(relevance.argmax()))
         else:

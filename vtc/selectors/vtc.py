@@ -17,13 +17,13 @@ from ..core.grids import Grid
 from ..core.observations import Observation, TokenGrids
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
-from ..core.selector import Selector
-from ..core.signals import ClsAttention, Signal
+from ..core.signals import ClsAttention, Signal, TextEmbeds
 from ..core.sites import BeforeDecoder, DecoderLayer, Pixels, Site, VisionLayer
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
 from ..registry import register_selector
-from .schedule import check_number
+from .schedule import check_fraction, check_number
+from .text_relevance import TextRelevance, quality_of
 
 __all__ = ["VtcSelector"]
 
@@ -67,7 +67,7 @@ class Place(Signal):
 
 @register_selector
 @dataclass(frozen=True)
-class VtcSelector(Selector):
+class VtcSelector(TextRelevance):
     """Keep tokens that differ in what they show and where, and merge the others into the kept ones they resemble.
 
     Three parts. **Choice**: greedy MAP inference of a determinantal point process with the kernel ``q_i S_ij q_j``,
@@ -78,7 +78,9 @@ class VtcSelector(Selector):
     them the kernel would be indefinite. A token is the less redundant the farther it lies from tokens that look like
     it. **Quality**: q_i is ``(rank_i / N) ** exponent``, where rank_i of the N tokens get at most the [CLS] attention
     of token i, averaged over heads and summed over the last eight layers of the tower up to the one that makes the
-    features; 1 in videos and where the tower has no [CLS] token. **Merging**: every other token is added to the kept
+    features; 1 in videos and where the tower has no [CLS] token. With w the `relevance_weight` it is multiplied by
+    ``1 - w + w r_i``, r_i being the relevance to the question as `cdpruner` has it, from 0 to 1 over the tokens; by
+    default the text does not count. **Merging**: every other token is added to the kept
     one with the largest cosine; kept token a with n_a followers becomes
 
         (x_a + merge_weight * sum of the followers) / (1 + merge_weight * n_a).
@@ -98,6 +100,10 @@ class VtcSelector(Selector):
     quality
         "cls" asks for [CLS] attention and refuses towers without it; "none" does without; None: as the model has it
         (in `vtc.select`: if `cls_attention` is given).
+    relevance_weight
+        w, from 0 to 1; above 0 only before the decoder and inside it, where the text is known.
+    similarity, relevance
+        As in `cdpruner`; without `relevance`, relevance is that to the text behind the first visual token.
 
     Raises
     ------
@@ -120,6 +126,7 @@ class VtcSelector(Selector):
     exponent: float = 0.25
     merge_weight: float = 0.5
     quality: str | None = None
+    relevance_weight: float = 0.0
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
@@ -131,6 +138,10 @@ class VtcSelector(Selector):
         }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("vtc", "relevance_weight", self.relevance_weight)
+        if not self.relevance_weight and (self.relevance is not None or self.similarity != "direct"):
+            raise ConfigError("vtc: relevance and similarity have no effect with relevance_weight=0.")
         if self.width is not None:
             check_number("vtc", "width", self.width, 1e-3)
         check_number("vtc", "exponent", self.exponent, 0, 10)
@@ -141,7 +152,8 @@ class VtcSelector(Selector):
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, before the language model."""
         action = Action.MERGE if self.merge_weight else Action.KEEP
-        return (Stage(requires=(Place(), *self._quality(shape)), action=action),)
+        text = self.text_signals(TextEmbeds("after")) if self.relevance_weight else ()
+        return (Stage(requires=(Place(), *self._quality(shape), *text), action=action),)
 
     def moved(self, stage: Stage, site: Site) -> Stage:
         """Drop at the other sites; inside the tower, a layer has to have run before [CLS] looks at anything."""
@@ -181,6 +193,13 @@ class VtcSelector(Selector):
 
     def _weights(self, ctx: VisualContext) -> Tensor | None:
         """(N,) quality of every token; None: all 1."""
+        quality = self._saliency(ctx)
+        if not self.relevance_weight:
+            return quality
+        relevance = 1 - self.relevance_weight + self.relevance_weight * quality_of(self.relevance_of(ctx))
+        return relevance if quality is None else quality * relevance
+
+    def _saliency(self, ctx: VisualContext) -> Tensor | None:
         known = any(isinstance(signal, ClsAttention) for signal in ctx.signals)
         if not known or self.quality == "none" or not self.exponent or ctx.modality != "image":
             return None
