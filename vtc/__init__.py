@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         VisionLayer,
     )
     from vtc.core.stage import ModelShape, Stage
+    from vtc.core.updating import HiddenContext, UpdatingSelector
     from vtc.engine.encoder import EncoderMemory
     from vtc.errors import (
         ConfigError,
@@ -114,6 +115,7 @@ __all__ = [
     "EncoderMemory",
     "EnteredAttention",
     "Eviction",
+    "HiddenContext",
     "HiddenStates",
     "InputError",
     "KernelError",
@@ -143,6 +145,7 @@ __all__ = [
     "TokenGrids",
     "UnsupportedMethodError",
     "UnsupportedModelError",
+    "UpdatingSelector",
     "VideoAnswer",
     "VideoQAPipeline",
     "VisionAttention",
@@ -235,6 +238,7 @@ _HOME = {
         "VisionLayer",
     ),
     "vtc.core.stage": ("ModelShape", "Stage"),
+    "vtc.core.updating": ("HiddenContext", "UpdatingSelector"),
     "vtc.engine.encoder": ("EncoderMemory",),
     "vtc.errors": (
         "ConfigError",

@@ -85,7 +85,8 @@ def test_unsupported_runs_are_left_out_unless_requested(loaded: models.Loaded) -
     caches = ("chunkkv", "defensivekv", "elastic-cache", "h2o", "light-transfer", "prefixkv", "snapkv", "streaming")
     caches += ("triattention",)
     elsewhere = (*inside, *caches, "tome", "adaptive-sparse-vit", "pixelprune")  # not before the decoder
-    trained = {"llava-mini 0.5", "llava-mini 0.5 compact"}  # without its modules
+    learned = ("crosslmm", "llava-mini", "vision-remember")
+    trained = {f"{name} 0.5{compact}" for name in learned for compact in ("", " compact")}  # without their modules
     assert set(left_out) == {f"{name} 0.5 compact" for name in elsewhere} | trained
     assert {run.name for run in good} | set(left_out) == {run.name for run in runs}
     assert not vtc.is_compressed(loaded.model)

@@ -75,7 +75,8 @@ def _stages(cls: type[Selector], shape: Any) -> tuple[Stage, ...]:
 
 
 def where(stages: Sequence[Stage]) -> str:
-    """Say in words where a method of these stages drops tokens."""
+    """Say in words where a method of these stages works."""
+    from vtc.core.actions import Action
     from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, VisionLayer
 
     said = []
@@ -86,10 +87,13 @@ def where(stages: Sequence[Stage]) -> str:
         (DecoderLayer, "entering decoder layer"),
         (CacheAfterPrefill, "in the cache"),
     ):
-        here = [stage.site for stage in stages if isinstance(stage.site, kind)]
-        layers = [site.layer for site in here if isinstance(site, (VisionLayer, DecoderLayer))]
-        if here:
-            said.append(f"{words}{'s' if len(layers) > 1 else ''} {_span(layers)}" if layers else words)
+        for updating in (False, True):
+            sites = [stage.site for stage in stages if (stage.action is Action.UPDATE) is updating]
+            here = [site for site in sites if isinstance(site, kind)]
+            layers = [site.layer for site in here if isinstance(site, (VisionLayer, DecoderLayer))]
+            if here:
+                place = f"{words}{'s' if len(layers) > 1 else ''} {_span(layers)}" if layers else words
+                said.append(f"updates on {place}" if updating else place)
     return " and ".join(said)
 
 
@@ -108,7 +112,8 @@ def models(cls: type[Selector], stages: Sequence[Stage]) -> str:
     from vtc.core.actions import Action
     from vtc.core.sites import CacheAfterPrefill, DecoderLayer
 
-    inside = any(isinstance(stage.site, (DecoderLayer, CacheAfterPrefill)) for stage in stages)
+    removing = [stage.site for stage in stages if stage.action is not Action.UPDATE]
+    inside = any(isinstance(site, (DecoderLayer, CacheAfterPrefill)) for site in removing)
     resamples = any(stage.action is Action.RESAMPLE for stage in stages)
     adapters = registry.adapters()
     able = [

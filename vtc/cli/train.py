@@ -11,7 +11,9 @@ from vtc.cli import arguments, samples
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("method", metavar="METHOD", help="a method that has modules: llava-mini")
+    parser.add_argument(
+        "method", metavar="METHOD", help="a method that has modules: crosslmm, llava-mini or vision-remember"
+    )
     samples.add_arguments(parser, "--data", more='; with "answer": TEXT it learns that answer, else the model\'s own')
     arguments.add_model(parser)
     arguments.add_seed(parser)
@@ -23,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="option of the modules, such as side=4; repeat for more",
+    )
+    parser.add_argument("--keep-tokens", type=int, help="tokens per picture, for crosslmm and vision-remember")
+    parser.add_argument("--keep-ratio", type=float, help="or the fraction that is left")
+    parser.add_argument(
+        "--lora", type=int, metavar="RANK", help="train a low-rank adapter of the decoder beside the modules"
     )
     parser.add_argument("--steps", type=int, default=500, help="steps of the optimiser (500)")
     parser.add_argument("--batch", type=int, default=8, help="samples per step (8)")
@@ -40,7 +47,16 @@ def run(args: argparse.Namespace) -> int:
     """Train, and say how to use the modules."""
     from vtc.tuning.train import check
 
-    check(args.method, args.output, steps=args.steps, batch=args.batch, rate=args.rate)
+    budget = {name: getattr(args, name) for name in ("keep_tokens", "keep_ratio") if getattr(args, name) is not None}
+    check(
+        args.method,
+        args.output,
+        steps=args.steps,
+        batch=args.batch,
+        rate=args.rate,
+        budget=budget,
+        lora=args.lora,
+    )
     given = samples.read(args)
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     folder = vtc.train(
@@ -55,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
         rate=args.rate,
         seed=args.seed,
         positions=args.positions,
+        lora=args.lora,
+        **budget,
         **dict(args.options),
     )
-    print(f'use it: vtc.compress(model, "{args.method}", modules="{folder}", keep_tokens=...)')
+    keep = ", ".join(f"{name}={value}" for name, value in budget.items()) or "keep_tokens=..."
+    print(f'use it: vtc.compress(model, "{args.method}", modules="{folder}", {keep})')
     return 0

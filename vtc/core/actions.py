@@ -19,6 +19,9 @@ class Action(str, enum.Enum):
     REPLACE = "replace"
     """Replace N tokens by K new ones that a trained module computes from them; they stand at K of the N places."""
 
+    UPDATE = "update"
+    """Update the hidden states of some tokens, of which none leaves, by what was remembered of the pictures."""
+
     EVICT = "evict"
     """Remove entries from key-value caches, per layer and optionally per head."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -92,6 +92,15 @@ class Selector(ABC):
         Methods that merge where that is possible, or that read less where less can be read, override it.
         """
         return dataclasses.replace(stage, site=site)
+
+    def layer_changes(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Return what is to be added to the outputs of linear layers of the language model; by default nothing.
+
+        A trained method may bring a low-rank adapter of the decoder. Layers are named as within the language model, and
+        what is called gets the layer's input. It is so in every pass while the method is installed and not disabled,
+        with pictures or without.
+        """
+        return {}
 
     @abstractmethod
     def select(self, ctx: VisualContext) -> Selection:

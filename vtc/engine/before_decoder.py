@@ -59,11 +59,12 @@ def before_decoder(
                 require_evictable(cache, stage)
             require_whole_prompt(forward, stage)
         _select(compression, forward, prompt, kwargs)
+        forward.remember()
         keep = forward.keeping(prompt.keep_at())
         if any(segment.merged for segment in prompt.segments):
             kwargs["inputs_embeds"] = embeds = _write_merged(forward, prompt, embeds)
     dropped = not torch.equal(keep, forward.valid)
-    if not dropped and record is None:
+    if not dropped and record is None and not forward.memories:
         # Nothing changes before the first layer: the model does what it always does; later stages may drop tokens.
         later = compression.plan.in_decoder or compression.plan.after_prefill
         call.forward = forward if later else None

@@ -56,6 +56,8 @@ class CacheRecord:
         Starts of groups that are known to have no padding.
     decoding : DecodingCaches or None
         What a method has to know that evicts while decoding.
+    memories : list of PictureMemory
+        What methods that update hidden states remember of the pictures of the conversation.
     owner : Owner
         Whoever masks this cache's padding.
     """
@@ -65,6 +67,7 @@ class CacheRecord:
     shift: torch.Tensor | None = None
     complete: set[int] = field(default_factory=set)
     decoding: Any = None
+    memories: list[Any] = field(default_factory=list)
     owner: Owner = field(default_factory=Owner)
 
     def keys_of(self, layer: int) -> torch.Tensor:
@@ -75,7 +78,8 @@ class CacheRecord:
         # A copied cache depends on the engine that filled it; a copied model has an engine of its own.
         groups, shift = deepcopy(self.groups, memo), deepcopy(self.shift, memo)
         complete, decoding = set(self.complete), deepcopy(self.decoding, memo)
-        return replace(self, groups=groups, shift=shift, complete=complete, decoding=decoding)
+        memories = list(self.memories)  # themselves never written to
+        return replace(self, groups=groups, shift=shift, complete=complete, decoding=decoding, memories=memories)
 
     def map(self, rows: Any) -> None:
         """Apply `rows`, a function of a tensor with the batch first, to everything that has a batch dimension."""
@@ -84,6 +88,7 @@ class CacheRecord:
             self.shift = rows(self.shift)
         if self.decoding is not None:
             self.decoding = self.decoding.map(rows)
+        self.memories = [memory.map(rows) for memory in self.memories]
 
 
 class CompactedCache:
@@ -119,6 +124,7 @@ class CompactedCache:
         if record is not None and tokens_to_remove < 0:
             record.logical += tokens_to_remove
             record.groups = [(start, keys[:, :tokens_to_remove]) for start, keys in record.groups]
+            record.memories = [memory for memory in record.memories if memory.start < record.logical]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

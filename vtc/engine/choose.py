@@ -12,6 +12,7 @@ from vtc.core.context import VisualContext
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
 from vtc.core.sites import BeforeDecoder
+from vtc.core.updating import UpdatingSelector
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Segment
 from vtc.errors import UnsupportedMethodError
@@ -59,9 +60,13 @@ def choose(
         signals={signal: signal.present(raw[signal]) for signal in stage.stage.requires if signal in raw},
     )
     replaces = stage.stage.action is Action.REPLACE
-    with torch.set_grad_enabled(replaces and torch.is_grad_enabled()):  # modules may be in training
+    updates = isinstance(stage.selector, UpdatingSelector)
+    memory = None
+    with torch.set_grad_enabled((replaces or updates) and torch.is_grad_enabled()):  # modules may be in training
         began = time.perf_counter()
         selection = stage.selector.select(context.check())
+        if isinstance(stage.selector, UpdatingSelector):
+            memory = stage.selector.remember(context, selection)
         spent = 1e3 * (time.perf_counter() - began)
     merges = isinstance(stage.site, BeforeDecoder) or stage.stage.action is Action.MERGE
     if selection.assign is not None and not merges:
@@ -74,4 +79,6 @@ def choose(
             f"{stage.stage.action}"
         )
     segment.apply(stage.site, selection)
+    if memory is not None and segment.kept.numel():
+        segment.memories.append((stage.config, segment.columns[segment.kept], memory))
     return spent

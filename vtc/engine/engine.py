@@ -45,7 +45,7 @@ from vtc.engine.cache import Owner, cache_in, record_of
 from vtc.engine.compression import Compression
 from vtc.engine.encoder import Encoded, EncoderMemory
 from vtc.engine.hooks import Hooks
-from vtc.engine.in_decoder import enter_layer, see_call, see_update
+from vtc.engine.in_decoder import enter_layer, enter_prebuilt, see_call, see_update
 from vtc.engine.plan import Plan
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import Recorder
@@ -111,6 +111,11 @@ class Engine(Compression):
                 self._follow_from(0)
             elif self.plan.in_decoder:
                 self._follow_from(max(0, min(self.plan.in_decoder) - 1))
+            if self.plan.updates:
+                self._follow_from(min(self.plan.updates))
+            layers = dict(text.named_modules()) if self.plan.layer_changes else {}
+            for name, change in self.plan.layer_changes:
+                self._hooks.after(layers[name], functools.partial(self.after_linear, change))
             if any(signal.reads is DecoderUpdate for signal in self.plan.cache_signals):
                 for index in range(len(text.layers)):
                     norm = self.adapter.norm_after_attention(index)
@@ -318,7 +323,8 @@ class Engine(Compression):
             [
                 forward.mask(layer, hidden) if forward.needs_mask(layer) or self.adapter.builds_masks else None
                 for layer in range(self.plan.shape.decoder_layers)
-            ]
+            ],
+            forward if forward.memories else None,
         )
         if record.shift is not None and inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] - record.shift[:, None]
@@ -418,8 +424,7 @@ class Engine(Compression):
         if forward is None:
             return None
         if isinstance(forward, PrebuiltMasks):
-            mask = forward.masks[layer]
-            return None if mask is None else (args, {**kwargs, "attention_mask": mask})
+            return enter_prebuilt(self, forward, layer, args, kwargs)
         tables = _tables(kwargs)
         if tables is not None and module.training and getattr(module, "gradient_checkpointing", False):
             self._replays[tables] = forward  # checkpointing runs this layer again, after the call
@@ -433,6 +438,10 @@ class Engine(Compression):
         if call is not None and isinstance(call.forward, ForwardState):
             given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments) if args else kwargs
             see_call(self, call.forward, layer, module, given, output)
+
+    def after_linear(self, change: Any, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
+        """Add what an adapter of the decoder changes."""
+        return output + change(args[0]).to(output.dtype) if self.enabled else None
 
     def behind_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See the residual stream behind the attention of a layer."""

@@ -34,10 +34,11 @@ from vtc.engine.entries import keys_and_values
 from vtc.engine.plan import PlannedStage
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import UNSEEN, Recording, record_once
-from vtc.engine.state import ForwardState
+from vtc.engine.state import ForwardState, PrebuiltMasks
+from vtc.engine.updating import update_hidden
 from vtc.errors import InputError, StateError
 
-__all__ = ["enter_layer", "see_call", "see_update"]
+__all__ = ["enter_layer", "enter_prebuilt", "see_call", "see_update"]
 
 _CACHE = CacheAfterPrefill()
 
@@ -69,16 +70,40 @@ def enter_layer(
             _record(compression, following, at_cache, layer, forward)
     else:
         record_step(forward, layer, compression.adapter.decoder_attention(layer))
+    updates = compression.plan.updates.get(layer) if forward.memories else None
+    if updates is not None:  # where checkpointing runs a layer again, tokens have left behind it
+        visual = None if forward.prompt is None else forward.visual()
+        source_index, visual = forward.updated.setdefault(layer, (forward.source_index, visual))
+        hidden = update_hidden(updates, forward.memories, layer, hidden, source_index, visual)
     if not forward.touched:
-        return None
+        return None if updates is None else _entering(args, kwargs, hidden)
     kwargs = {**kwargs, "position_ids": None}  # flash attention would read gaps as packed sequences
     if forward.layer_plans:
         kwargs[_TABLES] = forward.rotary(layer, kwargs[_TABLES])
     if forward.needs_mask(layer) or compression.adapter.builds_masks:
         kwargs["attention_mask"] = forward.mask(layer, hidden)
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
+    return _entering(args, kwargs, hidden)
+
+
+def enter_prebuilt(
+    compression: Compression, prebuilt: PrebuiltMasks, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Do as `enter_layer` in a decode step for which masks were built ahead."""
+    updates, mask = compression.plan.updates.get(layer), prebuilt.masks[layer]
+    if mask is not None:
+        kwargs = {**kwargs, "attention_mask": mask}
+    if updates is not None and prebuilt.forward is not None:
+        hidden, forward = args[0] if args else kwargs["hidden_states"], prebuilt.forward
+        hidden = update_hidden(updates, forward.memories, layer, hidden, forward.source_index, None)
+        return _entering(args, kwargs, hidden)
+    return None if mask is None else (args, kwargs)
+
+
+def _entering(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a layer with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 def _prune(

@@ -5,10 +5,12 @@ Everything that can be refused is refused here, before the model is touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+from torch import Tensor
 
 from vtc.adapters.base import Adapter
 from vtc.budget import resolve_budget
@@ -37,6 +39,7 @@ from vtc.core.sites import (
     VisionLayer,
 )
 from vtc.core.stage import ModelShape, Stage
+from vtc.core.updating import UpdatingSelector
 from vtc.engine.masks import LayerTypes
 from vtc.errors import ConfigError, UnsupportedMethodError, UnsupportedModelError
 from vtc.registry import get_selector
@@ -47,7 +50,7 @@ ACTIONS: dict[type[Site], frozenset[Action]] = {
     Pixels: frozenset({Action.KEEP, Action.RESAMPLE}),
     VisionLayer: frozenset({Action.KEEP, Action.MERGE}),
     BeforeDecoder: frozenset({Action.KEEP, Action.MERGE, Action.REPLACE}),
-    DecoderLayer: frozenset({Action.KEEP, Action.MERGE}),
+    DecoderLayer: frozenset({Action.KEEP, Action.MERGE, Action.UPDATE}),
     CacheAfterPrefill: frozenset({Action.EVICT}),
     CacheWhileDecoding: frozenset({Action.EVICT}),
 }
@@ -138,8 +141,24 @@ class Plan:
 
     @cached_property
     def in_decoder(self) -> dict[int, PlannedStage]:
-        """Decoder layer to the stage on entering it."""
-        return {stage.site.layer: stage for stage in self.stages if isinstance(stage.site, DecoderLayer)}
+        """Decoder layer to the stage on entering it at which tokens leave."""
+        pruning = (stage for stage in self.stages if stage.stage.action is not Action.UPDATE)
+        return {stage.site.layer: stage for stage in pruning if isinstance(stage.site, DecoderLayer)}
+
+    @cached_property
+    def updates(self) -> dict[int, tuple[PlannedStage, ...]]:
+        """Decoder layer to the stages on entering it that update hidden states, once tokens have left."""
+        found: dict[int, tuple[PlannedStage, ...]] = {}
+        for stage in self.stages:
+            if isinstance(stage.site, DecoderLayer) and stage.stage.action is Action.UPDATE:
+                found[stage.site.layer] = (*found.get(stage.site.layer, ()), stage)
+        return found
+
+    @cached_property
+    def layer_changes(self) -> tuple[tuple[str, Callable[[Tensor], Tensor]], ...]:
+        """What is added to the outputs of layers of the language model, by their names."""
+        selectors = {id(stage.selector): stage.selector for stage in self.stages}
+        return tuple(item for selector in selectors.values() for item in selector.layer_changes().items())
 
     @cached_property
     def after_prefill(self) -> tuple[PlannedStage, ...]:
@@ -234,6 +253,7 @@ def make_plan(configs: Sequence[CompressionConfig], adapter: Adapter) -> Plan:
             _check_site(selector, stage, adapter, shape)
             stages.append(PlannedStage(config, selector, stage))
     _check_order(stages)
+    _check_changes([stage.selector for stage in stages], adapter)
     if configs[0].positions == "compact":
         resamples = any(stage.stage.action is Action.RESAMPLE for stage in stages)
         if adapter.multi_axis_positions and not resamples:
@@ -338,7 +358,10 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
             f"{selector.name} would {stage.action.value} tokens at {str(site)!r}, where they can only be acted on by: "
             f"{verbs}"
         )
-    if isinstance(site, (DecoderLayer, *_CACHES)) and adapter.decoder_stages_refused:
+    if stage.action is Action.UPDATE and not isinstance(selector, UpdatingSelector):
+        raise UnsupportedMethodError(f"{selector.name} updates hidden states, but is no UpdatingSelector")
+    removes = isinstance(site, (DecoderLayer, *_CACHES)) and stage.action is not Action.UPDATE
+    if removes and adapter.decoder_stages_refused:
         raise UnsupportedMethodError(
             f"{selector.name} removes tokens inside the decoder, which {kind} cannot do: "
             f"{adapter.decoder_stages_refused}"
@@ -369,7 +392,7 @@ def _check_site(selector: Selector, stage: Stage, adapter: Adapter, shape: Model
                 raise UnsupportedMethodError(no_merging_with_flash(selector.name, site))
     if isinstance(site, DecoderLayer) and site.layer >= shape.decoder_layers:
         raise ConfigError(
-            f"{selector.name} prunes at decoder layer {site.layer}; this model has layers 1 to "
+            f"{selector.name} works at decoder layer {site.layer}; this model has layers 1 to "
             f"{shape.decoder_layers - 1}"
         )
 
@@ -382,11 +405,24 @@ def no_merging_with_flash(method: str, site: Site) -> str:
     )
 
 
+def _check_changes(selectors: Sequence[Selector], adapter: Adapter) -> None:
+    """Refuse changes of layers that the language model does not have."""
+    layers = dict(adapter.text_model.named_modules())
+    for selector in selectors:
+        missing = [name for name in selector.layer_changes() if name not in layers]
+        if missing:
+            raise ConfigError(
+                f"{selector.name} brings an adapter for layers that the language model of {adapter.config.model_type} "
+                f"does not have: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; train it for this model"
+            )
+
+
 def _check_order(stages: Sequence[PlannedStage]) -> None:
-    order = [stage.site.order for stage in stages]
-    inside = [stage.site for stage in stages if isinstance(stage.site, DecoderLayer)]
+    removing = [stage for stage in stages if stage.stage.action is not Action.UPDATE]
+    order = [stage.site.order for stage in removing]
+    inside = [stage.site for stage in removing if isinstance(stage.site, DecoderLayer)]
     if order != sorted(order) or len(set(inside)) < len(inside):
-        sites = ", ".join(str(stage.site) for stage in stages)
+        sites = ", ".join(str(stage.site) for stage in removing)
         raise ConfigError(
             f"stages must come in the order in which tokens meet them, one per decoder layer; got {sites}"
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vtc.adapters.base import Adapter, Layout
+from vtc.config import CompressionConfig
 from vtc.core.grids import Grid
 from vtc.core.observations import TokenGrids
 from vtc.core.selection import Selection
@@ -63,6 +64,9 @@ class Segment:
         `kept` and `features` as the language model gets them, before stages inside it drop some.
     selections
         What the stages answered so far.
+    memories
+        What methods remember of the picture: the configuration, the positions in the prompt of the tokens that it kept,
+        and the tensors.
     """
 
     row: int
@@ -83,6 +87,7 @@ class Segment:
     anchors: torch.Tensor | None = None
     anchor_features: torch.Tensor | None = None
     selections: list[tuple[Site, Selection]] = field(default_factory=list)
+    memories: list[tuple[CompressionConfig, torch.Tensor, Mapping[str, torch.Tensor]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.encoded = self.kept
@@ -316,6 +321,7 @@ class Prompt:
             segment.features = segment.features.new_empty(0)
             segment.selections = [(site, selection.without_features()) for site, selection in segment.selections]
             segment.anchor_features = None
+            segment.memories = []
             segment.signals, segment.text_signals = {}, {}
 
 

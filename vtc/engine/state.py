@@ -24,6 +24,7 @@ from vtc.engine.encoder import Encoded
 from vtc.engine.masks import LayerTypes, causal_mask
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import recording
+from vtc.engine.updating import PictureMemory
 from vtc.errors import UnsupportedModelError
 
 __all__ = ["CallState", "ForwardInputs", "ForwardState", "Mode", "PrebuiltMasks", "calling", "current_call"]
@@ -51,9 +52,13 @@ class ForwardInputs:
 
 @dataclass(eq=False)
 class PrebuiltMasks:
-    """A decode step whose masks were built ahead of a compiled region: one per layer, None for the model's own."""
+    """A decode step whose masks were built ahead of a compiled region: one per layer, None for the model's own.
+
+    Where hidden states are to be updated, `forward` is its state.
+    """
 
     masks: list[Any]
+    forward: ForwardState | None = None
 
 
 @dataclass(eq=False)
@@ -165,6 +170,10 @@ class ForwardState:
         What was packed on entering decoder layers.
     layer_merges : dict of layer to list of (row, LongTensor (N,), Selection)
         What was merged there just before: the tokens of a row that one selection is about, and the selection.
+    memories : list of PictureMemory
+        What methods that update hidden states remember of the pictures so far.
+    updated : dict of layer to (LongTensor (B, T), BoolTensor (B, T) or None)
+        Tokens that came to a layer where hidden states are updated, and which of them are visual.
     prompt : Prompt or None
         The prompt, if this pass brings visual tokens; `prompt_row` (B,) has the prompt's row of every row.
     """
@@ -192,6 +201,8 @@ class ForwardState:
         self.packed: PackPlan | None = None
         self.layer_plans: list[tuple[int, PackPlan]] = []
         self.layer_merges: dict[int, list[tuple[int, torch.Tensor, Selection]]] = {}
+        self.memories: list[PictureMemory] = list(history.memories)
+        self.updated: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.prompt: Prompt | None = None
         self.prompt_row: torch.Tensor | None = None
         self.shift = history.shift
@@ -222,6 +233,16 @@ class ForwardState:
         self.prompt = prompt
         self.prompt_row = torch.arange(len(self.source_index), device=self.source_index.device) // repeats
         prompt.mark_seen(self.source_index[::repeats])
+
+    def remember(self) -> None:
+        """Take over what methods remember of the pictures of the attached prompt."""
+        prompt, known = self.attached(), {id(memory.values) for memory in self.memories}
+        prompt_row = torch.arange(len(self.source_index)) // (len(self.source_index) // prompt.rows)
+        for segment in prompt.segments:
+            for config, columns, values in segment.memories:
+                if id(values) not in known:
+                    start, places = prompt.offset + int(segment.columns[0]), prompt.offset + columns
+                    self.memories.append(PictureMemory(config, start, places, values, prompt_row == segment.row))
 
     def prompt_columns(self) -> torch.Tensor:
         """Return (B, T): column of every current token within the prompt, -1 outside."""
@@ -339,6 +360,7 @@ class ForwardState:
             record.owner, record.shift = owner, shift
             record.logical, record.groups = self.seen, list(self.key_groups)
             record.complete, record.decoding = set(self.complete), self.decoding
+            record.memories = list(self.memories)
 
     def scatter(self, hidden: torch.Tensor) -> torch.Tensor:
         """Put hidden states back among the tokens that came in, with zeros where tokens were dropped."""

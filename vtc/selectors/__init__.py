@@ -26,7 +26,7 @@ from .hiprune import HiPruneSelector
 from .holitom import HoliTomSelector
 from .holov import HoloVSelector
 from .kvpress import KvPressSelector
-from .learned import LlavaMiniSelector
+from .learned import CrossLmmSelector, LlavaMiniSelector, VisionRememberSelector
 from .light_transfer import LightTransferSelector
 from .mmtok import MmTokSelector
 from .pixelprune import PixelPruneSelector
@@ -61,6 +61,7 @@ __all__ = [
     "AtpSelector",
     "CdPrunerSelector",
     "ChunkKvSelector",
+    "CrossLmmSelector",
     "DartSelector",
     "DefensiveKvSelector",
     "DivPruneSelector",
@@ -108,6 +109,7 @@ __all__ = [
     "VScanSelector",
     "VidCom2Selector",
     "VisPrunerSelector",
+    "VisionRememberSelector",
     "VisionZipSelector",
     "VtcClsSelector",
     "VtcSelector",

@@ -34,13 +34,20 @@ from vtc.errors import ConfigError, InputError
 from vtc.files import replacing, write_text
 from vtc.limits import MAX_ROUNDS, check_count
 from vtc.plain import parse_json, real, shown
-from vtc.selectors.learned import Modules, save_modules
+from vtc.registry import selectors
+from vtc.selectors.learned import Modules, crosslmm, save_modules, vision_remember
 from vtc.selectors.learned.llava_mini import training as llava_mini
+from vtc.selectors.learned.lora import LoraAdapter, begin_lora, save_lora
+from vtc.selectors.learned.trained import TrainedSelector
 from vtc.tuning.samples import as_found, prompts
 
 __all__ = ["TRAINABLE", "check", "train"]
 
-TRAINABLE: Mapping[str, Callable[..., tuple[Modules, nn.Module]]] = {"llava-mini": llava_mini.begin}
+TRAINABLE: Mapping[str, Callable[..., tuple[Modules, nn.Module]]] = {
+    "crosslmm": crosslmm.begin,
+    "llava-mini": llava_mini.begin,
+    "vision-remember": vision_remember.begin,
+}
 """Methods whose modules can be trained, and what makes them before that."""
 
 _NO_CEILING = 2**31 - 1
@@ -48,6 +55,7 @@ _STATE, _WEIGHTS = "training.json", "training.safetensors"
 _FLOOR = 0.05  # of the learning rate, at the end
 _WARM = 0.03  # fraction of the steps in which it rises
 _NEW_TOKENS = 32  # of an answer that the model gives itself
+_GATES = 10.0  # how much faster single numbers, which are gates, learn than matrices
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class _Run:
     batch: int
     rate: float
     seed: int
+    lora: int | None = None
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step: a short rise, then half a cosine."""
@@ -89,6 +98,9 @@ def train(
     batch: int = 8,
     rate: float = 1e-3,
     seed: int = 0,
+    keep_tokens: int | None = None,
+    keep_ratio: float | None = None,
+    lora: int | None = None,
     positions: str = "original",
     save_every: int = 50,
     progress: bool = True,
@@ -101,7 +113,11 @@ def train(
     is frozen, in evaluation mode, and left as it was found.
 
     The optimiser is AdamW without weight decay; gradients are averaged over `batch` samples, which are read one by one,
-    and their norm is clipped to 1. The learning rate rises for 3 % of the steps and falls along half a cosine to 5 %.
+    and their norm is clipped to 1. The learning rate rises for 3 % of the steps and falls along half a cosine to 5 %;
+    single numbers, which are gates, learn ten times as fast.
+
+    With `lora` a low-rank adapter of the decoder's attention is trained beside the modules. It begins without effect,
+    and is written to the folder in PEFT's format; `compress` finds it there. The model's own weights do not change.
 
     An interrupted run leaves its state in the folder, and the same call goes on from there to the same result.
 
@@ -126,6 +142,10 @@ def train(
         Largest learning rate.
     seed : int
         Of the first weights and of the order of the samples.
+    keep_tokens, keep_ratio
+        As of `compress`, for methods that are given a number of tokens; those whose modules fix it take none.
+    lora : int, optional
+        Rank of the adapter of the decoder; None: the decoder stays as it is.
     positions : {"original", "compact"}
         As of `compress`; use the modules with the same.
     save_every : int
@@ -133,7 +153,8 @@ def train(
     progress : bool
         Whether to show a bar; it needs tqdm.
     **options
-        Of the modules: for "llava-mini" `side` (C) and `heads`.
+        Of the modules: for "llava-mini" `side` (C) and `heads`; for "crosslmm" and "vision-remember" `every` (decoder
+        layers between them), `inner` (width of the attention) and `heads`.
 
     Raises
     ------
@@ -144,9 +165,11 @@ def train(
     UnsupportedMethodError, UnsupportedModelError
         The model cannot be compressed by this method.
     """
-    check(method, output, steps=steps, batch=batch, rate=rate)
+    given = {"keep_tokens": keep_tokens, "keep_ratio": keep_ratio}
+    budget = {name: value for name, value in given.items() if value is not None}
+    check(method, output, steps=steps, batch=batch, rate=rate, budget=budget, lora=lora)
     check_count("save_every", save_every, MAX_ROUNDS)
-    run = _Run(steps, batch, float(rate), check_seed(seed))
+    run = _Run(steps, batch, float(rate), check_seed(seed), lora)
     if answers is not None and len(answers) != len(samples):
         raise InputError(f"there are {len(samples)} samples, but {len(answers)} answers.")
     folder, adapter = Path(output), adapter_for(model)
@@ -154,18 +177,21 @@ def train(
         modules, module = TRAINABLE[method](shape_of(adapter), _projector(adapter), seed=run.seed, **options)
     except TypeError as error:
         raise ConfigError(f"{method}: its modules do not take {shown(options)}: {error}") from error
+    adapter_module = None if lora is None else begin_lora(adapter.text_model, lora, run.seed)
     encoded = prompts(processor, samples, model)
     tokens = [_answer_tokens(processor, model, text) for text in answers or [None] * len(encoded)]
-    mark = _mark(run, modules, encoded, tokens, positions)
+    keep: dict[str, Any] = budget or {"keep_tokens": _NO_CEILING}
+    config = CompressionConfig(method, **keep, positions=positions, options={"modules": str(folder)})
+    mark = _mark(run, modules, encoded, tokens, (positions, budget))
     state = _State.read(folder, mark)  # refused before anything is written
-    state = state or _State.start(module, mark)
+    state = state or _State.start(_trained(module, adapter_module), mark)
     folder.mkdir(parents=True, exist_ok=True)
     state.write(folder)
-    save_modules(folder, modules, module)
-    config = CompressionConfig(method, keep_tokens=_NO_CEILING, positions=positions, options={"modules": str(folder)})
+    _save(folder, modules, module, adapter_module)
     make_plan([config], adapter)
     with as_found(model), _frozen(model), api.compressed(model, config):
-        live = _live_module(model, method)
+        module, adapter_module = _live_modules(model)
+        live = _trained(module, adapter_module)
         state.put_into(live)
         try:
             _steps(model, live, state, run, encoded, tokens, folder, save_every, progress)
@@ -173,17 +199,35 @@ def train(
             state.write(folder)
     done: dict[str, Any] = {"steps": steps, "batch": batch, "rate": run.rate, "seed": run.seed, "samples": len(encoded)}
     labelled = sum(each is not None for each in (answers or ()))
-    done |= {"labelled": labelled, "positions": positions, "seconds": round(state.seconds, 1)}
-    save_modules(folder, replace(modules, training=done), live)
+    done |= {"labelled": labelled, "positions": positions, **budget, "lora": lora, "seconds": round(state.seconds, 1)}
+    _save(folder, replace(modules, training=done), module, adapter_module)
     for name in (_STATE, _WEIGHTS):
         (folder / name).unlink()
     return folder
 
 
-def check(method: str, output: str | Path, *, steps: int, batch: int, rate: float) -> None:
+def check(
+    method: str,
+    output: str | Path,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    budget: Mapping[str, Any] | None = None,
+    lora: int | None = None,
+) -> None:
     """Raise ConfigError for what `train` refuses whatever the model and the samples are."""
     if method not in TRAINABLE:
         raise ConfigError(f"{shown(method)} has no modules to train; these have: {', '.join(TRAINABLE)}.")
+    kind = selectors()[method]
+    if kind.adaptive and budget:
+        raise ConfigError(f"{method} takes no {next(iter(budget))}: how many tokens stay is trained into its modules.")
+    if not kind.adaptive and not budget:
+        raise ConfigError(f"{method} is trained for a number of tokens: give keep_tokens, or keep_ratio.")
+    if lora is not None and not issubclass(kind, TrainedSelector):
+        raise ConfigError(
+            f"{method} runs its modules alone and cannot bring an adapter of the decoder; leave lora out."
+        )
     for name, value in (("steps", steps), ("batch", batch)):
         check_count(name, value, MAX_ROUNDS)
     if not 0 < (real(rate) or 0) < math.inf:
@@ -248,7 +292,10 @@ class _State:
 
     def optimizer(self, module: nn.Module) -> torch.optim.AdamW:
         """Return an optimiser with these moments."""
-        optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0)
+        gates = [weight for weight in module.parameters() if not weight.ndim]
+        matrices = [weight for weight in module.parameters() if weight.ndim]
+        groups = [{"params": matrices, "faster": 1.0}, {"params": gates, "faster": _GATES}]
+        optimizer = torch.optim.AdamW(groups[: 1 + bool(gates)], weight_decay=0.0)
         for name, value in module.named_parameters():
             if self.step:
                 optimizer.state[value] = {
@@ -286,7 +333,7 @@ def _steps(
             began = time.perf_counter()
             total = 0.0
             for group in optimizer.param_groups:
-                group["lr"] = run.rate_at(step)
+                group["lr"] = run.rate_at(step) * group["faster"]
             for index in run.samples_of(step, len(encoded)):
                 answer = tokens[index]
                 if answer is None and index not in own:
@@ -356,11 +403,24 @@ def _projector(adapter: Adapter) -> dict[str, Tensor] | None:
     return weights
 
 
-def _live_module(model: nn.Module, method: str) -> nn.Module:
-    """Return the module that the installed method runs, with gradients."""
-    (stage,) = engine_of(model).plan.stages
-    module: nn.Module = stage.selector.module  # type: ignore[attr-defined]
-    return module.to(next(model.parameters()).device).requires_grad_(True)
+def _live_modules(model: nn.Module) -> tuple[nn.Module, LoraAdapter | None]:
+    """Return what the installed method runs, with gradients: its module, and the adapter of the decoder."""
+    selector: Any = engine_of(model).plan.stages[0].selector
+    device = next(model.parameters()).device
+    adapter = getattr(selector, "lora", None)
+    parts = [part.to(device).requires_grad_(True) for part in (selector.module, adapter) if part is not None]
+    return parts[0], adapter
+
+
+def _trained(module: nn.Module, adapter: LoraAdapter | None) -> nn.Module:
+    """Return what is trained as one module."""
+    return module if adapter is None else nn.ModuleDict({"modules": module, "adapter": adapter})
+
+
+def _save(folder: Path, modules: Modules, module: nn.Module, adapter: LoraAdapter | None) -> None:
+    save_modules(folder, modules, module)
+    if adapter is not None:
+        save_lora(folder, adapter)
 
 
 @contextmanager
@@ -398,10 +458,10 @@ def _mark(
     modules: Modules,
     encoded: Sequence[Mapping[str, Any]],
     tokens: Sequence[Tensor | None],
-    positions: str,
+    settings: Any,
 ) -> str:
     """Name everything that a run depends on, but for the weights of the model."""
-    mark = hashlib.sha256(repr((run, modules, positions)).encode())
+    mark = hashlib.sha256(repr((run, modules, settings)).encode())
     for prompt, answer in zip(encoded, tokens, strict=True):
         mark.update(repr((prompt["input_ids"].tolist(), None if answer is None else answer.tolist())).encode())
         for name in sorted(prompt):

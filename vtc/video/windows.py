@@ -174,7 +174,7 @@ class ReadVideo:
 def streams(engine: Engine) -> bool:
     """Tell whether the methods need neither the text nor the decoder, so that a video can be read in windows."""
     plan = engine.plan
-    return not (plan.in_decoder or plan.after_prefill or plan.reads_text or plan.probes)
+    return not (plan.in_decoder or plan.updates or plan.after_prefill or plan.reads_text or plan.probes)
 
 
 @torch.no_grad()

@@ -5,7 +5,16 @@ The modules of every method are kept in a folder of their own, see `folder`, whi
 
 from __future__ import annotations
 
+from .crosslmm import CrossLmmSelector
 from .folder import Modules, read_modules, save_modules
 from .llava_mini import LlavaMiniSelector
+from .vision_remember import VisionRememberSelector
 
-__all__ = ["LlavaMiniSelector", "Modules", "read_modules", "save_modules"]
+__all__ = [
+    "CrossLmmSelector",
+    "LlavaMiniSelector",
+    "Modules",
+    "VisionRememberSelector",
+    "read_modules",
+    "save_modules",
+]
