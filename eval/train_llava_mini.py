@@ -41,8 +41,14 @@ FIRST = 1
 LENGTH = 120
 """Tokens of the questions and answers packed behind one picture."""
 
-Tokens = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From tower features (B, N, D) to visual tokens (B, K, d) and their places (B, K) in the picture."""
+Tokens = Callable[[Tensor], tuple[Any, ...]]
+"""From cached views (B, views, N, D), of which LLaVA reads the last, to tokens (B, K, d) and their places (B, K).
+
+What reads more than these may give an `Update`, too.
+"""
+
+Update = Callable[[int, Tensor], Tensor]
+"""From a decoder layer and the hidden states that enter it to those that it is to get."""
 
 
 class Reader:
@@ -59,8 +65,11 @@ class Reader:
         projected: Tensor = self.model.model.multi_modal_projector(features)
         return projected
 
-    def __call__(self, tokens: Tensor, places: Tensor, text: PackedText) -> Tensor:
-        """Compute logits (M, V) at the positions of ``text.labels`` behind tokens (B, K, d) at places (B, K)."""
+    def __call__(self, tokens: Tensor, places: Tensor, text: PackedText, update: Update | None = None) -> Tensor:
+        """Compute logits (M, V) at the positions of ``text.labels`` behind tokens (B, K, d) at places (B, K).
+
+        `update` changes the hidden states that enter a layer.
+        """
         embed = self.model.get_input_embeddings()
         bos = embed(torch.full((len(tokens), 1), self.decoder.config.bos_token_id))
         hidden = torch.cat([bos, tokens, embed(text.ids)], dim=1)
@@ -69,7 +78,9 @@ class Reader:
         seen = attention_mask(prefix, text.segments)
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
         rotary = self.decoder.rotary_emb(hidden, positions)
-        for layer in self.decoder.layers:
+        for index, layer in enumerate(self.decoder.layers):
+            if update is not None:
+                hidden = update(index, hidden)
             hidden = layer(hidden, attention_mask=mask.to(hidden.dtype), position_embeddings=rotary)
         logits: Tensor = self.model.lm_head(self.decoder.norm(hidden)[:, prefix:][text.labels != IGNORE])
         return logits
@@ -80,8 +91,8 @@ def replaced(module: Compressor) -> Tokens:
     line = (2 * torch.arange(module.side) + 1) * GRID // (2 * module.side)
     places = (line[:, None] * GRID + line).flatten()  # where the method puts them
 
-    def tokens(features: Tensor) -> tuple[Tensor, Tensor]:
-        return module(features, (GRID, GRID)), places.expand(len(features), -1)
+    def tokens(views: Tensor) -> tuple[Tensor, Tensor]:
+        return module(views[:, -1].float(), (GRID, GRID)), places.expand(len(views), -1)
 
     return tokens
 
@@ -89,9 +100,9 @@ def replaced(module: Compressor) -> Tokens:
 def selected(reader: Reader, method: str, count: int, seed: int = 0) -> Tokens:
     """Give the tokens that a method which needs projected features alone keeps."""
 
-    def tokens(features: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(views: Tensor) -> tuple[Tensor, Tensor]:
         kept, places = [], []
-        for index, row in enumerate(reader.project(features)):
+        for index, row in enumerate(reader.project(views[:, -1].float())):
             choice = vtc.select(method, features=row, grid_thw=(1, GRID, GRID), keep_tokens=count, seed=seed + index)
             kept.append(choice.tokens(row))
             places.append(choice.keep)
@@ -110,7 +121,8 @@ def train(reader: Reader, module: Compressor, data: Data, steps: int, batch: int
         indices = chance.integers(len(data.scenes), size=batch)
         text = questions(reader.packer, data, indices, seed=1 + step)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = reader(*tokens(data.batch(indices)[:, 0].float()), text)
+            given, places = tokens(data.batch(indices))
+            logits = reader(given, places, text)
         loss = functional.cross_entropy(logits.float(), text.labels[text.labels != IGNORE])
         optimizer.zero_grad()
         loss.backward()
@@ -139,7 +151,8 @@ def right(reader: Reader, tokens: Tokens, data: Data, per_scene: int = 8) -> lis
         asked = [ask(data.scenes[int(index)], per_scene, seed=0) for index in indices]
         text = reader.packer.pack(asked)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = reader(*tokens(data.batch(indices)[:, 0].float()), text)
+            given, places, *update = tokens(data.batch(indices))
+            logits = reader(given, places, text, *update)
         where = text.labels != IGNORE
         good = torch.zeros_like(text.labels)
         good[where] = (logits.argmax(dim=-1) == text.labels[where]).long()
@@ -173,7 +186,7 @@ def compare(reader: Reader, data: Data, folders: Sequence[str]) -> dict[str, Any
         print(f"{method} {count}: {mean:.3f} ({low:.3f} to {high:.3f}) of {asked}", flush=True)
 
     every = torch.arange(GRID**2)
-    add("all tokens", GRID**2, lambda x: (reader.project(x), every.expand(len(x), -1)))
+    add("all tokens", GRID**2, lambda x: (reader.project(x[:, -1].float()), every.expand(len(x), -1)))
     for folder in folders:
         made_for, module = load_compressor(folder)
         count, parameters = module.side**2, sum(weight.numel() for weight in module.parameters())

@@ -38,7 +38,7 @@ def test_the_cached_pass_is_the_compressed_model(tmp_path: Path) -> None:
     modules, module = begin(shape_of(adapter_for(model)), model.model.multi_modal_projector.state_dict(), side=2)
     save_modules(tmp_path, modules, module)
     text = reader.packer.pack([[question]])
-    cached = reader(*train_llava_mini.replaced(module)(features), text)
+    cached = reader(*train_llava_mini.replaced(module)(features[:, None]), text)
     answer = text.labels[text.labels != IGNORE]
     ids = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
     with vtc.compressed(model, "llava-mini", modules=str(tmp_path), keep_tokens=4):
