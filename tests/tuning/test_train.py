@@ -131,3 +131,59 @@ def test_impossible_requests_are_refused(case: tiny.TinyCase, tmp_path: Path) ->
     folder = vtc.train(case.model, None, prompts, "llava-mini", tmp_path / "done", **{**QUICK, "steps": 1})
     with pytest.raises(ConfigError, match="holds trained modules already"):
         vtc.train(case.model, None, prompts, "llava-mini", folder, **QUICK)
+
+
+@pytest.mark.parametrize(("method", "lora"), [("crosslmm", 2), ("crosslmm", None), ("vision-remember", None)])
+def test_modules_inside_the_decoder_learn(
+    case: tiny.TinyCase, method: str, lora: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They imitate better than pooling does, the model stays as it was, and an interrupted run goes on."""
+    before = {name: value.clone() for name, value in case.model.state_dict().items()}
+    prompts = samples(case)
+    given = {**QUICK, "steps": 30, "rate": 1e-2, "keep_tokens": 4, "lora": lora}
+    folder = vtc.train(case.model, None, prompts, method, tmp_path / "made", **given)
+    apart = {"pool": {}, method: {"modules": str(folder)}}
+    for name, options in apart.items():
+        with vtc.compressed(case.model, name, keep_tokens=4, **options):
+            said = [case.model(**prompt).logits[0, -1].log_softmax(-1).detach() for prompt in prompts]
+        meant = [case.model(**prompt).logits[0, -1].log_softmax(-1).detach() for prompt in prompts]
+        apart[name] = float(
+            sum(functional.kl_div(*pair, log_target=True, reduction="sum") for pair in zip(said, meant, strict=True))
+        )
+    assert apart[method] < 0.8 * apart["pool"]
+    assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+    assert (folder / "adapter_model.safetensors").exists() == (lora is not None)
+    told = read_modules(folder, method)[0].training
+    assert (told["keep_tokens"], told["lora"]) == (4, lora)
+    if lora is None:
+        return
+    original, calls = training._loss, iter(range(100))
+
+    def interrupted(*args: Any, **given: Any) -> torch.Tensor:
+        if next(calls) == 31:
+            raise KeyboardInterrupt
+        return original(*args, **given)
+
+    monkeypatch.setattr(training, "_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vtc.train(case.model, None, prompts, method, tmp_path / "parts", **given)
+    parts = vtc.train(case.model, None, prompts, method, tmp_path / "parts", **given)
+    for name in ("modules.safetensors", "adapter_model.safetensors"):
+        whole, again = (safetensors.torch.load_file(one / name) for one in (folder, parts))
+        assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+def test_budgets_and_adapters_are_refused_where_they_have_no_meaning(case: tiny.TinyCase, tmp_path: Path) -> None:
+    def refused(match: str, method: str, **given: Any) -> None:
+        with pytest.raises(ConfigError, match=match):
+            vtc.train(case.model, None, case.rows("single"), method, tmp_path / "made", **{**QUICK, **given})
+        assert not (tmp_path / "made").exists()
+
+    refused("give keep_tokens, or keep_ratio", "crosslmm")
+    refused("llava-mini takes no keep_tokens", "llava-mini", keep_tokens=4)
+    refused("llava-mini runs its modules alone", "llava-mini", lora=2)
+    refused("lora must be a rank", "crosslmm", keep_tokens=4, lora=0)
+    refused("every must be an integer", "crosslmm", keep_tokens=4, every=9)
+    refused("ascending layers", "vision-remember", keep_tokens=4, levels=[2, 1])
+    refused("keep_tokens", "crosslmm", keep_tokens=0)
+    refused("keep_ratio", "crosslmm", keep_tokens=4, keep_ratio=0.5)

@@ -414,7 +414,7 @@ def _live_modules(model: nn.Module) -> tuple[nn.Module, LoraAdapter | None]:
 
 def _trained(module: nn.Module, adapter: LoraAdapter | None) -> nn.Module:
     """Return what is trained as one module."""
-    return module if adapter is None else nn.ModuleDict({"modules": module, "adapter": adapter})
+    return module if adapter is None else nn.ModuleDict({"module": module, "lora": adapter})
 
 
 def _save(folder: Path, modules: Modules, module: nn.Module, adapter: LoraAdapter | None) -> None:
