@@ -111,6 +111,10 @@ class Adapter(ABC):
     def tower(self, modality: str) -> nn.Module:
         """Return the vision tower that encodes `modality`."""
 
+    def tower_width(self, modality: str) -> int | None:
+        """Return the width of the hidden states of the tower; None where its configuration does not say."""
+        return getattr(getattr(self.tower(modality), "config", None), "hidden_size", None)
+
     def tower_attentions(self, modality: str) -> list[nn.Module]:
         """Return the tower's attention modules, first layer first.
 

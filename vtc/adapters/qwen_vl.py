@@ -24,6 +24,10 @@ class QwenVLAdapter(Adapter):
     def tower(self, modality: str) -> nn.Module:
         return self.base.visual
 
+    def tower_width(self, modality: str) -> int | None:
+        config: Any = self.base.visual.config  # in Qwen2-VL its `hidden_size` is the language model's
+        return getattr(config, "embed_dim", None) or config.hidden_size
+
     def _grids(self, modality: str, call: Mapping[str, Any]) -> torch.Tensor:
         return call[f"{modality}_grid_thw"]
 

@@ -68,7 +68,7 @@ def enter_layer(
             _begin_layer(at_cache, layer, forward, hidden)
         if following is not None or at_cache:
             _record(compression, following, at_cache, layer, forward)
-    else:
+    elif forward.history.decoding is not None:  # a layer without attention has none to record
         record_step(forward, layer, compression.adapter.decoder_attention(layer))
     updates = compression.plan.updates.get(layer) if forward.memories else None
     if updates is not None:  # where checkpointing runs a layer again, tokens have left behind it

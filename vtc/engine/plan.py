@@ -215,7 +215,7 @@ def shape_of(adapter: Adapter) -> ModelShape:
         len(adapter.text_model.layers),
         family=adapter.config.model_type,
         width=getattr(adapter.text_model.config, "hidden_size", None),
-        vision_width=getattr(getattr(adapter.tower(modality), "config", None), "hidden_size", None),
+        vision_width=adapter.tower_width(modality),
     )
     try:
         layers = len(adapter.tower_attentions(modality))
