@@ -164,8 +164,7 @@ def train(
         indices = chance.integers(len(data.scenes), size=batch)
         text = questions(reader.packer, data, indices, seed=1 + step)
         with torch.autocast("cpu", torch.bfloat16), adapted(reader, adapter):
-            tokens, places, update = updating.read(data.batch(indices))
-            logits = reader(tokens, places, text, update)
+            logits = reader.answer(data.batch(indices), updating.read, text)
         loss = functional.cross_entropy(logits.float(), text.labels[text.labels != IGNORE])
         optimizer.zero_grad()
         loss.backward()

@@ -14,7 +14,7 @@ import pytest
 
 import vtc
 from vtc import chat, console, files, notation, plain, video
-from vtc.selectors import adaptive_sparse_vit, atp, learned
+from vtc.selectors import adaptive_sparse_vit, learned
 from vtc.tuning import tower
 
 ROOT = Path(__file__).parent.parent
@@ -200,8 +200,7 @@ def test_programs_use_public_names_only(room):
     for module in (chat, console, files, notation, plain):
         allowed |= {module.__name__, *(f"{module.__name__}.{name}" for name in module.__all__)}
     allowed |= {"vtc.video", *(f"vtc.video.{name}" for name in video.__all__)}
-    allowed |= {"vtc.selectors.atp", *(f"vtc.selectors.atp.{name}" for name in atp.__all__)}  # what is trained
-    for package in (learned, learned.crosslmm, learned.llava_mini, learned.lora, learned.vision_remember):
+    for package in (learned, learned.crosslmm, learned.llava_mini, learned.lora, learned.vision_remember):  # trained
         allowed |= {package.__name__, *(f"{package.__name__}.{name}" for name in package.__all__)}
     trained = adaptive_sparse_vit.__name__
     allowed |= {trained, *(f"{trained}.{name}" for name in adaptive_sparse_vit.__all__)}

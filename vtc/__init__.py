@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         VisionHidden,
     )
     from vtc.core.packing import PackPlan
+    from vtc.core.regions import regions
     from vtc.core.selection import Selection
     from vtc.core.selector import ScoreSelector, Selector
     from vtc.core.signals import (
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         PreProjector,
         ProbeSignal,
         ReceivedAttention,
+        RegionCells,
         Signal,
         TextAttention,
         TextEmbeds,
@@ -130,6 +132,7 @@ __all__ = [
     "ProbeSignal",
     "PromptText",
     "ReceivedAttention",
+    "RegionCells",
     "Report",
     "ResidualCosine",
     "ScoreSelector",
@@ -168,6 +171,7 @@ __all__ = [
     "load_stages",
     "open_image",
     "press",
+    "regions",
     "register_adapter",
     "register_selector",
     "remember",
@@ -214,6 +218,7 @@ _HOME = {
         "VisionHidden",
     ),
     "vtc.core.packing": ("PackPlan",),
+    "vtc.core.regions": ("regions",),
     "vtc.core.selection": ("Selection",),
     "vtc.core.signals": (
         "ClsAttention",
@@ -222,6 +227,7 @@ _HOME = {
         "PreProjector",
         "ProbeSignal",
         "ReceivedAttention",
+        "RegionCells",
         "Signal",
         "TextAttention",
         "TextEmbeds",

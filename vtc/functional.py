@@ -13,6 +13,7 @@ from .core.context import VisualContext
 from .core.eviction import CacheSelector, nothing_to_select
 from .core.grids import Grid
 from .core.observations import TokenGrids
+from .core.regions import Region, given_regions
 from .core.selection import Selection
 from .core.selector import Selector
 from .core.signals import SHARED, Signal
@@ -108,7 +109,7 @@ def select(
     grids = views or ((1, 1, n),)
     for signal in stage.requires:
         if signal.reads is TokenGrids and signal not in values:
-            values[signal] = signal.compute(TokenGrids(grids, device))
+            values[signal] = signal.compute(TokenGrids(grids, device, *_marked()))
     context = VisualContext(
         features=torch.empty(n, 0, device=device) if features is None else features,
         budget=resolve_budget(n, keep_ratio, keep_tokens),
@@ -122,6 +123,16 @@ def select(
         signals=values,
     )
     return selector.select(context.check())
+
+
+def _marked() -> tuple[Region | None, bool]:
+    """Return the region that is marked around this call, and whether there is one."""
+    given = given_regions()
+    if given is None:
+        return None, False
+    if len(given) != 1:
+        raise InputError(f"one image is selected from, but vtc.regions was given {len(given)} regions.")
+    return given[0], True
 
 
 def _count(name: str, value: Any) -> int:

@@ -19,7 +19,7 @@ from vtc.core.signals import (
 )
 from vtc.errors import InputError
 from vtc.selectors.aim import PageRank
-from vtc.selectors.atp import ModalityAttention
+from vtc.selectors.learned.atp import ModalityAttention
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 

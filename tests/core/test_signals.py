@@ -38,7 +38,7 @@ from vtc.errors import ConfigError, InputError
 from vtc.kernels import VisibilityMask, patch_entropy
 from vtc.kernels import reference as specification
 from vtc.selectors.aim import PageRank
-from vtc.selectors.atp import ModalityAttention
+from vtc.selectors.learned.atp import ModalityAttention
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 

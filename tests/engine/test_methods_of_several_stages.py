@@ -23,7 +23,7 @@ from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.kernels import reference as specification
 from vtc.selectors import AimSelector, AtpSelector, ToDreSelector, VFlowOptSelector
 from vtc.selectors.aim import PageRank
-from vtc.selectors.atp import AtpModule, ModalityAttention, mean_logits, save_modules
+from vtc.selectors.learned.atp import ModalityAttention, mean_logits
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 
@@ -221,25 +221,6 @@ def test_atp_keeps_at_least_one_and_at_most_the_ceiling() -> None:
     assert left[0] == [[1, 1, 1]] * 3
     assert left[1] == [[12, 12, 12]] * 3
     assert all(1 < stages[-1] <= stages[0] <= 12 for stages in left[2])
-
-
-@torch.no_grad()
-def test_atp_reads_thresholds_from_modules(tmp_path: Any) -> None:
-    case = build(tiny.family("llava_onevision"))
-    inputs = case.batch("ragged")
-    modules = [AtpModule(grid=4, width=8) for _ in range(3)]
-    for module, value in zip(modules, (0.45, 0.5, 0.55), strict=True):
-        for head, theta in ((module.head_r, value), (module.head_s, 0.9)):
-            torch.nn.init.zeros_(head.weight)
-            torch.nn.init.constant_(head.bias, torch.tensor(theta).logit().item())
-    path = tmp_path / "modules.pt"
-    save_modules(modules, path)
-    chosen = []
-    for options in ({"modules": str(path)}, {"theta_r": (0.45, 0.5, 0.55), "theta_s": 0.9}):
-        with vtc.compressed(case.model, "atp", keep_ratio=0.9, **options) as model:
-            model(**inputs)
-            chosen.append(kept(vtc.report(model)))
-    assert chosen[0] == chosen[1]
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.scene import make_scene
 from eval.tasks.scenes.vocabulary import GRID
 from vtc.core.stage import ModelShape
-from vtc.selectors.atp import AtpModule, AtpSelector, load_modules, save_modules
+from vtc.selectors.learned.atp import AtpModule, AtpSelector, load_modules, save_modules
 
 SCENES = 3
 

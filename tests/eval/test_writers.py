@@ -28,7 +28,7 @@ from eval.tasks.scenes import writer as scenes
 from vtc import reference
 from vtc.bench import _growth, timing
 from vtc.report.visualize import save_animation
-from vtc.selectors.atp import AtpModule, load_modules, save_modules
+from vtc.selectors.learned.atp import AtpModule, load_modules, save_modules
 
 SCORES = pd.DataFrame({"colour": [0.5, 0.4]}, index=["all tokens", "random 0.5"])
 TABLE = pd.DataFrame(

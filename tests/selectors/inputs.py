@@ -18,10 +18,10 @@ from vtc.registry import selectors
 from vtc.selectors import Selector
 from vtc.selectors.adaptive_sparse_vit import HeadWeightedAttention
 from vtc.selectors.aim import PageRank
-from vtc.selectors.atp import ModalityAttention
 from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
 from vtc.selectors.flowcut import InformationFlow
 from vtc.selectors.gemfilter import LastQueryLogits
+from vtc.selectors.learned.atp import ModalityAttention
 from vtc.selectors.pixelprune import BlockPixels
 from vtc.selectors.prumerge import WideClsAttention
 from vtc.selectors.pyramiddrop import EnteringAttention

@@ -25,7 +25,7 @@ from vtc.kernels import reference
 from vtc.registry import get_selector
 from vtc.selectors import AimSelector
 from vtc.selectors.aim import PageRank, retained
-from vtc.selectors.atp import redundancy_score, soft_mask, spatial_score
+from vtc.selectors.learned.atp import redundancy_score, soft_mask, spatial_score
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import PRESETS, ContextRelevance, PixelEntropy, VFlowOptSelector
 

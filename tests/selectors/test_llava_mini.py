@@ -21,7 +21,8 @@ from vtc.engine.install import adapter_for, engine_of
 from vtc.engine.plan import shape_of
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.selectors.learned import LlavaMiniSelector, read_modules
-from vtc.selectors.learned.llava_mini import Resampler, sincos_2d
+from vtc.selectors.learned.llava_mini import Fusion, Resampler, sincos_2d
+from vtc.tuning import train as training
 
 FAMILIES = ("llava", "internvl", "qwen2_5_vl", "qwen3_vl")
 
@@ -46,6 +47,104 @@ def test_the_resampler_is_the_authors(name: str) -> None:
     side = round(n**0.5)
     torch.testing.assert_close(sincos_2d(width, golden["grid"]), golden["pos_embed"])
     torch.testing.assert_close(resampler(golden["x"], (side, side)), golden["out"], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_layers_of_the_fusion_are_the_decoders(case: tiny.TinyCase) -> None:
+    """With copied weights they compute what the language model computes, so packed text and positions are right too."""
+    decoder, text = learned.decoder_of(case.model), case.model.model.language_model
+    fusion = Fusion(64, layers=2, **decoder.shape)
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
+    tokens, words = fusion(x[:, :5], x[:, 5:7], x[:, 7:])
+    assert torch.equal(torch.cat([tokens, words], dim=1), x[:, 5:]), "nothing is added before training"
+    assert fusion.adopt(decoder.layers)
+    fusion.out.weight.copy_(torch.eye(64))
+    fused = torch.cat(fusion(x[:, :5], x[:, 5:7], x[:, 7:]), dim=1)
+    hidden = text(inputs_embeds=x, output_hidden_states=True).hidden_states[2][:, 5:]
+    torch.testing.assert_close(fused, x[:, 5:] + fusion.norm(hidden), rtol=1e-4, atol=1e-5)
+    assert not Fusion(64, layers=2, **{**decoder.shape, "hidden": 3}).adopt(decoder.layers), "of another shape"
+    for wrong in ({"heads": 3, "kv_heads": 2}, {"layers": 0}, {"head_width": 3}):
+        with pytest.raises(ConfigError, match="of the fusion"):
+            Fusion(64, **{"layers": 1, **decoder.shape, **wrong})
+
+
+@pytest.mark.parametrize("case", ["llava", "qwen2_5_vl"], indirect=True)
+def test_an_untrained_fusion_changes_nothing(case: tiny.TinyCase, tmp_path: Path) -> None:
+    answers = []
+    for layers in (0, 2):
+        folder = learned.llava_mini(case.model, tmp_path / str(layers), fusion=layers, scale=0.0)
+        vtc.compress(case.model, "llava-mini", modules=folder, keep_tokens=64)
+        answers.append(logits(case.model, case.batch("ragged")))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("case", ["llava", "internvl"], indirect=True)
+def test_fused_text_is_the_mean_over_the_pictures_of_its_row(case: tiny.TinyCase, tmp_path: Path) -> None:
+    """The untouched model, given the new tokens and the new text at their places, says the same."""
+    model, inputs = case.model, case.batch("two_images")
+    folder = learned.llava_mini(model, tmp_path, fusion=1)
+    vtc.compress(model, "llava-mini", modules=folder, keep_tokens=64)
+    made: list[Any] = []
+    kind = type(engine_of(model).plan.stages[0].selector)
+    original = kind.select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "select", lambda self, ctx: made.append(original(self, ctx)) or made[-1])
+        out = logits(model, inputs)
+    segments = vtc.report(model).segments
+    assert all(selection.text is None for segment in segments for _, selection in segment.selections)
+    vtc.restore(model)
+    adapter = adapter_for(model)
+    visual = adapter.placeholders(inputs["input_ids"], "image")
+    mask, plain = inputs["attention_mask"].clone(), inputs["attention_mask"].bool() & ~visual
+    mask[visual] = 0
+    new: dict[tuple[int, str], list[Any]] = {}
+    starts = [0] * len(mask)
+    columns = []
+    for segment, selection in zip(segments, made, strict=True):
+        own = visual[segment.row].nonzero()[:, 0][starts[segment.row] :][: segment.tokens_before]
+        starts[segment.row] += segment.tokens_before
+        columns.append(own[segment.kept])
+        mask[segment.row, columns[-1]] = 1
+        new.setdefault(segment.row, []).append(selection.text)
+
+    def write(module: Any, args: Any, kwargs: Any) -> Any:
+        embeds = kwargs["inputs_embeds"].clone()
+        for segment, selection, where in zip(segments, made, columns, strict=True):
+            embeds[segment.row, where] = selection.features
+        for row, texts in new.items():
+            assert not torch.allclose(texts[0], texts[1]), "pictures say different things"
+            embeds[row, plain[row]] = torch.stack(texts).mean(dim=0)
+        return args, {**kwargs, "inputs_embeds": embeds, "attention_mask": mask}
+
+    handle = adapter.text_model.register_forward_pre_hook(write, with_kwargs=True)
+    try:
+        expected = logits(model, inputs)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(out[plain], expected[plain], rtol=1e-4, atol=2e-5)
+
+
+def test_fused_rows_stand_alone_and_answers_are_not_fused(case: tiny.TinyCase, tmp_path: Path) -> None:
+    vtc.compress(case.model, "llava-mini", modules=learned.llava_mini(case.model, tmp_path, fusion=1), keep_tokens=4)
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    together = case.model.generate(**case.batch("ragged"), **settings)
+    again = case.model.generate(**case.batch("ragged"), use_cache=False, **settings)
+    assert torch.equal(again.sequences, together.sequences), "the prompt comes again at every step"
+    for row, inputs in enumerate(case.rows("ragged")):
+        alone = case.model.generate(**inputs, **settings)
+        assert torch.equal(alone.sequences[0, -4:], together.sequences[row, -4:])
+        with torch.no_grad():  # what training reads in one pass is what generating says step by step
+            said = training._predicted(case.model, inputs, alone.sequences[0, -4:])
+        torch.testing.assert_close(said, torch.cat(alone.logits), rtol=1e-4, atol=2e-5)
+        with torch.no_grad():
+            fused = case.model(**training._with_answer(inputs, alone.sequences[0, -4:])).logits[0, -5:-1]
+        assert not torch.allclose(fused[1:], said[1:], atol=1e-3), "a bare pass takes the answer for text of the prompt"
+
+
+def test_folders_without_a_fusion_stay_readable(case: tiny.TinyCase, tmp_path: Path) -> None:
+    folder = Path(learned.llava_mini(case.model, tmp_path))
+    assert "fusion" not in json.loads((folder / "modules.json").read_text())["settings"]
+    assert LlavaMiniSelector(modules=str(folder)).module.fusion is None
 
 
 @pytest.mark.parametrize("case", FAMILIES, indirect=True)
@@ -259,6 +358,8 @@ def test_shipped_modules_are_small_and_fit_the_reference_model() -> None:
     model, _ = vtc.reference.load("llava")
     for name, folder in folders.items():
         assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
+        if not name.startswith("llava-mini-"):
+            continue
         count = int(name.removeprefix("llava-mini-"))
         vtc.compress(model, "llava-mini", modules=str(folder), keep_tokens=count)
         assert engine_of(model).plan.stages[0].selector.module.side ** 2 == count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,17 +23,7 @@ from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors import AimSelector, AtpSelector, VFlowOptSelector
 from vtc.selectors.aim import retained
-from vtc.selectors.atp import (
-    AtpModule,
-    ModalityAttention,
-    depth_loss,
-    load_modules,
-    redundancy_score,
-    save_modules,
-    soft_mask,
-    spatial_score,
-    target_loss,
-)
+from vtc.selectors.learned.atp import ModalityAttention, redundancy_score, soft_mask, spatial_score
 from vtc.selectors.schedule import at_depth, average_kept, stretches
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import PRESETS, ContextRelevance, PixelEntropy
@@ -471,62 +460,3 @@ def test_atp_soft_mask_is_hard_at_one_half() -> None:
     hard = (redundancy > theta_r[:, None]) | (spatial > theta_s[:, None])
     for temperature in (10.0, 100.0):
         assert torch.equal(soft_mask(redundancy, spatial, theta_r, theta_s, temperature) > 0.5, hard)
-
-
-def test_atp_losses() -> None:
-    masks = [torch.ones(2, 8), torch.tensor([[1.0] * 4 + [0.0] * 4, [0.0] * 8])]
-    assert depth_loss(masks, (4, 14)).item() == pytest.approx(4 + 14 * (0.5 + 0.0) / 2)
-    assert target_loss(masks, 3.0).item() == pytest.approx((8 + 8 + 4 + 0) / 4 - 3)
-
-
-def test_atp_tokens_that_are_gone_are_like_tokens_without_attention() -> None:
-    # Training keeps the tokens and zeroes their scores; in use they are not there.
-    torch.manual_seed(0)
-    module, origin = AtpModule(grid=4, width=4), TokenGrids(((1, 4, 4),)).origin()
-    s_self, s_cross = draw(2, 16).softmax(-1)
-    left = draw(16, seed=1) > 0
-    zeroed, gone = (s_self * left, s_cross * left), (s_self[left], s_cross[left])
-    for training, use in zip(
-        module(zeroed[0][None], zeroed[1][None], origin),
-        module(gone[0][None], gone[1][None], origin[left]),
-        strict=True,
-    ):
-        torch.testing.assert_close(training, use)
-    relative = redundancy_score(*zeroed, "relative", count=int(left.sum()))
-    torch.testing.assert_close(relative[left], redundancy_score(*gone, "relative"))
-
-
-def test_atp_modules_are_differentiable_and_follow_the_origin(tmp_path: Path) -> None:
-    module = AtpModule(grid=3, width=4)
-    origin = TokenGrids(((1, 3, 3),)).origin()
-    scores = draw(2, 9).softmax(-1).requires_grad_()
-    theta_r, theta_s = module(scores, scores, origin)
-    assert theta_r.shape == theta_s.shape == (2,)
-    (theta_r.sum() + theta_s.sum()).backward()
-    assert scores.grad is not None
-    assert module.head_r.weight.grad is not None
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    again, _ = module(scores[:, order], scores[:, order], origin[order])
-    torch.testing.assert_close(again, theta_r)
-    larger = TokenGrids(((2, 6, 6), (1, 4, 8))).origin()
-    assert module(shares(len(larger))[None], shares(len(larger))[None], larger)[0].shape == (1,)
-
-    path = str(tmp_path / "modules.pt")
-    save_modules([module], path)
-    loaded = load_modules(path)[0]
-    assert torch.equal(loaded(scores, scores, origin)[0], theta_r.detach())
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    with pytest.raises(ConfigError, match="holds 1 modules for the 3 layers"):
-        AtpSelector(modules=path).resolve(ModelShape(32), 0.5)
-    selection = atp(shares(9), (1, 3, 3), modules=path, layers=(4,))
-    theta_r, theta_s = loaded(shares(9)[None], shares(9)[None], origin)
-    expected = (redundancy_score(shares(9), shares(9), "relative") > theta_r) | (spatial_score(origin, 2) > theta_s)
-    assert torch.equal(selection.mask, expected)
-
-
-def test_atp_broken_module_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.pt cannot be read as modules made by save_modules"):
-        get_selector("atp", modules=str(tmp_path / "nowhere.pt"))
-    torch.save({"format": "vtc-atp-0"}, tmp_path / "old.pt")
-    with pytest.raises(ConfigError, match="has the format 'vtc-atp-0', expected 'vtc-atp-1'"):
-        get_selector("atp", modules=str(tmp_path / "old.pt"))

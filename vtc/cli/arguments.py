@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
+import vtc.reference
 from vtc import registry
 from vtc.bench.timing import check_device
 from vtc.chat import image_inputs
@@ -102,21 +103,51 @@ def option(text: str) -> tuple[str, Any]:
 def configuration(args: argparse.Namespace, **settings: Any) -> vtc.CompressionConfig:
     """The configuration that the method, its options, the budget and the site describe, with further `settings`.
 
+    A method that is trained gets the modules that ship with a reference model, if no option says otherwise.
+
     Raises
     ------
     VtcError
         There is no such method, or a value is not allowed.
     """
+    options = dict(args.options)
+    if not options:
+        found = shipped_modules(args.method, getattr(args, "model", ""), args.keep_tokens)
+        options |= {} if found is None else {"modules": found}
     config = vtc.CompressionConfig(
         method=args.method,
         keep_ratio=DEFAULT_KEEP_RATIO if args.keep_ratio is None and args.keep_tokens is None else args.keep_ratio,
         keep_tokens=args.keep_tokens,
-        options=dict(args.options),
+        options=options,
         **site(args),
         **settings,
     )
     registry.get_selector(config.method, **config.options)
     return config
+
+
+def shipped_modules(method: str, model: str, keep_tokens: int | None) -> str | None:
+    """Return the folder of the modules of a method that ship with a reference model; None if there are none.
+
+    Of several, which give so many tokens each, the largest that `keep_tokens` allows; all of them where it is None.
+    """
+    kind, _, name = model.partition(":")
+    known = registry.selectors().get(method)
+    if (
+        kind != "reference"
+        or known is None
+        or "modules" not in known.options()
+        or not vtc.reference.available()
+        or (name and name not in vtc.reference.names())
+    ):
+        return None
+    found = {}
+    for folder, path in vtc.reference.modules(name or "llava").items():
+        count = folder.removeprefix(method).removeprefix("-") if folder.startswith(method) else "x"
+        if count == "" or count.isdecimal():
+            found[int(count or 0)] = str(path)
+    fitting = [count for count in found if keep_tokens is None or count <= keep_tokens]
+    return found[max(fitting, default=min(found))] if found else None
 
 
 def site(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="original",
         help="position ids of kept tokens: those of the full prompt, or consecutive (original)",
     )
+    parser.add_argument(
+        "--region",
+        type=float,
+        nargs=4,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="box in pixels of the picture that the question is about, for pixelrefer",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=32, help="length of the answer (32)")
 
 
@@ -39,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     inputs = arguments.prepare(model, processor, image, args.question)
     print(f"{args.question}  [{args.image.name}]")
     print(f"  all tokens: {_answer(model, processor, inputs, args.max_new_tokens)}")
-    with vtc.compressed(model, config):
+    marked = nullcontext() if args.region is None else vtc.regions([args.region], image)
+    with marked, vtc.compressed(model, config):
         answer = _answer(model, processor, inputs, args.max_new_tokens)
         report = vtc.report(model)
     print(f"  {report.visual_tokens_after} of {report.visual_tokens_before}: {answer}\n")

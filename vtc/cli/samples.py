@@ -89,8 +89,8 @@ def _video_inputs(sample: dict[str, Any], processor: Any) -> Any:
     return inputs
 
 
-def _lines(path: Path) -> list[tuple[str, Path, dict[str, str]]]:
-    """Kind and file of each line, with its question and, where it has one, the answer."""
+def _lines(path: Path) -> list[tuple[str, Path, dict[str, Any]]]:
+    """Kind and file of each line, with its question and, where it has them, the answer and the region."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
@@ -107,6 +107,8 @@ def _lines(path: Path) -> list[tuple[str, Path, dict[str, str]]]:
             said = {name: sample[name] for name in ("question", "answer") if sample.get(name) is not None}
             if "question" not in said or not all(isinstance(text, str) for text in said.values()):
                 raise ValueError
+            if sample.get("region") is not None:
+                said["region"] = sample["region"]
             if "\0" in sample[kind]:
                 raise ValueError
             found.append((kind, path.parent / sample[kind], said))

@@ -12,9 +12,16 @@ from vtc.cli import arguments, samples
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        "method", metavar="METHOD", help="a method that has modules: crosslmm, llava-mini or vision-remember"
+        "method",
+        metavar="METHOD",
+        help="a method that has modules: atp, crosslmm, llava-mini, pixelrefer or vision-remember",
     )
-    samples.add_arguments(parser, "--data", more='; with "answer": TEXT it learns that answer, else the model\'s own')
+    samples.add_arguments(
+        parser,
+        "--data",
+        more='; with "answer": TEXT it learns that answer, else the model\'s own; "region": [LEFT, TOP, RIGHT, BOTTOM] '
+        "is what pixelrefer is asked about",
+    )
     arguments.add_model(parser)
     arguments.add_seed(parser)
     parser.add_argument(
@@ -66,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args.method,
         args.output,
         answers=[sample.get("answer") for sample in given],
+        regions=[[sample["region"]] if "region" in sample else None for sample in given],
         steps=args.steps,
         batch=args.batch,
         rate=args.rate,

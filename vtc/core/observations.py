@@ -19,6 +19,7 @@ from .. import kernels
 from ..errors import InputError
 from ..kernels.host import remembered
 from .grids import Grid, grid_coords
+from .regions import Region
 
 __all__ = [
     "DecoderAttention",
@@ -127,10 +128,17 @@ class PatchPixels(Observation):
 
 @dataclass(frozen=True, eq=False)
 class TokenGrids(Observation):
-    """Views (t, rows, columns) of one image or video, in token order, before any stage dropped tokens."""
+    """Views (t, rows, columns) of one image or video, in token order, before any stage dropped tokens.
+
+    `region` is the part of the picture that the user marked, the whole of it if None, where `marked` says that regions
+    were given; `fit` is how the family brings a picture to its tower.
+    """
 
     grids: tuple[Grid, ...]
     device: torch.device | str | None = None
+    region: Region | None = None
+    marked: bool = False
+    fit: str = "stretch"
 
     def origin(self) -> Tensor:
         """(N, 6) long: (view, t, row, column) of every token, and the rows and columns of its view."""

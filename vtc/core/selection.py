@@ -43,6 +43,8 @@ class Selection:
     features
         (K, D) float or None: new tokens that stand in the slots instead of what stood there, from a trained module.
         Nothing is merged then. `tokens` gives them; `merge`, of any other values, those of the places.
+    text
+        (T, D) float or None: new embeddings of the text of the prompt, in its order, from the same module.
 
     Together `assign` and `weight` are a sparse K x N matrix, and `then` multiplies two of them.
 
@@ -57,6 +59,7 @@ class Selection:
     assign: Tensor | None = None
     weight: Tensor | None = None
     features: Tensor | None = None
+    text: Tensor | None = None
 
     def __post_init__(self) -> None:
         keep, n = self.keep, self.n
@@ -73,6 +76,8 @@ class Selection:
             object.__setattr__(self, "weight", self.weight.float())
         if self.features is not None:
             checks.append(self._check_of_features(self.features))
+        if self.text is not None:
+            checks.append(self._check_of_text(self.text))
         if not queues(keep):
             held = [bool(held) for held, _, _ in checks]
         else:  # one transfer: a GPU is waited for once
@@ -115,6 +120,13 @@ class Selection:
                 f"Selection.features must be ({self.k}, D) float, got {tuple(features.shape)} {features.dtype}."
             )
         return torch.isfinite(features).all(), "features has NaN or infinite entries", None
+
+    def _check_of_text(self, text: Tensor) -> _Check:
+        if self.features is None or text.ndim != 2 or text.shape[1] != self.features.shape[1]:
+            raise InputError(
+                f"Selection.text must be (T, D) beside new features of the same D, got {tuple(text.shape)}."
+            )
+        return torch.isfinite(text).all(), "text has NaN or infinite entries", None
 
     @classmethod
     def from_indices(cls, n: int, indices: Tensor) -> Selection:
@@ -249,8 +261,8 @@ class Selection:
         return self.features.to(x.device, x.dtype)
 
     def without_features(self) -> Selection:
-        """The same choice without the new features, which are large and only the language model reads."""
-        return self if self.features is None else dataclasses.replace(self, features=None)
+        """The same choice without the new features and text, which are large and only the language model reads."""
+        return self if self.features is None else dataclasses.replace(self, features=None, text=None)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread (K, ...) back over the tokens (N, ...): each gets the value at `slots`, dropped ones zero."""
@@ -288,7 +300,7 @@ class Selection:
         keep = self.keep[other.keep]
         if other.features is not None or self.features is not None:
             new = other.features if self.features is None else other.tokens(self.features)
-            return Selection(self.n, keep, features=new)
+            return Selection(self.n, keep, features=new, text=self.text if other.text is None else other.text)
         if self.assign is None and other.assign is None:
             return Selection(self.n, keep)
         (first, first_weight), (second, second_weight) = self.matrix(), other.matrix()
@@ -308,18 +320,21 @@ class Selection:
             "assign": None if self.assign is None else self.assign.tolist(),
             "weight": None if self.weight is None else self.weight.tolist(),
             "features": None if self.features is None else self.features.tolist(),
+            "text": None if self.text is None else self.text.tolist(),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Selection:
         """Inverse of `to_dict`; validates like the constructor."""
-        assign, weight, features = data.get("assign"), data.get("weight"), data.get("features")
+        assign, weight = data.get("assign"), data.get("weight")
+        features, text = data.get("features"), data.get("text")
         return cls(
             data["n"],
             torch.tensor(data["keep"], dtype=torch.long),
             None if assign is None else torch.tensor(assign, dtype=torch.long),
             None if weight is None else torch.tensor(weight, dtype=torch.float32),
             None if features is None else torch.tensor(features, dtype=torch.float32),
+            None if text is None else torch.tensor(text, dtype=torch.float32),
         )
 
     def _slots(self) -> Tensor:

@@ -46,7 +46,8 @@ class Selector(ABC):
     adaptive
         True if the method itself decides how many tokens stay; the budget is then at most a ceiling.
     trained
-        True if it runs modules of its own, which ``vtc train`` makes and its option ``modules`` names.
+        True if it needs more than a model's tensors: modules of its own, which ``vtc train`` makes and its option
+        ``modules`` names, or regions that the user marks.
     instead
         Options to propose where a model cannot supply a signal.
     cost

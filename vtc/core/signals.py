@@ -36,6 +36,7 @@ from .observations import (
     VisionAttention,
     VisionHidden,
 )
+from .regions import Region
 
 __all__ = [
     "SHARED",
@@ -46,6 +47,7 @@ __all__ = [
     "PreProjector",
     "ProbeSignal",
     "ReceivedAttention",
+    "RegionCells",
     "Signal",
     "TextAttention",
     "TextEmbeds",
@@ -77,6 +79,8 @@ class Signal(ABC):
     per_patch
         Whether `present` is given the values of the p patches of every token side by side, (N, p, ...), instead of
         their mean; that can only be read inside the tower.
+    reads_regions
+        Whether it reads what the user marked in the pictures, of `TokenGrids`.
     """
 
     name: ClassVar[str]
@@ -85,6 +89,7 @@ class Signal(ABC):
     per_token: ClassVar[bool] = True
     needs_cls: ClassVar[bool] = False
     per_patch: ClassVar[bool] = False
+    reads_regions: ClassVar[bool] = False
 
     @abstractmethod
     def compute(self, raw: Any) -> Tensor:
@@ -290,6 +295,41 @@ class Origin(Signal):
     def compute(self, raw: TokenGrids) -> Tensor:
         """(N, 6)."""
         return raw.origin()
+
+
+@dataclass(frozen=True)
+class RegionCells(Signal):
+    """Which tokens show the region that the user marked in the picture with `vtc.regions`, (N, 3).
+
+    Columns: the share of the token's cell that is inside, and x and y of its upper left corner, from 0 to 1. Pictures
+    that are cut into tiles, and videos, have no single grid that a region could be laid on.
+    """
+
+    name: ClassVar[str] = "region_cells"
+    reads: ClassVar[type[Observation]] = TokenGrids
+    axes: ClassVar[tuple[str, ...]] = ("N", "3")
+    reads_regions: ClassVar[bool] = True
+
+    def compute(self, raw: TokenGrids) -> Tensor:
+        """(N, 3).
+
+        Raises
+        ------
+        InputError
+            No regions were given, the tokens are no single grid, or none of them shows any of the region.
+        """
+        if not raw.marked:
+            raise InputError("which part of each picture is meant? Run the model inside vtc.regions([...])")
+        if len(raw.grids) != 1 or raw.grids[0][0] != 1:
+            raise InputError(f"regions are of pictures that are one grid of tokens; this one has the views {raw.grids}")
+        grid = raw.grids[0][1:]
+        whole = Region(grid[::-1], (0.0, 0.0, float(grid[1]), float(grid[0])))
+        cells = (raw.region or whole).cells(grid, raw.fit if raw.region is not None else "stretch", raw.device)
+        if not bool((cells[:, 0] > 0).any()):
+            raise InputError(
+                "a region lies in the margin of its picture that the model crops away, so no token shows it"
+            )
+        return cells
 
 
 @dataclass(frozen=True)

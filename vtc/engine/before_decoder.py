@@ -63,6 +63,8 @@ def before_decoder(
         keep = forward.keeping(prompt.keep_at())
         if any(segment.merged for segment in prompt.segments):
             kwargs["inputs_embeds"] = embeds = _write_merged(forward, prompt, embeds)
+        if any(segment.new_text is not None for segment in prompt.segments):
+            kwargs["inputs_embeds"] = embeds = _write_text(forward, prompt, embeds)
     dropped = not torch.equal(keep, forward.valid)
     if not dropped and record is None and not forward.memories:
         # Nothing changes before the first layer: the model does what it always does; later stages may drop tokens.
@@ -214,8 +216,7 @@ def _text_values(
     require_whole_prompt(forward, stage)
     row = forward.first_row(segment.row)
     columns = forward.prompt_columns()[row]
-    visual = (columns >= 0) & prompt.visual[segment.row][columns.clamp(min=0)]
-    text = (columns >= 0) & ~visual
+    visual, text = _visual_and_text(prompt, segment.row, columns)
     raw = PromptText(
         ids=prompt.ids[segment.row][columns[text]],
         embeddings=embeds[row, text].detach(),
@@ -223,6 +224,23 @@ def _text_values(
         visual=segment.features.detach(),
     )
     return {signal: signal.compute(raw) for signal in signals}
+
+
+def _visual_and_text(prompt: Prompt, row: int, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T,) and (T,) bool: which tokens at these `columns` of the prompt are visual, and which are text of it."""
+    visual = (columns >= 0) & prompt.visual[row][columns.clamp(min=0)]
+    return visual, (columns >= 0) & ~visual
+
+
+def _write_text(forward: ForwardState, prompt: Prompt, embeds: torch.Tensor) -> torch.Tensor:
+    """Write what the text of a row was fused to over its embeddings: the mean over the images and videos of the row."""
+    embeds = embeds.clone()
+    for row, columns in enumerate(forward.prompt_columns()):
+        own = row // (len(embeds) // prompt.rows)
+        new = [part.new_text for part in prompt.segments if part.row == own and part.new_text is not None]
+        if new:
+            embeds[row, _visual_and_text(prompt, own, columns)[1]] = torch.stack(new).mean(dim=0).to(embeds.dtype)
+    return embeds
 
 
 def _write_merged(forward: ForwardState, prompt: Prompt, embeds: torch.Tensor) -> torch.Tensor:

@@ -183,6 +183,21 @@ class Engine(Compression):
         return found
 
     @contextmanager
+    def reading(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Iterator[None]:
+        """Take the next forward pass of the model for one of `generate` to the prompt `ids` (B, P).
+
+        What stands behind the prompt there is an answer: no method reads it, or fuses anything into it.
+        """
+        with calling(CallState(self, bare=False)) as call:
+            self._note_prompt(call, (ids,), {"attention_mask": mask})
+            call.announced = True
+            try:
+                yield
+            finally:
+                if call.prompt is not None:
+                    call.prompt.release()
+
+    @contextmanager
     def appending(self, forward: ForwardState) -> Iterator[None]:
         """Open a call whose tokens were selected elsewhere; see `vtc.engine.append`."""
         with calling(CallState(self, bare=False, forward=forward)) as call:

@@ -16,6 +16,7 @@ from vtc.adapters.base import Adapter, Layout
 from vtc.config import CompressionConfig
 from vtc.core.grids import Grid
 from vtc.core.observations import TokenGrids
+from vtc.core.regions import Region, given_regions
 from vtc.core.selection import Selection
 from vtc.core.signals import Signal
 from vtc.core.sites import BeforeDecoder, CacheAfterPrefill, DecoderLayer, Pixels, Site, VisionLayer
@@ -62,6 +63,8 @@ class Segment:
         Whether a stage has merged tokens, or put new ones in their place.
     anchors, anchor_features
         `kept` and `features` as the language model gets them, before stages inside it drop some.
+    new_text
+        (T, D) embeddings of the text of the row, where a stage has fused tokens into it.
     selections
         What the stages answered so far.
     memories
@@ -86,6 +89,7 @@ class Segment:
     merged: bool = False
     anchors: torch.Tensor | None = None
     anchor_features: torch.Tensor | None = None
+    new_text: torch.Tensor | None = None
     selections: list[tuple[Site, Selection]] = field(default_factory=list)
     memories: list[tuple[CompressionConfig, torch.Tensor, Mapping[str, torch.Tensor]]] = field(default_factory=list)
 
@@ -98,9 +102,11 @@ class Segment:
         kept = [selection.k for site, selection in self.selections if isinstance(site, BeforeDecoder)]
         return kept[-1] if kept else len(self.encoded)
 
-    def add_grid_signals(self, signals: Sequence[Signal]) -> None:
+    def add_grid_signals(
+        self, signals: Sequence[Signal], region: Region | None = None, marked: bool = False, fit: str = "stretch"
+    ) -> None:
         """Compute those of `signals` that follow from the grids, while all tokens are there."""
-        raw = TokenGrids(self.grids, self.features.device)
+        raw = TokenGrids(self.grids, self.features.device, region, marked, fit)
         self.signals |= {signal: signal.compute(raw) for signal in signals if signal.reads is TokenGrids}
 
     def leave_tower(self) -> None:
@@ -125,6 +131,7 @@ class Segment:
         if before:
             self.merged |= selection.assign is not None or selection.features is not None
             self.features = self.anchor_features = selection.tokens(self.features)
+            self.new_text = self.new_text if selection.text is None else selection.text
         else:
             self.features = self.features[selection.keep.to(self.features.device)]
         keep = selection.keep.to(self.kept.device)
@@ -171,7 +178,7 @@ class Prompt:
     Raises
     ------
     InputError
-        Placeholders and features do not fit each other.
+        Placeholders and features do not fit each other, or regions and pictures.
     """
 
     def __init__(
@@ -201,10 +208,12 @@ class Prompt:
         order: dict[int, int] = {}
         for segment in sorted(self.segments, key=lambda s: (s.row, int(s.columns[0]))):
             segment.index = order[segment.row] = order.get(segment.row, -1) + 1
-        for segment in self.segments:
-            segment.other_visuals = order[segment.row]
-            segment.add_grid_signals(signals)
         self.segments.sort(key=lambda s: (s.row, s.index))
+        marked = _marked(self.segments, signals)
+        for number, segment in enumerate(self.segments):
+            segment.other_visuals = order[segment.row]
+            region = None if marked is None else marked[number]
+            segment.add_grid_signals(signals, region, marked is not None, adapter.fit(segment.modality))
         self.grids = [segment.grids for segment in self.segments]
         for segment in self.segments:
             segment.leave_tower()
@@ -320,9 +329,24 @@ class Prompt:
         for segment in self.segments:
             segment.features = segment.features.new_empty(0)
             segment.selections = [(site, selection.without_features()) for site, selection in segment.selections]
-            segment.anchor_features = None
+            segment.anchor_features = segment.new_text = None
             segment.memories = []
             segment.signals, segment.text_signals = {}, {}
+
+
+def _marked(segments: Sequence[Segment], signals: Sequence[Signal]) -> tuple[Region | None, ...] | None:
+    """Return the region of every segment, if the user has given some, and check that they fit."""
+    given = given_regions()
+    if given is None or not segments:
+        return None
+    if not any(signal.reads_regions for signal in signals):
+        raise InputError("vtc.regions was given regions, but no method of this compression reads them; try pixelrefer")
+    if len(given) != len(segments):
+        raise InputError(
+            f"vtc.regions was given {len(given)} regions, but the prompt has {len(segments)} pictures; give one entry "
+            "for each, None for the whole picture"
+        )
+    return given
 
 
 def _cut(where: torch.Tensor, encoded: Encoded) -> Iterator[Segment]:

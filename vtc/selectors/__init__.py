@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..core.selector import ScoreSelector, Selector
 from .adaptive_sparse_vit import AdaptiveSparseVitSelector
 from .aim import AimSelector
-from .atp import AtpSelector
 from .cdpruner import CdPrunerSelector
 from .chunkkv import ChunkKvSelector
 from .dart import DartSelector
@@ -26,7 +25,13 @@ from .hiprune import HiPruneSelector
 from .holitom import HoliTomSelector
 from .holov import HoloVSelector
 from .kvpress import KvPressSelector
-from .learned import CrossLmmSelector, LlavaMiniSelector, VisionRememberSelector
+from .learned import (
+    AtpSelector,
+    CrossLmmSelector,
+    LlavaMiniSelector,
+    PixelReferSelector,
+    VisionRememberSelector,
+)
 from .light_transfer import LightTransferSelector
 from .mmtok import MmTokSelector
 from .pixelprune import PixelPruneSelector
@@ -84,6 +89,7 @@ __all__ = [
     "LlavaMiniSelector",
     "MmTokSelector",
     "PixelPruneSelector",
+    "PixelReferSelector",
     "PoolSelector",
     "PrefixKvSelector",
     "PruMergePlusSelector",

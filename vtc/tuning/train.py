@@ -6,6 +6,7 @@ pass, so that what is trained is exactly what runs afterwards.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from vtc import api
 from vtc.adapters.base import Adapter
 from vtc.budget import check_seed
 from vtc.config import CompressionConfig
+from vtc.core.regions import regions as vtc_regions
+from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of
 from vtc.engine.plan import make_plan, shape_of
 from vtc.errors import ConfigError, InputError
@@ -36,19 +39,44 @@ from vtc.limits import MAX_ROUNDS, check_count
 from vtc.plain import parse_json, real, shown
 from vtc.registry import selectors
 from vtc.selectors.learned import Modules, crosslmm, save_modules, vision_remember
+from vtc.selectors.learned.atp import training as atp
+from vtc.selectors.learned.decoder import Decoder
 from vtc.selectors.learned.llava_mini import training as llava_mini
 from vtc.selectors.learned.lora import LoraAdapter, begin_lora, save_lora
+from vtc.selectors.learned.pixelrefer import training as pixelrefer
 from vtc.selectors.learned.trained import TrainedSelector
 from vtc.tuning.samples import as_found, prompts
 
 __all__ = ["TRAINABLE", "check", "train"]
 
-TRAINABLE: Mapping[str, Callable[..., tuple[Modules, nn.Module]]] = {
-    "crosslmm": crosslmm.begin,
-    "llava-mini": llava_mini.begin,
-    "vision-remember": vision_remember.begin,
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the modules of one method are trained.
+
+    Attributes
+    ----------
+    begin
+        Makes them: ``begin(shape, projector, decoder, seed=..., **options)``.
+    study, loss
+        For modules that no gradient of the answer reaches: ``study(module, read)`` finds out about a sample what
+        ``loss(module, found)`` learns from, with ``read()`` giving the loss of its answer. None: the loss of the answer
+        is what they learn from.
+    """
+
+    begin: Callable[..., tuple[Modules, nn.Module]]
+    study: Callable[[Any, Callable[[], Tensor]], Any] | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+
+
+TRAINABLE: Mapping[str, Recipe] = {
+    "atp": Recipe(atp.begin, atp.study, atp.loss),
+    "crosslmm": Recipe(crosslmm.begin),
+    "llava-mini": Recipe(llava_mini.begin),
+    "pixelrefer": Recipe(pixelrefer.begin),
+    "vision-remember": Recipe(vision_remember.begin),
 }
-"""Methods whose modules can be trained, and what makes them before that."""
+"""Methods whose modules can be trained."""
 
 _NO_CEILING = 2**31 - 1
 _STATE, _WEIGHTS = "training.json", "training.safetensors"
@@ -94,6 +122,7 @@ def train(
     output: str | Path,
     *,
     answers: Sequence[str | None] | None = None,
+    regions: Sequence[Sequence[Any] | None] | None = None,
     steps: int = 500,
     batch: int = 8,
     rate: float = 1e-3,
@@ -134,6 +163,9 @@ def train(
         Folder for the modules.
     answers : sequence of str or None, optional
         The answer to each sample; None, for one or for all: the untouched model's.
+    regions : sequence, optional
+        For methods that read regions, of each sample what `vtc.regions` takes: one entry for every picture. Boxes are
+        in pixels of the pictures of the sample; ready-made inputs take masks.
     steps : int
         Steps of the optimiser.
     batch : int
@@ -153,8 +185,10 @@ def train(
     progress : bool
         Whether to show a bar; it needs tqdm.
     **options
-        Of the modules: for "llava-mini" `side` (C) and `heads`; for "crosslmm" and "vision-remember" `every` (decoder
-        layers between them), `inner` (width of the attention) and `heads`.
+        Of the modules: for "llava-mini" `side` (C), `heads` and `fusion` (layers); for "crosslmm" and "vision-remember"
+        `every` (decoder layers between them), `inner` (width of the attention) and `heads`; for "atp" `target`
+        (fraction of the tokens that stays on average), `layout`, `grid` and `width`; for "pixelrefer" `heads` and
+        `iterations`.
 
     Raises
     ------
@@ -172,9 +206,13 @@ def train(
     run = _Run(steps, batch, float(rate), check_seed(seed), lora)
     if answers is not None and len(answers) != len(samples):
         raise InputError(f"there are {len(samples)} samples, but {len(answers)} answers.")
+    marks = _marks(samples, regions)
     folder, adapter = Path(output), adapter_for(model)
     try:
-        modules, module = TRAINABLE[method](shape_of(adapter), _projector(adapter), seed=run.seed, **options)
+        decoder = Decoder.of(adapter.config.get_text_config(), adapter.text_model.layers)
+        modules, module = TRAINABLE[method].begin(
+            shape_of(adapter), _projector(adapter), decoder, seed=run.seed, **options
+        )
     except TypeError as error:
         raise ConfigError(f"{method}: its modules do not take {shown(options)}: {error}") from error
     adapter_module = None if lora is None else begin_lora(adapter.text_model, lora, run.seed)
@@ -182,7 +220,7 @@ def train(
     tokens = [_answer_tokens(processor, model, text) for text in answers or [None] * len(encoded)]
     keep: dict[str, Any] = budget or {"keep_tokens": _NO_CEILING}
     config = CompressionConfig(method, **keep, positions=positions, options={"modules": str(folder)})
-    mark = _mark(run, modules, encoded, tokens, (positions, budget))
+    mark = _mark(run, modules, encoded, tokens, (positions, budget, regions))
     state = _State.read(folder, mark)  # refused before anything is written
     state = state or _State.start(_trained(module, adapter_module), mark)
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +232,7 @@ def train(
         live = _trained(module, adapter_module)
         state.put_into(live)
         try:
-            _steps(model, live, state, run, encoded, tokens, folder, save_every, progress)
+            _steps(model, live, TRAINABLE[method], state, run, encoded, tokens, marks, folder, save_every, progress)
         finally:
             state.write(folder)
     done: dict[str, Any] = {"steps": steps, "batch": batch, "rate": run.rate, "seed": run.seed, "samples": len(encoded)}
@@ -317,10 +355,12 @@ class _State:
 def _steps(
     model: nn.Module,
     module: nn.Module,
+    recipe: Recipe,
     state: _State,
     run: _Run,
     encoded: Sequence[Mapping[str, Any]],
     tokens: list[Tensor | None],
+    marks: Sequence[Callable[[], AbstractContextManager[None]]],
     folder: Path,
     save_every: int,
     progress: bool,
@@ -328,6 +368,7 @@ def _steps(
     """Train from the step at which `state` stands to the last one; `state` follows every step that was made."""
     optimizer = state.optimizer(module)
     own: dict[int, Tensor] = {}
+    studied: dict[int, Any] = {}
     with _bar(run.steps, state.step, progress) as show:
         for step in range(state.step, run.steps):
             began = time.perf_counter()
@@ -336,9 +377,21 @@ def _steps(
                 group["lr"] = run.rate_at(step) * group["faster"]
             for index in run.samples_of(step, len(encoded)):
                 answer = tokens[index]
-                if answer is None and index not in own:
-                    own[index] = _own_answer(model, encoded[index])
-                loss = _loss(model, encoded[index], own[index] if answer is None else answer, imitate=answer is None)
+                prompt, imitate = encoded[index], answer is None
+                if answer is None:
+                    if index not in own:
+                        own[index] = _own_answer(model, prompt)
+                    answer = own[index]
+                with marks[index]():
+                    if recipe.study is None or recipe.loss is None:
+                        loss = _loss(model, prompt, answer, _meant(model, prompt, answer) if imitate else None)
+                    else:
+                        if index not in studied:
+                            with api.remember(model, EncoderMemory()):
+                                meant = _meant(model, prompt, answer) if imitate else None
+                                read = functools.partial(_loss, model, prompt, answer, meant)
+                                studied[index] = recipe.study(module, read)
+                        loss = recipe.loss(module, studied[index])
                 (loss / run.batch).backward()
                 total += float(loss.detach()) / run.batch
             if not math.isfinite(total):
@@ -353,16 +406,30 @@ def _steps(
                 state.write(folder)
 
 
-def _loss(model: nn.Module, prompt: Mapping[str, Any], answer: Tensor, *, imitate: bool) -> Tensor:
-    """Compute the loss of one answer, averaged over its tokens."""
-    inputs = _with_answer(prompt, answer)
-    count = len(answer)
-    said = model(**inputs, use_cache=False).logits[0, -count - 1 : -1].float()
-    if not imitate:
+def _loss(model: nn.Module, prompt: Mapping[str, Any], answer: Tensor, meant: Tensor | None) -> Tensor:
+    """Compute the loss of one answer, averaged over its tokens.
+
+    With `meant` (n, V), log-probabilities, it is the divergence from them; else the cross-entropy of the answer.
+    """
+    said = _predicted(model, prompt, answer)
+    if meant is None:
         return functional.cross_entropy(said, answer)
-    with torch.no_grad(), api.disabled(model):
-        meant = model(**inputs, use_cache=False).logits[0, -count - 1 : -1].float()
-    return functional.kl_div(said.log_softmax(-1), meant.log_softmax(-1), log_target=True, reduction="batchmean")
+    return functional.kl_div(said.log_softmax(-1), meant, log_target=True, reduction="batchmean")
+
+
+@torch.no_grad()
+def _meant(model: nn.Module, prompt: Mapping[str, Any], answer: Tensor) -> Tensor:
+    """Return the log-probabilities (n, V) that the untouched model gives at each token of an answer."""
+    with api.disabled(model):
+        return _predicted(model, prompt, answer).log_softmax(-1)
+
+
+def _predicted(model: nn.Module, prompt: Mapping[str, Any], answer: Tensor) -> Tensor:
+    """Return the logits (n, V) at each token of an answer."""
+    inputs, count = _with_answer(prompt, answer), len(answer)
+    with engine_of(model).reading(prompt["input_ids"], prompt.get("attention_mask")):
+        logits: Tensor = model(**inputs, use_cache=False).logits[0, -count - 1 : -1].float()
+    return logits
 
 
 @torch.no_grad()
@@ -393,6 +460,28 @@ def _answer_tokens(processor: Any, model: Any, text: str | None) -> Tensor | Non
     end = getattr(model.generation_config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
     return torch.tensor([*ids, *([] if end is None else [end])], device=model.device)
+
+
+def _marks(
+    samples: Sequence[Any], given: Sequence[Sequence[Any] | None] | None
+) -> list[Callable[[], AbstractContextManager[None]]]:
+    """Give for each sample what marks its regions while entered; they are checked here."""
+    if given is None:
+        return [nullcontext] * len(samples)
+    if len(given) != len(samples):
+        raise InputError(f"there are {len(samples)} samples, but regions of {len(given)}.")
+    marks: list[Callable[[], AbstractContextManager[None]]] = []
+    for number, (sample, own) in enumerate(zip(samples, given, strict=True)):
+        pictures = None if isinstance(sample, Mapping) else sample[0]
+        if pictures is not None and not isinstance(pictures, (list, tuple)):
+            pictures = [pictures]
+        marks.append(nullcontext if own is None else functools.partial(vtc_regions, own, pictures))
+        try:
+            with marks[-1]():
+                pass
+        except InputError as error:
+            raise InputError(f"sample {number}: {error}") from error
+    return marks
 
 
 def _projector(adapter: Adapter) -> dict[str, Tensor] | None:

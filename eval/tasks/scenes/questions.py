@@ -38,7 +38,7 @@ class Question:
     Attributes
     ----------
     kind : str
-        One of :data:`~eval.tasks.scenes.vocabulary.KINDS`, or "describe", which is asked on request only.
+        One of :data:`~eval.tasks.scenes.vocabulary.KINDS`, or "describe" or "region", which are asked on request only.
     text, answer : str
         The question and its one right answer.
     targets : tuple of int
@@ -281,6 +281,21 @@ class _Asker:
         text = self._pick(("Describe the picture.", "Describe all objects.", "What is in the picture?"))
         answer = ", ".join(_described(thing) for thing in things) + "."
         return Question("describe", text, answer, self._index(*things), (), self._index(*things))
+
+    def _ask_region(self) -> Question | None:
+        """Ask about one object or sign without saying which: its box has to be marked."""
+        if not self.scene.named:
+            return None
+        target = self._one(self.scene.named)
+        found = self._index(target)
+        draw = self.rng.random()
+        digit = target.role == "object"
+        if target.text and (draw < 0.4 or not digit):
+            text = "What digit is on the object?" if digit else "What is written on the sign?"
+            return Question("region", text, target.text, found, DIGITS if digit else WRITINGS, found)
+        if draw < 0.7:
+            return Question("region", "What colour is the object?", target.colour, found, tuple(COLOURS), found)
+        return Question("region", "What shape is the object?", target.name, found, SHAPES, found)
 
 
 def _in_a_corner(thing: Thing) -> bool:

@@ -5,15 +5,19 @@ The modules of every method are kept in a folder of their own, see `folder`, whi
 
 from __future__ import annotations
 
+from .atp import AtpSelector
 from .crosslmm import CrossLmmSelector
 from .folder import Modules, read_modules, save_modules
 from .llava_mini import LlavaMiniSelector
+from .pixelrefer import PixelReferSelector
 from .vision_remember import VisionRememberSelector
 
 __all__ = [
+    "AtpSelector",
     "CrossLmmSelector",
     "LlavaMiniSelector",
     "Modules",
+    "PixelReferSelector",
     "VisionRememberSelector",
     "read_modules",
     "save_modules",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ....core.stage import ModelShape
 from ....errors import ConfigError
 from ..attention import between_layers
+from ..decoder import Decoder
 from ..folder import Modules
 from .method import CrossLmmSelector
 from .module import CrossAttentions
@@ -21,6 +22,7 @@ __all__ = ["begin"]
 def begin(
     shape: ModelShape,
     projector: Mapping[str, Tensor] | None = None,
+    decoder: Decoder | None = None,
     *,
     every: int | None = None,
     inner: int | None = None,
@@ -33,8 +35,8 @@ def begin(
     ----------
     shape
         Of the model.
-    projector
-        Not needed.
+    projector, decoder
+        Not used.
     every
         They stand in front of every so many decoder layers; None: 4, or in a shallow decoder so many that there are two
         places at least.

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from .fusion import Fusion
 from .method import LlavaMiniSelector, load_compressor
 from .module import Compressor, Projector, Resampler, sincos_2d
 from .training import begin
 
-__all__ = ["Compressor", "LlavaMiniSelector", "Projector", "Resampler", "begin", "load_compressor", "sincos_2d"]
+__all__ = [
+    "Compressor",
+    "Fusion",
+    "LlavaMiniSelector",
+    "Projector",
+    "Resampler",
+    "begin",
+    "load_compressor",
+    "sincos_2d",
+]

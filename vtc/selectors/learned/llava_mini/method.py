@@ -13,7 +13,7 @@ from ....core.context import VisualContext
 from ....core.grids import evenly_spread
 from ....core.selection import Selection
 from ....core.selector import Selector
-from ....core.signals import PreProjector, Signal
+from ....core.signals import PreProjector, Signal, TextEmbeds
 from ....core.sites import BeforeDecoder, Site
 from ....core.stage import ModelShape, Stage
 from ....errors import ConfigError, InputError
@@ -39,16 +39,19 @@ class LlavaMiniSelector(Selector):
     one below C^2 per frame is refused. A frame of C^2 tokens or fewer stays as it is, and with ``keep_ratio=1`` nothing
     is replaced at all.
 
+    Modules with a fusion also let the question look at what is replaced, before the decoder (`Fusion`): a few layers of
+    the decoder's shape read the N projected features, the C^2 tokens and the text of the prompt, and tokens and text
+    change. An answer is not fused. Frames, tiles and pictures of a prompt are read one by one, and the text becomes the
+    mean. That needs the whole prompt at once.
+
     The modules are trained, with the model frozen, by ``vtc train llava-mini`` and run in float32, whatever the model
     runs in. Gradients flow to them, not into the tower.
 
-    Differences from the paper and its code: the text is not fused with the visual tokens before the decoder (there,
-    four layers as large as the decoder's let the question look at all N projected features; this needs text that
-    changes before the decoder, which no stage can do yet), so that a question cannot choose what is kept of a picture.
-    The projector is a copy that is trained along, so that the model's own stays as it is. On families whose projector
-    is not a plain two-layer MLP on single features (all but LLaVA 1.5) the queries look at the projected features, and
-    nothing is projected behind them. The tiles of a picture give C^2 tokens each, where the code joins them into one
-    grid.
+    Differences from the paper and its code: the layers of the fusion add to the tokens and the text through a matrix
+    that is zero before training, where there they replace them, because the decoder stays frozen here. The projector is
+    a copy that is trained along, so that the model's own stays as it is. On families whose projector is not a plain
+    two-layer MLP on single features (all but LLaVA 1.5) the queries look at the projected features, and nothing is
+    projected behind them. The tiles of a picture give C^2 tokens each, where the code joins them into one grid.
 
     Parameters
     ----------
@@ -106,7 +109,9 @@ class LlavaMiniSelector(Selector):
         if shape is not None and keep_ratio == 1:
             return ()
         projected = self.module is not None and self.module.source == "projected"
-        return (Stage(requires=() if projected else self.requires, action=Action.REPLACE),)
+        fuses = self.module is not None and self.module.fusion is not None
+        requires = (*(() if projected else self.requires), *((TextEmbeds(),) if fuses else ()))
+        return (Stage(requires=requires, action=Action.REPLACE),)
 
     def select(self, ctx: VisualContext) -> Selection:
         """Compute the new tokens, C^2 per frame, and their places."""
@@ -119,6 +124,7 @@ class LlavaMiniSelector(Selector):
         side, start = compressor.side, 0
         keep: list[Tensor] = []
         new: list[Tensor] = []
+        text: list[Tensor] = []
         for t, h, w in ctx.grids:
             stop = start + t * h * w
             if h * w <= side**2:
@@ -128,7 +134,13 @@ class LlavaMiniSelector(Selector):
                 grid = (t, side, side) if side <= min(h, w) else None
                 places = evenly_spread((t, h, w), grid) if grid else evenly_spread((t, 1, h * w), (t, 1, side**2))
                 keep.append(start + places)
-                new.append(compressor(source[start:stop].unflatten(0, (t, h * w)), (h, w)).flatten(0, 1))
+                tokens = compressor(source[start:stop].unflatten(0, (t, h * w)), (h, w))
+                if compressor.fusion is not None:
+                    tokens, words = compressor.fuse(
+                        ctx.features[start:stop].unflatten(0, (t, -1)), tokens, ctx[TextEmbeds]
+                    )
+                    text += words
+                new.append(tokens.flatten(0, 1))
             start = stop
         count = sum(map(len, keep))
         if count > ctx.budget:
@@ -137,7 +149,8 @@ class LlavaMiniSelector(Selector):
                 f"llava-mini: the modules in {self.modules} give {side**2} tokens per frame, {count} for the {frames} "
                 f"of this {ctx.modality}, but at most {ctx.budget} may stay; raise the budget or train smaller modules."
             )
-        return Selection(ctx.n, torch.cat(keep).to(ctx.features.device), features=torch.cat(new))
+        fused = torch.stack(text).mean(dim=0) if text else None
+        return Selection(ctx.n, torch.cat(keep).to(ctx.features.device), features=torch.cat(new), text=fused)
 
 
 def load_compressor(folder: str) -> tuple[Modules, Compressor]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ....errors import ConfigError
+from .fusion import Fusion
 
 __all__ = ["Compressor", "Projector", "Resampler", "sincos_2d"]
 
@@ -82,7 +86,7 @@ class Projector(nn.Module):
 
 
 class Compressor(nn.Module):
-    """A resampler and, where it reads the tower, the projector.
+    """A resampler, where it reads the tower the projector, and on request the layers that fuse tokens and text.
 
     Parameters
     ----------
@@ -94,6 +98,8 @@ class Compressor(nn.Module):
         Of the language model's embeddings.
     side, heads
         As in `Resampler`.
+    fusion
+        Arguments of `Fusion` besides the width; None: the text is not fused with the tokens.
 
     Raises
     ------
@@ -101,7 +107,15 @@ class Compressor(nn.Module):
         An argument is invalid.
     """
 
-    def __init__(self, source: str, width: int, width_out: int, side: int, heads: int = 8) -> None:
+    def __init__(
+        self,
+        source: str,
+        width: int,
+        width_out: int,
+        side: int,
+        heads: int = 8,
+        fusion: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if source not in ("tower", "projected"):
             raise ConfigError(f'llava-mini: source must be "tower" or "projected", got {source!r}.')
@@ -113,6 +127,7 @@ class Compressor(nn.Module):
         self.source = source
         self.resampler = Resampler(width, side, heads)
         self.projector = Projector(width, width_out) if source == "tower" else None
+        self.fusion = None if fusion is None else Fusion(width_out, **fusion)
 
     @property
     def side(self) -> int:
@@ -124,3 +139,18 @@ class Compressor(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out: Tensor = self.resampler(x.float(), grid)
             return out if self.projector is None else self.projector(out)
+
+    def fuse(self, visual: Tensor, tokens: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Fuse the tokens (B, C^2, d) of frames (B, h w, d) with the text (T, d) of a prompt, in float32.
+
+        Returns
+        -------
+        tuple of Tensor
+            (B, C^2, d) and, of each frame, (B, T, d).
+        """
+        if self.fusion is None:
+            raise ConfigError("llava-mini: these modules have no fusion.")
+        with torch.autocast(visual.device.type, enabled=False):
+            words = text.float().expand(len(tokens), -1, -1)
+            fused: tuple[Tensor, Tensor] = self.fusion(visual.float(), tokens.float(), words)
+        return fused

@@ -10,17 +10,25 @@ from torch import Tensor, nn
 
 from ....core.stage import ModelShape
 from ....errors import ConfigError
+from ..decoder import Decoder
 from ..folder import Modules
 from .method import LlavaMiniSelector
 from .module import Compressor
 
-__all__ = ["begin"]
+__all__ = ["begin", "copied_projector", "reads"]
 
 _PROJECTOR = {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
 
 
 def begin(
-    shape: ModelShape, projector: Mapping[str, Tensor] | None = None, *, side: int = 2, heads: int = 8, seed: int = 0
+    shape: ModelShape,
+    projector: Mapping[str, Tensor] | None = None,
+    decoder: Decoder | None = None,
+    *,
+    side: int = 2,
+    heads: int = 8,
+    fusion: int = 0,
+    seed: int = 0,
 ) -> tuple[Modules, Compressor]:
     """Make untrained modules for a model.
 
@@ -34,8 +42,13 @@ def begin(
     projector
         Weights of its projector, if that is a two-layer MLP with the names of LLaVA 1.5: the modules then read the
         tower and begin with a copy. None, or any other: they read projected features.
+    decoder
+        The model's, for a fusion, which takes its shape and begins with copies of its first layers where they are
+        Llama's: their output is not used before training.
     side, heads
         C, and the heads of the attention.
+    fusion
+        Layers that fuse the tokens with the text; the paper has 4.
     seed
         Of the queries.
 
@@ -46,9 +59,7 @@ def begin(
     """
     if shape.width is None:
         raise ConfigError("llava-mini: modules are made for one model, but the width of its embeddings is not known.")
-    source, width = "projected", shape.width
-    if projector is not None and set(projector) == _PROJECTOR:
-        source, width = "tower", projector["linear_1.weight"].shape[1]
+    source, width = reads(shape.width, projector)
     settings: dict[str, Any] = {
         "source": source,
         "width": width,
@@ -56,6 +67,10 @@ def begin(
         "side": side,
         "heads": heads,
     }
+    if fusion:
+        if decoder is None:
+            raise ConfigError("llava-mini: a fusion takes the shape of the model's decoder, which is not known.")
+        settings["fusion"] = {**decoder.shape, "layers": fusion}
     modules = Modules.of(LlavaMiniSelector.name, shape, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -65,5 +80,22 @@ def begin(
         nn.init.eye_(attention.out_proj.weight)
         attention.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
     if compressor.projector is not None and projector is not None:
-        compressor.projector.load_state_dict({name: value.detach().float().cpu() for name, value in projector.items()})
+        copied_projector(compressor.projector, projector)
+    if compressor.fusion is not None and decoder is not None:
+        compressor.fusion.adopt(decoder.layers)
     return modules, compressor
+
+
+def reads(width: int, projector: Mapping[str, Tensor] | None) -> tuple[str, int]:
+    """Say what modules read, and how wide that is; `width` is that of the embeddings.
+
+    The "tower", where they can begin with a copy of the projector, or else the features that it has "projected".
+    """
+    if projector is not None and set(projector) == _PROJECTOR:
+        return "tower", projector["linear_1.weight"].shape[1]
+    return "projected", width
+
+
+def copied_projector(module: nn.Module, projector: Mapping[str, Tensor]) -> None:
+    """Give a `Projector` the weights of the model's."""
+    module.load_state_dict({name: value.detach().float().cpu() for name, value in projector.items()})

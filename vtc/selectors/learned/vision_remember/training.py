@@ -11,6 +11,7 @@ from torch import Tensor
 from ....core.stage import ModelShape
 from ....errors import ConfigError
 from ..attention import between_layers
+from ..decoder import Decoder
 from ..folder import Modules
 from .method import VisionRememberSelector
 from .module import Resamplers
@@ -21,6 +22,7 @@ __all__ = ["begin"]
 def begin(
     shape: ModelShape,
     projector: Mapping[str, Tensor] | None = None,
+    decoder: Decoder | None = None,
     *,
     levels: Sequence[int] | None = None,
     every: int | None = None,
@@ -34,8 +36,8 @@ def begin(
     ----------
     shape
         Of the model.
-    projector
-        Not needed.
+    projector, decoder
+        Not used.
     levels
         Layers of the tower (0-based); None: the one that feeds the projector, and those at a third and two thirds of
         the way to it.

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import kernels
-from ..core.context import VisualContext
-from ..core.observations import DecoderAttention, Observation
-from ..core.ranges import Choice, Each, Float, Range
-from ..core.selection import Selection
-from ..core.selector import Selector
-from ..core.signals import Origin, Signal
-from ..core.sites import DecoderLayer, Site
-from ..core.stage import ModelShape, Stage
-from ..errors import ConfigError
-from ..files import replacing
-from ..registry import register_selector
-from .schedule import at_depth, check_fraction, check_layer, check_number
+from .... import kernels
+from ....core.context import VisualContext
+from ....core.observations import DecoderAttention, Observation
+from ....core.ranges import Choice, Each, Float, Range
+from ....core.selection import Selection
+from ....core.selector import Selector
+from ....core.signals import Origin, Signal
+from ....core.sites import DecoderLayer, Site
+from ....core.stage import ModelShape, Stage
+from ....errors import ConfigError
+from ....registry import register_selector
+from ...schedule import at_depth, check_fraction, check_layer, check_number
+from ..folder import Modules, initialised, read_modules
+from .module import AtpModules, relative
 
 __all__ = [
-    "AtpModule",
     "AtpSelector",
-    "depth_loss",
+    "ModalityAttention",
     "load_modules",
+    "mean_logits",
     "redundancy_score",
-    "save_modules",
     "soft_mask",
     "spatial_score",
-    "target_loss",
 ]
 
 _RELEASED = (4, 14, 24)  # of 32 layers: the modules stand behind these
@@ -99,6 +94,16 @@ class AtpSelector(Selector):
     budget is a ceiling for the first place: if more tokens are above their thresholds, those furthest above stay. With
     ``keep_ratio=1`` everything stays; a `keep_tokens` of more than there are leaves the thresholds alone.
 
+    Modules are trained by ``vtc train atp``, with the model frozen. They say how many tokens of an image should be
+    above the redundancy threshold, as a factor of a planned number whose mean over the samples they keep, and the
+    threshold lies just below that many scores; `theta_s` is then not read, and no token stays for its place alone.
+
+    Differences from the paper: there, two sigmoids give both thresholds, a soft mask in the attention has the
+    gradients, and the modules read scores in the order of the image. Modules of that form, trained with a penalty on
+    the mean count as well, did not keep more of full scenes than of plain ones here: they are linear in scores whose
+    sum is fixed, and a sum over places does not tell few high scores from many. ``--option layout=raster`` of
+    ``vtc train`` gives modules that read what the paper's read.
+
     The paper's sources are second hand and disagree in places. Here both scores are attention after the softmax, and
     received, which is what the text says of them; `scale` makes them comparable with a threshold between 0 and 1, which
     raw probabilities of about 1/N are not. `self_score` has the other reading.
@@ -121,14 +126,17 @@ class AtpSelector(Selector):
         "received": attention from visual tokens. "logits": as one of the sources, what a token gives to the visual
         tokens on average, before the softmax; with ``scale="none"``, and without modules, which read the former.
     modules
-        File made by `save_modules`; the thresholds then come from it.
+        Folder made by ``vtc train atp``; how many tokens stay then comes from it.
+    factor
+        With modules: keep so many times the planned number of every image, one for all places or one each, instead of
+        what the modules choose. What they are compared with.
     text
         Which text counts. "after": all behind the first visual token of the prompt; "all": the whole prompt's.
 
     Raises
     ------
     ConfigError
-        An option is invalid, or the file is none of modules.
+        An option is invalid; the folder cannot be read, or its modules were made for another model.
 
     References
     ----------
@@ -151,7 +159,10 @@ class AtpSelector(Selector):
     scale: str = "relative"
     self_score: str = "received"
     modules: str | None = None
+    factor: float | tuple[float, ...] | None = None
     text: str = "after"
+    module: AtpModules | None = field(default=None, init=False, repr=False, compare=False)
+    made_for: Modules | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
@@ -164,7 +175,7 @@ class AtpSelector(Selector):
         }
 
     def __post_init__(self) -> None:
-        for option in ("layers", "theta_r", "theta_s", "stride"):  # JSON has lists only
+        for option in ("layers", "theta_r", "theta_s", "stride", "factor"):  # JSON has lists only
             if isinstance(getattr(self, option), list):
                 object.__setattr__(self, option, tuple(getattr(self, option)))
         if self.scale not in ("relative", "none"):
@@ -183,28 +194,38 @@ class AtpSelector(Selector):
         for value in _each(self.stride):
             check_layer("atp", "stride", value, least=1)
         check_number("atp", "lambda_sample", self.lambda_sample, 0)
+        for value in () if self.factor is None else _each(self.factor):
+            check_number("atp", "factor", value, 0)
+        if self.factor is not None and self.modules is None:
+            raise ConfigError("atp: factor multiplies what modules plan; give modules= as well.")
         for layer in self.layers or ():
             check_layer("atp", "layers", layer)
         if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
             raise ConfigError(f"atp: layers must be ascending decoder layers, got {self.layers}.")
         if self.modules is not None:
-            load_modules(self.modules)
+            if not isinstance(self.modules, str):
+                raise ConfigError(f"atp: modules must be the path of a folder, got {self.modules!r}.")
+            made_for, module = load_modules(self.modules)
+            object.__setattr__(self, "made_for", made_for)
+            object.__setattr__(self, "module", module)
 
     def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> AtpSelector:
-        """Set `layers` for a decoder of this depth, and check the number of thresholds."""
+        """Set `layers` for a decoder of this depth, and check the number of thresholds and what the modules fit."""
+        if self.made_for is not None and shape is not None and shape.family is not None:
+            self.made_for.check_fit(shape, str(self.modules))
         layers = self.layers
         if layers is None:
             depth = 32 if shape is None else shape.decoder_layers
             scaled = {at_depth(layer + 1, 32, depth) - 1 for layer in _RELEASED}
             layers = tuple(sorted({max(0, min(layer, depth - 2)) for layer in scaled}))
-        for option in ("theta_r", "theta_s", "stride"):
+        for option in ("theta_r", "theta_s", "stride", "factor"):
             value = getattr(self, option)
             if isinstance(value, tuple) and len(value) != len(layers):
                 raise ConfigError(f"atp: {option} has {len(value)} values for the {len(layers)} layers {layers}.")
-        if self.modules is not None and len(load_modules(self.modules)) != len(layers):
-            found = len(load_modules(self.modules))
+        if self.module is not None and len(self.module.places) != len(layers):
+            found = len(self.module.places)
             raise ConfigError(f"atp: {self.modules} holds {found} modules for the {len(layers)} layers {layers}.")
-        return dataclasses.replace(self, layers=layers)
+        return self if layers == self.layers else dataclasses.replace(self, layers=layers)
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Drop tokens behind each of `layers`."""
@@ -222,9 +243,12 @@ class AtpSelector(Selector):
         s_cross, s_self = ctx[ModalityAttention].float()
         origin = ctx[Origin]
         redundancy = redundancy_score(s_self, s_cross, scale=self.scale)
+        if self.module is not None:
+            factor = None if self.factor is None else float(_at(self.factor, place))
+            count = self.module.to(s_self.device).count(place, s_self, s_cross, origin, factor)
+            return Selection(ctx.n, kernels.topk_indices(redundancy, min(count, ctx.budget)))
         spatial = spatial_score(origin, _at(self.stride, place), self.lambda_sample)
-        theta_r, theta_s = self._thresholds(place, s_self, s_cross, origin)
-        above = torch.maximum(redundancy - theta_r, spatial - theta_s)
+        above = torch.maximum(redundancy - _at(self.theta_r, place), spatial - _at(self.theta_s, place))
         count = min(max(1, int((above > 0).sum())), ctx.budget)
         return Selection(ctx.n, kernels.topk_indices(above, count))
 
@@ -235,18 +259,11 @@ class AtpSelector(Selector):
             raise ConfigError(f"atp: drops tokens behind decoder layers {layers}, asked at {site}.")
         return layers.index(site.layer - 1)
 
-    def _thresholds(self, place: int, s_self: Tensor, s_cross: Tensor, origin: Tensor) -> tuple[Any, Any]:
-        if self.modules is None:
-            return _at(self.theta_r, place), _at(self.theta_s, place)
-        module = load_modules(self.modules)[place]  # shared, so the few scores go to it
-        theta_r, theta_s = module(s_self[None].cpu(), s_cross[None].cpu(), origin.cpu())
-        return float(theta_r), float(theta_s)
-
 
 # --- scores and masks ------------------------------------------------------------------------------------------------
 
 
-def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none", count: Tensor | int | None = None) -> Tensor:
+def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none") -> Tensor:
     """Average the attention received from visual tokens and from the text.
 
     Parameters
@@ -255,9 +272,6 @@ def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none", count
         (..., N) attention probability, averaged over heads and over the visual or the text queries.
     scale
         As in `AtpSelector`.
-    count
-        Of how many tokens the mean is taken, (..., 1) or one for all; default: N. Training, where dropped tokens are
-        still there with scores of 0, needs it.
 
     Returns
     -------
@@ -267,8 +281,7 @@ def redundancy_score(s_self: Tensor, s_cross: Tensor, scale: str = "none", count
     score = (s_self + s_cross) / 2
     if scale == "none":
         return score
-    mean = score.sum(dim=-1, keepdim=True) / (score.shape[-1] if count is None else count)
-    return score / (score + mean).clamp(min=torch.finfo(score.dtype).tiny)
+    return relative(score)
 
 
 def spatial_score(origin: Tensor, stride: int, lambda_sample: float = 3.0) -> Tensor:
@@ -283,7 +296,7 @@ def spatial_score(origin: Tensor, stride: int, lambda_sample: float = 3.0) -> Te
 def soft_mask(
     redundancy: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Tensor, temperature: float = 10.0
 ) -> Tensor:
-    """Replace the hard choice in training: the larger of two sigmoids, above 1/2 exactly where a token stays.
+    """Compute what the paper trains with in place of the choice: the larger of two sigmoids, above 1/2 where one stays.
 
     Parameters
     ----------
@@ -304,105 +317,21 @@ def soft_mask(
     return torch.maximum(by_redundancy, by_place)
 
 
-def depth_loss(masks: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-    """Sum over stages the fraction kept times the layer, averaged over the batch: deeper tokens cost more.
-
-    Parameters
-    ----------
-    masks
-        (B, N) each, hard or soft, over all N tokens of an image.
-    layers
-        Decoder layer of each stage.
-    """
-    return torch.stack([mask.mean(dim=-1) * layer for mask, layer in zip(masks, layers, strict=True)]).sum(dim=0).mean()
-
-
-def target_loss(masks: Sequence[Tensor], target: float) -> Tensor:
-    """Return the distance of the mean number of kept tokens, over stages and batch, from `target`."""
-    return (torch.stack([mask.sum(dim=-1) for mask in masks]).mean() - target).abs()
-
-
-# --- trained thresholds ----------------------------------------------------------------------------------------------
-
-
-class AtpModule(nn.Module):
-    """Two thresholds per image, read off its scores.
-
-    The scores of the tokens that are left are laid on the image's grid, 0 where a token was dropped, resampled to a
-    square of `grid` x `grid`, and concatenated: one module serves images of any size. On a grid of that size nothing is
-    resampled, and this is the paper's linear layer over all tokens.
-
-    Parameters
-    ----------
-    grid
-        Edge of the square, 24 for LLaVA-1.5.
-    width
-        Of the hidden layer.
-    """
-
-    def __init__(self, grid: int = 24, width: int = 64) -> None:
-        super().__init__()
-        self.grid, self.width = grid, width
-        self.mix = nn.Linear(2 * grid**2, width)
-        self.head_r = nn.Linear(width, 1)
-        self.head_s = nn.Linear(width, 1)
-
-    def forward(self, s_self: Tensor, s_cross: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute (B,) and (B,) thresholds from scores (B, N) of tokens at `origin` (N, 6)."""
-        scores = torch.stack([s_self, s_cross], dim=1).to(self.mix.weight.dtype)
-        hidden = self.mix(self._square(scores, origin).flatten(1))
-        return torch.sigmoid(self.head_r(hidden)).squeeze(-1), torch.sigmoid(self.head_s(hidden)).squeeze(-1)
-
-    def _square(self, scores: Tensor, origin: Tensor) -> Tensor:
-        """Resample scores (B, 2, N) to (B, 2, grid, grid), averaged over views and frames.
-
-        However many tokens there are and are left, the planes add up to `grid`: a sum over a plane has then about the
-        size of its inputs' noise, and a step of training moves no threshold from one end to the other.
-        """
-        squares = []
-        for frame in origin[:, :2].unique(dim=0):
-            here = (origin[:, :2] == frame).all(dim=1)
-            _, _, row, column, rows, columns = origin[here].unbind(1)
-            plane = scores.new_zeros(*scores.shape[:2], int(rows[0]), int(columns[0]))
-            plane[:, :, row, column] = scores[:, :, here]
-            squares.append(nn.functional.adaptive_avg_pool2d(plane, self.grid))
-        square = torch.stack(squares).mean(dim=0)
-        # A token with a score of 0 and one that is gone are the same.
-        return square * self.grid / square.sum(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(square.dtype).tiny)
-
-
-def save_modules(modules: Sequence[AtpModule], path: str | Path) -> None:
-    """Write trained modules, first place first, to a file that `AtpSelector(modules=...)` reads."""
-    records = [{"grid": module.grid, "width": module.width, "state": module.state_dict()} for module in modules]
-    written = io.BytesIO()  # torch's own writer reports a full disk as an error of its own
-    torch.save({"format": "vtc-atp-1", "modules": records}, written)
-    with replacing(path) as file:
-        file.write_bytes(written.getvalue())
-
-
-@functools.lru_cache(maxsize=8)
-def load_modules(path: str) -> nn.ModuleList:
-    """Read what `save_modules` wrote; a file is read once.
+def load_modules(folder: str) -> tuple[Modules, AtpModules]:
+    """Read the modules of a folder, for one method: no two share a module.
 
     Raises
     ------
     ConfigError
-        There is no such file, or it holds something else.
+        It holds none.
     """
+    described, weights = read_modules(folder, AtpSelector.name)
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        if data["format"] != "vtc-atp-1":
-            raise ConfigError(f"atp: {path} has the format {data['format']!r}, expected 'vtc-atp-1'.")
-        modules = nn.ModuleList()
-        for record in data["modules"]:
-            module = AtpModule(record["grid"], record["width"])
-            module.load_state_dict(record["state"])
-            modules.append(module)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"atp: {path} cannot be read as modules made by save_modules: {error}") from error
-    return modules.eval().requires_grad_(False)
+        module = AtpModules(**described.settings)
+    except TypeError as error:
+        raise ConfigError(f"atp: {folder} describes its modules wrongly: {error}") from error
+    initialised(module, weights, AtpSelector.name, folder)
+    return described, module
 
 
 def _each(value: Any) -> tuple[Any, ...]:
