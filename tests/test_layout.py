@@ -200,7 +200,7 @@ def test_programs_use_public_names_only(room):
     for module in (chat, console, files, notation, plain):
         allowed |= {module.__name__, *(f"{module.__name__}.{name}" for name in module.__all__)}
     allowed |= {"vtc.video", *(f"vtc.video.{name}" for name in video.__all__)}
-    for package in (learned, learned.crosslmm, learned.llava_mini, learned.lora, learned.vision_remember):  # trained
+    for package in (learned, learned.atp, learned.crosslmm, learned.llava_mini, learned.lora, learned.vision_remember):
         allowed |= {package.__name__, *(f"{package.__name__}.{name}" for name in package.__all__)}
     trained = adaptive_sparse_vit.__name__
     allowed |= {trained, *(f"{trained}.{name}" for name in adaptive_sparse_vit.__all__)}
