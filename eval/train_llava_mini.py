@@ -32,8 +32,7 @@ from eval.reference.train.__main__ import PRACTICE, Data
 from eval.reference.train.packing import IGNORE, PackedText, Packer, attention_mask
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.vocabulary import GRID
-from vtc.selectors.learned import save_modules
-from vtc.selectors.learned.decoder import Decoder
+from vtc.selectors.learned import Decoder, save_modules
 from vtc.selectors.learned.llava_mini import Compressor, begin, load_compressor
 
 FIRST = 1

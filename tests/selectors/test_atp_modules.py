@@ -92,22 +92,22 @@ def test_a_price_makes_the_mean_the_plan_and_leaves_samples_free() -> None:
     torch.manual_seed(1)
     made = AtpModules((0.5,), grid=2, width=8)
     plain, full = torch.zeros(5), torch.ones(5)
-    hard = Study(torch.tensor([1.0, 0.9, 0.8, 0.3, 0.0]), full.expand(5, 1, 5))
-    easy = Study(torch.tensor([0.2, 0.0, 0.0, 0.0, 0.0]), plain.expand(5, 1, 5))
+    hard = Study(torch.tensor([1.0, 0.9, 0.8, 0.3, 0.0]), full.expand(5, 1, 1, 5))
+    easy = Study(torch.tensor([0.2, 0.0, 0.0, 0.0, 0.0]), plain.expand(5, 1, 1, 5))
     optimizer = torch.optim.AdamW(made.parameters(), lr=2e-2, weight_decay=0.0)
     for _ in range(600):
         loss = (atp_training.loss(made, hard) + atp_training.loss(made, easy)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    few, many = (float(made.places[0](read)) for read in (plain, full))
+    few, many = (float(made.places[0](read).detach()) for read in (plain, full))
     assert many > 2 * few
     assert (few + many) / 2 == pytest.approx(1.0, abs=0.2)
 
 
 def test_the_loss_interpolates_what_was_found() -> None:
     made = AtpModules((0.5,), grid=2)
-    reads = torch.zeros(5, 1, 5)
+    reads = torch.zeros(5, 1, 1, 5)
     found = Study(torch.tensor([0.9, 0.7, 0.5, 0.3, 0.1]), reads)
     assert float(atp_training.loss(made, found)) == pytest.approx(0.5), "factor 1, and no price for the plan"
     with torch.no_grad():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .atp import AtpSelector
 from .crosslmm import CrossLmmSelector
+from .decoder import Decoder
 from .folder import Modules, read_modules, save_modules
 from .llava_mini import LlavaMiniSelector
 from .pixelrefer import PixelReferSelector
@@ -15,6 +16,7 @@ from .vision_remember import VisionRememberSelector
 __all__ = [
     "AtpSelector",
     "CrossLmmSelector",
+    "Decoder",
     "LlavaMiniSelector",
     "Modules",
     "PixelReferSelector",

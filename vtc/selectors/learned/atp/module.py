@@ -116,21 +116,21 @@ class AtpModules(nn.Module):
         self.price = nn.Parameter(torch.full((len(self.shares),), -2.0))
         """Logarithm of what the planned number costs at each place, found in training: the mean factor becomes 1."""
         self.factor: float | None = None
-        self.noted: list[Tensor] | None = None
+        self.noted: list[tuple[int, Tensor]] | None = None
 
     def count(self, place: int, s_self: Tensor, s_cross: Tensor, origin: Tensor, factor: float | None = None) -> int:
         """Say how many of N tokens are to stay, at least one: what the module says, or `factor` times the plan."""
         module: AtpModule = self.places[place]  # type: ignore[assignment]
         read = module.read(s_self, s_cross, origin)
         if self.noted is not None:
-            self.noted.append(read.cpu())
+            self.noted.append((place, read.cpu()))
         factor = self.factor if factor is None else factor
         factor = float(module(read).detach()) if factor is None else factor
         return min(len(origin), max(1, round(factor * self.shares[place] * _count(origin))))
 
     @contextmanager
-    def following_the_plan(self, factor: float = 1.0) -> Iterator[list[Tensor]]:
-        """Keep `factor` times what is planned of every image while entered; yields what the modules would have read."""
+    def following_the_plan(self, factor: float = 1.0) -> Iterator[list[tuple[int, Tensor]]]:
+        """Keep `factor` times what is planned of every image while entered; yields places and what is read."""
         self.factor, self.noted = factor, []
         try:
             yield self.noted

@@ -35,7 +35,7 @@ class Study:
     changes
         (J,): how likely the answer changes, at each multiple.
     reads
-        (J, places, F): what each module reads there.
+        (J, places, P, F): what each module reads there of each of P images.
     """
 
     changes: Tensor
@@ -90,6 +90,10 @@ def multiples() -> Tensor:
     return LARGEST ** torch.linspace(-1, 1, _STEPS)
 
 
+def _places(module: AtpModules) -> range:
+    return range(len(module.places))
+
+
 @torch.no_grad()
 def study(module: AtpModules, read: Callable[[], Tensor]) -> Study:
     """Read one sample with every multiple; `read` gives the loss L of its answer, averaged over the tokens.
@@ -100,7 +104,9 @@ def study(module: AtpModules, read: Callable[[], Tensor]) -> Study:
     for multiple in multiples().tolist():
         with module.following_the_plan(multiple) as noted:
             changes.append(-torch.expm1(-read().float().cpu()))
-        reads.append(torch.stack(noted))
+        reads.append(
+            torch.stack([torch.stack([read for at, read in noted if at == place]) for place in _places(module)])
+        )
     return Study(torch.stack(changes), torch.stack(reads))
 
 
@@ -109,10 +115,12 @@ def loss(module: AtpModules, found: Study) -> Tensor:
 
         mean over places p and multiples j of  change(f_pj) + price_p (f_pj - 1)
 
-    where f_pj is what the module at p chooses having read what was left with multiple j. The price rises while the mean
-    of f is above 1 and falls below: it binds the mean over all samples and leaves each of them free.
+    where f_pj is what the module at p chooses having read what was left with multiple j, of several images the mean.
+    The price rises while the mean of f is above 1 and falls below: it binds the mean over all samples and leaves each
+    of them free.
     """
-    factors = torch.stack([each(read) for each, read in zip(module.places, found.reads.unbind(1), strict=True)])
+    chosen = [each(read).mean(dim=-1) for each, read in zip(module.places, found.reads.unbind(1), strict=True)]
+    factors = torch.stack(chosen)
     place = (1 + torch.log(factors) / torch.log(torch.tensor(LARGEST))) * (_STEPS - 1) / 2  # (places, J) in 0 .. J - 1
     low = place.detach().long().clamp(0, _STEPS - 2)
     change = torch.lerp(found.changes[low], found.changes[low + 1], place - low)
