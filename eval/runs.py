@@ -19,6 +19,9 @@ BASELINES = ("random", "uniform", "pool", "resize")
 BOUNDS = ("oracle", "anti-oracle")
 """Selections that use the ground truth of a generated task: the upper and lower bound of a method, not methods."""
 
+REGIONAL = ("pixelrefer",)
+"""Methods that are asked about a marked part of a picture, which no task has."""
+
 _BLIND, _RESIZE, _COMPACT = "blind", "resize", " compact"
 
 
@@ -210,6 +213,8 @@ def supported_runs(
             if plan:
                 with vtc.compressed(model, plan):
                     pass
+                if any(config.method in REGIONAL for config in plan):
+                    raise vtc.UnsupportedMethodError(f"{run.name}: the tasks mark no regions; see eval.regions")
             supported.append(run)
         except (vtc.UnsupportedMethodError, vtc.ConfigError) as error:
             errors[run.name] = error

@@ -87,7 +87,8 @@ def test_unsupported_runs_are_left_out_unless_requested(loaded: models.Loaded) -
     elsewhere = (*inside, *caches, "tome", "adaptive-sparse-vit", "pixelprune")  # not before the decoder
     learned = ("crosslmm", "llava-mini", "vision-remember")
     trained = {f"{name} 0.5{compact}" for name in learned for compact in ("", " compact")}  # without their modules
-    assert set(left_out) == {f"{name} 0.5 compact" for name in elsewhere} | trained
+    regional = {"pixelrefer 0.5", "pixelrefer 0.5 compact"}  # without regions
+    assert set(left_out) == {f"{name} 0.5 compact" for name in elsewhere} | trained | regional
     assert {run.name for run in good} | set(left_out) == {run.name for run in runs}
     assert not vtc.is_compressed(loaded.model)
     compact = [FULL, Run("uniform", 0.5, positions="compact"), Run("fastv", 0.5, positions="compact")]

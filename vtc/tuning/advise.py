@@ -407,7 +407,8 @@ def _settings(
         try:
             plans = [tuple(replace(config, seed=seed) for config in stages) for stages in candidates]
             for stages in plans:
-                make_plan(list(stages), adapter)
+                if any(signal.reads_regions for signal in make_plan(list(stages), adapter).signals):
+                    raise UnsupportedMethodError(f"{name} is asked about regions, and samples mark none")
             found.update(dict.fromkeys(plans))
         except (UnsupportedMethodError, ConfigError) as error:
             if named:

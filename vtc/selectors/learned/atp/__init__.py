@@ -11,18 +11,23 @@ from .method import (
     soft_mask,
     spatial_score,
 )
-from .module import AtpModule, AtpModules
-from .training import begin
+from .module import AtpModule, AtpModules, following_the_plan
+from .training import Study, begin, loss, multiples, study
 
 __all__ = [
     "AtpModule",
     "AtpModules",
     "AtpSelector",
     "ModalityAttention",
+    "Study",
     "begin",
+    "following_the_plan",
     "load_modules",
+    "loss",
     "mean_logits",
+    "multiples",
     "redundancy_score",
     "soft_mask",
     "spatial_score",
+    "study",
 ]

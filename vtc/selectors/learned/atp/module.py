@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 from ....errors import ConfigError
 
-__all__ = ["LARGEST", "AtpModule", "AtpModules", "relative"]
+__all__ = ["LARGEST", "AtpModule", "AtpModules", "following_the_plan", "relative"]
 
 LARGEST = 4.0
 """Largest factor of the planned number of tokens; the smallest is its inverse."""
@@ -115,27 +116,31 @@ class AtpModules(nn.Module):
         self.places = nn.ModuleList(AtpModule(layout, grid, width) for _ in shares)
         self.price = nn.Parameter(torch.full((len(self.shares),), -2.0))
         """Logarithm of what the planned number costs at each place, found in training: the mean factor becomes 1."""
-        self.factor: float | None = None
-        self.noted: list[tuple[int, Tensor]] | None = None
 
     def count(self, place: int, s_self: Tensor, s_cross: Tensor, origin: Tensor, factor: float | None = None) -> int:
         """Say how many of N tokens are to stay, at least one: what the module says, or `factor` times the plan."""
         module: AtpModule = self.places[place]  # type: ignore[assignment]
         read = module.read(s_self, s_cross, origin)
-        if self.noted is not None:
-            self.noted.append((place, read.cpu()))
-        factor = self.factor if factor is None else factor
+        plan = _PLAN.get()
+        if plan is not None:
+            factor = plan[0]
+            plan[1].append((place, read.cpu()))
         factor = float(module(read).detach()) if factor is None else factor
         return min(len(origin), max(1, round(factor * self.shares[place] * _count(origin))))
 
-    @contextmanager
-    def following_the_plan(self, factor: float = 1.0) -> Iterator[list[tuple[int, Tensor]]]:
-        """Keep `factor` times what is planned of every image while entered; yields places and what is read."""
-        self.factor, self.noted = factor, []
-        try:
-            yield self.noted
-        finally:
-            self.factor = self.noted = None
+
+_PLAN: ContextVar[tuple[float, list[tuple[int, Tensor]]] | None] = ContextVar("vtc_atp_plan", default=None)
+
+
+@contextmanager
+def following_the_plan(factor: float = 1.0) -> Iterator[list[tuple[int, Tensor]]]:
+    """Keep `factor` times what is planned of every image while entered; yields places and what modules read there."""
+    noted: list[tuple[int, Tensor]] = []
+    token = _PLAN.set((factor, noted))
+    try:
+        yield noted
+    finally:
+        _PLAN.reset(token)
 
 
 def relative(score: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from ....errors import ConfigError
 from ..decoder import Decoder
 from ..folder import Modules
 from .method import AtpSelector
-from .module import LARGEST, AtpModules
+from .module import LARGEST, AtpModules, following_the_plan
 
-__all__ = ["Study", "begin", "loss", "study"]
+__all__ = ["Study", "begin", "loss", "multiples", "study"]
 
 _STEPS = 5  # multiples that a sample is read with, from 1 / LARGEST to LARGEST
 
@@ -102,7 +102,7 @@ def study(module: AtpModules, read: Callable[[], Tensor]) -> Study:
     """
     changes, reads = [], []
     for multiple in multiples().tolist():
-        with module.following_the_plan(multiple) as noted:
+        with following_the_plan(multiple) as noted:
             changes.append(-torch.expm1(-read().float().cpu()))
         reads.append(
             torch.stack([torch.stack([read for at, read in noted if at == place]) for place in _places(module)])
