@@ -50,6 +50,7 @@ def test_cells_are_those_of_the_crop() -> None:
 
 
 def test_boxes_and_masks_agree() -> None:
+    assert Region((40, 24), (0, 0, 8, 24), fit="crop").cells((2, 2), "stretch")[:, 0].sum() == 0, "it is cut off"
     mask = torch.zeros(24, 40, dtype=torch.bool)
     mask[3:17, 10:34] = True
     box = Region((40, 24), (10.0, 3.0, 34.0, 17.0))
@@ -199,6 +200,8 @@ def test_wrong_prompts_are_named(case: tiny.TinyCase) -> None:
 
 
 def test_wrong_options_are_named(case: tiny.TinyCase, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fit must be crop, pad or stretch"), vtc.regions([None], fit="squeeze"):
+        pass
     with pytest.raises(ConfigError, match='variant="full" puts object tokens beside all tokens'):
         vtc.compress(case.model, "pixelrefer", keep_tokens=4, variant="full")
     with pytest.raises(ConfigError, match='must be "lite"'):

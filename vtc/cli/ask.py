@@ -39,16 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print both answers and the report."""
+    from vtc.report.views import fit_of
+
     config = arguments.configuration(args, positions=args.positions)
     limits.check_count("--max-new-tokens", args.max_new_tokens, limits.MAX_NEW_TOKENS)
     image = vtc.open_image(args.image)
+    marked = None if args.region is None else [args.region]
+    with nullcontext() if marked is None else vtc.regions(marked, image):
+        pass  # refused before a model is loaded
 
     model, processor = arguments.load_model(args.model, args.dtype, args.device)
     inputs = arguments.prepare(model, processor, image, args.question)
     print(f"{args.question}  [{args.image.name}]")
     print(f"  all tokens: {_answer(model, processor, inputs, args.max_new_tokens)}")
-    marked = nullcontext() if args.region is None else vtc.regions([args.region], image)
-    with marked, vtc.compressed(model, config):
+    fit = fit_of(processor)
+    with nullcontext() if marked is None else vtc.regions(marked, image, fit), vtc.compressed(model, config):
         answer = _answer(model, processor, inputs, args.max_new_tokens)
         report = vtc.report(model)
     print(f"  {report.visual_tokens_after} of {report.visual_tokens_before}: {answer}\n")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 
 __all__ = ["Region", "given_regions", "regions"]
 
@@ -31,11 +31,14 @@ class Region:
         Left, top, right and bottom in pixels: the edges, as `PIL.Image.crop` counts them; of a mask, around its pixels.
     mask
         (height, width) bool, or None: the whole box.
+    fit
+        How the picture comes to the tower, as in `regions`; None: as the family does by default.
     """
 
     size: tuple[int, int]
     box: tuple[float, float, float, float]
     mask: Tensor | None = None
+    fit: str | None = None
 
     def cells(self, grid: tuple[int, int], fit: str, device: Any = None) -> Tensor:
         """Compute how much of each token's cell is inside, and where that begins: (rows * columns, 3) float32.
@@ -45,7 +48,7 @@ class Region:
         grid
             Rows and columns of the tokens.
         fit
-            How the picture came to the tower: "stretch", or the square in its middle ("crop"), or around it ("pad").
+            What the family does by default, where the region does not say.
         device
             Of the result.
 
@@ -56,7 +59,7 @@ class Region:
             pixel of the picture.
         """
         (width, height), (rows, columns) = self.size, grid
-        side = {"crop": min(width, height), "pad": max(width, height)}.get(fit)
+        side = {"crop": min(width, height), "pad": max(width, height)}.get(self.fit or fit)
         across, down = (width, height) if side is None else (side, side)
         left, top = (width - across) / 2, (height - down) / 2  # of what the grid covers; outside the picture if padded
         x = left + across * torch.arange(columns + 1, dtype=torch.float64) / columns
@@ -78,7 +81,7 @@ def given_regions() -> tuple[Region | None, ...] | None:
 
 
 @contextmanager
-def regions(marked: Sequence[Any], sizes: Sequence[Any] | Any = None) -> Iterator[None]:
+def regions(marked: Sequence[Any], sizes: Sequence[Any] | Any = None, fit: str | None = None) -> Iterator[None]:
     """Say which part of every picture is asked about, for methods that read regions, while entered.
 
         with vtc.regions([(30, 40, 90, 110)], image):
@@ -92,9 +95,14 @@ def regions(marked: Sequence[Any], sizes: Sequence[Any] | Any = None) -> Iterato
         bool or numbers of which 0 is outside; or None: the whole picture.
     sizes : picture, (width, height), or a sequence of these, optional
         The pictures, or their sizes; one stands for all. Boxes need it.
+    fit : {"crop", "pad", "stretch"}, optional
+        What the processor makes of a picture that is not square, for families that show squares: the square in its
+        middle, the one around it, or the whole squeezed. None: what processors of the family do by default.
 
     Raises
     ------
+    ConfigError
+        `fit` is none of these.
     InputError
         An entry is none of these; a box has no area, reaches over the edge or comes without a size; a mask is empty or
         of another size than the picture.
@@ -102,10 +110,13 @@ def regions(marked: Sequence[Any], sizes: Sequence[Any] | Any = None) -> Iterato
     if isinstance(marked, (str, bytes)) or not hasattr(marked, "__len__") or not hasattr(marked, "__getitem__"):
         raise InputError(f"regions are a list with one entry for every picture, got {type(marked).__name__}")
     listed = isinstance(sizes, (list, tuple)) and not all(isinstance(part, (int, float)) for part in sizes)
+    if fit not in (None, "crop", "pad", "stretch"):
+        raise ConfigError(f"fit must be crop, pad or stretch, got {fit!r}.")
     known = list(sizes) if listed else [sizes] * len(marked)
     if len(known) != len(marked):
         raise InputError(f"there are {len(marked)} regions, but the sizes of {len(known)} pictures")
-    token = _GIVEN.set(tuple(_region(number, *pair) for number, pair in enumerate(zip(marked, known, strict=True))))
+    found = [_region(number, *pair) for number, pair in enumerate(zip(marked, known, strict=True))]
+    token = _GIVEN.set(tuple(region and replace(region, fit=fit) for region in found))
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vtc.core.grids import Grid
     from vtc.report.report import SegmentReport
 
-__all__ = ["FITS", "Box", "View", "views_of"]
+__all__ = ["FITS", "Box", "View", "fit_of", "views_of"]
 
 
 Box = tuple[float, float, float, float]
@@ -157,6 +157,12 @@ def _fitted(family: Any, modality: str, shape: tuple[int, int], processor: Any, 
     if fit == "pad":
         return _centred(shape, max(width, height), max(width, height))
     return 0.0, 0.0, float(width), float(height)
+
+
+def fit_of(processor: Any) -> str | None:
+    """Return what a model's processor does with pictures that are not square, one of `FITS`; None: it takes none."""
+    worker = getattr(processor, "image_processor", None)
+    return None if worker is None else _read_fit(worker, 1.0)[0]
 
 
 def _read_fit(worker: Any, shorter: float) -> tuple[str, float]:

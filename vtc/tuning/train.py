@@ -38,6 +38,7 @@ from vtc.files import replacing, write_text
 from vtc.limits import MAX_ROUNDS, check_count
 from vtc.plain import parse_json, real, shown
 from vtc.registry import selectors
+from vtc.report.views import fit_of
 from vtc.selectors.learned import Modules, crosslmm, save_modules, vision_remember
 from vtc.selectors.learned.atp import training as atp
 from vtc.selectors.learned.decoder import Decoder
@@ -187,8 +188,8 @@ def train(
     **options
         Of the modules: for "llava-mini" `side` (C), `heads` and `fusion` (layers); for "crosslmm" and "vision-remember"
         `every` (decoder layers between them), `inner` (width of the attention) and `heads`; for "atp" `target`
-        (fraction of the tokens that stays on average), `layout`, `grid` and `width`; for "pixelrefer" `heads` and
-        `iterations`.
+        (fraction of the tokens that stays on average), `layout`, `grid` and `width`; for "pixelrefer" `heads`,
+        `iterations` and `tokens`.
 
     Raises
     ------
@@ -206,7 +207,7 @@ def train(
     run = _Run(steps, batch, float(rate), check_seed(seed), lora)
     if answers is not None and len(answers) != len(samples):
         raise InputError(f"there are {len(samples)} samples, but {len(answers)} answers.")
-    marks = _marks(samples, regions)
+    marks = _marks(samples, regions, fit_of(processor))
     folder, adapter = Path(output), adapter_for(model)
     try:
         decoder = Decoder.of(adapter.config.get_text_config(), adapter.text_model.layers)
@@ -463,7 +464,7 @@ def _answer_tokens(processor: Any, model: Any, text: str | None) -> Tensor | Non
 
 
 def _marks(
-    samples: Sequence[Any], given: Sequence[Sequence[Any] | None] | None
+    samples: Sequence[Any], given: Sequence[Sequence[Any] | None] | None, fit: str | None
 ) -> list[Callable[[], AbstractContextManager[None]]]:
     """Give for each sample what marks its regions while entered; they are checked here."""
     if given is None:
@@ -475,7 +476,7 @@ def _marks(
         pictures = None if isinstance(sample, Mapping) else sample[0]
         if pictures is not None and not isinstance(pictures, (list, tuple)):
             pictures = [pictures]
-        marks.append(nullcontext if own is None else functools.partial(vtc_regions, own, pictures))
+        marks.append(nullcontext if own is None else functools.partial(vtc_regions, own, pictures, fit))
         try:
             with marks[-1]():
                 pass

@@ -100,9 +100,9 @@ class AtpSelector(Selector):
 
     Differences from the paper: there, two sigmoids give both thresholds, a soft mask in the attention has the
     gradients, and the modules read scores in the order of the image. Modules of that form, trained with a penalty on
-    the mean count as well, did not keep more of full scenes than of plain ones here: they are linear in scores whose
-    sum is fixed, and a sum over places does not tell few high scores from many. ``--option layout=raster`` of
-    ``vtc train`` gives modules that read what the paper's read.
+    the mean count as well, did not keep more of full scenes than of plain ones here. A likely reason: they are linear
+    in scores whose sum is fixed, and a sum over places does not tell few high scores from many. ``--option
+    layout=raster`` of ``vtc train`` gives modules that read what the paper's read.
 
     The paper's sources are second hand and disagree in places. Here both scores are attention after the softmax, and
     received, which is what the text says of them; `scale` makes them comparable with a threshold between 0 and 1, which

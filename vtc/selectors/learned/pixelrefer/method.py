@@ -36,9 +36,10 @@ class PixelReferSelector(Selector):
     that is nearest to it. A small region is fewer tokens than the budget. With ``keep_ratio=1`` nothing is replaced.
 
     Without modules that is all, and a region that fits into the budget keeps its own tokens as they are. Modules
-    (`ObjectEncoder`) add where the object stands, and let its tokens look at the rectangle around it and at the whole
-    picture, of which nothing else enters the language model. They begin as doing nothing, are trained with the model
-    frozen by ``vtc train pixelrefer`` on samples that say their region, and run in float32.
+    (`ObjectEncoder`) have a largest number of tokens of their own; they add where the object stands, and let its tokens
+    look at the rectangle around it and at the whole picture, of which nothing else enters the language model. They
+    begin as doing nothing, are trained with the model frozen by ``vtc train pixelrefer`` on samples that say their
+    region, and run in float32.
 
     Differences from the paper and its code: the object is cut out of the features of the picture, which the tower sees
     once, where there the tower reads an enlarged crop of it; the features are not enlarged to the pixels of the mask;
@@ -116,7 +117,8 @@ class PixelReferSelector(Selector):
         x = source[inside].float()
         if encoder is not None:
             x = encoder.place(x, cells[inside, 1:])
-        objects, places = self._objects(x, ctx.budget, _ITERATIONS if encoder is None else encoder.iterations)
+        budget = ctx.budget if encoder is None else min(ctx.budget, encoder.tokens)
+        objects, places = self._objects(x, budget, _ITERATIONS if encoder is None else encoder.iterations)
         if encoder is not None:
             objects = encoder(objects, source[self._box(ctx, inside)], source)
         keep, order = inside[places].sort()

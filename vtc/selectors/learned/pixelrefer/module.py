@@ -71,6 +71,8 @@ class ObjectEncoder(nn.Module):
         Of both attentions.
     iterations
         Of the grouping.
+    tokens
+        Most tokens of an object.
 
     Raises
     ------
@@ -78,11 +80,13 @@ class ObjectEncoder(nn.Module):
         An argument is invalid.
     """
 
-    def __init__(self, source: str, width: int, width_out: int, heads: int = 8, iterations: int = 3) -> None:
+    def __init__(
+        self, source: str, width: int, width_out: int, heads: int = 8, iterations: int = 3, tokens: int = 16
+    ) -> None:
         super().__init__()
         if source not in ("tower", "projected"):
             raise ConfigError(f'pixelrefer: source must be "tower" or "projected", got {source!r}.')
-        sizes = {"width": width, "width_out": width_out, "heads": heads, "iterations": iterations}
+        sizes = {"width": width, "width_out": width_out, "heads": heads, "iterations": iterations, "tokens": tokens}
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"pixelrefer: {name} must be an integer of at least 1, got {value!r}.")
@@ -90,7 +94,7 @@ class ObjectEncoder(nn.Module):
             raise ConfigError(f"pixelrefer: a width of {width} is no multiple of {heads} heads.")
         if source == "projected" and width != width_out:
             raise ConfigError(f"pixelrefer: projected features are {width_out} wide, not {width}.")
-        self.source, self.iterations = source, iterations
+        self.source, self.iterations, self.tokens = source, iterations, tokens
         self.position = nn.Linear(2, width)
         self.ln_local, self.ln_global = nn.LayerNorm(width), nn.LayerNorm(width)
         self.local = nn.MultiheadAttention(width, heads, batch_first=True)

@@ -26,6 +26,7 @@ def begin(
     *,
     heads: int = 8,
     iterations: int = 3,
+    tokens: int = 16,
     seed: int = 0,
 ) -> tuple[Modules, ObjectEncoder]:
     """Make untrained modules for a model: what they add is zero, so that they do what the method does without any.
@@ -42,6 +43,8 @@ def begin(
         Of both attentions.
     iterations
         Of the grouping; the released Lite code has 3, the larger one 5.
+    tokens
+        Most tokens of an object: 16 in the released Lite code, 32 in its training scripts.
     seed
         Of the weights.
 
@@ -59,6 +62,7 @@ def begin(
         "width_out": shape.width,
         "heads": heads,
         "iterations": iterations,
+        "tokens": tokens,
     }
     modules = Modules.of(PixelReferSelector.name, shape, settings)
     with torch.random.fork_rng(devices=[]):
