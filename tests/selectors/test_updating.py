@@ -87,8 +87,14 @@ def test_untrained_it_generates_what_pooling_does(case: tiny.TinyCase, method: s
 def test_all_ways_of_generating_agree(case: tiny.TinyCase, method: str, tmp_path: Path) -> None:
     """With a cache, without one, in a batch, in rows, in a static cache, in chunks and with beams."""
     model = case.model
-    vtc.compress(model, method, modules=learned.updating(model, method, tmp_path), keep_tokens=4)
     batch = case.batch("ragged")
+
+    def beams(**given: Any) -> torch.Tensor:
+        made = model.generate(**batch, max_new_tokens=5, num_beams=3, num_return_sequences=3, **given)
+        return made[:, batch["input_ids"].shape[1] :]
+
+    alike = torch.equal(beams(), beams(use_cache=False))  # not in transformers 5.18, whatever the model
+    vtc.compress(model, method, modules=learned.updating(model, method, tmp_path), keep_tokens=4)
     together = answers(model, batch)
     for row, inputs in enumerate(case.rows("ragged")):
         torch.testing.assert_close(answers(model, inputs)[0], together[row], rtol=1e-4, atol=1e-4)
@@ -96,12 +102,8 @@ def test_all_ways_of_generating_agree(case: tiny.TinyCase, method: str, tmp_path
     torch.testing.assert_close(answers(model, batch, cache_implementation="static"), together, rtol=1e-4, atol=1e-4)
     if PREFILLS_IN_CHUNKS:
         torch.testing.assert_close(answers(model, batch, prefill_chunk_size=7), together, rtol=1e-4, atol=1e-4)
-
-    def beams(**given: Any) -> torch.Tensor:
-        made = model.generate(**batch, max_new_tokens=5, num_beams=3, num_return_sequences=3, **given)
-        return made[:, batch["input_ids"].shape[1] :]
-
-    assert torch.equal(beams(), beams(use_cache=False))
+    if alike:
+        assert torch.equal(beams(), beams(use_cache=False))
 
 
 @pytest.mark.parametrize("kind", ["visual", "text"])
