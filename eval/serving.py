@@ -1,6 +1,6 @@
-"""vLLM with the plug-in: answers of the reference Qwen2.5-VL beside those of transformers, and beside vLLM's own EVS.
+"""vLLM with the plug-in: answers of reference models beside those of transformers, and beside vLLM's own EVS.
 
-    python -m eval.serving --pictures 20 --json FILE
+    python -m eval.serving [--model internvl] --pictures 20 --json FILE
     python -m eval.serving --clips 32 --json FILE
     python -m eval.serving --write-larger FOLDER
     python -m eval.serving --clip-speed FOLDER --json FILE
@@ -42,6 +42,11 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "divprune", "keep_ratio": 0.25},
     {"method": "vtc", "keep_ratio": 0.25},
 )
+ASKED = {
+    "qwen2_5_vl": (SETTINGS, "original"),
+    "internvl": ((*SETTINGS, *({"method": each, "keep_ratio": 0.25} for each in ("vtc-cls", "visionzip"))), "compact"),
+}
+"""Reference models with what is asked of each, and the positions of kept tokens: InternVL has a [CLS] token."""
 CLIP_SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     *({"method": method, "keep_ratio": 0.25} for method in ("evs", "vidcom2", "divprune", "vtc")),
@@ -57,6 +62,9 @@ FRAMES, SIDE = 32, 224
 def main() -> None:
     """Read the arguments and do what they say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", choices=("qwen2_5_vl", "internvl"), default="qwen2_5_vl", help="asked about pictures"
+    )
     parser.add_argument("--pictures", type=int, default=20, help="pictures, with up to ten questions each (20)")
     parser.add_argument("--clips", type=int, help="ask about so many clips, up to seven questions each, instead")
     parser.add_argument(
@@ -74,7 +82,7 @@ def main() -> None:
     elif args.clips is not None:
         result = clip_answers(args.clips)
     else:
-        result = picture_answers(args.pictures)
+        result = picture_answers(args.model, args.pictures)
     result |= {"versions": _versions(), "machine": platform.machine()}
     if args.json is not None:
         write_text(args.json, json.dumps(result, indent=2) + "\n")
@@ -84,21 +92,24 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-def picture_answers(pictures: int) -> dict[str, Any]:
-    """Compare answers about pictures with those of transformers."""
+def picture_answers(name: str, pictures: int) -> dict[str, Any]:
+    """Compare answers of a reference model about pictures with those of transformers."""
+    settings, positions = ASKED[name]
     task = ScenesTask(pictures=pictures)
     samples = list(task.samples(None))
     shown = [sample.images[0]() for sample in samples]
     pairs = list(zip(samples, shown, strict=True))
-    with _reference() as (folder, model, processor), _engine(folder, {"image": 1, "video": 0}) as llm:
+    with _reference(name) as (folder, model, processor), _engine(folder, {"image": 1, "video": 0}) as llm:
         began = time.perf_counter()
         inside = [
-            _answers(llm, [picture_prompt(processor, *pair, setting) for pair in pairs])[0] for setting in SETTINGS
+            _answers(llm, [picture_prompt(processor, *pair, setting) for pair in pairs])[0] for setting in settings
         ]
         seconds = time.perf_counter() - began
-        result: dict[str, Any] = {"questions": len(samples), "seconds": seconds, "settings": []}
-        for setting, found in zip(SETTINGS, inside, strict=True):
-            expected = _in_transformers(model, processor, setting, samples, shown)
+        result: dict[str, Any] = {"model": name, "questions": len(samples), "seconds": seconds, "settings": []}
+        for setting, found in zip(settings, inside, strict=True):
+            expected = _in_transformers(
+                model, processor, setting and {**setting, "positions": positions}, samples, shown
+            )
             entry = {"setting": setting, **compared(task, samples, found, expected)}
             print(entry)
             result["settings"].append(entry)
@@ -281,13 +292,30 @@ def write_larger(folder: Path) -> None:
 
 
 @contextmanager
-def _reference() -> Iterator[tuple[str, Any, Any]]:
-    """Write the reference model to a folder, and load it in transformers as well."""
-    import vtc_reference
-
+def _reference(name: str = "qwen2_5_vl") -> Iterator[tuple[str, Any, Any]]:
+    """Write a reference model to a folder, and load it in transformers as well."""
+    model, processor = vtc.reference.load(name)
+    if name == "internvl":
+        _without_last_layer(model)
     with tempfile.TemporaryDirectory() as folder:
-        vtc_reference.export("qwen2_5_vl", folder)
-        yield folder, *vtc.reference.load("qwen2_5_vl")
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        yield folder, model, processor
+
+
+def _without_last_layer(model: Any) -> None:
+    """Leave out the layer of InternVL's tower whose output is not used, which vLLM (0.32) would use.
+
+    The model computes what it did: its features are those of the last layer but one, without the norm behind the last.
+    """
+    import torch
+
+    tower = model.model.vision_tower
+    del tower.encoder.layer[-1]
+    tower.layernorm = torch.nn.Identity()
+    model.config.vision_feature_layer = -1
+    model.config.vision_config.num_hidden_layers -= 1
+    model.config.vision_config.use_mean_pooling = True
 
 
 @contextmanager
@@ -329,7 +357,7 @@ def _in_transformers(
     import torch
 
     found = []
-    with vtc.compressed(model, **(setting or {"method": "uniform", "keep_ratio": 1.0})), torch.inference_mode():
+    with vtc.compressed(model, **({"method": "uniform", "keep_ratio": 1.0} | setting)), torch.inference_mode():
         for sample, image in zip(samples, shown, strict=True):
             inputs = image_inputs(processor, [image], sample.question)
             output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)

@@ -214,7 +214,7 @@ def test_what_is_read_of_the_tower_is_what_the_library_reads(engine: Engine, mon
     cls = adapter.prefix_tokens("image") > 0
     asked = [{"vtc_method": name} for name in methods(adapter) if reads_tower(name, adapter)]
     assert len(asked) >= (10 if cls else 4)
-    asked += [{"vtc_method": "visionzip", "vtc_score_source": "received"}]
+    asked += [{"vtc_method": name, "vtc_score_source": "received"} for name in ("visionzip", "vispruner")]
     asked += [{"vtc_method": "vtc-cls", "vtc_start_layer": -3, "vtc_score_source": "cls" if cls else "received"}]
     prompts = [
         prompt(engine.family, {**given, "vtc_keep_ratio": 0.4}, [picture(100 + number, 40, 24), picture(200 + number)])
@@ -347,7 +347,9 @@ def create_processor(folder: Path, **arguments: Any) -> Any:
 @pytest.mark.parametrize(
     ("environ", "arguments", "message"),
     [
-        ({"VTC_METHOD": "visionzip", "VTC_KEEP_RATIO": "0.5"}, {}, "visionzip cannot run inside vLLM: it reads"),
+        ({"VTC_METHOD": "prumerge", "VTC_KEEP_RATIO": "0.5"}, {}, "prumerge cannot run inside vLLM: it decides itself"),
+        ({"VTC_METHOD": "vscan", "VTC_KEEP_RATIO": "0.5"}, {}, "vscan cannot run inside vLLM: it works at 'decoder:"),
+        ({"VTC_METHOD": "visionzip", "VTC_KEEP_RATIO": "0.5"}, {"mm_encoder_tp_mode": "data"}, "-tp-mode data hides"),
         ({"VTC_KEEP_RATIO": "a half"}, {}, "VTC_KEEP_RATIO must be a number"),
         ({}, {"mm_processor_kwargs": {"vtc_keep_ratio": 2}}, r"must lie in \(0, 1\], got 2"),
         ({"VTC_KEEP_RATIO": "0.5"}, {"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own pruning"),

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import vtc
 from tests import tiny
 from vtc import registry
 from vtc.cli import main
 from vtc.core.observations import TokenGrids, VisionAttention, VisionHidden
-from vtc.core.signals import MeanKeys
+from vtc.core.signals import ClsAttention, MeanKeys, PreProjector
 from vtc.integrations.vllm import choosing, families, settings, tower
 
 ROOT = Path(__file__).parent.parent.parent
@@ -111,7 +112,11 @@ def test_equal_settings_are_written_alike() -> None:
         ({"method": "cdpruner", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it reads text_embeds"),
         ({"method": "prumerge", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it decides itself how many"),
         ({"method": "h2o", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "key-value caches"),
-        ({"method": "pixelprune", "keep_ratio": 0.5}, vtc.UnsupportedMethodError, "it works at 'pixels'"),
+        (
+            {"method": "pixelprune", "keep_ratio": 0.5},
+            vtc.UnsupportedMethodError,
+            "vLLM's towers take whole pictures",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(layer: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -227,6 +232,65 @@ def test_grids_that_do_not_fit_are_named() -> None:
     stage = settings.planned(vtc.CompressionConfig("divprune", keep_tokens=6))
     with pytest.raises(vtc.InputError, match="do not hold the 24 tokens"):
         choosing.choose_rows(stage, choosing.Visual("image", ((1, 5, 5),)), torch.randn(24, 8))
+
+
+# ----------------------------------------------------------------------------------------------------------- the tower
+
+
+class Attends(nn.Module):
+    """What stands for vLLM's attention in a tower: it is handed queries, keys and values."""
+
+    head_size, scale = 4, 0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return value
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attends()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.add_(self.attn(hidden * 2, hidden * 3, hidden))  # in place, as some of vLLM's do
+
+
+class Towered(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(depth))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def test_signals_are_computed_while_a_tower_runs() -> None:
+    model = Towered(3)
+    adapter = tower.adapter_of(tiny.ARCHITECTURES["llava"].config())  # [CLS], and layer 2 of 4 makes the features
+    read = tower.Tower(adapter, model, Attends, packed=False)
+    signals = (ClsAttention((0, 2)), PreProjector())
+    pixels = torch.randn(2, 17, 8, generator=torch.Generator().manual_seed(0))
+    with read.observed(signals, "image") as seen:
+        model(pixels.clone())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def flat(patches: Tensor) -> Tensor:
+        return patches.flatten(0, 1)
+
+    cls = read.values(seen, (0, 1), signals[0], "image", flat)
+    assert cls.shape == (2 * 16, 2, 2)
+    for number, layer in enumerate((0, 2)):
+        heads = (pixels * 2**layer).unflatten(-1, (2, 4)).transpose(1, 2)
+        expected = ((heads[:, :, :1] * 2) @ (heads * 3).mT * 0.5).softmax(dim=-1)[:, :, 0, 1:]
+        torch.testing.assert_close(cls[:, number].unflatten(0, (2, 16)), expected.transpose(1, 2))
+    hidden = read.values(seen, (0, 1), signals[1], "image", flat)
+    torch.testing.assert_close(hidden[:, 0].unflatten(0, (2, 16)), pixels[:, 1:] * 8)
+    with pytest.raises(vtc.errors.StateError, match=r"cls_attention was seen \[1\] times in vLLM's tower instead of 2"):
+        read.values(seen, (0, 2), signals[0], "image", flat)
+    with pytest.raises(vtc.UnsupportedModelError, match="no attention in the vision tower of Linear"):
+        tower.Tower(adapter, nn.Linear(2, 2), Attends, packed=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- vtc serve

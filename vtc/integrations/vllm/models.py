@@ -24,7 +24,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 
 from vtc.core.signals import Signal, VisionSignal
 from vtc.engine.plan import PlannedStage
-from vtc.errors import UnsupportedModelError
+from vtc.errors import StateError, UnsupportedModelError
 from vtc.integrations.vllm.choosing import Visual, choose_rows
 from vtc.integrations.vllm.processing import Processor, field_of, stages_of, with_processor
 from vtc.integrations.vllm.tower import Seen, Tower, adapter_of, reads_tower, tower_signals
@@ -138,6 +138,9 @@ class Compressed:
             rows = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if not stages:
             return rows
+        items = sum(map(len, stages.values()))
+        if len(rows) != items:
+            raise StateError(f"vLLM's encoder gave {len(rows)} results for {items} pictures and videos.")
         done, left = [], list(rows)
         for run, (modality, each) in enumerate(stages.items()):
             mine, left = left[: len(each)], left[len(each) :]

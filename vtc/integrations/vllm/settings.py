@@ -178,11 +178,16 @@ def _lacks(selector: Selector, stages: tuple[Stage, ...]) -> str | None:
     """Say in one clause what a method needs that is not there when vLLM encodes a picture; None if nothing."""
     from vtc.core.eviction import CacheSelector
     from vtc.core.observations import TokenGrids, VisionAttention, VisionHidden
-    from vtc.core.sites import BeforeDecoder
+    from vtc.core.sites import BeforeDecoder, Pixels, VisionLayer
 
     if isinstance(selector, CacheSelector):
         return "it chooses entries of key-value caches, which are vLLM's own"
     for stage in stages:
+        if isinstance(stage.site, (Pixels, VisionLayer)):
+            return (
+                f"it works at {str(stage.site)!r}, and vLLM's towers take whole pictures: windows, borders and rotary "
+                "tables follow from the size of a picture, of which no patch may be missing"
+            )
         if not isinstance(stage.site, BeforeDecoder):
             return f"it works at {str(stage.site)!r}, and in vLLM tokens leave before the language model only"
         known = (TokenGrids, VisionAttention, VisionHidden)
