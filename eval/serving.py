@@ -55,7 +55,7 @@ OWN = {"video_pruning_rate": 0.75}
 """Arguments of vLLM that drop what the settings above drop."""
 
 NEW = 6
-FRAMES, SIDE = 32, 224
+FRAMES, SIDE = 32, 112
 """Of the clips of noise that speed is measured with: 1,024 tokens."""
 
 
