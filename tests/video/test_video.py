@@ -17,9 +17,8 @@ import pytest
 import vtc
 from tests.video import clips
 from vtc.video.containers import announced_bytes
-from vtc.video.files import (
-    DECODERS,
-    VideoFile,
+from vtc.video.files import DECODERS, VideoFile
+from vtc.video.sampling import (
     check_sampling,
     sample_by_count,
     sample_by_default,

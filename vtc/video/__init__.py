@@ -1,9 +1,7 @@
 """Video files: frames by time, and questions about videos of any length."""
 
-from vtc.video.files import (
-    DECODERS,
-    VideoFile,
-    VideoInfo,
+from vtc.video.files import DECODERS, VideoFile, VideoInfo
+from vtc.video.sampling import (
     check_sampling,
     sample_by_count,
     sample_by_default,

@@ -15,15 +15,15 @@ from vtc.engine.engine import Engine
 from vtc.engine.install import engine_of
 from vtc.errors import ConfigError, InputError, UnsupportedMethodError
 from vtc.limits import MAX_FRAMES, MAX_NEW_TOKENS, check_count
-from vtc.video.files import (
-    VideoFile,
+from vtc.video.files import VideoFile
+from vtc.video.prompt import VideoPrompt
+from vtc.video.sampling import (
     check_sampling,
     sample_by_count,
     sample_by_default,
     sample_by_fps,
     sample_by_scenes,
 )
-from vtc.video.prompt import VideoPrompt
 from vtc.video.session import SESSIONS, VideoAnswer, VideoSession
 from vtc.video.windows import VideoBudget, streams
 
