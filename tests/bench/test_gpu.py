@@ -195,6 +195,8 @@ class TestKernels:
         assert result["bytes"] == 70 * 2 + 9 * 8
         assert 0 < result["limit"] < min(result["times"].values())
         assert _gpu_times.measure("topk_indices, compiled", DEVICE, True)["times"].keys() == {"compiled"}
+        assert _gpu_times.measure("max_sum, graph", DEVICE, True)["times"].keys() == {"launches"}
+        assert _gpu_times.measure("coverage_greedy, graph", DEVICE, True)["times"].keys() == {"launches", "torch"}
 
 
 class TestModels:

@@ -24,7 +24,8 @@ def measure(case: str, device: str, small: bool) -> dict[str, Any]:
     op = OPS[name].small() if size == "small" else OPS[name]
     problem = op.at(Draw(torch.Generator().manual_seed(0), getattr(torch, dtype), device))
     with kernels.use("triton"):
-        result = problem.ours()
+        for _ in range(1 if small or problem.picks is None else 3):  # from the second call on, picks are replayed
+            result = problem.ours()
     with kernels.use("torch"):
         error = problem.error(result)
     holds = error <= (1.0 if problem.picks is not None else TOLERANCES[dtype])

@@ -103,9 +103,10 @@ def _models(done: Mapping[str, Any]) -> str:
 def _times(done: Mapping[str, Any]) -> str:
     rows = []
     for name in dict.fromkeys(case.split(", ")[0] for case in done):
-        own, compiled = done.get(f"{name}, kernel"), done.get(f"{name}, compiled")
-        times = {**(own or {}).get("times", {}), **(compiled or {}).get("times", {})}
-        others = [time for label, time in times.items() if label != "triton"]
+        own = done.get(f"{name}, kernel")
+        found = (done.get(f"{name}, {how}") or {} for how in ("kernel", "graph", "compiled"))
+        times = {label: time for result in found for label, time in result.get("times", {}).items()}
+        others = [time for label, time in times.items() if label not in ("triton", "launches")]
         best = f"{min(others) / times['triton']:.2f}x" if others and "triton" in times else ""
         limit = own["limit"] if own else None
         rows.append(
@@ -120,7 +121,13 @@ def _times(done: Mapping[str, Any]) -> str:
     return markdown_table(("operation", *_LABELS.values(), "limit", "of the limit", "against the best other"), rows)
 
 
-_LABELS = {"triton": "kernel", "torch": "vtc in PyTorch", "baseline": "baseline", "compiled": "baseline, compiled"}
+_LABELS = {
+    "triton": "kernel",
+    "launches": "without a graph",
+    "torch": "vtc in PyTorch",
+    "baseline": "baseline",
+    "compiled": "baseline, compiled",
+}
 
 _TABLES = {"kernels": _kernels, "laws": _laws, "models": _models, "times": _times}
 
@@ -133,5 +140,5 @@ _SUMMARIES: dict[str, str] = {
     "its tower, divided by that of the number of tokens; beside it the time of a text prompt of the packed length, "
     "divided by that of the compressed prefill without its tower.",
     "times": "bfloat16, true shapes. The limit is the time in which the inputs and the result pass the memory once at "
-    "the speed of the copy above.",
+    "the speed of the copy above. Greedy picks are launches recorded as one; without a graph each comes from the host.",
 }

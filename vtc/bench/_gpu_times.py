@@ -22,7 +22,7 @@ _REPEATS = {True: 1, False: 7}
 
 @torch.no_grad()
 def measure(case: str, device: str, small: bool) -> dict[str, Any]:
-    """Return the median seconds of each implementation of "operation, kernel", or of "operation, compiled"."""
+    """Return the median seconds of each implementation of "operation, kernel", "..., graph" or "..., compiled"."""
     name, what = case.split(", ")
     op = OPS[name].small() if small else OPS[name]
     problem = op.at(Draw(torch.Generator().manual_seed(0), _DTYPE, device))
@@ -31,12 +31,20 @@ def measure(case: str, device: str, small: bool) -> dict[str, Any]:
         # Without a GPU it is traced only: no compiler is asked for.
         works = {"compiled": torch.compile(problem.baseline, backend="eager" if small else "inductor")}
         works["compiled"]()
+    elif what == "graph":
+        # One launch for all picks is what the other cases time; here each comes from the host.
+        works = {"launches": partial(_launched, problem.ours)}
+        if kernels.dispatch.OPS[name.partition("/")[0]].triton is None:
+            works["torch"] = problem.ours
+        if not all(torch.equal(problem.ours(), _launched(problem.ours)) for _ in range(3)):
+            raise RuntimeError("picks that are replayed differ from those that the host launches")
     else:
         works = {
             "triton": partial(_with, "triton", problem.ours),
             "torch": partial(_with, "torch", problem.ours),
             "baseline": problem.baseline,
         }
+        works["triton"]()  # its second call, before those that are timed, records its launches
     timings = interleave(
         {label: Case(repeated(work, device, CLOCKS["wall"])) for label, work in works.items()},
         repeats=_REPEATS[small],
@@ -51,6 +59,11 @@ def measure(case: str, device: str, small: bool) -> dict[str, Any]:
 
 def _with(choice: str, work: Callable[[], Any]) -> Any:
     with kernels.use(choice):
+        return work()
+
+
+def _launched(work: Callable[[], Any]) -> Any:
+    with kernels.graphs.off():
         return work()
 
 

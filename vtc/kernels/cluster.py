@@ -23,6 +23,8 @@ __all__ = ["density_peaks", "gathered_rows", "nearest_in_group", "padded_groups"
 
 _BLOCK = 512  # tokens of a group that are compared at a time
 _ELEMENTS = 2**22  # distances, and features, held at a time
+_LEAST_FILLED = 0.8  # of the longest group of a block
+_SHORT = 16  # tokens of a group, up to which padding costs less than another block
 _ROUNDING = 4e-6  # share of the squared norms below which a squared distance is rounding
 _METRICS = ("cosine", "euclidean")
 
@@ -60,10 +62,10 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int, sizes: Sequence[int
     n, width = len(x), x.shape[1]
     scores = x.new_full((n + 1,), -torch.inf, dtype=torch.float32)  # what is not there is written behind the last
     order, counts = sorted_by_group(group, sizes)
-    runs = sorted(_runs(counts), key=lambda run: -run[1])  # of equal lengths side by side, so that little is padded
+    runs = sorted(_runs(counts), key=lambda run: -run[1])
 
     def fits(part: list[tuple[int, int]]) -> bool:
-        return len(part) * part[0][1] * max(part[0][1], width) <= _ELEMENTS
+        return _alike(part) and len(part) * part[0][1] * max(part[0][1], width) <= _ELEMENTS
 
     for part in _blocks(runs, fits):
         index, there = padded_groups(order, part)
@@ -112,6 +114,11 @@ def _blocks(runs: Sequence[Run], fits: Callable[[list[Run]], bool]) -> Iterator[
         yield part
 
 
+def _alike(runs: Sequence[tuple[int, int]]) -> bool:
+    """Whether runs of descending length are of similar length, so that little is padded."""
+    return runs[-1][1] >= _LEAST_FILLED * runs[0][1] or runs[0][1] <= _SHORT
+
+
 def _full(runs: Sequence[tuple[int, int]]) -> bool:
     return len({length for _, length in runs}) == 1
 
@@ -149,14 +156,15 @@ def _peaks(x: Tensor, there: Tensor | None, neighbours: int) -> Tensor:
         spreads.append(near.sum(dim=2) / count)
         largest = torch.maximum(largest, squared.flatten(1).amax(dim=1, keepdim=True))
     spread = torch.cat(spreads, dim=1)
-    at = torch.arange(x.shape[1], device=x.device)
+    # From the densest on, the first of equals before the others.
+    order = spread.argsort(dim=1, stable=True)
+    at = torch.arange(x.shape[1], device=x.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, at)
     separations = []
     for start in blocks:
         squared = distances(start) if whole is None else whole
-        ours = spread[:, start : start + rows, None]
-        earlier = at < at[start : start + rows, None]
-        less_dense = (spread[:, None] > ours) | ((spread[:, None] == ours) & ~earlier)
-        separations.append(squared.masked_fill_(less_dense, torch.inf).amin(dim=2))
+        no_denser = rank[:, None] >= rank[:, start : start + rows, None]
+        separations.append(squared.masked_fill_(no_denser, torch.inf).amin(dim=2))
     separation = torch.cat(separations, dim=1)
     separation = torch.where(separation == torch.inf, largest, separation)
     return 0.5 * separation.log() - spread
@@ -224,10 +232,12 @@ def nearest_in_group(
         for at in range(0, count, _BLOCK)
         if many
     ]
+    runs.sort(key=lambda run: -run[0][1])
 
     def fits(part: list[tuple[tuple[int, int], tuple[int, int]]]) -> bool:
         rows, columns = (max(length for _, length in side) for side in zip(*part, strict=True))
-        return len(part) * max(rows * columns, (rows + columns) * width) <= _ELEMENTS
+        alike = _alike([ours for ours, _ in part])
+        return alike and len(part) * max(rows * columns, (rows + columns) * width) <= _ELEMENTS
 
     for part in _blocks(runs, fits):
         ours, theirs = ([run[side] for run in part] for side in (0, 1))

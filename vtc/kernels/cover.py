@@ -7,12 +7,14 @@ from torch import Tensor
 
 from .cosines import with_inverse_norms
 from .dispatch import op
-from .greedy import SimilarityRows, lazy_greedy
+from .graphs import replayed
+from .greedy import SimilarityRows, lazy_greedy, stores
 
 _STRIPE = 4096  # rows per block of a pass over all rows
 
 
 @op()
+@replayed(stores)
 def weighted_coverage(x: Tensor, k: int, demand: Tensor) -> Tensor:
     """Select `k` rows of `x` by greedy facility location, rows of large `demand` first covered (EADP).
 
@@ -65,6 +67,7 @@ class _Demanded:
 
 
 @op()
+@replayed(stores)
 def multimodal_coverage(
     x: Tensor, k: int, text: Tensor, metric: Tensor, alpha: float, text_temperature: float, temperature: float
 ) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import cosines
 from .cosines import products, squared_norms, stripes, upper_blocks, with_inverse_norms, write_block
 from .dispatch import op, queues
+from .graphs import replayed
 
 _POOL = 512  # candidates updated with every pick
 _BATCH = 32  # gains recomputed at a time
@@ -136,7 +137,13 @@ def _apply_picks(
     left[recent] = -torch.inf
 
 
+def stores(x: Tensor) -> bool:
+    """Return whether the similarity matrix of the rows of `x` (N, D) is kept; then a GPU is not waited for."""
+    return 4 * x.shape[0] ** 2 <= cosines.WORKSPACE
+
+
 @op()
+@replayed(stores)
 def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: str = "multiply") -> Tensor:
     """Select `k` rows of `x` by greedy facility location, so that they cover all rows best (SCOPE, arXiv 2510.24214).
 
@@ -146,7 +153,7 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
     Gains only shrink, so a gain is recomputed only while its last value is the largest (lazy greedy). Up to N = 4096
     the similarity matrix is computed once, as half a product; beyond that the rows of candidates are computed on demand
     in O(N) memory. Which gain is the largest is asked in between, for which a GPU would be waited for; there all gains
-    of a stored matrix are computed anew for every pick instead.
+    of a stored matrix are computed anew for every pick instead, and the launches of all picks recorded as one.
 
     Parameters
     ----------
@@ -241,8 +248,7 @@ class SimilarityRows:
 
     def __init__(self, x: Tensor, inverse: Tensor) -> None:
         self.x, self.inverse = x, inverse
-        n = x.shape[0]
-        self.table = inverse.new_empty(n, n) if 4 * n * n <= cosines.WORKSPACE else None
+        self.table = inverse.new_empty(len(x), len(x)) if stores(x) else None
         self.cache: dict[int, Tensor] = {}
 
     @property

@@ -2,7 +2,8 @@
 
 In a launch of `_pick` every program first reduces the per-program results of the previous launch to the next pick, all
 to the same one. Then it compares its rows with the pick and writes the best of them. Without atomics, the picks do not
-depend on the order of the programs, and without synchronisation the host does not wait.
+depend on the order of the programs, and without synchronisation the host does not wait. The launches of all picks are
+recorded as one, see `vtc.kernels.graphs`.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .aot import KernelSpec
 from .cosines import squared_norms
+from .graphs import replayed
 from .triton_cosines import inverse_norms, nearest
 
 _MAX_PROGRAMS = 2048  # each reads the results of all others
@@ -107,6 +109,7 @@ def _pick(
         tl.store(reserve_indices + write_at + tl.program_id(0), pick)
 
 
+@replayed()
 def farthest_point(x: Tensor, k: int, first: int | Tensor | None = None) -> Tensor:
     """Implement `vtc.kernels.farthest_point`."""
     x = x.contiguous()
@@ -117,6 +120,7 @@ def farthest_point(x: Tensor, k: int, first: int | Tensor | None = None) -> Tens
     return _run(x, inverse, torch.full_like(inverse, -torch.inf), k, start, NEAREST)
 
 
+@replayed()
 def relevant_farthest_point(x: Tensor, k: int, bonus: Tensor) -> Tensor:
     """Implement `vtc.kernels.relevant_farthest_point`."""
     x, bonus = x.contiguous(), bonus.float()
@@ -125,6 +129,7 @@ def relevant_farthest_point(x: Tensor, k: int, bonus: Tensor) -> Tensor:
     return _run(x, inverse, torch.full_like(inverse, -torch.inf), k, first, NEAREST, bonus)
 
 
+@replayed()
 def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     """Implement `vtc.kernels.max_sum`."""
     x = x.contiguous()
@@ -132,6 +137,7 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     return _run(x, inverse, torch.zeros_like(inverse), k, first, SUM)
 
 
+@replayed()
 def dpp_greedy(
     x: Tensor, k: int, relevance: Tensor | None = None, places: Tensor | None = None, ridge: float = 0.0
 ) -> Tensor:
