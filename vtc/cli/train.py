@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "method",
         metavar="METHOD",
-        help="a method that has modules: atp, crosslmm, llava-mini, pixelrefer or vision-remember",
+        help="a method that has modules: atp, crosslmm, llava-mini, pixelrefer, vision-remember or vtc-asked",
     )
     samples.add_arguments(
         parser,

@@ -31,6 +31,7 @@ from .learned import (
     LlavaMiniSelector,
     PixelReferSelector,
     VisionRememberSelector,
+    VtcAskedSelector,
 )
 from .light_transfer import LightTransferSelector
 from .mmtok import MmTokSelector
@@ -117,6 +118,7 @@ __all__ = [
     "VisPrunerSelector",
     "VisionRememberSelector",
     "VisionZipSelector",
+    "VtcAskedSelector",
     "VtcClsSelector",
     "VtcSelector",
 ]

@@ -25,7 +25,7 @@ from ..registry import register_selector
 from .schedule import check_fraction, check_number
 from .text_relevance import TextRelevance, quality_of
 
-__all__ = ["VtcSelector"]
+__all__ = ["Place", "VtcSelector"]
 
 _LAYERS = 8  # of the vision tower, whose [CLS] attention is summed
 _RIDGE = 1e-4
@@ -181,9 +181,13 @@ class VtcSelector(TextRelevance):
         """Choose, and before the language model merge."""
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
+        return self.chosen(ctx, self._weights(ctx))
+
+    def chosen(self, ctx: VisualContext, quality: Tensor | None) -> Selection:
+        """Choose fewer than N tokens by a quality (N,) of each, None: all 1; before the language model merge."""
         width = _WIDTHS[ctx.modality] if self.width is None else self.width
         places = ctx[Place].float() / width
-        keep = kernels.dpp_greedy(ctx.features, ctx.budget, self._weights(ctx), places, _RIDGE).sort().values
+        keep = kernels.dpp_greedy(ctx.features, ctx.budget, quality, places, _RIDGE).sort().values
         if not self.merge_weight or not isinstance(ctx.site, BeforeDecoder):
             return Selection(ctx.n, keep)
         assign = kernels.nearest_slots(ctx.features, keep)

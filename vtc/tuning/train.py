@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from vtc.limits import MAX_ROUNDS, check_count
 from vtc.plain import parse_json, real, shown
 from vtc.registry import selectors
 from vtc.report.views import fit_of
-from vtc.selectors.learned import Modules, crosslmm, save_modules, vision_remember
+from vtc.selectors.learned import Modules, crosslmm, save_modules, vision_remember, vtc_asked
 from vtc.selectors.learned.atp import training as atp
 from vtc.selectors.learned.decoder import Decoder
 from vtc.selectors.learned.llava_mini import training as llava_mini
@@ -63,11 +63,18 @@ class Recipe:
         For modules that no gradient of the answer reaches: ``study(module, read)`` finds out about a sample what
         ``loss(module, found)`` learns from, with ``read()`` giving the loss of its answer. None: the loss of the answer
         is what they learn from.
+    answers
+        Whether an answer is read behind the prompt; without one no answer is needed, and how many tokens stay does not
+        matter: all do.
+    options
+        Of the method, while it is trained.
     """
 
     begin: Callable[..., tuple[Modules, nn.Module]]
     study: Callable[[Any, Callable[[], Tensor]], Any] | None = None
     loss: Callable[[Any, Any], Tensor] | None = None
+    answers: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 TRAINABLE: Mapping[str, Recipe] = {
@@ -76,6 +83,7 @@ TRAINABLE: Mapping[str, Recipe] = {
     "llava-mini": Recipe(llava_mini.begin),
     "pixelrefer": Recipe(pixelrefer.begin),
     "vision-remember": Recipe(vision_remember.begin),
+    "vtc-asked": Recipe(vtc_asked.begin, vtc_asked.study, vtc_asked.loss, answers=False, options={"imitate": True}),
 }
 """Methods whose modules can be trained."""
 
@@ -139,8 +147,9 @@ def train(
     """Train the modules of `method` for this model; return the folder, which ``modules=`` of the method names.
 
     With an answer the loss is the cross-entropy of its tokens and of the end of the turn; without one it is the
-    Kullback-Leibler divergence from what the untouched model predicts at each token of its own greedy answer. The model
-    is frozen, in evaluation mode, and left as it was found.
+    Kullback-Leibler divergence from what the untouched model predicts at each token of its own greedy answer; "atp" and
+    "vtc-asked" have losses of their own, and "vtc-asked" needs no answers. The model is frozen, in evaluation mode, and
+    left as it was found.
 
     The optimiser is AdamW without weight decay; gradients are averaged over `batch` samples, which are read one by one,
     and their norm is clipped to 1. The learning rate rises for 3 % of the steps and falls along half a cosine to 5 %;
@@ -189,7 +198,7 @@ def train(
         Of the modules: for "llava-mini" `side` (C), `heads` and `fusion` (layers); for "crosslmm" and "vision-remember"
         `every` (decoder layers between them), `inner` (width of the attention) and `heads`; for "atp" `target`
         (fraction of the tokens that stays on average), `layout`, `grid` and `width`; for "pixelrefer" `heads`,
-        `iterations` and `tokens`.
+        `iterations` and `tokens`; for "vtc-asked" `inner` (width of the scorer), `heads` and `blocks`.
 
     Raises
     ------
@@ -220,7 +229,8 @@ def train(
     encoded = prompts(processor, samples, model)
     tokens = [_answer_tokens(processor, model, text) for text in answers or [None] * len(encoded)]
     keep: dict[str, Any] = budget or {"keep_tokens": _NO_CEILING}
-    config = CompressionConfig(method, **keep, positions=positions, options={"modules": str(folder)})
+    chosen = {"modules": str(folder), **TRAINABLE[method].options}
+    config = CompressionConfig(method, **keep, positions=positions, options=chosen)
     mark = _mark(run, modules, encoded, tokens, (positions, budget, regions))
     state = _State.read(folder, mark)  # refused before anything is written
     state = state or _State.start(_trained(module, adapter_module), mark)
@@ -259,11 +269,13 @@ def check(
     if method not in TRAINABLE:
         raise ConfigError(f"{shown(method)} has no modules to train; these have: {', '.join(TRAINABLE)}.")
     kind = selectors()[method]
-    if kind.adaptive and budget:
-        raise ConfigError(f"{method} takes no {next(iter(budget))}: how many tokens stay is trained into its modules.")
-    if not kind.adaptive and not budget:
+    answers = TRAINABLE[method].answers
+    if budget and not (answers and not kind.adaptive):
+        why = "how many tokens stay is trained into its modules" if answers else "it is trained with all tokens"
+        raise ConfigError(f"{method} takes no {next(iter(budget))}: {why}.")
+    if answers and not kind.adaptive and not budget:
         raise ConfigError(f"{method} is trained for a number of tokens: give keep_tokens, or keep_ratio.")
-    if lora is not None and not issubclass(kind, TrainedSelector):
+    if lora is not None and not (answers and issubclass(kind, TrainedSelector)):
         raise ConfigError(
             f"{method} runs its modules alone and cannot bring an adapter of the decoder; leave lora out."
         )
@@ -370,6 +382,16 @@ def _steps(
     optimizer = state.optimizer(module)
     own: dict[int, Tensor] = {}
     studied: dict[int, Any] = {}
+
+    def known(index: int) -> tuple[Tensor, Tensor | None]:
+        """Return the answer to a sample, and what the untouched model predicts there if it is its own."""
+        answer = tokens[index]
+        if answer is not None:
+            return answer, None
+        if index not in own:
+            own[index] = _own_answer(model, encoded[index])
+        return own[index], _meant(model, encoded[index], own[index])
+
     with _bar(run.steps, state.step, progress) as show:
         for step in range(state.step, run.steps):
             began = time.perf_counter()
@@ -377,20 +399,15 @@ def _steps(
             for group in optimizer.param_groups:
                 group["lr"] = run.rate_at(step) * group["faster"]
             for index in run.samples_of(step, len(encoded)):
-                answer = tokens[index]
-                prompt, imitate = encoded[index], answer is None
-                if answer is None:
-                    if index not in own:
-                        own[index] = _own_answer(model, prompt)
-                    answer = own[index]
                 with marks[index]():
                     if recipe.study is None or recipe.loss is None:
-                        loss = _loss(model, prompt, answer, _meant(model, prompt, answer) if imitate else None)
+                        loss = _loss(model, encoded[index], *known(index))
                     else:
                         if index not in studied:
                             with api.remember(model, EncoderMemory()):
-                                meant = _meant(model, prompt, answer) if imitate else None
-                                read = functools.partial(_loss, model, prompt, answer, meant)
+                                read = functools.partial(model, **encoded[index], use_cache=False)
+                                if recipe.answers:
+                                    read = functools.partial(_loss, model, encoded[index], *known(index))
                                 studied[index] = recipe.study(module, read)
                         loss = recipe.loss(module, studied[index])
                 (loss / run.batch).backward()

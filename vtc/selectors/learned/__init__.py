@@ -12,6 +12,7 @@ from .folder import Modules, read_modules, save_modules
 from .llava_mini import LlavaMiniSelector
 from .pixelrefer import PixelReferSelector
 from .vision_remember import VisionRememberSelector
+from .vtc_asked import VtcAskedSelector
 
 __all__ = [
     "AtpSelector",
@@ -21,6 +22,7 @@ __all__ = [
     "Modules",
     "PixelReferSelector",
     "VisionRememberSelector",
+    "VtcAskedSelector",
     "read_modules",
     "save_modules",
 ]
