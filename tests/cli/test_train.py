@@ -33,6 +33,20 @@ def test_trains_and_asks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "holds trained modules already" in capsys.readouterr().err
 
 
+def test_trains_inside_the_decoder_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = vtc.reference.samples()[0]
+    data, folder = tmp_path / "samples.jsonl", tmp_path / "modules"
+    data.write_text(json.dumps({"image": str(picture), "question": "what is the digit ?", "answer": "yes"}) + "\n")
+    command = ["train", "crosslmm", "--data", str(data), "-o", str(folder), "--steps", "1", "--batch", "1"]
+    assert main(command) == 2
+    assert "give keep_tokens, or keep_ratio" in capsys.readouterr().err
+    assert main([*command, "--keep-tokens", "4", "--lora", "2", "--option", "inner=32", "--dtype", "float32"]) == 0
+    assert f'modules="{folder}", keep_tokens=4' in capsys.readouterr().out
+    assert (folder / "adapter_config.json").exists()
+    method = ["--method", "crosslmm", "--option", f"modules={folder}", "--keep-tokens", "4"]
+    assert main(["ask", str(picture), "what is the digit ?", *method]) == 0
+
+
 @pytest.mark.parametrize(
     "line", ['{"image": "a.png", "question": "?", "answer": 3}', '{"image": "a.png", "answer": "x"}']
 )

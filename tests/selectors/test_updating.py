@@ -220,6 +220,16 @@ def test_a_second_turn_remembers_the_picture(case: tiny.TinyCase, method: str, t
             torch.testing.assert_close(turn, whole[:, -3:], rtol=1e-4, atol=1e-4)
 
 
+def test_steps_on_a_static_cache_are_updated_when_compiled(case: tiny.TinyCase, tmp_path: Path) -> None:
+    model, inputs = case.model, case.batch("ragged")
+    vtc.compress(model, "crosslmm", modules=learned.updating(model, "crosslmm", tmp_path, lora=2), keep_tokens=4)
+    expected = answers(model, inputs)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    compiled = answers(model, inputs, cache_implementation="static")
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+
+
 @each_method
 def test_threads_remember_their_own_pictures(case: tiny.TinyCase, method: str, tmp_path: Path) -> None:
     model = case.model
