@@ -120,11 +120,12 @@ class Tower:
                 see = functools.partial(_take, found, layer, wanting)
                 if kind is VisionAttention:
                     seen = functools.partial(self._attention, layer, modality, see)
-                    handle = self.attentions[layer].register_forward_pre_hook(seen, with_kwargs=True)
+                    hook = self.attentions[layer].register_forward_pre_hook(seen, with_kwargs=True)
+                    handles.callback(hook.remove)
                 else:
-                    seen = functools.partial(self._hidden, modality, see)
-                    handle = self._blocks[layer].register_forward_hook(seen)
-                handles.callback(handle.remove)
+                    handles.enter_context(
+                        _returning(self._blocks[layer], functools.partial(self._hidden, modality, see))
+                    )
             yield found
 
     def values(
@@ -172,11 +173,35 @@ class Tower:
         see(VisionAttention(queries, keys, values, module.scale, cu_seqlens=bounds, prefix=prefix))
 
     @torch.no_grad()
-    def _hidden(self, modality: str, see: Any, module: Any, args: tuple[Any, ...], output: Any) -> None:
+    def _hidden(self, modality: str, see: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         hidden = hidden.transpose(0, 1) if self.packed else hidden
         # Later layers may add to it in place.
         see(VisionHidden(hidden.clone(), self.adapter.prefix_tokens(modality)))
+
+
+@contextmanager
+def _returning(block: nn.Module, see: Callable[[Any], None]) -> Iterator[None]:
+    """Hand what a layer returns to `see` while entered.
+
+    Classes that vLLM may compile call `forward` themselves, past the hooks of modules, also when it does not.
+    """
+    forward, before = block.forward, block.__dict__.get("forward")
+
+    @functools.wraps(forward)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        see(output)
+        return output
+
+    block.__dict__["forward"] = seen
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.__dict__["forward"]
+        else:
+            block.__dict__["forward"] = before
 
 
 def _take(found: dict[tuple[Signal, int], list[Tensor]], layer: int, signals: Sequence[VisionSignal], raw: Any) -> None:
