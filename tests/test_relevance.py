@@ -15,6 +15,7 @@ import vtc
 from tests import tiny
 from vtc import relevance
 from vtc.core.observations import PatchPixels, PromptText
+from vtc.engine.install import adapter_for
 from vtc.errors import ConfigError, InputError, StateError
 from vtc.registry import get_selector
 from vtc.relevance import OpenClip
@@ -240,9 +241,10 @@ class TestModels:
         with pytest.raises(InputError, match='another tower; give image="own"'):
             case.model(**case.batch("single"))
 
+    @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
     @torch.no_grad()
-    def test_a_second_look_is_told_in_the_report(self, folder: Path, stand_in: Any) -> None:
-        case = tiny.build("internvl")
+    def test_a_second_look_is_told_in_the_report(self, folder: Path, stand_in: Any, name: str) -> None:
+        case = tiny.build(name)
         stand_in(8)
         option = OpenClip(folder, question="x", image="own", mean=(0.5,) * 3, std=(0.5,) * 3)
         with vtc.compressed(case.model, "cdpruner", keep_ratio=0.5, relevance=option):
@@ -251,14 +253,26 @@ class TestModels:
         assert all(segment.tokens_after < segment.tokens_before for segment in report.segments)
         assert report.selector_ms > 0
 
-    @torch.no_grad()
-    def test_patches_that_do_not_tell_how_they_lie_are_refused(self, folder: Path, stand_in: Any) -> None:
-        case = tiny.build("qwen2_5_vl")
-        stand_in(8)
-        option = OpenClip(folder, question="x", image="own", mean=(0.5,) * 3, std=(0.5,) * 3)
-        vtc.compress(case.model, "cdpruner", keep_ratio=0.5, relevance=option)
+    def test_patches_that_do_not_tell_how_they_lie_are_refused(self, folder: Path) -> None:
+        signal = relevance.PixelEmbeddings(str(folder), (0.0,) * 3, (1.0,) * 3)
         with pytest.raises(InputError, match="do not tell how they lie"):
-            case.model(**case.batch("single"))
+            signal.compute(PatchPixels((torch.zeros(4, 3, 16),), None, packed=True))
+
+    @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_vl_video", "glm4v"])
+    def test_packed_patches_lie_where_their_pixels_do(self, name: str) -> None:
+        case = tiny.build(name)
+        inputs = case.batch("single")
+        modality = case.family.modality
+        pixels = inputs["pixel_values" if modality == "image" else "pixel_values_videos"]
+        adapter = adapter_for(case.model)
+        crops, size = adapter.patch_pixels(modality, inputs, pixels)
+        assert size is None
+        for crop, picture in zip(crops, adapter.pictures(modality, inputs, crops), strict=True):
+            joined = crop.shape[2] // (picture.frames[0, 0].numel() // (picture.grid[0] * picture.grid[1]))
+            means = crop.unflatten(2, (joined, -1))[:, :, 0].mean(dim=(1, 2))
+            blocks = nn.functional.adaptive_avg_pool2d(picture.frames.mean(dim=1), picture.grid).flatten()
+            torch.testing.assert_close(means, blocks[picture.order])
+            assert sorted(picture.order.tolist()) == list(range(len(crop)))
 
     def test_a_second_look_follows_the_picture(self, folder: Path, stand_in: Any) -> None:
         # One bright corner: its place differs from all others, which are equal.

@@ -174,23 +174,38 @@ class PixelEmbeddings(Signal):
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def compute(self, raw: PatchPixels) -> Tensor:
-        """(C, M, E): each crop as a picture for open_clip's tower, whose patches are resampled to those of the crop."""
-        if raw.size is None:
+        """(C, M, E): each crop or frame as a picture for open_clip's tower, its patches resampled to those of the crop.
+
+        Raises
+        ------
+        InputError
+            Nobody knows how the patches of this family lie.
+        """
+        if raw.size is not None:
+            height, width = raw.size
+            return torch.cat(
+                [self._look(crop[None], crop.shape[1] // height, crop.shape[2] // width) for crop in raw.crops]
+            )
+        pictures = None if raw.pictures is None else raw.pictures()
+        if pictures is None:
             raise InputError(
                 "a second look needs pictures, and the patches of this family do not tell how they lie; use a model "
-                "whose tower is given crops"
+                "whose tower is given crops, or of the Qwen-VL family"
             )
-        visual = _loaded(self.model, raw.crops[0].device).visual
-        mean, std = (torch.tensor(part, device=raw.crops[0].device)[:, None, None] for part in (self.mean, self.std))
+        looks = [self._look(each.frames, *each.grid).flatten(0, 1)[each.order] for each in pictures]
+        return torch.cat(looks)[None]
+
+    def _look(self, frames: Tensor, rows: int, columns: int) -> Tensor:
+        """(F, rows * columns, E): what open_clip's tower makes of frames (F, C, H, W)."""
+        visual = _loaded(self.model, frames.device).visual
+        mean, std = (torch.tensor(part, device=frames.device)[:, None, None] for part in (self.mean, self.std))
         own = [_normalisation(self.model, name, mean) for name in ("mean", "std")]
         side = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
         found = []
-        for crop in raw.crops:
-            pixels = (crop.float() * std + mean - own[0]) / own[1]
+        for frame in frames:
+            pixels = (frame.float() * std + mean - own[0]) / own[1]
             pixels = F.interpolate(pixels[None], size=tuple(side), mode="bicubic", antialias=True, align_corners=False)
-            patches = _patches(visual, pixels)
-            rows, columns = (edge // size for edge, size in zip(crop.shape[-2:], raw.size, strict=True))
-            grid = patches.transpose(1, 2).unflatten(2, visual.grid_size)
+            grid = _patches(visual, pixels).transpose(1, 2).unflatten(2, visual.grid_size)
             grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=False)
             found.append(F.normalize(grid.flatten(2).transpose(1, 2), dim=-1))
         return torch.cat(found)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vtc.core.grids import Grid
+from vtc.core.observations import Picture
 from vtc.core.signals import Signal
 from vtc.errors import UnsupportedModelError
 
@@ -229,6 +230,10 @@ class Adapter(ABC):
     def tower_outlets(self, modality: str) -> list[nn.Module]:
         """Return the modules behind which there is one row per cell; none where the tower itself returns patches."""
         return []
+
+    def pictures(self, modality: str, call: Mapping[str, Any], crops: Sequence[torch.Tensor]) -> list[Picture] | None:
+        """Put the patches (M, C, P) of every crop together again, as `patch_pixels` gives them; None: it cannot."""
+        return None
 
     def patch_pixels(
         self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor

@@ -10,6 +10,7 @@ from torch import nn
 
 from vtc.adapters.base import Adapter, Layout, TowerUnit, rows_of
 from vtc.core.grids import Grid
+from vtc.core.observations import Picture
 from vtc.registry import register_adapter
 
 
@@ -68,6 +69,17 @@ class QwenVLAdapter(Adapter):
     ) -> tuple[list[torch.Tensor], tuple[int, int] | None]:
         """Take `pixels` as rows (M, C * P), one image after the other."""
         return list(pixels.unflatten(1, (3, -1)).split(self._grids(modality, call).prod(dim=1).tolist())), None
+
+    def pictures(self, modality: str, call: Mapping[str, Any], crops: Sequence[torch.Tensor]) -> list[Picture] | None:
+        """Put every picture or video together; of the frames that a patch reaches over, the first."""
+        config, merge = self.base.visual.config, self.base.visual.spatial_merge_size
+        found = []
+        for crop, grid in zip(crops, self._grids(modality, call).tolist(), strict=True):
+            t, h, w = grid
+            frames = frames_of_patches(crop.flatten(1), grid, merge, config.patch_size, config.temporal_patch_size)
+            places = torch.arange(t * h * w, device=crop.device).view(t, 1, 1, h, w)
+            found.append(Picture(frames[:, 0], (h, w), patches_of_frames(places, merge, 1)[:, 0]))
+        return found
 
     def resampled(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[tuple[torch.Tensor, int, int]]

@@ -7,7 +7,7 @@ a decoder layer, d head width, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "EnteredAttention",
     "Observation",
     "PatchPixels",
+    "Picture",
     "PromptText",
     "TokenGrids",
     "VisionAttention",
@@ -104,6 +105,25 @@ class VisionHidden(Observation):
 
 
 @dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture or video whose patches enter the tower in another order than that of their places.
+
+    Attributes
+    ----------
+    frames
+        (t, C, H, W) pixels as the processor normalised them; of frames that share their patches the first.
+    grid
+        (rows, columns) of patches in a frame.
+    order
+        (M,) long: place of every patch, as it enters the tower, in raster order among the t * rows * columns.
+    """
+
+    frames: Tensor
+    grid: tuple[int, int]
+    order: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class PatchPixels(Observation):
     """The pixels that the vision tower was given, crop by crop, as the processor normalised them.
 
@@ -116,11 +136,15 @@ class PatchPixels(Observation):
         (height, width) of a patch, or None.
     packed
         Whether the crops enter the tower as one sequence.
+    pictures
+        Where `size` is None: puts the patches of each picture or video together again, if that is known; see
+        `Picture`.
     """
 
     crops: tuple[Tensor, ...]
     size: tuple[int, int] | None
     packed: bool
+    pictures: Callable[[], Sequence[Picture] | None] | None = None
 
 
 # -- once it is known which tokens of a prompt are visual ------------------------------------------------------------

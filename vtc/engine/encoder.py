@@ -432,7 +432,8 @@ class Encoder:
         """Compute a signal of the pixels per patch, (C, M, ...)."""
         given = torch.cat(list(pixels))
         crops, size = self.adapter.patch_pixels(modality, call, given)
-        return signal.compute(PatchPixels(tuple(crops), size, packed=given.dim() == 2))
+        pictures = functools.partial(self.adapter.pictures, modality, call, crops) if size is None else None
+        return signal.compute(PatchPixels(tuple(crops), size, packed=given.dim() == 2, pictures=pictures))
 
     def _survivors(
         self, modality: str, call: Mapping[str, Any], tower: TowerPass | None, layout: Layout
