@@ -75,7 +75,11 @@ class Line:
 
 
 class NotRunError(Exception):
-    """The package itself does not do this here."""
+    """The package or transformers does not do this here."""
+
+    def __str__(self) -> str:
+        why = super().__str__()
+        return f"not runnable on a CPU: {why}" if "GPU" in why or "CUDA" in why else f"refused by its package: {why}"
 
 
 # -------------------------------------------------------------------------------------------------- what is checked
@@ -103,7 +107,7 @@ def exercised(given: Given, model: Any) -> str:
     placeholder = given.processor.image_token_id
     before = _logits(model, inputs)
     if not before.isfinite().all():
-        raise NotRunError("the logits are not finite before it is compressed")
+        raise RuntimeError("the logits are not finite before it is compressed")
     generate = model.generate if hasattr(model, "generate") else model.module.generate
     error = 0.0
     for method in ("divprune", "vtc-cls"):
@@ -229,6 +233,36 @@ def _packed(method: str, dtype: torch.dtype) -> Callable[[Given], Any]:
     return make
 
 
+def _by_torchao(name: str) -> Callable[[Given], Any]:
+    """Let torchao itself round the decoder: what it says to a machine without a GPU gets lost in transformers."""
+
+    def make(given: Given) -> Any:
+        from torchao import quantization
+
+        model = given.model()
+        try:
+            quantization.quantize_(model.model.language_model, getattr(quantization, name)())
+        except AssertionError as error:
+            raise NotRunError(_line(error)) from error
+        return model
+
+    return make
+
+
+def _by_hqq(given: Given) -> Any:
+    """Round the decoder's projections by hqq itself, as it does for models that transformers does not know."""
+    from hqq.core import quantize
+
+    model = given.model()
+    settings = quantize.BaseQuantizeConfig(nbits=4, group_size=64)
+    for layer in model.model.language_model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                rounded = quantize.HQQLinear(module, settings, compute_dtype=torch.float32, device="cpu")
+                layer.set_submodule(name, rounded)
+    return model
+
+
 def _offloaded(given: Given) -> Any:
     places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
     places |= {f"model.language_model.{part}": "cpu" for part in ("embed_tokens", "norm", "rotary_emb")}
@@ -341,11 +375,17 @@ LINES = (
     ),
     Line("torchao, float8 weights", ("torchao",), _quantised(_torchao("Float8WeightOnlyConfig"))),
     Line(
+        "torchao, float8 weights and activations",
+        ("torchao",),
+        _by_torchao("Float8DynamicActivationFloat8WeightConfig"),
+    ),
+    Line(
         "quanto, int8 weights",
         ("optimum-quanto",),
         _quantised(lambda: transformers.QuantoConfig(weights="int8", modules_to_not_convert=["lm_head"])),
     ),
-    Line("HQQ, 4 bit", ("hqq",), _quantised(lambda: transformers.HqqConfig(nbits=4, group_size=64))),
+    Line("HQQ, 4 bit", ("hqq",), _by_hqq),
+    Line("HQQ, 4 bit, by `HqqConfig`", ("hqq",), _quantised(lambda: transformers.HqqConfig(nbits=4, group_size=64))),
     Line("GPTQ, 4 bit", ("gptqmodel", "optimum"), _packed("gptq", torch.float32)),
     Line("AWQ, 4 bit", ("gptqmodel",), _packed("awq", torch.float16)),
     Line("fp8 in blocks", (), _quantised(lambda: transformers.FineGrainedFP8Config())),
@@ -381,7 +421,7 @@ def tried(line: Line, given: Given) -> str:
     try:
         return (line.use or exercised)(given, line.make(given))
     except NotRunError as error:
-        return f"not run: {error}"
+        return str(error)
     except vtc.VtcError as error:
         return f"refused: {_line(error)}"
     except Exception as error:
@@ -437,7 +477,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         "This table was made by `python -m eval.compatibility` on a CPU: the reference model llava, transformers "
         f"{transformers.__version__},\ntorch {torch.__version__}, one prompt, float32 where nothing else is said. "
-        '"refused" are errors of `vtc`, "not run" is what\nhappened before `vtc` had a part in it.\n'
+        '"refused" are errors of `vtc`; "refused by\nits package" and "not runnable on a CPU" are errors of '
+        "transformers or of the package, before `vtc` had a part in it.\n"
     )
     print("| the model is | packages | compressing it |\n| --- | --- | --- |")
     with _given() as given, _alone():

@@ -19,7 +19,8 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
         "zero_point": True,
         "version": "gemm",
         "backend": "torch_awq",
-        "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
+        # Beginnings of names. Of what is not excluded, transformers makes layers whose weights are any numbers.
+        "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     },
 }
 
