@@ -85,7 +85,7 @@ def test_unsupported_runs_are_left_out_unless_requested(loaded: models.Loaded) -
     caches = ("chunkkv", "defensivekv", "elastic-cache", "h2o", "light-transfer", "prefixkv", "snapkv", "streaming")
     caches += ("triattention",)
     elsewhere = (*inside, *caches, "tome", "adaptive-sparse-vit", "pixelprune")  # not before the decoder
-    learned = ("crosslmm", "llava-mini", "vision-remember")
+    learned = ("crosslmm", "llava-mini", "vision-remember", "vtc-asked")
     trained = {f"{name} 0.5{compact}" for name in learned for compact in ("", " compact")}  # without their modules
     regional = {"pixelrefer 0.5", "pixelrefer 0.5 compact"}  # without regions
     assert set(left_out) == {f"{name} 0.5 compact" for name in elsewhere} | trained | regional
