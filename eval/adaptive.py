@@ -1,6 +1,6 @@
 """Measure whether an adaptive method keeps more tokens of crowded scenes than of plain ones.
 
-    python -m eval.adaptive trained.json free.json --out eval/results/atp
+    python -m eval.adaptive free.json calibrated.json --out eval/results/atp
 
 Draws held-out scenes, selects those that objects cover the least and the most, asks one question about each, and counts
 for every configuration the tokens kept in the two groups. Writes table.md.

@@ -1,7 +1,7 @@
 """Train ATP-LLaVA's modules on the reference LLaVA, and measure whether what they keep follows scene and question.
 
-    python -m eval.train_atp train --scenes 96 --out modules/
-    python -m eval.train_atp compare modules/ --scenes 160 --out eval/results/atp/table.json
+    python -m eval.train_atp train --scenes 72 --out modules/
+    python -m eval.train_atp compare modules/ --scenes 128 --out imitation.json
 
 Training is that of `vtc train atp` without answers, so that the modules imitate the untouched model, but questions
 about a scene share passes, and the first word of the answer alone counts. The comparison asks about scenes that no

@@ -28,7 +28,6 @@ from eval.tasks.scenes import writer as scenes
 from vtc import reference
 from vtc.bench import _growth, timing
 from vtc.report.visualize import save_animation
-from vtc.selectors.learned.atp import AtpModule, load_modules, save_modules
 
 SCORES = pd.DataFrame({"colour": [0.5, 0.4]}, index=["all tokens", "random 0.5"])
 TABLE = pd.DataFrame(
@@ -51,7 +50,6 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "bench.json": lambda path: timing.write_json(path, {"a": 1}),
     "growth.png": lambda path: _growth.plot({"x": {"ours": CURVE, "baseline": CURVE}}, path),
     "kept.gif": lambda path: save_animation([Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")], path),
-    "modules.pt": lambda path: save_modules([AtpModule(4, 4)], path),
     "score-by-tokens.png": lambda path: plots.against_cost(TABLE, path.parent, "title"),
     "score-by-kind.png": lambda path: plots.bars(SCORES, TABLE, path, "title"),
     "clip.mp4": lambda path: clips.write_mp4(path, np.zeros((2, 32, 32, 3), np.uint8)),
@@ -109,11 +107,6 @@ def test_the_page_stays_as_it_was(tmp_path: Path, failing: Callable[[BaseExcepti
     assert page.read_text() == PAGE
     readme.write(page)
     assert readme.current(page) == readme.block()
-
-
-def test_written_modules_are_read(tmp_path: Path) -> None:
-    save_modules([AtpModule(4, 4)], tmp_path / "modules.pt")
-    assert len(load_modules(str(tmp_path / "modules.pt"))) == 1
 
 
 @pytest.mark.parametrize("write", [scenes.write, clips.write_task], ids=["scenes", "clips"])
