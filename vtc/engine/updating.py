@@ -84,23 +84,25 @@ def update_hidden(
             here = (source_index[row] >= 0).nonzero()[:, 0]
             if not pictures or not len(here):
                 continue
-            context = _context(layer, hidden[row, here], source_index[row, here], pictures)
-            if visual is not None:
-                context = replace(context, text=~visual[row, here])
+            source, there = source_index[row, here], here.to(hidden.device)
+            text = torch.ones_like(here, dtype=torch.bool) if visual is None else ~visual[row, here]
+            # The modules are where the picture was, which in a model on several devices need not be the layer's.
+            device = next((value.device for value in pictures[0].values.values()), hidden.device)
+            context = _context(layer, hidden[row, there].to(device), source.to(device), text.to(device), pictures)
             states = selector.update(context)
             if states.shape != context.hidden.shape:
                 raise InputError(
                     f"{selector.name} returned {tuple(states.shape)} for hidden states {tuple(context.hidden.shape)}."
                 )
-            updated[row, here] = states.to(hidden.dtype)
+            updated[row, there] = states.to(hidden.device, hidden.dtype)
         hidden = updated
     return hidden
 
 
 def _context(
-    layer: int, hidden: torch.Tensor, source: torch.Tensor, pictures: Sequence[PictureMemory]
+    layer: int, hidden: torch.Tensor, source: torch.Tensor, text: torch.Tensor, pictures: Sequence[PictureMemory]
 ) -> HiddenContext:
-    """Describe the tokens (T, D) at `source` (T,) of one row."""
+    """Describe the tokens (T, D) at `source` (T,) of one row, of which `text` (T,) are."""
     picture, slot = torch.full_like(source, -1), torch.full_like(source, -1)
     for number, memory in enumerate(pictures):
         columns = memory.columns.to(source.device)
@@ -111,7 +113,7 @@ def _context(
     return HiddenContext(
         layer=layer,
         hidden=hidden,
-        text=torch.ones_like(source, dtype=torch.bool),
+        text=text,
         picture=picture,
         slot=slot,
         sees=source[:, None] >= starts,

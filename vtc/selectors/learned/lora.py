@@ -40,7 +40,9 @@ class _LowRank(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the change (..., width_out) for an input (..., width_in), in float32."""
+        """Compute the change (..., width_out) for an input (..., width_in), in float32, where the input is."""
+        if self.lora_A.weight.device != x.device:  # layers of one model may be on several devices
+            self.to(x.device)
         with torch.autocast(x.device.type, enabled=False):
             out: Tensor = self.lora_B(self.lora_A(x.float())) * self.scaling
             return out

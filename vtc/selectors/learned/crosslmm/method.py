@@ -37,7 +37,8 @@ class CrossLmmSelector(PooledUpdatingSelector):
     the prompt it does not see here.
 
     Keys and values of V0 are computed once per picture and kept beside the cache: 2 N inner numbers of float32 for each
-    of the two attentions of a layer. A picture that keeps all of its tokens is not looked at again.
+    of the two attentions of a layer. A picture that keeps all of its tokens is not looked at again. The report's FLOPs
+    are those of the decoder, without the modules.
 
     The modules are trained by ``vtc train crosslmm --keep-tokens K`` and run in float32.
 

@@ -52,7 +52,7 @@ class VisionRememberSelector(PooledUpdatingSelector):
 
     with the outputs x^(l) of L layers of the tower side by side. W_o begins at zero: untrained, this is `pool`, bit for
     bit. Text is not updated, so that decoding costs nothing more. A picture that keeps all of its tokens is not looked
-    at again.
+    at again. The report's FLOPs are those of the decoder, without the modules.
 
     The modules are trained by ``vtc train vision-remember --keep-tokens K`` and run in float32.
 
