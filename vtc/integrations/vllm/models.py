@@ -22,6 +22,7 @@ from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditio
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
 
+from vtc.adapters.base import Adapter
 from vtc.core.signals import Signal, VisionSignal
 from vtc.engine.plan import PlannedStage
 from vtc.errors import StateError, UnsupportedModelError
@@ -45,6 +46,7 @@ class Compressed:
     supports_encoder_cudagraph: ClassVar[bool] = False
     vtc_packed: ClassVar[bool] = False  # whether all pictures enter the tower as one sequence
     vtc_config: Any
+    vtc_known_adapter: Adapter | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         compilation = vllm_config.compilation_config
@@ -57,7 +59,13 @@ class Compressed:
     @functools.cached_property
     def vtc_tower(self) -> Tower:
         """The vision tower, as methods read it."""
-        return Tower(adapter_of(self.vtc_config), cast(nn.Module, self), MMEncoderAttention, packed=self.vtc_packed)
+        return Tower(self.vtc_adapter(), cast(nn.Module, self), MMEncoderAttention, packed=self.vtc_packed)
+
+    def vtc_adapter(self) -> Adapter:
+        """Return the library's adapter of the model."""
+        if self.vtc_known_adapter is None:
+            self.vtc_known_adapter = adapter_of(self.vtc_config)
+        return self.vtc_known_adapter
 
     def vtc_visuals(self, modality: str, rows: Tensor, index: int, inputs: Mapping[str, Any]) -> Sequence[Visual]:
         """Say how the rows (n, D) of one item lie.
@@ -123,7 +131,7 @@ class Compressed:
         """Encode, and leave rows out of the result."""
         fields = {modality: kwargs.pop(field_of(modality), None) for modality in MODALITIES}
         stages = {
-            modality: stages_of(field, self.vtc_config)
+            modality: stages_of(field, self.vtc_adapter)
             for modality in _in_order(kwargs)
             if (field := fields[modality]) is not None
         }

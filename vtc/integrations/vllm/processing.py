@@ -29,6 +29,7 @@ __all__ = ["Processor", "RequestError", "field_of", "stages_of", "with_processor
 T = TypeVar("T", bound=type)
 
 _KEPT_SETTINGS = "vtc_server"
+_REMEMBERED = 256
 _KEEP_ALL = "null"  # what stands for no compression where a configuration is written
 
 
@@ -37,13 +38,13 @@ def field_of(modality: str) -> str:
     return f"vtc_{modality}"
 
 
-def stages_of(field: Tensor | Sequence[Tensor], config: Any) -> list[PlannedStage | None]:
-    """Read the settings of items, one row of bytes each, for a model of this configuration; None: all tokens stay."""
-    return [_stage(bytes(row.tolist()).decode(), config) for row in field]
+def stages_of(field: Tensor | Sequence[Tensor], adapter: Callable[[], Adapter]) -> list[PlannedStage | None]:
+    """Read the settings of items, one row of bytes each, for a model with this adapter; None: all tokens stay."""
+    return [_stage(bytes(row.tolist()).decode(), adapter) for row in field]
 
 
-def _stage(text: str, config: Any) -> PlannedStage | None:
-    return None if text == _KEEP_ALL else parse(text, adapter_of(config))
+def _stage(text: str, adapter: Callable[[], Adapter]) -> PlannedStage | None:
+    return None if text == _KEEP_ALL else parse(text, adapter())
 
 
 class _Own(str):
@@ -75,6 +76,8 @@ class Processor:
     vtc_server: dict[str, Any]
     vtc_environment: dict[str, Any]
     vtc_pruned_by_vllm: bool
+    vtc_resolved: dict[str, str]  # what requests asked for so far, as it was resolved
+    vtc_known_adapter: Adapter | None = None
 
     def vtc_begin(self) -> None:
         """Read the settings of the server, and refuse what cannot be done before anything is served."""
@@ -83,7 +86,7 @@ class Processor:
         ours, others = split(mm_config.mm_processor_kwargs)
         self.vtc_server = mm_config.__dict__.setdefault(_KEPT_SETTINGS, ours)
         mm_config.mm_processor_kwargs = others or None
-        self.vtc_environment = from_environment(os.environ)
+        self.vtc_environment, self.vtc_resolved = from_environment(os.environ), {}
         self.vtc_pruned_by_vllm = bool(getattr(mm_config, "video_pruning_rate", None))
         self.vtc_resolve({})
         context = self.info.ctx
@@ -98,6 +101,15 @@ class Processor:
         ConfigError, UnsupportedMethodError
             They, or those of the server, cannot be carried out.
         """
+        known = repr(sorted(given.items()))
+        text = self.vtc_resolved.get(known)
+        if text is None:
+            if len(self.vtc_resolved) >= _REMEMBERED:
+                self.vtc_resolved.clear()
+            self.vtc_resolved[known] = text = self._vtc_resolve(given)
+        return text
+
+    def _vtc_resolve(self, given: Mapping[str, Any]) -> str:
         config = resolve(self.vtc_environment, self.vtc_server, given, adapter=self.vtc_adapter)
         if config is None:
             return _KEEP_ALL
@@ -119,7 +131,9 @@ class Processor:
 
     def vtc_adapter(self) -> Adapter:
         """Return the library's adapter of the model."""
-        return adapter_of(self.info.get_hf_config())
+        if self.vtc_known_adapter is None:
+            self.vtc_known_adapter = adapter_of(self.info.get_hf_config())
+        return self.vtc_known_adapter
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Process one prompt with its pictures and videos, once the settings are resolved."""
@@ -153,7 +167,7 @@ class Processor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[Any]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        stage = _stage(str(hf_processor_mm_kwargs.get(RESOLVED, _KEEP_ALL)), self.info.get_hf_config())
+        stage = _stage(str(hf_processor_mm_kwargs.get(RESOLVED, _KEEP_ALL)), self.vtc_adapter)
         if self.vtc_pruned_by_vllm:
             return updates
         return [
