@@ -288,34 +288,38 @@ def hiding_earlier_prompts(model: Any, prompts: list[tuple[int, int, Sequence[to
             handle.remove()
 
 
+def talk(model: Any, inputs: dict[str, Any], prompts: list[Any] | None = None, **first: Any) -> torch.Tensor:
+    """Logits of two turns with a picture each, the same one, and of four steps behind them.
+
+    What is stored of each turn's prompt is added to `prompts`; `first` are more arguments of the first turn.
+    """
+    length = inputs["input_ids"].shape[1]
+    cache = model(**inputs, **first)[CACHE]
+    if prompts is not None:
+        prompts.append((0, length, vtc.report(model).entries))
+    mask = torch.ones(1, 2 * length, dtype=torch.long)
+    found = [model(**{**inputs, "attention_mask": mask}, **{CACHE: cache}).logits]
+    if prompts is not None:
+        prompts.append((length, length, vtc.report(model).entries))
+    for step in range(4):
+        mask = torch.ones(1, 2 * length + step + 1, dtype=torch.long)
+        found.append(model(input_ids=torch.tensor([[11 + step]]), attention_mask=mask, **{CACHE: cache}).logits)
+    return torch.cat(found, dim=1)
+
+
 @pytest.mark.parametrize("scope", ["visual", "all"])
 @pytest.mark.parametrize("method", ["snapkv", "prefixkv", "h2o"])
 @torch.no_grad()
 def test_two_turns_with_pictures_are_as_if_masked(method: str, scope: str) -> None:
     case = sharp(tiny.family("llava"))
-    first, second = case.batch("single"), case.batch("single")
-    length = first["input_ids"].shape[1]
-    prompts: list[tuple[int, int, Sequence[torch.Tensor]]] = []
-
-    def talk(model: Any, note: bool) -> torch.Tensor:
-        cache = model(**first)[CACHE]
-        if note:
-            prompts.append((0, length, vtc.report(model).entries))
-        mask = torch.ones(1, 2 * length, dtype=torch.long)
-        found = [model(**{**second, "attention_mask": mask}, **{CACHE: cache}).logits]
-        if note:
-            prompts.append((length, length, vtc.report(model).entries))
-        for step in range(4):
-            mask = torch.ones(1, 2 * length + step + 1, dtype=torch.long)
-            found.append(model(input_ids=torch.tensor([[11 + step]]), attention_mask=mask, **{CACHE: cache}).logits)
-        return torch.cat(found, dim=1)
-
+    inputs = case.batch("single")
+    prompts: list[Any] = []
     with vtc.compressed(case.model, method, keep_ratio=0.4, scope=scope, **METHODS[method]) as model:
-        ours = talk(model, note=True)
+        ours = talk(model, inputs, prompts)
     with hiding_earlier_prompts(case.model, prompts):
-        theirs = talk(case.model, note=False)
+        theirs = talk(case.model, inputs)
     assert reference.max_error(ours, theirs) <= tolerance(case)
-    assert reference.max_error(talk(case.model, note=False), ours) > 1e-3, "something was hidden"
+    assert reference.max_error(talk(case.model, inputs), ours) > 1e-3, "something was hidden"
 
 
 def means_of(entries: torch.Tensor, keep: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

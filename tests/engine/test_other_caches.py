@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, QuantizedLayer
 
 import vtc
 from tests import reference, tiny
-from tests.engine.test_eviction import METHODS, STEPS, hiding, hiding_earlier_prompts, run
+from tests.engine.test_eviction import METHODS, STEPS, hiding, hiding_earlier_prompts, run, talk
 from tests.invariants.matrix import build, sharp, tolerance
 from vtc.core.sites import CacheAfterPrefill
 from vtc.engine.cache import CACHE
@@ -113,28 +113,12 @@ def _columns(case: tiny.TinyCase, inputs: dict[str, Any], report: vtc.Report) ->
 @torch.no_grad()
 def test_two_turns_with_pictures(kind: str) -> None:
     case = sharp(tiny.family("llava"))
-    first, second = case.batch("single"), case.batch("single")
-    length = first["input_ids"].shape[1]
+    inputs = case.batch("single")
     prompts: list[Any] = []
-
-    def talk(model: Any, note: bool) -> torch.Tensor:
-        cache = quantized(kind, residual=1)
-        model(**first, **{CACHE: cache})
-        if note:
-            prompts.append((0, length, vtc.report(model).entries))
-        mask = torch.ones(1, 2 * length, dtype=torch.long)
-        found = [model(**{**second, "attention_mask": mask}, **{CACHE: cache}).logits]
-        if note:
-            prompts.append((length, length, vtc.report(model).entries))
-        for step in range(3):
-            mask = torch.ones(1, 2 * length + step + 1, dtype=torch.long)
-            found.append(model(input_ids=torch.tensor([[11 + step]]), attention_mask=mask, **{CACHE: cache}).logits)
-        return torch.cat(found, dim=1)
-
     with vtc.compressed(case.model, "snapkv", keep_ratio=0.4, **METHODS["snapkv"]) as model:
-        ours = talk(model, note=True)
+        ours = talk(model, inputs, prompts, **{CACHE: quantized(kind, residual=1)})
     with hiding_earlier_prompts(case.model, prompts):
-        theirs = talk(case.model, note=False)
+        theirs = talk(case.model, inputs, **{CACHE: quantized(kind, residual=1)})
     assert reference.max_error(ours, theirs) <= tolerance(case)
 
 

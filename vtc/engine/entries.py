@@ -1,10 +1,11 @@
 """Keys and values in the layers of a cache, whatever form they are stored in: as tensors, quantized, or offloaded.
 
 A quantized layer is dequantised, what stays of it is quantised again. That adds nothing but rounding of floating point
-where each group of values that share a scale lies within one entry (quanto with its default axes; hqq with both axes 1;
-either if the group size divides the width of a head), and nothing at all in fp8, whose scale the layer keeps. Elsewhere
-groups change their members, and each value is rounded once more, by at most half a step, as transformers itself does
-each time the unquantized rest of such a layer is full. An offloaded layer is read and written where it lies.
+where each group of values that share a scale lies within one entry, which takes a group size that divides the width of
+a head (64, the default, mostly does) and the default axes of quanto, or both axes 1 of hqq; and nothing at all in fp8,
+whose scale the layer keeps. Elsewhere groups change their members, and each value is rounded once more, by at most half
+a step, as transformers itself does each time the unquantized rest of such a layer is full. An offloaded layer is read
+and written where it lies.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vtc.errors import UnsupportedMethodError
 
 __all__ = ["keys_and_values", "replace_keys_and_values", "require_evictable"]
 
-_FP8 = getattr(cache_utils, "Fp8QuantizedLayer", ())  # since 5.24
+_FP8 = tuple(getattr(cache_utils, name) for name in ("Fp8QuantizedLayer",) if hasattr(cache_utils, name))  # since 5.24
 _PLAIN = (DynamicLayer, PreallocatedLayer)
 
 
@@ -99,7 +100,7 @@ def replace_keys_and_values(cache: Cache, layer: int, keys: torch.Tensor, values
 
 
 def _quantized(layer: Any) -> bool:
-    return isinstance(layer, (QuantizedLayer, *([_FP8] if _FP8 else [])))
+    return isinstance(layer, (QuantizedLayer, *_FP8))
 
 
 def _settle(cache: Cache, layer: Any) -> None:
