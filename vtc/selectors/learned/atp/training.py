@@ -122,8 +122,11 @@ def loss(module: AtpModules, found: Study) -> Tensor:
     chosen = [each(read).mean(dim=-1) for each, read in zip(module.places, found.reads.unbind(1), strict=True)]
     factors = torch.stack(chosen)
     place = (1 + torch.log(factors) / torch.log(torch.tensor(LARGEST))) * (_STEPS - 1) / 2  # (places, J) in 0 .. J - 1
+    # Averaged half a step up and down: at the corner of a line every image would stay, as each price between its slopes
+    # is met there.
+    place = (place[..., None] + torch.linspace(-0.5, 0.5, 9)).clamp(0, _STEPS - 1)
     low = place.detach().long().clamp(0, _STEPS - 2)
-    change = torch.lerp(found.changes[low], found.changes[low + 1], place - low)
+    change = torch.lerp(found.changes[low], found.changes[low + 1], place - low).mean(dim=-1)
     above, price = factors.mean(dim=1) - 1, module.price.exp()
     # The last term has the value 0; down its slope the price goes up.
     return (change.mean(dim=1) + price.detach() * above - (price - price.detach()) * above.detach()).mean()
