@@ -14,7 +14,7 @@ from vtc.files import write_text
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "README.md"
 RESULTS = ROOT / "eval" / "results" / "methods-llava"
-FRONT = ROOT / "eval" / "results" / "front-qwen2_5_vl"
+FRONT = ROOT / "eval" / "results" / "confirm-front-qwen2_5_vl"
 PICTURE = ROOT / "docs" / "assets" / "score-by-call.png"
 BEGIN, END = "<!-- python -m eval readme: begin -->", "<!-- python -m eval readme: end -->"
 SHARES = (0.25, 0.11)
