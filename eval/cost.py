@@ -23,6 +23,7 @@ import vtc
 from eval.conditions import conditions
 from eval.runs import BLIND, BOUNDS, Run
 from vtc.plain import parse_json
+from vtc.registry import get_selector
 
 TABLES = Path(__file__).parent / "costs"
 LAYERS = {"qwen2.5-vl-3b": 32}
@@ -122,7 +123,7 @@ class CostTable:
             Share of the visual tokens, mean over decoder layers.
         tower_layers : int or None
             Of the model that was scored: its layer k stands for the layer at the same depth of this tower. None: not
-            known, and then a run with stages in the tower has no cost.
+            known, and then a run with stages in the tower has no cost; nor has a method that is made for the tower.
         """
         if run == BLIND or run.method in BOUNDS:
             return None
@@ -130,13 +131,19 @@ class CostTable:
         if run.resizes:
             return self._of_smaller_picture(kept * whole) + self._at(self.decoder, kept * whole)
         tower = self._tower(run, kept, tower_layers)
-        return None if tower is None else tower + self._choosing(run) + self._at(self.decoder, kept * whole)
+        choosing = self.selector_seconds(run) or 0.0
+        return None if tower is None else tower + choosing + self._at(self.decoder, kept * whole)
 
     def _of_smaller_picture(self, tokens: float) -> float:
         return self._at(self.preprocessing, tokens) + self._at(self.tower, tokens)
 
-    def _choosing(self, run: Run) -> float:
-        """Sum what the selectors of a run take, each in proportion to the tokens that it chooses among."""
+    def selector_seconds(self, run: Run) -> float | None:
+        """Sum what the selectors of a run take, each in proportion to the tokens that it chooses among.
+
+        None if none of them was measured: methods that choose inside the tower or the decoder were not.
+        """
+        if run.method in BOUNDS or not any(config.method in self.selectors for config in run.plan()):
+            return None
         seconds, left = 0.0, 1.0
         for config in run.plan():
             share = config.keep_ratio
@@ -150,8 +157,12 @@ class CostTable:
     def _tower(self, run: Run, kept: float, tower_layers: int | None) -> float | None:
         """Return the seconds of preprocessing and tower; None if it is not known how deep a stage of the tower is."""
         whole, seen, smaller, others = self.tokens[-1], np.ones(self.layers), False, 1.0
-        for config in run.plan() if run.stages is not None else ():
+        for config in run.plan():
             site = config.site
+            if site is None:
+                own = get_selector(config.method, **config.options).stages()
+                if own and isinstance(own[0].site, (vtc.Pixels, vtc.VisionLayer)) and config.method != "resize":
+                    return None  # methods of the tower settle by themselves what its layers see
             if config.method == "resize":
                 smaller = True
                 continue

@@ -75,13 +75,15 @@ def summary(
 
 
 def with_cost(frame: pd.DataFrame, runs: Sequence[Run], cost: CostTable, tower_layers: int | None) -> pd.DataFrame:
-    """Return the summary with the seconds of a whole call at a true shape, and how many times as fast that is."""
+    """Return the summary with what a call takes at a true shape: selector, whole call, how many times as fast."""
     by_name = {run.name: run for run in runs}
     seconds = [
         cost.seconds(by_name[name], kept, tower_layers) for name, kept in zip(frame["run"], frame["kept"], strict=True)
     ]
     whole = cost.seconds(FULL, 1.0, tower_layers)
+    choosing = [cost.selector_seconds(by_name[name]) for name in frame["run"]]
     return frame.assign(
+        call_selector=pd.Series([None if each is None else 1e3 * each for each in choosing], dtype=float),
         call=pd.Series(seconds, dtype=float),
         call_speed_up=pd.Series([None if each is None or not whole else whole / each for each in seconds], dtype=float),
     )
@@ -133,6 +135,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("agreement", "agreement", "{:.3f}".format),
     ("kl", "KL", "{:.3f}".format),
     ("flops", "FLOPs", _percent),
+    ("call_selector", "selector at true shape, ms", "{:.2f}".format),
     ("call", "whole call at true shape, s", "{:.3g}".format),
     ("call_speed_up", "speed-up", "{:.2f}x".format),
     ("speed_up", "TTFT speed-up", "{:.2f}x".format),
@@ -144,7 +147,16 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("n", "n", str),
     ("broken", "broken", str),
 )
-_ONLY_IF_KNOWN = {"options", *FIGURES, "flops", "tokens", "call", "call_speed_up"}  # left out if all values are blank
+# Left out if all values are blank.
+_ONLY_IF_KNOWN = {
+    "options",
+    *FIGURES,
+    "flops",
+    "tokens",
+    "call_selector",
+    "call",
+    "call_speed_up",
+}  # left out if all values are blank
 
 
 def markdown(frame: pd.DataFrame) -> str:

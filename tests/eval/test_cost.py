@@ -64,6 +64,10 @@ def test_selectors_cost_what_they_choose_among(tmp_path: Path) -> None:
     assert table.seconds(Run("divprune", 0.25), 0.25, 12) == pytest.approx(1 + 10 + 0.3 + 5)
     assert table.seconds(Run("divprune", keep_tokens=25), 0.25, 12) == pytest.approx(1 + 10 + 0.3 + 5)
     assert table.seconds(Run("vtc", 0.375), 0.375, 12) == pytest.approx(1 + 10 + 0.75 + 7.5)
+    assert table.selector_seconds(Run("vtc", 0.375)) == pytest.approx(0.75)
+    assert [table.selector_seconds(run) for run in (FULL, Run("fastv", 0.5), Run("oracle", 0.5))] == [None] * 3
+    assert table.seconds(Run("fastv", 0.5), 0.6, 12) == pytest.approx(1 + 10 + 12)
+    assert table.seconds(Run("tome", 0.5), 0.5, 12) is None, "what its layers see is its own affair"
     stages = Run.of_stages("divprune@vision:0=0.5+vtc@decoder=0.5")
     assert table.seconds(stages, 0.25, 12) == pytest.approx(1 + 5 / 0.8 + 0.4 + 0.5 * 0.8 + 5)
 
