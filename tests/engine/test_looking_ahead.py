@@ -22,6 +22,8 @@ from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
 from vtc.selectors.pyramiddrop import EnteringAttention
 from vtc.selectors.sparsevlm import Raters, TextRows, TextRowsOfHeads, raters_of, score_text
 
+pytestmark = pytest.mark.usefixtures("registries_as_found")
+
 LAYER = 2
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl", "gemma3", "paligemma")
 

@@ -349,7 +349,6 @@ def create_processor(folder: Path, **arguments: Any) -> Any:
     [
         ({"VTC_METHOD": "prumerge", "VTC_KEEP_RATIO": "0.5"}, {}, "prumerge cannot run inside vLLM: it decides itself"),
         ({"VTC_METHOD": "vscan", "VTC_KEEP_RATIO": "0.5"}, {}, "vscan cannot run inside vLLM: it works at 'decoder:"),
-        ({"VTC_METHOD": "visionzip", "VTC_KEEP_RATIO": "0.5"}, {"mm_encoder_tp_mode": "data"}, "-tp-mode data hides"),
         ({"VTC_KEEP_RATIO": "a half"}, {}, "VTC_KEEP_RATIO must be a number"),
         ({}, {"mm_processor_kwargs": {"vtc_keep_ratio": 2}}, r"must lie in \(0, 1\], got 2"),
         ({"VTC_KEEP_RATIO": "0.5"}, {"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own pruning"),
@@ -373,6 +372,21 @@ def test_what_cannot_be_done_does_not_start(
         monkeypatch.setenv(name, value)
     with pytest.raises(vtc.errors.VtcError, match=message):
         create_processor(folder, **arguments)
+
+
+def test_a_process_that_sees_a_part_of_the_pictures_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM itself ignores the mode for LLaVA."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    folder = vllm_checkpoints.write("qwen2_5_vl", tmp_path)
+    monkeypatch.setenv("VTC_METHOD", "hiprune")
+    monkeypatch.setenv("VTC_KEEP_RATIO", "0.5")
+    create_processor(folder)
+    with pytest.raises(vtc.errors.VtcError, match=r"hiprune reads the layers .* --mm-encoder-tp-mode data hides"):
+        create_processor(folder, mm_encoder_tp_mode="data")
 
 
 @pytest.mark.parametrize(
