@@ -7,10 +7,10 @@ they are stored in. Nothing in the folder is executed when it is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -22,9 +22,11 @@ from ...errors import ConfigError
 from ...files import replacing, write_text
 from ...plain import parse_json, plain, shown
 
-__all__ = ["FORMAT", "Modules", "initialised", "read_modules", "save_modules"]
+__all__ = ["FORMAT", "Modules", "initialised", "load_module", "read_modules", "save_modules"]
 
 FORMAT = "vtc-modules-1"
+
+M = TypeVar("M", bound=nn.Module)
 
 _JSON, _WEIGHTS = "modules.json", "modules.safetensors"
 
@@ -143,7 +145,29 @@ def read_modules(folder: str | Path, method: str) -> tuple[Modules, dict[str, Te
     return modules, weights
 
 
-def initialised(module: nn.Module, weights: Mapping[str, Tensor], method: str, folder: str | Path) -> nn.Module:
+def load_module(folder: str | Path, method: str, build: Callable[..., M]) -> tuple[Modules, M]:
+    """Read the modules of a folder, for one method: no two share a module.
+
+    Parameters
+    ----------
+    folder, method
+    build
+        Makes the module, of the settings in the folder.
+
+    Raises
+    ------
+    ConfigError
+        It holds none of this method, or describes them wrongly.
+    """
+    modules, weights = read_modules(folder, method)
+    try:
+        module = build(**modules.settings)
+    except TypeError as error:
+        raise ConfigError(f"{method}: {folder} describes its modules wrongly: {error}") from error
+    return modules, initialised(module, weights, method, folder)
+
+
+def initialised(module: M, weights: Mapping[str, Tensor], method: str, folder: str | Path) -> M:
     """Give a module the weights of a folder, in float32, ready to run and frozen.
 
     Raises

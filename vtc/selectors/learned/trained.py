@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...core.selector import Selector
 from ...core.stage import ModelShape
 from ...errors import ConfigError
-from .folder import Modules, initialised, read_modules
+from .folder import Modules, load_module
 from .lora import LoraAdapter, read_lora
 
 __all__ = ["TrainedSelector"]
@@ -37,13 +37,9 @@ class TrainedSelector(Selector):
             return
         if not isinstance(self.modules, str):
             raise ConfigError(f"{self.name}: modules must be the path of a folder, got {self.modules!r}.")
-        made_for, weights = read_modules(self.modules, self.name)
-        try:
-            module = self.module_class(**made_for.settings)
-        except TypeError as error:
-            raise ConfigError(f"{self.name}: {self.modules} describes its modules wrongly: {error}") from error
+        made_for, module = load_module(self.modules, self.name, self.module_class)
         object.__setattr__(self, "made_for", made_for)
-        object.__setattr__(self, "module", initialised(module, weights, self.name, self.modules))
+        object.__setattr__(self, "module", module)
         object.__setattr__(self, "lora", read_lora(self.modules, self.name))
 
     def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> TrainedSelector:

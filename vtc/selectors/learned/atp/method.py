@@ -21,7 +21,7 @@ from ....core.stage import ModelShape, Stage
 from ....errors import ConfigError
 from ....registry import register_selector
 from ...schedule import at_depth, check_fraction, check_layer, check_number
-from ..folder import Modules, initialised, read_modules
+from ..folder import Modules, load_module
 from .module import AtpModules, relative
 
 __all__ = [
@@ -325,13 +325,7 @@ def load_modules(folder: str) -> tuple[Modules, AtpModules]:
     ConfigError
         It holds none.
     """
-    described, weights = read_modules(folder, AtpSelector.name)
-    try:
-        module = AtpModules(**described.settings)
-    except TypeError as error:
-        raise ConfigError(f"atp: {folder} describes its modules wrongly: {error}") from error
-    initialised(module, weights, AtpSelector.name, folder)
-    return described, module
+    return load_module(folder, AtpSelector.name, AtpModules)
 
 
 def _each(value: Any) -> tuple[Any, ...]:

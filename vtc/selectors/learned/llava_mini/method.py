@@ -18,7 +18,7 @@ from ....core.sites import BeforeDecoder, Site
 from ....core.stage import ModelShape, Stage
 from ....errors import ConfigError, InputError
 from ....registry import register_selector
-from ..folder import Modules, initialised, read_modules
+from ..folder import Modules, load_module
 from .module import Compressor
 
 __all__ = ["LlavaMiniSelector", "load_compressor"]
@@ -161,10 +161,4 @@ def load_compressor(folder: str) -> tuple[Modules, Compressor]:
     ConfigError
         It holds none.
     """
-    modules, weights = read_modules(folder, LlavaMiniSelector.name)
-    try:
-        compressor = Compressor(**modules.settings)
-    except TypeError as error:
-        raise ConfigError(f"llava-mini: {folder} describes its modules wrongly: {error}") from error
-    initialised(compressor, weights, LlavaMiniSelector.name, folder)
-    return modules, compressor
+    return load_module(folder, LlavaMiniSelector.name, Compressor)

@@ -17,7 +17,7 @@ from ....core.sites import BeforeDecoder, Site
 from ....core.stage import ModelShape, Stage
 from ....errors import ConfigError
 from ....registry import register_selector
-from ..folder import Modules, initialised, read_modules
+from ..folder import Modules, load_module
 from .module import ObjectEncoder, grouped
 
 __all__ = ["PixelReferSelector", "load_encoder"]
@@ -151,10 +151,4 @@ def load_encoder(folder: str) -> tuple[Modules, ObjectEncoder]:
     ConfigError
         It holds none.
     """
-    modules, weights = read_modules(folder, PixelReferSelector.name)
-    try:
-        encoder = ObjectEncoder(**modules.settings)
-    except TypeError as error:
-        raise ConfigError(f"pixelrefer: {folder} describes its modules wrongly: {error}") from error
-    initialised(encoder, weights, PixelReferSelector.name, folder)
-    return modules, encoder
+    return load_module(folder, PixelReferSelector.name, ObjectEncoder)
