@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
 
 def test_every_epoch_shows_each_sample_once() -> None:
-    run = training._Run(steps=10, batch=3, rate=1.0, seed=0)
+    run = training.TrainingRun(steps=10, batch=3, rate=1.0, seed=0)
     seen = [index for step in range(10) for index in run.samples_of(step, 5)]
     assert len(seen) == 30
     epochs = [seen[first : first + 5] for first in range(0, 30, 5)]

@@ -296,6 +296,16 @@ class Adapter(ABC):
         """Return the placeholder id of `modality` in the prompt, None where the configuration has none."""
         return getattr(self.config, f"{modality}_token_id", None)
 
+    def ids_of(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Read placeholder ids (B, T) back from embeddings, as transformers does; -1 elsewhere."""
+        table: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        ids = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=embeds.device)
+        for modality in self.modalities:
+            token = self.token_id(modality)
+            if token is not None:
+                ids[(embeds == table(torch.tensor(token, device=embeds.device))).all(dim=-1)] = token
+        return ids
+
     def placeholders(self, ids: torch.Tensor, modality: str) -> torch.Tensor:
         """Mark the placeholders of `modality` among the ids (S, P) of a prompt, as (S, P) bool."""
         token = self.token_id(modality)

@@ -295,7 +295,7 @@ class Engine(Compression):
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         embeds = kwargs.get("inputs_embeds")
         if embeds is not None and (ids is None or ids.shape[1] < embeds.shape[1]):
-            ids = self._ids_of(embeds)
+            ids = self.adapter.ids_of(embeds)
         if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
             return
         mask = kwargs.get("attention_mask")
@@ -401,19 +401,9 @@ class Engine(Compression):
         if not isinstance(inputs.mask, torch.Tensor) or inputs.mask.dim() != 2:
             inputs.mask = call.mask
         if inputs.ids is None and inputs.encoded and given.get("inputs_embeds") is not None:
-            inputs.ids = self._ids_of(given["inputs_embeds"])
+            inputs.ids = self.adapter.ids_of(given["inputs_embeds"])
         if self.adapter.builds_masks:
             inputs.blocks = self.adapter.blocks(given)
-
-    def _ids_of(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Placeholder ids read back from embeddings, as transformers does; -1 elsewhere."""
-        table = self.model.get_input_embeddings()
-        ids = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=embeds.device)
-        for modality in self.adapter.modalities:
-            token = self.adapter.token_id(modality)
-            if token is not None:
-                ids[(embeds == table(torch.tensor(token, device=embeds.device))).all(dim=-1)] = token
-        return ids
 
     # -- a forward pass of the language model -----------------------------------------------------------------------
 

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
-import json
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,93 +29,23 @@ from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of
 from vtc.engine.plan import make_plan, shape_of
 from vtc.errors import ConfigError, InputError
-from vtc.files import replacing, write_text
 from vtc.limits import MAX_ROUNDS, check_count
-from vtc.plain import parse_json, real, shown
+from vtc.plain import real, shown
 from vtc.registry import selectors
 from vtc.report.views import fit_of
-from vtc.selectors.learned import Modules, crosslmm, save_modules, vision_remember, vtc_asked
-from vtc.selectors.learned.atp import training as atp
+from vtc.selectors.learned import Modules, save_modules
 from vtc.selectors.learned.decoder import Decoder
-from vtc.selectors.learned.llava_mini import training as llava_mini
 from vtc.selectors.learned.lora import LoraAdapter, begin_lora, save_lora
-from vtc.selectors.learned.pixelrefer import training as pixelrefer
 from vtc.selectors.learned.trained import TrainedSelector
+from vtc.tuning.recipes import TRAINABLE, Recipe
 from vtc.tuning.samples import as_found, prompts
+from vtc.tuning.training_state import STATE, WEIGHTS, TrainingRun, TrainingState
 
 __all__ = ["TRAINABLE", "check", "train"]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the modules of one method are trained.
-
-    Attributes
-    ----------
-    begin
-        Makes them: ``begin(shape, projector, decoder, seed=..., **options)``.
-    study, loss
-        For modules that no gradient of the answer reaches: ``study(module, read)`` finds out about a sample what
-        ``loss(module, found)`` learns from, with ``read()`` giving the loss of its answer. None: the loss of the answer
-        is what they learn from.
-    answers
-        Whether an answer is read behind the prompt; without one no answer is needed, and how many tokens stay does not
-        matter: all do.
-    options
-        Of the method, while it is trained.
-    """
-
-    begin: Callable[..., tuple[Modules, nn.Module]]
-    study: Callable[[Any, Callable[[], Tensor]], Any] | None = None
-    loss: Callable[[Any, Any], Tensor] | None = None
-    answers: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-TRAINABLE: Mapping[str, Recipe] = {
-    "atp": Recipe(atp.begin, atp.study, atp.loss),
-    "crosslmm": Recipe(crosslmm.begin),
-    "llava-mini": Recipe(llava_mini.begin),
-    "pixelrefer": Recipe(pixelrefer.begin),
-    "vision-remember": Recipe(vision_remember.begin),
-    "vtc-asked": Recipe(vtc_asked.begin, vtc_asked.study, vtc_asked.loss, answers=False, options={"imitate": True}),
-}
-"""Methods whose modules can be trained."""
-
 _NO_CEILING = 2**31 - 1
-_STATE, _WEIGHTS = "training.json", "training.safetensors"
-_FLOOR = 0.05  # of the learning rate, at the end
-_WARM = 0.03  # fraction of the steps in which it rises
 _NEW_TOKENS = 32  # of an answer that the model gives itself
-_GATES = 10.0  # how much faster single numbers, which are gates, learn than matrices
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What decides the result of a training run, besides the samples and the model."""
-
-    steps: int
-    batch: int
-    rate: float
-    seed: int
-    lora: int | None = None
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step: a short rise, then half a cosine."""
-        warm = max(1, round(self.steps * _WARM))
-        if step < warm:
-            return self.rate * (step + 1) / warm
-        done = (step - warm) / max(1, self.steps - warm)
-        return self.rate * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * done)) / 2)
-
-    def samples_of(self, step: int, count: int) -> list[int]:
-        """Samples of a step: every epoch shows each once, in an order of its own."""
-        order = itertools.chain.from_iterable(
-            random.Random(f"{self.seed} {epoch}").sample(range(count), count)
-            for epoch in range(step * self.batch // count, ((step + 1) * self.batch - 1) // count + 1)
-        )
-        first = step * self.batch % count
-        return list(itertools.islice(order, first, first + self.batch))
 
 
 def train(
@@ -213,7 +138,7 @@ def train(
     budget = {name: value for name, value in given.items() if value is not None}
     check(method, output, steps=steps, batch=batch, rate=rate, budget=budget, lora=lora)
     check_count("save_every", save_every, MAX_ROUNDS)
-    run = _Run(steps, batch, float(rate), check_seed(seed), lora)
+    run = TrainingRun(steps, batch, float(rate), check_seed(seed), lora)
     if answers is not None and len(answers) != len(samples):
         raise InputError(f"there are {len(samples)} samples, but {len(answers)} answers.")
     marks = _marks(samples, regions, fit_of(processor))
@@ -232,8 +157,8 @@ def train(
     chosen = {"modules": str(folder), **TRAINABLE[method].options}
     config = CompressionConfig(method, **keep, positions=positions, options=chosen)
     mark = _mark(run, modules, encoded, tokens, (positions, budget, regions))
-    state = _State.read(folder, mark)  # refused before anything is written
-    state = state or _State.start(_trained(module, adapter_module), mark)
+    state = TrainingState.read(folder, mark)  # refused before anything is written
+    state = state or TrainingState.start(_trained(module, adapter_module), mark)
     folder.mkdir(parents=True, exist_ok=True)
     state.write(folder)
     _save(folder, modules, module, adapter_module)
@@ -250,7 +175,7 @@ def train(
     labelled = sum(each is not None for each in (answers or ()))
     done |= {"labelled": labelled, "positions": positions, **budget, "lora": lora, "seconds": round(state.seconds, 1)}
     _save(folder, replace(modules, training=done), module, adapter_module)
-    for name in (_STATE, _WEIGHTS):
+    for name in (STATE, WEIGHTS):
         (folder / name).unlink()
     return folder
 
@@ -286,91 +211,16 @@ def check(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder.")
-    if (folder / "modules.json").exists() and not (folder / _STATE).exists():
+    if (folder / "modules.json").exists() and not (folder / STATE).exists():
         raise ConfigError(f"{folder} holds trained modules already; name another folder.")
-
-
-@dataclass
-class _State:
-    """Where a run stands: weights, and the two moments of AdamW, by the name of the weight."""
-
-    mark: str
-    step: int
-    seconds: float
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def start(cls, module: nn.Module, mark: str) -> _State:
-        """Return the state before the first step."""
-        named = {name: value.detach().clone().cpu() for name, value in module.named_parameters()}
-        tensors = {f"weight.{name}": value for name, value in named.items()}
-        for moment in ("mean", "square"):
-            tensors |= {f"{moment}.{name}": torch.zeros_like(value) for name, value in named.items()}
-        return cls(mark, 0, 0.0, tensors)
-
-    @classmethod
-    def read(cls, folder: Path, mark: str) -> _State | None:
-        """Read the state that an interrupted run left in a folder; None if there is none."""
-        if not (folder / _STATE).exists():
-            return None
-        try:
-            data = parse_json((folder / _STATE).read_text(encoding="utf-8"))
-            found = cls(data["mark"], data["step"], data["seconds"], safetensors.torch.load_file(folder / _WEIGHTS))
-            step = int(found.tensors.pop("step")[0])
-        except (OSError, ConfigError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"{folder}: the state of the interrupted run cannot be read: {error}") from error
-        if found.mark != mark:
-            raise ConfigError(
-                f"{folder} holds the state of a run with other samples, another model or other settings; name another "
-                "folder, or give those of that run to go on."
-            )
-        if step != found.step:
-            raise ConfigError(f"{folder}: {_STATE} and {_WEIGHTS} are of different steps; remove both to start anew.")
-        return found
-
-    def write(self, folder: Path) -> None:
-        """Write the state; two files that do not belong together are found by the step in both."""
-        with replacing(folder / _WEIGHTS) as file:
-            safetensors.torch.save_file({**self.tensors, "step": torch.tensor([self.step])}, file)
-        data = {"mark": self.mark, "step": self.step, "seconds": self.seconds}
-        write_text(folder / _STATE, json.dumps(data) + "\n")
-
-    def put_into(self, module: nn.Module) -> None:
-        """Give the module these weights."""
-        with torch.no_grad():
-            for name, value in module.named_parameters():
-                value.copy_(self.tensors[f"weight.{name}"])
-
-    def optimizer(self, module: nn.Module) -> torch.optim.AdamW:
-        """Return an optimiser with these moments."""
-        gates = [weight for weight in module.parameters() if not weight.ndim]
-        matrices = [weight for weight in module.parameters() if weight.ndim]
-        groups = [{"params": matrices, "faster": 1.0}, {"params": gates, "faster": _GATES}]
-        optimizer = torch.optim.AdamW(groups[: 1 + bool(gates)], weight_decay=0.0)
-        for name, value in module.named_parameters():
-            if self.step:
-                optimizer.state[value] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": self.tensors[f"mean.{name}"].clone().to(value.device),
-                    "exp_avg_sq": self.tensors[f"square.{name}"].clone().to(value.device),
-                }
-        return optimizer
-
-    def take(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Copy what the module and the optimiser hold."""
-        for name, value in module.named_parameters():
-            self.tensors[f"weight.{name}"] = value.detach().cpu().clone()
-            held = optimizer.state[value]
-            self.tensors[f"mean.{name}"] = held["exp_avg"].cpu().clone()
-            self.tensors[f"square.{name}"] = held["exp_avg_sq"].cpu().clone()
 
 
 def _steps(
     model: nn.Module,
     module: nn.Module,
     recipe: Recipe,
-    state: _State,
-    run: _Run,
+    state: TrainingState,
+    run: TrainingRun,
     encoded: Sequence[Mapping[str, Any]],
     tokens: list[Tensor | None],
     marks: Sequence[Callable[[], AbstractContextManager[None]]],
@@ -561,7 +411,7 @@ def _bar(steps: int, done: int, show: bool) -> Iterator[Callable[[float], None]]
 
 
 def _mark(
-    run: _Run,
+    run: TrainingRun,
     modules: Modules,
     encoded: Sequence[Mapping[str, Any]],
     tokens: Sequence[Tensor | None],
