@@ -22,7 +22,16 @@ from ...errors import ConfigError
 from ...files import replacing, write_text
 from ...plain import parse_json, plain, shown
 
-__all__ = ["FORMAT", "Modules", "initialised", "load_module", "read_modules", "save_modules"]
+__all__ = [
+    "FORMAT",
+    "Modules",
+    "begin_module",
+    "embedding_width",
+    "initialised",
+    "load_module",
+    "read_modules",
+    "save_modules",
+]
 
 FORMAT = "vtc-modules-1"
 
@@ -143,6 +152,35 @@ def read_modules(folder: str | Path, method: str) -> tuple[Modules, dict[str, Te
     except TypeError as error:
         raise ConfigError(f"{method}: {where / _JSON} is no description of modules: {error}") from error
     return modules, weights
+
+
+def embedding_width(method: str, shape: ModelShape) -> int:
+    """Return the width of a model's embeddings.
+
+    Raises
+    ------
+    ConfigError
+        It is not known.
+    """
+    if shape.width is None:
+        raise ConfigError(f"{method}: modules are made for one model, but the width of its embeddings is not known.")
+    return shape.width
+
+
+def begin_module(
+    method: str, shape: ModelShape, build: Callable[..., M], settings: Mapping[str, Any], seed: int
+) -> tuple[Modules, M]:
+    """Describe modules of a method for a model, and make them of `settings`, with random weights of `seed`.
+
+    Raises
+    ------
+    ConfigError
+        The model's family or width is not known, or `build` refuses the settings.
+    """
+    modules = Modules.of(method, shape, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return modules, build(**settings)
 
 
 def load_module(folder: str | Path, method: str, build: Callable[..., M]) -> tuple[Modules, M]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ....core.stage import ModelShape
 from ....errors import ConfigError
 from ..decoder import Decoder
-from ..folder import Modules
+from ..folder import Modules, begin_module
 from .method import AtpSelector
 from .module import LARGEST, AtpModules, following_the_plan
 
@@ -79,10 +79,7 @@ def begin(
     halves = [0.5**place for place in range(places)]
     shares = [min(1.0, target * half * places / sum(halves)) for half in halves]
     settings: dict[str, Any] = {"shares": shares, "layout": layout, "grid": grid, "width": width}
-    modules = Modules.of(AtpSelector.name, shape, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return modules, AtpModules(**settings)
+    return begin_module(AtpSelector.name, shape, AtpModules, settings, seed)
 
 
 def multiples() -> Tensor:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ....core.stage import ModelShape
-from ....errors import ConfigError
 from ..attention import between_layers
 from ..decoder import Decoder
-from ..folder import Modules
+from ..folder import Modules, begin_module, embedding_width
 from .method import CrossLmmSelector
 from .module import CrossAttentions
 
@@ -52,15 +50,11 @@ def begin(
     ConfigError
         The model's sizes are not known, or no modules of these sizes can be made.
     """
-    if shape.width is None:
-        raise ConfigError("crosslmm: modules are made for one model, but the width of its embeddings is not known.")
+    width = embedding_width(CrossLmmSelector.name, shape)
     settings: dict[str, Any] = {
-        "width": shape.width,
+        "width": width,
         "layers": between_layers(shape.decoder_layers, every),
-        "inner": shape.width // 2 if inner is None else inner,
+        "inner": width // 2 if inner is None else inner,
         "heads": heads,
     }
-    modules = Modules.of(CrossLmmSelector.name, shape, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return modules, CrossAttentions(**settings)
+    return begin_module(CrossLmmSelector.name, shape, CrossAttentions, settings, seed)

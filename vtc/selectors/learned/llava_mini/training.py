@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ....core.stage import ModelShape
 from ....errors import ConfigError
 from ..decoder import Decoder
-from ..folder import Modules
+from ..folder import Modules, begin_module, embedding_width
 from .method import LlavaMiniSelector
 from .module import Compressor
 
@@ -57,13 +57,12 @@ def begin(
     ConfigError
         The model's sizes are not known, or no modules of these sizes can be made.
     """
-    if shape.width is None:
-        raise ConfigError("llava-mini: modules are made for one model, but the width of its embeddings is not known.")
-    source, width = reads(shape.width, projector)
+    width_out = embedding_width(LlavaMiniSelector.name, shape)
+    source, width = reads(width_out, projector)
     settings: dict[str, Any] = {
         "source": source,
         "width": width,
-        "width_out": shape.width,
+        "width_out": width_out,
         "side": side,
         "heads": heads,
     }
@@ -71,10 +70,7 @@ def begin(
         if decoder is None:
             raise ConfigError("llava-mini: a fusion takes the shape of the model's decoder, which is not known.")
         settings["fusion"] = {**decoder.shape, "layers": fusion}
-    modules = Modules.of(LlavaMiniSelector.name, shape, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        compressor = Compressor(**settings)
+    modules, compressor = begin_module(LlavaMiniSelector.name, shape, Compressor, settings, seed)
     attention = compressor.resampler.attn
     with torch.no_grad():
         nn.init.eye_(attention.out_proj.weight)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ....core.stage import ModelShape
-from ....errors import ConfigError
 from ..decoder import Decoder
-from ..folder import Modules
+from ..folder import Modules, begin_module, embedding_width
 from ..llava_mini.training import copied_projector, reads
 from .method import PixelReferSelector
 from .module import ObjectEncoder
@@ -53,21 +51,17 @@ def begin(
     ConfigError
         The model's sizes are not known, or no modules of these sizes can be made.
     """
-    if shape.width is None:
-        raise ConfigError("pixelrefer: modules are made for one model, but the width of its embeddings is not known.")
-    source, width = reads(shape.width, projector)
+    width_out = embedding_width(PixelReferSelector.name, shape)
+    source, width = reads(width_out, projector)
     settings: dict[str, Any] = {
         "source": source,
         "width": width,
-        "width_out": shape.width,
+        "width_out": width_out,
         "heads": heads,
         "iterations": iterations,
         "tokens": tokens,
     }
-    modules = Modules.of(PixelReferSelector.name, shape, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = ObjectEncoder(**settings)
+    modules, encoder = begin_module(PixelReferSelector.name, shape, ObjectEncoder, settings, seed)
     for last in (encoder.position, encoder.local.out_proj, encoder.around.out_proj):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ....core.stage import ModelShape
 from ....errors import ConfigError
 from ..attention import between_layers
 from ..decoder import Decoder
-from ..folder import Modules
+from ..folder import Modules, begin_module
 from .method import VisionRememberSelector
 from .module import Resamplers
 
@@ -70,7 +69,4 @@ def begin(
         "inner": shape.width // 2 if inner is None else inner,
         "heads": heads,
     }
-    modules = Modules.of(VisionRememberSelector.name, shape, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return modules, Resamplers(**settings)
+    return begin_module(VisionRememberSelector.name, shape, Resamplers, settings, seed)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ....core.stage import ModelShape
-from ....errors import ConfigError
 from ..decoder import Decoder
-from ..folder import Modules
+from ..folder import Modules, begin_module, embedding_width
 from .method import VtcAskedSelector
 from .module import Heard, Scorer
 
@@ -47,13 +46,9 @@ def begin(
     ConfigError
         The model's sizes are not known, or an argument is invalid.
     """
-    if shape.width is None:
-        raise ConfigError("vtc-asked: modules are made for one model, but the width of its embeddings is not known.")
-    settings: dict[str, Any] = {"width": shape.width, "inner": inner, "heads": heads, "blocks": blocks}
-    modules = Modules.of(VtcAskedSelector.name, shape, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        scorer = Scorer(**settings)
+    width = embedding_width(VtcAskedSelector.name, shape)
+    settings: dict[str, Any] = {"width": width, "inner": inner, "heads": heads, "blocks": blocks}
+    modules, scorer = begin_module(VtcAskedSelector.name, shape, Scorer, settings, seed)
     for weight in scorer.score[-1].parameters():
         nn.init.zeros_(weight)
     return modules, scorer
