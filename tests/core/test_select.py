@@ -113,3 +113,19 @@ def test_a_signal_of_other_parameters_serves_where_one_is_required() -> None:
     by_name = select("vtc-cls", cls_attention=rows, keep_tokens=2)
     for key in (ClsAttention, ClsAttention((21, 22))):
         assert torch.equal(select("vtc-cls", signals={key: rows}, keep_tokens=2).keep, by_name.keep)
+
+
+def test_scores_of_another_number_of_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class OnePerHead(ScoreSelector):
+        name: ClassVar[str] = "one-per-head"
+        paper: ClassVar[str] = "none"
+        requires: ClassVar[tuple[Signal, ...]] = (ClsAttention(),)
+        reads_features: ClassVar[bool] = False
+
+        def score(self, ctx: VisualContext) -> torch.Tensor:
+            return ctx[ClsAttention][0].mean(dim=1)
+
+    monkeypatch.setitem(registry._SELECTORS._classes, "one-per-head", OnePerHead)
+    with pytest.raises(InputError, match=r"one-per-head computed scores \(2,\); 3 tokens need \(3,\)"):
+        select("one-per-head", signals={ClsAttention(): torch.rand(1, 2, 3)}, keep_tokens=1)

@@ -404,3 +404,17 @@ def test_new_features_are_checked() -> None:
         Selection(5, keep, features=torch.randn(2, 3)).tokens(torch.randn(5, 7))
     with pytest.raises(InputError, match="1 of 2 selections bring new features"):
         Selection.concatenate([Selection(5, keep, features=torch.randn(2, 3)), Selection.full(2)])
+
+
+def test_best_takes_the_lower_of_equals_in_ascending_order() -> None:
+    scores = torch.tensor([1.0, 3.0, 2.0, 2.0, -torch.inf])
+    assert Selection.best(scores, 2).keep.tolist() == [1, 2]
+    assert Selection.best(scores, 9).keep.tolist() == [0, 1, 2, 3, 4]
+    best = Selection.best(scores, 3)
+    assert (best.n, best.assign, best.merge(torch.arange(5.0)[:, None])[:, 0].tolist()) == (5, None, [1, 2, 3])
+    assert Selection.best(torch.empty(0), 3).keep.tolist() == []
+
+
+def test_best_refuses_nan() -> None:
+    with pytest.raises(InputError, match="Of 3 scores, 1 are NaN"):
+        Selection.best(torch.tensor([1.0, torch.nan, torch.inf]), 1)

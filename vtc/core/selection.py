@@ -129,6 +129,25 @@ class Selection:
         return torch.isfinite(text).all(), "text has NaN or infinite entries", None
 
     @classmethod
+    def best(cls, scores: Tensor, k: int) -> Selection:
+        """Select the `k` highest `scores` (N,), at most N of them; ties go to the lower index.
+
+        Their order needs no check, unlike that of indices from elsewhere.
+
+        Raises
+        ------
+        InputError
+            A score is NaN.
+        """
+        keep = kernels.topk_indices(scores, k)
+        if len(scores) and math.isnan(scores.max().item()):  # NaN is the largest of any
+            raise InputError(f"Of {len(scores)} scores, {int(scores.isnan().sum())} are NaN; no best one can be told.")
+        best = object.__new__(cls)
+        object.__setattr__(best, "n", len(scores))
+        object.__setattr__(best, "keep", keep)
+        return best
+
+    @classmethod
     def from_indices(cls, n: int, indices: Tensor) -> Selection:
         """Plain selection of distinct `indices` in any order."""
         return cls(n, indices.sort().values)

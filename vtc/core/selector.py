@@ -7,10 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from .. import kernels
 from ..errors import InputError
 from .context import VisualContext
 from .ranges import Range
@@ -141,14 +139,13 @@ class ScoreSelector(Selector):
         Raises
         ------
         InputError
-            A score is NaN.
+            A score is NaN, or their number is not that of the tokens.
         """
         scores = self.score(ctx)
-        keep = kernels.topk_indices(scores, min(ctx.budget, ctx.n))
-        # NaN is the largest of any. No selection keeps -1, so that one check, for which a GPU is waited for, is enough.
-        keep = torch.where(torch.isnan(scores.max()), -1, keep)
+        if scores.shape != (ctx.n,):
+            raise InputError(f"{self.name} computed scores {tuple(scores.shape)}; {ctx.n} tokens need ({ctx.n},).")
         try:
-            return Selection(ctx.n, keep)
+            return Selection.best(scores, ctx.budget)
         except InputError:
             inputs = sorted({signal.name for stage in self.stages() for signal in stage.requires}) or ["features"]
             raise InputError(f"{self.name} computed NaN scores; its inputs ({inputs}) are broken.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     k = max(0, min(k, scores.numel()))
     if 0 < k < scores.numel() and not queues(scores):
         value, index = scores.topk(k + 1)  # NaN first
-        if value[k - 1].item() > value[k].item() and value[0].item() == value[0].item():
+        found = value.tolist()
+        if found[k - 1] > found[k] and not math.isnan(found[0]):
             return index[:k].sort().values  # nothing ties with what is left, so that any order of equals will do
     # The number of them is known, so that a GPU need not be waited for.
     return torch.nonzero_static(_best(scores, k), size=k).squeeze(1)

@@ -224,7 +224,7 @@ class AdaptiveSparseVitSelector(Selector):
         count = max(1, int((score > thresholds[place] * self.multiplier / before).sum()))
         if place == len(layers) - 1:
             count = min(count, ctx.budget if ctx.keep_ratio is None else max(1, round(ctx.keep_ratio * before)))
-        return Selection(ctx.n, kernels.topk_indices(score, count))
+        return Selection.best(score, count)
 
 
 _SOURCES: dict[str, type[HeadWeightedAttention]] = {"cls": HeadWeightedAttention, "received": HeadWeightedReceived}

@@ -190,7 +190,7 @@ class AimSelector(Selector):
             return self._merge(ctx)
         entered = ctx.n if ctx.tokens_at_input is None else ctx.tokens_at_input
         count = min(ctx.n, retained(entered, self.rate(ctx.site.layer - 1)))
-        return Selection(ctx.n, kernels.topk_indices(ctx[PageRank].float(), count))
+        return Selection.best(ctx[PageRank].float(), count)
 
     def _schedule(self) -> tuple[int, int]:
         if self.l1 is None or self.l2 is None:

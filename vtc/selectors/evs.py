@@ -53,7 +53,7 @@ class EvsSelector(Selector):
             keep = spread_over(whole, budget, tuple((1, h, w) for _, h, w in ctx.grids))
             return Selection(ctx.n, upload(keep, device))
         similarity = kernels.temporal_similarity(ctx.features, earlier := upload(earlier, device))
-        return Selection(ctx.n, kernels.topk_indices((1 - similarity).masked_fill(earlier < 0, torch.inf), budget))
+        return Selection.best((1 - similarity).masked_fill(earlier < 0, torch.inf), budget)
 
 
 def before(origin: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ class FlowCutSelector(Selector):
         if isinstance(ctx.site, VisionLayer) and self.layers is not None:
             remaining = self.layers[-1] + 1 - ctx.site.layer
         count = ctx.n - dropped(values[-1, 0], target, remaining)
-        return Selection(ctx.n, kernels.topk_indices(accumulated(values[:, 1]), count))
+        return Selection.best(accumulated(values[:, 1]), count)
 
     def _target(self, ctx: VisualContext) -> int:
         """Tokens that are to be left in the end."""

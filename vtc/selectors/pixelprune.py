@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..core.context import VisualContext
 from ..core.observations import Observation, PatchPixels
 from ..core.ranges import Choice, Float, Range
@@ -162,7 +161,7 @@ class PixelPruneSelector(Selector):
             away, stays = predict(blocks, there, _DISTANCES[self.similarity], self.tau, anchored)
             distance[here], keep[here] = away[frame, row, column], stays[frame, row, column]
         count = min(int(keep.sum()), ctx.budget)
-        return Selection(ctx.n, kernels.topk_indices(distance.masked_fill(~keep, -1.0), count))
+        return Selection.best(distance.masked_fill(~keep, -1.0), count)
 
 
 def over_space(blocks: Tensor, there: Tensor, distance: Distance, tau: float, anchored: bool) -> tuple[Tensor, Tensor]:

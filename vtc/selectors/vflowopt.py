@@ -301,7 +301,7 @@ class VFlowOptSelector(Selector):
         recycle = not ctx.other_visuals if self.recycle is None else self.recycle
         if isinstance(ctx.site, BeforeDecoder) and ctx.modality == "image" and recycle and budget < ctx.n:
             return self._recycle(ctx, scores, budget)
-        return Selection(ctx.n, kernels.topk_indices(scores, budget))
+        return Selection.best(scores, budget)
 
     def _dropped(self, ctx: VisualContext) -> int:
         """Count the tokens that a stage drops, if it merges none."""

@@ -134,7 +134,7 @@ class VScanSelector(Selector):
         """Select and merge; inside the decoder only select."""
         if isinstance(ctx.site, DecoderLayer):
             scores = ctx[TextAttention][:, -1].float().mean(dim=0)
-            return Selection(ctx.n, kernels.topk_indices(scores, max(1, min(ctx.budget, ctx.n))))
+            return Selection.best(scores, max(1, ctx.budget))
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
         attention = ctx[_SOURCES[self.score_source]].float().mean(dim=1)
