@@ -33,7 +33,7 @@ from eval.reference.train.packing import IGNORE, PackedText, Packer, attention_m
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.vocabulary import GRID
 from vtc.selectors.learned import Decoder, save_modules
-from vtc.selectors.learned.llava_mini import Compressor, begin, load_compressor
+from vtc.selectors.learned.llava_mini import Compressor, begin
 
 FIRST = 1
 """Position of the first visual token."""
@@ -238,7 +238,8 @@ def compare(reader: Reader, data: Data, folders: Sequence[str]) -> dict[str, Any
     every = torch.arange(GRID**2)
     add("all tokens", GRID**2, lambda x: (reader.project(x[:, -1].float()), every.expand(len(x), -1)))
     for folder in folders:
-        made_for, module = load_compressor(folder)
+        selector = vtc.registry.get_selector("llava-mini", modules=folder)
+        made_for, module = selector.made_for, selector.module
         count, parameters = module.side**2, sum(weight.numel() for weight in module.parameters())
         if all(row["tokens"] != count for row in rows):
             for method in ("random", "uniform", "pool", "vtc"):

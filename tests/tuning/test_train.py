@@ -173,6 +173,19 @@ def test_modules_inside_the_decoder_learn(
         assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
 
+def test_new_tokens_learn_along_with_an_adapter_of_the_decoder(case: tiny.TinyCase, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in case.model.state_dict().items()}
+    prompts = samples(case)
+    folder = vtc.train(case.model, None, prompts, "llava-mini", tmp_path / "made", **{**QUICK, "lora": 2})
+    assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+    learned = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    assert all(bool(value.any()) for value in learned.values()), "both matrices of every layer, the zero one included"
+    with_adapter = divergence(case.model, prompts, folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    assert divergence(case.model, prompts, folder) != with_adapter, "compress finds it in the folder"
+
+
 def test_budgets_and_adapters_are_refused_where_they_have_no_meaning(case: tiny.TinyCase, tmp_path: Path) -> None:
     def refused(match: str, method: str, **given: Any) -> None:
         with pytest.raises(ConfigError, match=match):
@@ -181,7 +194,7 @@ def test_budgets_and_adapters_are_refused_where_they_have_no_meaning(case: tiny.
 
     refused("give keep_tokens, or keep_ratio", "crosslmm")
     refused("llava-mini takes no keep_tokens", "llava-mini", keep_tokens=4)
-    refused("llava-mini runs its modules alone", "llava-mini", lora=2)
+    refused("pixelrefer runs its modules alone", "pixelrefer", lora=2)
     refused("lora must be a rank", "crosslmm", keep_tokens=4, lora=0)
     refused("every must be an integer", "crosslmm", keep_tokens=4, every=9)
     refused("ascending layers", "vision-remember", keep_tokens=4, levels=[2, 1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .fusion import Fusion
-from .method import LlavaMiniSelector, load_compressor
+from .method import LlavaMiniSelector
 from .module import Compressor, Projector, Resampler, sincos_2d
 from .training import begin
 
@@ -14,6 +14,5 @@ __all__ = [
     "Projector",
     "Resampler",
     "begin",
-    "load_compressor",
     "sincos_2d",
 ]

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....core.actions import Action
 from ....core.context import VisualContext
 from ....core.grids import evenly_spread
 from ....core.selection import Selection
-from ....core.selector import Selector
 from ....core.signals import PreProjector, Signal, TextEmbeds
 from ....core.sites import BeforeDecoder, Site
 from ....core.stage import ModelShape, Stage
-from ....errors import ConfigError, InputError
+from ....errors import InputError
 from ....registry import register_selector
-from ..folder import Modules, load_module
+from ..trained import TrainedSelector
 from .module import Compressor
 
-__all__ = ["LlavaMiniSelector", "load_compressor"]
+__all__ = ["LlavaMiniSelector"]
 
 
 @register_selector
 @dataclass(frozen=True)
-class LlavaMiniSelector(Selector):
+class LlavaMiniSelector(TrainedSelector):
     """Replace the tokens of every picture by C^2 new ones: learned queries look at the features of the tower.
 
     Of every frame, and of every tile of a picture that is cut, the features x (h w, D) in front of the projector become
@@ -45,10 +44,11 @@ class LlavaMiniSelector(Selector):
     mean. That needs the whole prompt at once.
 
     The modules are trained, with the model frozen, by ``vtc train llava-mini`` and run in float32, whatever the model
-    runs in. Gradients flow to them, not into the tower.
+    runs in. Gradients flow to them, not into the tower. In its second stage the paper trains the decoder along; here
+    ``--lora`` does that by a low-rank adapter beside the modules.
 
     Differences from the paper and its code: the layers of the fusion add to the tokens and the text through a matrix
-    that is zero before training, where there they replace them, because the decoder stays frozen here. The projector is
+    that is zero before training, where there they replace them, because the decoder itself stays frozen here. The projector is
     a copy that is trained along, so that the model's own stays as it is. On families whose projector is not a plain
     two-layer MLP on single features (all but LLaVA 1.5) the queries look at the projected features, and nothing is
     projected behind them. The tiles of a picture give C^2 tokens each, where the code joins them into one grid.
@@ -78,31 +78,7 @@ class LlavaMiniSelector(Selector):
     requires: ClassVar[tuple[Signal, ...]] = (PreProjector(),)
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
     adaptive: ClassVar[bool] = True
-    trained: ClassVar[bool] = True
-
-    modules: str | None = None
-    module: Compressor | None = field(default=None, init=False, repr=False, compare=False)
-    made_for: Modules | None = field(default=None, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.modules is None:
-            return
-        if not isinstance(self.modules, str):
-            raise ConfigError(f"llava-mini: modules must be the path of a folder, got {self.modules!r}.")
-        made_for, compressor = load_compressor(self.modules)
-        object.__setattr__(self, "made_for", made_for)
-        object.__setattr__(self, "module", compressor)
-
-    def resolve(self, shape: ModelShape | None, keep_ratio: float | None) -> LlavaMiniSelector:
-        """Check that the modules fit the model."""
-        if shape is not None and shape.family is not None:
-            if self.made_for is None:
-                raise ConfigError(
-                    'llava-mini: give modules="folder": the modules are trained for one model, with '
-                    "vtc train llava-mini."
-                )
-            self.made_for.check_fit(shape, str(self.modules))
-        return self
+    module_class: ClassVar[type[nn.Module]] = Compressor
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Replace once, before the language model."""
@@ -116,7 +92,7 @@ class LlavaMiniSelector(Selector):
     def select(self, ctx: VisualContext) -> Selection:
         """Compute the new tokens, C^2 per frame, and their places."""
         if self.module is None:
-            raise ConfigError('llava-mini: give modules="folder", made by vtc train llava-mini.')
+            raise self.without_modules()
         if ctx.budget >= ctx.n and ctx.keep_ratio == 1:
             return Selection.full(ctx.n, ctx.features.device)
         compressor = self.module.to(ctx.features.device)
@@ -151,14 +127,3 @@ class LlavaMiniSelector(Selector):
             )
         fused = torch.stack(text).mean(dim=0) if text else None
         return Selection(ctx.n, torch.cat(keep).to(ctx.features.device), features=torch.cat(new), text=fused)
-
-
-def load_compressor(folder: str) -> tuple[Modules, Compressor]:
-    """Read the modules of a folder, for one method: no two share a module.
-
-    Raises
-    ------
-    ConfigError
-        It holds none.
-    """
-    return load_module(folder, LlavaMiniSelector.name, Compressor)
