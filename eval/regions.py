@@ -4,7 +4,7 @@
 
 Tower features come from `python -m eval.reference.train cache`. Beside `pixelrefer`: as many tokens of the box, evenly
 spread over them and as they are; as many of the whole picture, evenly spread and drawn; and all tokens of the picture,
-which do not say which object is meant. An answer counts as in `eval.train_llava_mini`.
+which do not say which object is meant. An answer counts as in `eval.packed_reader`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 
 import vtc
 from eval.conditions import conditions
+from eval.packed_reader import Reader, interval
 from eval.reference.train.__main__ import Data
 from eval.reference.train.packing import IGNORE, PackedText
 from eval.tasks.scenes.questions import Question, ask
 from eval.tasks.scenes.scene import Thing
 from eval.tasks.scenes.vocabulary import CANVAS, GRID, PATCH
-from eval.train_llava_mini import Reader, interval
 from vtc.files import check_writable, write_text
 
 BUDGETS = (1, 4, 16)
@@ -92,7 +92,7 @@ def right(reader: Reader, data: Data, asked: Sequence[tuple[int, Question]], kee
     features: dict[int, Tensor] = {}
     for number, (index, question) in enumerate(asked):
         if index not in features:
-            features = {index: reader.project(data.batch(np.array([index]))[0, 0].float())}
+            features = {index: reader.project(data.batch(np.array([index])))[0]}
         tokens, places = keep(features[index], data.scenes[index].things[question.targets[0]], number)
         groups[len(places)].append((number, tokens, places))
     good = np.zeros(len(asked))

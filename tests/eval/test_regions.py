@@ -11,10 +11,10 @@ pytest.importorskip("matplotlib", reason="the fonts come out of matplotlib")
 pytest.importorskip("vtc_reference", reason="vtc-reference is not installed (pip install ./eval/reference)")
 
 from eval import regions
+from eval.packed_reader import Reader
 from eval.reference.train.cache import Data
 from eval.tasks.scenes.questions import ask
 from eval.tasks.scenes.scene import make_scene
-from eval.train_llava_mini import Reader
 
 SCENES = [make_scene("test", 33, index) for index in range(3)]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,19 +39,19 @@ class Data:
     """Cached features with what the scenes hold; ``places`` are (shard, row) of every scene."""
 
     shards: list[NDArray[np.float16]]
-    scenes: list[Scene]
+    scenes: list[Any]
     places: list[tuple[int, int]]
 
     @classmethod
-    def load(cls, split: Split, cache: Path) -> Data:
-        """Read every shard ``<split>*`` of the cache."""
+    def load(cls, split: Split, cache: Path, known: Callable[..., Any] = without_pixels) -> Data:
+        """Read every shard ``<split>*`` of the cache; `known` makes a scene of what it holds, split, seed and index."""
         data = cls([], [], [])
         for folder in sorted(cache.glob(f"{split}*")):
             state = json.loads((folder / "state.json").read_text())
             things = pickle.loads((folder / "things.pkl").read_bytes())
             data.places += [(len(data.shards), index) for index in range(len(things))]
             data.shards.append(np.load(folder / "features.npy", mmap_mode="r"))
-            data.scenes += [without_pixels(t, split, state["seed"], index) for index, t in enumerate(things)]
+            data.scenes += [known(t, split, state["seed"], index) for index, t in enumerate(things)]
         if not data.scenes:
             raise ValueError(f"no cached {split} scenes in {cache}; make them with eval.reference.train.cache")
         return data
