@@ -11,7 +11,7 @@ from typing import Any
 import vtc
 from eval.bounds import TruthSelector
 from vtc import CompressionConfig
-from vtc.notation import parse_stages, split_stages
+from vtc.notation import parse_stages, split_positions, split_stages
 
 BASELINES = ("random", "uniform", "pool", "resize")
 """Part of every comparison, requested or not, as far as the model supports them."""
@@ -55,15 +55,12 @@ class Run:
     def of_stages(cls, text: str) -> Run:
         """Return a run of stages in the notation of `vtc.notation`; its budget is what is left behind all of them.
 
-        A blank and the word "compact" behind the stages ask for compact positions.
-
         Raises
         ------
         ConfigError
             The text is not in this notation.
         """
-        name, text = text, text.removesuffix(_COMPACT)
-        positions = "original" if name == text else "compact"
+        text, positions = split_positions(text)
         configs = parse_stages(text)
         method = "+".join(setting for setting, _ in split_stages(text))
         if configs[-1].keep_tokens is not None:

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vtc
+from tests import tiny
 from vtc._version import package_version
 from vtc.budget import largest_remainder, resolve_budget
 from vtc.config import CompressionConfig
@@ -345,10 +347,25 @@ def test_stages_survive_a_file_and_a_single_configuration_is_one_stage(tmp_path:
         "vtc=0.5+snapkv(window=16, pooling=max)@cache=0.5",
         "prefixkv(scope=all, budgets=[0.5, 0.25])@cache=0.375",
         'snapkv(budgets={"name": "pyramid", "beta": 10})=0.5',
+        "resize@pixels=0.56+vtc=0.39 compact",
     ],
 )
 def test_the_notation_is_written_as_it_is_read(text: str) -> None:
     assert write_stages(parse_stages(text)) == text
+
+
+def test_a_line_says_where_positions_are() -> None:
+    assert [each.positions for each in parse_stages("resize=0.5+vtc=0.5 compact")] == ["compact", "compact"]
+    assert [each.positions for each in parse_stages("resize=0.5+vtc=0.5")] == ["original", "original"]
+    case = tiny.build("qwen2_5_vl")
+    for line, asked, expected in (
+        ("resize=0.5+vtc=0.5", "original", "original"),
+        ("resize=0.5+vtc=0.5", "compact", "compact"),
+        ("resize=0.5+vtc=0.5 compact", "original", "compact"),
+    ):
+        with vtc.compressed(case.model, line, positions=asked), torch.inference_mode():
+            case.model(**case.batch("single"))
+            assert {each.positions for each in vtc.report(case.model).configs} == {expected}
 
 
 def test_the_notation_gives_options_their_types() -> None:
@@ -370,6 +387,8 @@ def test_the_notation_gives_options_their_types() -> None:
         ("snapkv(window=16, window=8)=0.5", "window is given twice"),
         ("snapkv(window=1 6)=0.5", "window=1 6 is neither a word nor JSON"),
         ("snapkv(windows=16)=0.5", "windows"),
+        ("vtc=0.5 compact+resize=0.5", "METHOD"),
+        ("vtc=0.5 dense", "METHOD"),
         ("snapkv(window=no)=0.5", "window must be an integer"),
     ],
 )

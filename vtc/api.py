@@ -55,7 +55,8 @@ def compress(
     keep_tokens : int, optional
         Tokens to keep of each image or video; exactly one of the two.
     positions : {"original", "compact"}
-        Kept tokens stay where they stood in the full prompt, or are counted anew (for parity with papers that do so).
+        Kept tokens stay where they stood in the full prompt, or are counted anew (for parity with papers that do so,
+        and behind "resize"). A line of stages may say it, too: "resize@pixels=0.5+vtc=0.5 compact".
     structural : {"keep", "drop"}
         What happens to newline and separator tokens, which no method scores.
     seed : int
@@ -214,7 +215,9 @@ def _configs(method: Method, shared: dict[str, Any], options: dict[str, Any]) ->
     if isinstance(method, str) and "=" in method:
         if given := [name for name in ("keep_ratio", "keep_tokens", "at") if shared[name] is not None] + list(options):
             raise ConfigError(f"{', '.join(given)} given beside {method!r}, which says it for each stage")
-        more = {name: shared[name] for name in ("positions", "structural", "seed")}
+        more = {name: shared[name] for name in ("structural", "seed")}
+        if shared["positions"] != "original":  # else as the line says
+            more["positions"] = shared["positions"]
         return [dataclasses.replace(config, **more) for config in parse_stages(method)]
     if isinstance(method, str):
         return [CompressionConfig(method=method, options=options, **shared)]

@@ -1,4 +1,7 @@
-"""The notation of stages in a line of text: `divprune@vision:4=0.5+snapkv(window=16, scope=all)@cache=0.5`."""
+"""The notation of stages in a line of text: `divprune@vision:4=0.5+snapkv(window=16, scope=all)@cache=0.5`.
+
+A blank and the word "compact" behind the stages ask for compact positions: `resize@pixels=0.5+vtc=0.5 compact`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from .errors import ConfigError
 from .plain import parse_json, shown
 from .registry import get_selector
 
-__all__ = ["parse_stages", "split_stages", "write_stages"]
+__all__ = ["parse_stages", "split_positions", "split_stages", "write_stages"]
 
 _WORD = re.compile(r"[A-Za-z_][\w.-]*")
 _NAMES = ("true", "false", "null", "NaN", "Infinity")
 """Words that JSON reads as something else than a string."""
+_COMPACT = " compact"
 
 
 def parse_stages(text: str) -> list[CompressionConfig]:
@@ -24,15 +28,17 @@ def parse_stages(text: str) -> list[CompressionConfig]:
 
     KEEP is a fraction of the tokens that enter the stage, or above 1 a count. Without ``@SITE`` the method says where;
     sites are those of `vtc.core.sites`. Options stand in parentheses behind the method and are left out where all have
-    their defaults; values are JSON, and words need no quotes.
+    their defaults; values are JSON, and words need no quotes. ``compact`` behind all stages, a blank before it, gives
+    them compact positions.
 
     Raises
     ------
     ConfigError
         It has another form, or names what does not exist.
     """
+    stages, positions = split_positions(text)
     found = []
-    for setting, keep in split_stages(text):
+    for setting, keep in split_stages(stages):
         called, at, site = _halves(setting, "@")
         if not called or bool(at) != bool(site):
             raise _malformed(text)
@@ -40,8 +46,14 @@ def parse_stages(text: str) -> list[CompressionConfig]:
         number = float(keep)
         get_selector(method, **options)
         budget = {"keep_ratio": number} if number <= 1 else {"keep_tokens": int(number) if number % 1 == 0 else number}
-        found.append(CompressionConfig(method, at=site or None, options=options, **budget))
+        found.append(CompressionConfig(method, positions=positions, at=site or None, options=options, **budget))
     return found
+
+
+def split_positions(text: str) -> tuple[str, str]:
+    """Return the stages without what stands behind them, and their positions: "compact" or "original"."""
+    stages = text.removesuffix(_COMPACT)
+    return stages, "original" if stages == text else "compact"
 
 
 def split_stages(text: str) -> list[tuple[str, str]]:
@@ -66,14 +78,14 @@ def split_stages(text: str) -> list[tuple[str, str]]:
 
 
 def write_stages(configs: Sequence[CompressionConfig]) -> str:
-    """Write stages in the notation; what it has no place for (positions, seeds) is left out."""
+    """Write stages in the notation; what it has no place for (structural tokens, seeds) is left out."""
     parts = []
     for config in configs:
         options = ", ".join(f"{name}={_written(value)}" for name, value in config.options.items())
         at = "" if config.at is None else f"@{config.at}"
         keep = config.keep_tokens if config.keep_ratio is None else float(f"{config.keep_ratio:.6g}")
         parts.append(f"{config.method}{f'({options})' if options else ''}{at}={keep}")
-    return "+".join(parts)
+    return "+".join(parts) + (_COMPACT if any(config.positions == "compact" for config in configs) else "")
 
 
 def _malformed(text: str) -> ConfigError:

@@ -128,7 +128,24 @@ class TestAsk:
         monkeypatch.setattr(vtc, "compressed", lambda model, config: seen.append(config) or compressed(model, config))
         command = ["ask", photo, "what", "--model", checkpoint, "--positions", "compact", "--max-new-tokens", 1]
         assert main([*map(str, command)]) == 0
-        assert [config.positions for config in seen] == ["compact"]
+        assert [config.positions for (config,) in seen] == ["compact"]
+
+    def test_stages_in_a_line_are_the_configuration(self, checkpoint, photo, capsys):
+        line = "divprune@vision:1=0.5+vtc=0.5 compact"
+        command = ["ask", photo, "what", "--model", checkpoint, "--method", line, "--max-new-tokens", 1]
+        assert main([*map(str, command)]) == 0
+        out = capsys.readouterr().out
+        assert out.splitlines()[2].startswith("  4 of 16: ")
+        assert "divprune(keep_ratio=0.5, at=vision:1" in out
+
+    @pytest.mark.parametrize("beside", [["--keep-ratio", "0.5"], ["--at", "decoder"], ["-o", "width=0.3"]])
+    def test_a_line_of_stages_says_everything_else(self, photo, capsys, beside):
+        message = failure(capsys, "ask", photo, "what?", "--method", "vtc=0.5", *beside)
+        assert "which says it for each stage" in message
+
+    def test_a_command_of_one_stage_refuses_two(self, photo, capsys):
+        message = failure(capsys, "inspect", photo, "--method", "resize=0.5+vtc=0.5")
+        assert "takes one stage, got 2" in message
 
     def test_dtype_is_the_one_asked_for(self, checkpoint, photo, capsys):
         command = ["ask", photo, "what", "--model", checkpoint, "--dtype", "bfloat16", "--max-new-tokens", 1]

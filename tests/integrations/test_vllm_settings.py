@@ -313,6 +313,8 @@ def test_serve_prints_what_it_starts(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["serve", "m", "--keep-tokens", "64", "--option", "width=0.3", "--seed", "4", "--print"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("VTC_METHOD=vtc VTC_KEEP_TOKENS=64 VTC_SEED=4 VTC_OPTIONS='{\"width\": 0.3}' ")
+    assert main(["serve", "m", "--method", "vtc(width=0.3)=64", "--seed", "4", "--print"]) == 0
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize(
@@ -321,6 +323,9 @@ def test_serve_prints_what_it_starts(capsys: pytest.CaptureFixture[str]) -> None
         (["m", "--method", "fastv"], "fastv cannot run inside vLLM"),
         (["m", "--method", "divprun"], "Did you mean 'divprune'"),
         (["m", "--keep-ratio", "0"], "must lie in (0, 1]"),
+        (["m", "--method", "vtc=0.5 compact"], "positions cannot be chosen in vLLM"),
+        (["m", "--method", "vtc@pixels=0.5"], "tokens leave before the language model"),
+        (["m", "--method", "resize=0.5+vtc=0.5"], "takes one stage"),
         (["m", "--vllm", "--port '8"], "--vllm"),
         (["PALIGEMMA"], "vtc does not compress PaliGemmaForConditionalGeneration inside vLLM"),
         (["EMPTY"], "no config.json"),

@@ -13,6 +13,7 @@ import vtc
 from tests import tiny
 from vtc import reference
 from vtc.cli import main
+from vtc.notation import parse_stages
 from vtc.tuning import advise as module
 from vtc.tuning.advise import _Measured, _Tried
 
@@ -60,6 +61,7 @@ def test_a_smaller_picture_comes_along_where_the_tower_takes_one() -> None:
     found = quiet(case, [case.batch("single")], keep_ratios=[0.5], rounds=1)
     assert {each.stages[0].method for each in found.settings} == {"random", "uniform", "resize", "divprune"}
     (smaller,) = (each for each in found.settings if each.stages[0].method == "resize")
+    assert smaller.name == "resize=0.5 compact"
     assert smaller.tokens < 0.6 * found.visual
 
 
@@ -111,11 +113,22 @@ def test_without_names_the_tower_is_tried_too(
     assert inside == {f"divprune@vision:{depth // 3}=0.5+vtc=0.5"}, "a quarter leaves nothing to choose at 0.25"
 
 
-def test_a_smaller_picture_is_tried_in_front_of_vtc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smaller_pictures_are_tried_alone_and_in_front_of_vtc(monkeypatch: pytest.MonkeyPatch) -> None:
     qwen = tiny.build("qwen2_5_vl")
     monkeypatch.setattr(module.api, "list_methods", dict)
     found = quiet(qwen, [qwen.batch("single")], methods=None, rounds=1)
-    assert "resize@pixels=0.5+vtc=0.5" in {each.name for each in found.settings}
+    names = {each.name for each in found.settings if each.stages[0].method == "resize"}
+    assert names == {
+        "resize=0.5 compact",
+        "resize=0.25 compact",
+        "resize=0.707 compact",
+        "resize@pixels=0.707+vtc=0.707 compact",
+        "resize@pixels=0.841+vtc=0.595 compact",
+        "resize@pixels=0.5+vtc=0.5 compact",
+        "resize@pixels=0.707+vtc=0.354 compact",
+    }
+    for each in found.settings:  # what is printed is what was measured
+        assert tuple(parse_stages(each.name)) == each.stages
 
 
 @pytest.mark.parametrize("settings", ["vtc=0.5", ["vtc"], ["divprune@vision:99=0.5"]])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import vtc
 from vtc import limits
 from vtc.cli import arguments, samples
-from vtc.errors import InputError
+from vtc.errors import InputError, VtcError
 
 _KEEP_RATIOS = (0.5, 0.25, 0.11, 0.056)
 
@@ -61,9 +63,24 @@ def run(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(advice)
+    if advice.chosen is not None:
+        print("\n".join(_commands(advice.chosen)))
     if args.output is not None and advice.stages is None:
         raise InputError(f"{args.output}: nothing was written, because no setting can be advised (see above).")
     if args.output is not None and advice.stages is not None:
         vtc.save_stages(args.output, advice.stages)
         print(f'use it: vtc.compress(model, vtc.load_stages("{args.output}"))')
     return 0
+
+
+def _commands(chosen: vtc.AdvisedSetting) -> list[str]:
+    """Return the command lines that use a setting: in transformers, and in vLLM if it can run there."""
+    from vtc.integrations.vllm.settings import planned
+
+    method = shlex.quote(chosen.name)
+    lines = [f"vtc ask IMAGE QUESTION --method {method}"]
+    if len(chosen.stages) == 1:
+        with suppress(VtcError):
+            planned(chosen.stages[0])
+            lines.append(f"vtc serve CHECKPOINT --method {method}")
+    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from vtc.bench.timing import check_device
 from vtc.chat import image_inputs
 from vtc.errors import ConfigError, InputError
 from vtc.files import check_writable, replacing
+from vtc.notation import parse_stages
 from vtc.plain import parse_json
 
 if TYPE_CHECKING:
@@ -49,9 +51,11 @@ def add_method(
     default: str,
     *flags: str,
     option_help: str = "option of the method; repeat for more",
+    line: bool = False,
 ) -> None:
-    """Add --method, and its options under `flags`."""
-    parser.add_argument("--method", default=default, help=f"compression method, see `vtc methods` ({default})")
+    """Add --method, which may be a `line` of stages if `stages` or `configuration` reads it, and options as `flags`."""
+    stated = ", or stages in a line, METHOD@SITE=KEEP+..." if line else ""
+    parser.add_argument("--method", default=default, help=f"compression method, see `vtc methods`{stated} ({default})")
     parser.add_argument(
         *flags, dest="options", type=option, action="append", default=[], metavar="NAME=VALUE", help=option_help
     )
@@ -100,16 +104,42 @@ def option(text: str) -> tuple[str, Any]:
 # -------------------------------------------------------------- checks before a model is loaded, which may take minutes
 
 
-def configuration(args: argparse.Namespace, **settings: Any) -> vtc.CompressionConfig:
-    """The configuration that the method, its options, the budget and the site describe, with further `settings`.
-
-    A method that is trained gets the modules that ship with a reference model, if no option says otherwise.
+def stages(args: argparse.Namespace, **settings: Any) -> list[vtc.CompressionConfig]:
+    """The configurations that --method describes where it is a line of stages, otherwise one: `configuration`.
 
     Raises
     ------
     VtcError
-        There is no such method, or a value is not allowed.
+        There is no such method, a value is not allowed, or a budget, site or option is given beside such a line.
     """
+    if "=" not in args.method:
+        return [_configuration(args, settings)]
+    given = {"--keep-ratio": args.keep_ratio, "--keep-tokens": args.keep_tokens, "--at": args.at}
+    beside = [flag for flag, value in given.items() if value is not None] + [name for name, _ in args.options]
+    if beside:
+        raise ConfigError(f"{', '.join(beside)} given beside --method {args.method!r}, which says it for each stage.")
+    own = {name: value for name, value in settings.items() if (name, value) != ("positions", "original")}
+    return [dataclasses.replace(config, **own) for config in parse_stages(args.method)]
+
+
+def configuration(args: argparse.Namespace, **settings: Any) -> vtc.CompressionConfig:
+    """The configuration that the method, its options, the budget and the site describe, with further `settings`.
+
+    A method that is trained gets the modules that ship with a reference model, if no option says otherwise. A line of
+    one stage says all of this by itself.
+
+    Raises
+    ------
+    VtcError
+        There is no such method, a value is not allowed, or --method is a line of several stages.
+    """
+    first, *others = stages(args, **settings)
+    if others:
+        raise ConfigError(f"--method {args.method!r}: this command takes one stage, got {1 + len(others)}.")
+    return first
+
+
+def _configuration(args: argparse.Namespace, settings: dict[str, Any]) -> vtc.CompressionConfig:
     options = dict(args.options)
     if not options:
         found = shipped_modules(args.method, getattr(args, "model", ""), args.keep_tokens)

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE", help="any file that pillow reads")
     parser.add_argument("question", metavar="QUESTION")
     arguments.add_model(parser)
-    arguments.add_method(parser, DEFAULT_METHOD, "-o", "--option")
+    arguments.add_method(parser, DEFAULT_METHOD, "-o", "--option", line=True)
     arguments.add_budget(parser, of="each image")
     arguments.add_site(parser)
     parser.add_argument(
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Print both answers and the report."""
     from vtc.report.views import fit_of
 
-    config = arguments.configuration(args, positions=args.positions)
+    stages = arguments.stages(args, positions=args.positions)
     limits.check_count("--max-new-tokens", args.max_new_tokens, limits.MAX_NEW_TOKENS)
     image = vtc.open_image(args.image)
     marked = None if args.region is None else [args.region]
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.question}  [{args.image.name}]")
     print(f"  all tokens: {_answer(model, processor, inputs, args.max_new_tokens)}")
     fit = fit_of(processor)
-    with nullcontext() if marked is None else vtc.regions(marked, image, fit), vtc.compressed(model, config):
+    with nullcontext() if marked is None else vtc.regions(marked, image, fit), vtc.compressed(model, stages):
         answer = _answer(model, processor, inputs, args.max_new_tokens)
         report = vtc.report(model)
     print(f"  {report.visual_tokens_after} of {report.visual_tokens_before}: {answer}\n")

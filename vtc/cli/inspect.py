@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE", help="any file that pillow reads")
     parser.add_argument("--question", default="What is in the picture?", help="for methods that read it (%(default)s)")
     arguments.add_model(parser)
-    arguments.add_method(parser, DEFAULT_METHOD, "--option")
+    arguments.add_method(parser, DEFAULT_METHOD, "--option", line=True)
     arguments.add_budget(parser, of="each image")
     arguments.add_site(parser)
     arguments.add_seed(parser)

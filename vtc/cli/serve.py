@@ -20,7 +20,7 @@ _SERVER = "vllm.entrypoints.openai.api_server"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("checkpoint", help="folder of a checkpoint, or its name on a hub that vLLM can reach")
-    add_method(parser, DEFAULT_METHOD, "--option")
+    add_method(parser, DEFAULT_METHOD, "--option", line=True)
     add_budget(parser, of="a picture or video")
     add_seed(parser)
     parser.add_argument(

@@ -18,7 +18,6 @@ token, because attention is quadratic. Far below the prompts measured the figure
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,8 +41,11 @@ from vtc.tuning.samples import as_found, prompts
 
 __all__ = ["Advice", "AdvisedSetting", "advise"]
 
-_FIRST_SHARES = (0.5, 0.25)
-"""What the first of two stages leaves, in the settings that are tried beside the methods."""
+_TOWER_SHARES = (0.5, 0.25)
+"""What a stage inside the tower leaves for "vtc" behind it, in the settings that are tried beside the methods."""
+
+_PICTURE_EXPONENTS = (0.5, 0.25)
+"""Of the share that is to be left: what a smaller picture takes of it, in those settings."""
 
 Stages = tuple[CompressionConfig, ...]
 _ALL = "all tokens"
@@ -224,11 +226,13 @@ def advise(
         In (0, 1]: the share of prompts whose answer must stay the same, token for token.
     methods : sequence of str, optional
         All that the model can run unless given. The baselines come along: "random", "uniform", and a smaller picture,
-        which is "resize", or "pool" where the tower takes pictures of one size.
+        which is "resize", or "pool" where the tower takes pictures of one size. Smaller pictures have their own
+        positions (``positions="compact"``): at those of the large picture they are read worse.
     settings : sequence of str, optional
-        Stages in the notation of `compress`, such as "resize@pixels=0.5+vtc=0.25", tried beside the methods. With
-        neither these nor methods: half and a quarter of the patches from a third of the tower's depth on, or of the
-        pixels where the tower takes smaller pictures, and then "vtc".
+        Stages in the notation of `compress`, such as "resize@pixels=0.5+vtc=0.25 compact", tried beside the methods.
+        With neither these nor methods: half and a quarter of the patches from a third of the tower's depth on, and
+        then "vtc". Where the tower takes smaller pictures also, for every ratio r, a picture with the share r^(1/2) of
+        its pixels alone, and with "vtc" behind it, which leaves r of the tokens; or r^(1/4) of the pixels and "vtc".
     keep_ratios : sequence of float
         In (0, 1).
     max_new_tokens : int
@@ -417,16 +421,30 @@ def _settings(
 
     baselines = ("random", "uniform", "pool" if adapter.resampling_refused else "resize")
     for name in dict.fromkeys([*baselines, *(api.list_methods() if methods is None else methods)]):
-        add(name, [[CompressionConfig(name, keep_ratio=ratio)] for ratio in ratios], methods is not None)
+        positions = "compact" if name == "resize" else "original"
+        candidates = [[CompressionConfig(name, keep_ratio=ratio, positions=positions)] for ratio in ratios]
+        add(name, candidates, methods is not None)
     for text in settings or ():
         add(text, [parse_stages(text)], True)
     if methods is None and settings is None:
         depth = len(adapter.tower_blocks("image" if "image" in adapter.modalities else "video"))
-        firsts = [f"divprune@vision:{depth // 3}", *([] if adapter.resampling_refused else ["resize@pixels"])]
-        for first, share in itertools.product(firsts, _FIRST_SHARES):
-            lines = [f"{first}={share:g}+vtc={ratio / share:.6g}" for ratio in ratios if ratio < share]
-            add(f"{first}={share:g} and vtc", [parse_stages(line) for line in lines], False)
+        for share in _TOWER_SHARES:
+            first = f"divprune@vision:{depth // 3}={share:g}"
+            lines = [f"{first}+vtc={ratio / share:.6g}" for ratio in ratios if ratio < share]
+            add(f"{first} and vtc", [parse_stages(line) for line in lines], False)
+        if not adapter.resampling_refused:
+            add("resize and vtc", [parse_stages(line) for line in _smaller_pictures(ratios)], False)
     return list(found), left_out
+
+
+def _smaller_pictures(ratios: Sequence[float]) -> list[str]:
+    """Return lines of smaller pictures, alone and with "vtc" behind them."""
+    lines = []
+    for ratio in ratios:
+        pixels = [float(f"{ratio**exponent:.3g}") for exponent in _PICTURE_EXPONENTS]
+        lines.append(f"resize={pixels[0]:g} compact")
+        lines += [f"resize@pixels={share:g}+vtc={ratio / share:.3g} compact" for share in pixels if share > ratio]
+    return lines
 
 
 @torch.inference_mode()

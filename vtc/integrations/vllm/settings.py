@@ -44,6 +44,12 @@ _BUDGET = ("keep_ratio", "keep_tokens")
 _KEPT = (*_BUDGET, "seed", "structural")  # what stays where a later layer names another method
 
 
+_POSITIONS = (
+    "positions cannot be chosen in vLLM: models with (t, h, w) positions keep those of kept tokens, all others count "
+    "positions over kept tokens only."
+)
+
+
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings that environment variables make, without prefix; empty variables count as unset.
 
@@ -116,10 +122,7 @@ def resolve(*layers: Mapping[str, Any], adapter: Callable[[], Adapter] | None = 
     if not merged:
         return None
     if "positions" in merged:
-        raise ConfigError(
-            f"{PREFIX}positions cannot be chosen in vLLM: models with (t, h, w) positions keep those of kept tokens, "
-            "all others count positions over kept tokens only."
-        )
+        raise ConfigError(f"{PREFIX}{_POSITIONS}")
     config = configuration({"method": DEFAULT_METHOD} | merged)
     planned(config, None if adapter is None else adapter())
     return config
@@ -151,11 +154,13 @@ def planned(config: CompressionConfig, adapter: Adapter | None = None) -> Planne
     UnsupportedMethodError
         It needs something that is not there when vLLM encodes a picture; the message names it, and methods that work.
     ConfigError
-        An option does not exist or is invalid.
+        An option does not exist or is invalid, or compact positions are asked for.
     """
     from vtc.engine.plan import PlannedStage, make_plan
     from vtc.registry import get_selector
 
+    if config.positions != "original":
+        raise ConfigError(_POSITIONS)
     selector = get_selector(config.method, **config.options).resolve(None, config.keep_ratio)
     stage = PlannedStage(config, selector, selector.stages(None, config.keep_ratio)[0])
     lacks = _lacks(selector, selector.stages(None, config.keep_ratio))
