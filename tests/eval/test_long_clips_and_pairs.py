@@ -16,7 +16,7 @@ import itertools
 from eval.tasks import get_task
 from eval.tasks.base import Sample
 from eval.tasks.generated import scene_at
-from eval.tasks.long import KINDS, LENGTHS, make_long_clip
+from eval.tasks.long import KINDS, LENGTHS, ask, make_long_clip
 
 CLIPS = 9
 
@@ -67,6 +67,16 @@ def test_answers_follow_from_the_clip(long: list[Sample]) -> None:
             assert sample.target == min(colours, key=first.__getitem__)
         if sample.meta["kind"] == "before":
             assert (sample.target == "before") == (first[colours[0]] < first[colours[1]])
+
+
+def test_no_answer_to_how_often_is_right_most_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.tasks.clips.clip.draw", lambda *_: np.empty((0, 0, 0, 3), np.uint8))
+    asked = [q for index in range(400) for q in ask(make_long_clip(7, index), 6)]
+    counts = Counter(question.answer for question in asked if question.kind == "times")
+    assert set(counts) == {"1", "2", "3"}
+    assert max(counts.values()) < 0.5 * sum(counts.values())
+    before = [question.answer == "before" for question in asked if question.kind == "before"]
+    assert 0.4 < np.mean(before) < 0.6
 
 
 def test_every_long_clip_and_its_truth_are_drawn_again_alike(long: list[Sample]) -> None:
