@@ -14,6 +14,7 @@ import numpy as np
 from eval.tasks.base import Sample, Truth, register_task
 from eval.tasks.generated import Generated, about
 from eval.tasks.video import Frames
+from vtc import ConfigError
 
 if TYPE_CHECKING:
     from eval.tasks.clips.clip import Actor, Clip
@@ -55,6 +56,8 @@ class LongClipsTask(Generated):
         Maximum number of questions about each.
     seed : int
         Each seed draws other clips of the held-out split.
+    frames : int or None
+        Length of every clip; by default 64, 128 and 256 in turn.
     """
 
     name = "long-clips"
@@ -64,11 +67,17 @@ class LongClipsTask(Generated):
     pictures: int = 60
     per_picture: int = 6
     seed: int = 0
+    frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.frames not in LENGTHS:
+            raise ConfigError(f"frames of long-clips: expected one of {LENGTHS}, got {self.frames}")
 
     def samples(self, folder: Path | None) -> Sequence[Sample]:
         found: list[Sample] = []
         for index in range(self.pictures):
-            clip, frames = _clip(self.seed, index), functools.partial(_frames, self.seed, index)
+            clip = _clip(self.seed, index, self.frames)
+            frames = functools.partial(_frames, self.seed, index, self.frames)
             asked = ask(clip, self.per_picture)
             found += about(f"long-{index}", asked, video=frames, index=index, frames=clip.length)
         return found
@@ -78,7 +87,7 @@ class LongClipsTask(Generated):
         from eval.tasks.clips.clip import SIDE, cells
 
         index = int(sample.meta["index"])
-        clip, side = _clip(self.seed, index), SIDE // 14
+        clip, side = _clip(self.seed, index, self.frames), SIDE // 14
         colours = dict.fromkeys(actor.colour for actor in clip.objects)
         things = tuple(
             tuple(cell for actor in clip.objects if actor.colour == colour for cell in cells(actor, clip.length))
@@ -87,8 +96,8 @@ class LongClipsTask(Generated):
         return Truth(things, (clip.length // 2, side, side), (self.seed, index))
 
 
-def make_long_clip(seed: int, index: int, split: Split = "test") -> Clip:
-    """Draw clip ``index`` of the held-out split, or of the other one.
+def make_long_clip(seed: int, index: int, split: Split = "test", frames: int | None = None) -> Clip:
+    """Draw clip ``index`` of the held-out split, or of the other one; :data:`LENGTHS` take turns unless told otherwise.
 
     Objects have different colours, stand still and are seen one at a time, each for 4, 6 or 8 frames; one of them up to
     three times. Equal arguments give equal frames.
@@ -98,7 +107,7 @@ def make_long_clip(seed: int, index: int, split: Split = "test") -> Clip:
     from eval.tasks.scenes.vocabulary import COLOURS, SHAPES
 
     rng = rng_for(split, seed, index, _LAYOUT_PURPOSE)
-    length = LENGTHS[index % len(LENGTHS)]
+    length = frames or LENGTHS[index % len(LENGTHS)]
     background = sources.background(split, SIDE, rng)
     count = int(rng.choice(NUMBERS))
     again = int(rng.choice(REPEATS)) - 1
@@ -127,8 +136,8 @@ def span(window: int, wide: int, rng: np.random.Generator) -> tuple[int, int]:
 def ask(clip: Clip, count: int, kinds: Sequence[str] = KINDS) -> tuple[Question, ...]:
     """Return up to ``count`` questions about a long clip, in turn of each kind, in a random order of kinds.
 
-    "How many times" is asked where something appears more than once, and more often about that than about the others, so
-    that none of 1, 2 and 3 is right in more than about 40 % of the cases.
+    "How many times" is asked where something appears more than once, and more often about that than about the others,
+    so that none of 1, 2 and 3 is right in more than about 40 % of the cases.
     """
     from eval.tasks.clips.clip import rng_for
 
@@ -187,12 +196,12 @@ def _ask(clip: Clip, kind: str, rng: np.random.Generator) -> Question | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _clip(seed: int, index: int) -> Any:
-    return make_long_clip(seed, index)
+def _clip(seed: int, index: int, frames: int | None) -> Any:
+    return make_long_clip(seed, index, frames=frames)
 
 
-def _frames(seed: int, index: int) -> Frames:
+def _frames(seed: int, index: int, frames: int | None) -> Frames:
     from eval.tasks.clips.clip import FPS
 
-    clip = _clip(seed, index)
+    clip = _clip(seed, index, frames)
     return Frames(clip.frames, tuple(range(clip.length)), float(FPS), clip.length)

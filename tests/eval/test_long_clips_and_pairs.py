@@ -17,6 +17,7 @@ from eval.tasks import get_task
 from eval.tasks.base import Sample
 from eval.tasks.generated import scene_at
 from eval.tasks.long import KINDS, LENGTHS, ask, make_long_clip
+from vtc import ConfigError
 
 CLIPS = 9
 
@@ -36,6 +37,15 @@ def test_long_clips_have_all_lengths_and_kinds(long: list[Sample]) -> None:
     assert {sample.meta["frames"] for sample in long} == set(LENGTHS)
     assert {sample.meta["kind"] for sample in long} == set(KINDS)
     assert all(sample.target in sample.options for sample in long)
+
+
+def test_long_clips_of_one_length() -> None:
+    task = get_task("long-clips", pictures=2, frames=64)
+    assert {sample.meta["frames"] for sample in task.samples(None)} == {64}
+    assert task.samples(None)[-1].video().frames.shape == (64, 112, 112, 3)
+    assert task.truth(task.samples(None)[-1]).grid == (32, 8, 8)
+    with pytest.raises(ConfigError, match="64, 128, 256"):
+        get_task("long-clips", frames=16)
 
 
 def test_objects_show_in_their_frames_alone() -> None:
