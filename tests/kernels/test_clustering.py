@@ -43,6 +43,31 @@ def test_density_peaks_of_equal_tokens() -> None:
     assert bool((kernels.density_peaks(torch.ones(3, 2), torch.tensor([0, 0, 1]), 4) == -torch.inf).all())
 
 
+@quick
+@given(st.integers(0, 40), st.integers(1, 6), st.sampled_from([1, 16, 2**22]), st.integers(0, 99))
+def test_density_clusters(n: int, groups: int, elements: int, seed: int) -> None:
+    x, group = grouped(n, groups, seed)
+    size = torch.bincount(group + 1, minlength=groups + 1)[1:]
+    counts = (size * torch.rand(groups, generator=torch.Generator().manual_seed(seed)) + 0.5).long()
+    expected = reference.density_clusters(x, group, counts, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "_ELEMENTS", elements)
+        assert torch.equal(kernels.density_clusters(x, group, counts, 4), expected)
+        # What a GPU does: groups are as long as they can be, and what is there is masked.
+        patch.setattr(cluster, "queues", lambda _: True)
+        most = [int(count) + seed % 3 for count in size]
+        assert torch.equal(kernels.density_clusters(x, group, counts, 4, most), expected)
+
+
+def test_equal_tokens_join_the_first_centre() -> None:
+    x = torch.tensor([[1.0], [1.0], [3.0], [1.0]])
+    group = torch.tensor([0, 0, 0, -1])
+    assert kernels.density_clusters(x, group, torch.tensor([1]), 2).tolist() == [0, 0, 0, -1]
+    assert kernels.density_clusters(x, group, torch.tensor([2]), 2).tolist() == [0, 0, 2, -1]
+    assert kernels.density_clusters(x, group, torch.tensor([3]), 2).tolist() == [0, 1, 2, -1]
+    assert kernels.density_clusters(x, group, torch.tensor([0]), 2).tolist() == [-1] * 4
+
+
 def test_density_peaks_of_many_tokens_need_no_matrix() -> None:
     x, group = torch.randn(6000, 4), torch.zeros(6000, dtype=torch.long)
     assert peak_bytes(lambda: kernels.density_peaks(x, group, 5)) < 4 * 6000**2

@@ -16,16 +16,17 @@ from tests.selectors.inputs import make_context
 from tests.selectors.test_golden import case, load
 from tests.selectors.test_golden_peers import TOLERANCE, prefixes
 from vtc import kernels
+from vtc.bench._video_transcriptions import runs_of
 from vtc.core.observations import TokenGrids
 from vtc.errors import ConfigError
 from vtc.functional import select
 from vtc.registry import get_selector
 from vtc.selectors import FastVidSelector, PruneVidSelector
 from vtc.selectors.flashvid import attended_and_diverse
-from vtc.selectors.frames import Frames, cut_scenes, earlier_at_place, frame_of
+from vtc.selectors.frames import Frames, cut_scenes, earlier_at_place, frame_of, proportional, shared
 from vtc.selectors.holitom import best_windows
-from vtc.selectors.prunevid import group_shares, likeness, runs_of
-from vtc.selectors.static_cells import number_cells, static_units
+from vtc.selectors.prunevid import group_shares, likeness, windows_of
+from vtc.selectors.static_cells import places_of, static_units
 
 
 def test_all_files_are_there() -> None:
@@ -36,6 +37,12 @@ def test_all_files_are_there() -> None:
 
 
 # --- fastvid ---------------------------------------------------------------------------------------------------------
+
+
+def video(frames: int, tokens: int) -> Frames:
+    """Frames of so many tokens in a row."""
+    frame = torch.arange(frames).repeat_interleave(tokens)
+    return Frames(TokenGrids(((frames, 1, tokens),)).origin(), frame, frame, [tokens] * frames)
 
 
 def _fastvid(golden: dict[str, Any]) -> tuple[FastVidSelector, Tensor, Tensor]:
@@ -182,15 +189,16 @@ def test_prunevid_clusters(prefix: str) -> None:
     assert golden["noise_invariant"]
     for x, labels in zip(golden["x"], golden["idx"], strict=True):
         one = torch.zeros(len(x), dtype=torch.long)
-        centres = kernels.density_peaks(x, one, golden["k"]).sort(descending=True).indices[: golden["cluster_num"]]
-        assert torch.equal(kernels.nearest_in_group(x, one, centres, "euclidean"), labels)
+        count = torch.tensor([golden["cluster_num"]])
+        centres = kernels.density_peaks(x, one, golden["k"]).sort(descending=True).indices[: int(count)]
+        assert torch.equal(kernels.density_clusters(x, one, count, golden["k"]), centres[labels])
 
 
 @pytest.mark.parametrize("prefix", prefixes("prunevid", "labels"))
 def test_prunevid_windows(prefix: str) -> None:
     golden = case(load("prunevid.npz"), prefix)
     (labels,), (segments,) = golden["labels"], golden["segments"]
-    assert torch.bincount(torch.tensor(runs_of(labels.tolist()))).tolist() == segments.tolist()
+    assert torch.bincount(windows_of(labels)).tolist() == segments.tolist()
 
 
 def test_prunevid() -> None:
@@ -211,17 +219,15 @@ def test_prunevid() -> None:
 def test_prunevid_by_hand() -> None:
     """One window: the first place stands still and becomes its mean; with room for more, it does not."""
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, -1.0]])
-    frame, window = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0])
-    cells = number_cells(TokenGrids(((2, 1, 2),)).origin(), frame, window)
-    alike = likeness(x, cells)
-    assert alike.tolist() == pytest.approx([1.0, -1.0])
-    assert cells.of.tolist() == [0, 1, 0, 1]
-    units = static_units(cells, alike, 0.8, frame, window, 3)
-    assert units.tokens.tolist() == [0, 1, 3]
-    assert units.means(x).tolist() == [[2.0, 0.0]]
-    assert units.own.tolist() == [-1, 0, -1, 1]
-    assert units.group.tolist() == [2, 0, 1]
-    assert len(static_units(cells, alike, 0.8, frame, window, 4).tokens) == 4
+    places, window = places_of(video(2, 2)), torch.tensor([0, 0])
+    alike = likeness(x, places, window)
+    assert alike.tolist() == [pytest.approx([1.0, -1.0])]
+    units = static_units(places, window, alike, 0.8, 3)
+    assert units.stands.tolist() == [0, 1, 0, 3]
+    assert units.group.tolist() == [2, 0, -1, 1]
+    assert units.moving.tolist() == [-1, 0, -1, 1]
+    assert units.sizes.tolist() == [1, 1, 1, 0]
+    assert static_units(places, window, alike, 0.8, 4).stands.tolist() == [0, 1, 2, 3]
     selection = select("prunevid", features=x, grid_thw=(2, 1, 2), keep_tokens=3)
     assert selection.merge(x).tolist() == [[2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]
 
@@ -238,27 +244,49 @@ def test_prunevid_of_a_still_video() -> None:
 
 
 def test_prunevid_takes_the_least_alike_apart_first() -> None:
-    frame, window = torch.arange(3).repeat_interleave(3), torch.zeros(3, dtype=torch.long)
-    cells = number_cells(TokenGrids(((3, 1, 3),)).origin(), frame, window)
-    alike = torch.tensor([0.95, 0.9, 0.85])
-    left = [static_units(cells, alike, 0.8, frame, window, budget).static.sum().item() for budget in (3, 4, 5, 6, 8)]
-    assert left == [3, 2, 2, 1, 0]
-    units = static_units(cells, alike, 0.8, frame, window, 4)
-    assert units.tokens.tolist() == [0, 1, 2, 5, 8], "the third place is in three frames"
+    places, window = places_of(video(3, 3)), torch.zeros(3, dtype=torch.long)
+    alike = torch.tensor([[0.95, 0.9, 0.85]])
+    units = {budget: static_units(places, window, alike, 0.8, budget) for budget in (3, 4, 5, 6, 8)}
+    assert [int((unit.group == 3).sum()) for unit in units.values()] == [3, 2, 2, 1, 0]
+    left = units[4].stands.unique().tolist()
+    assert left == [0, 1, 2, 5, 8], "the third place is in three frames"
 
 
 def test_prunevid_shares() -> None:
-    assert group_shares(10, [4, 20, 20]) == [4, 3, 3], "a small group stays whole"
-    assert group_shares(5, [4, 20, 20]) == [1, 2, 2], "unless nothing would be left"
-    assert group_shares(3, [1, 2]) == [1, 2]
+    def shares(budget: int, sizes: list[int]) -> list[int]:
+        return group_shares(budget, torch.tensor(sizes)).tolist()
+
+    assert shares(10, [4, 20, 20]) == [4, 3, 3], "a small group stays whole"
+    assert shares(5, [4, 20, 20]) == [1, 2, 2], "unless nothing would be left"
+    assert shares(3, [1, 2]) == [1, 2]
+    assert shares(4, [0, 20, 0, 20]) == [0, 2, 0, 2]
 
 
-def test_runs_of_frames() -> None:
-    assert runs_of([0, 0, 1, 2, 2, 2]) == [0, 0, 1, 1, 1, 1], "the longer neighbour"
-    assert runs_of([0, 0, 1, 2, 2]) == [0, 0, 0, 1, 1], "the left of equals"
-    assert runs_of([3, 0, 0]) == [0, 0, 0]
-    assert runs_of([0, 0, 1, 0, 0]) == [0] * 5, "one window again"
-    assert runs_of([5]) == [0]
+def test_shared_is_proportional() -> None:
+    for seed in range(50):
+        sizes = torch.randint(0, 9, (6,), generator=torch.Generator().manual_seed(seed))
+        for total in range(int(sizes.sum()) + 1):
+            assert shared(total, sizes).tolist() == proportional(total, sizes.tolist())
+    assert shared(0, torch.zeros(2, dtype=torch.long)).tolist() == [0, 0]
+
+
+def test_windows_of_labels() -> None:
+    def windows(labels: list[int]) -> list[int]:
+        found = windows_of(torch.tensor(labels)).tolist()
+        assert found == runs_of(labels)
+        return found
+
+    assert windows([0, 0, 1, 2, 2, 2]) == [0, 0, 1, 1, 1, 1], "the longer neighbour"
+    assert windows([0, 0, 1, 2, 2]) == [0, 0, 0, 1, 1], "the left of equals"
+    assert windows([2, 0, 0]) == [0, 0, 0]
+    assert windows([0, 0, 1, 0, 0]) == [0] * 5, "one window again"
+    assert windows([0]) == [0]
+    for seed in range(200):
+        windows(
+            torch.randint(0, 4, (1 + seed % 12,), generator=torch.Generator().manual_seed(seed))
+            .clamp(max=seed % 12)
+            .tolist()
+        )
 
 
 # --- holitom ---------------------------------------------------------------------------------------------------------

@@ -21,11 +21,8 @@ pytestmark = needs_triton
 
 MORE = {
     "fastvid": (2, "segments are as many as the video makes them"),
-    "flashvid": (3, "scenes, and trees of tokens, are as many as the video makes them"),
-    "holitom": (2, "windows and static places are as many as the video makes them"),
     "prumerge": (3, "keeps as many tokens as are outliers, each merged into as many as it resembles"),
     "prumerge-plus": (4, "the same, with as many others as are no outliers"),
-    "prunevid": (3, "windows, and static places, are as many as the video makes them"),
 }
 """How often at most a method waits that cannot do with once, and why; of 4 frames of 4 x 4 tokens, 20 of them kept."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from torch.nn import functional as F
 from vtc.bench._transcribing import Choice, Transcription, as_choice, best_of, feature_attention
 from vtc.budget import largest_remainder
 from vtc.core.context import VisualContext
-from vtc.selectors.prunevid import runs_of
 
-__all__ = ["VIDEO_TRANSCRIPTIONS"]
+__all__ = ["VIDEO_TRANSCRIPTIONS", "runs_of"]
 
 
 def _frames(x: Tensor, ctx: VisualContext) -> Tensor:
@@ -226,6 +226,28 @@ def _merged_in_windows(
             merged.append(found)
     order = torch.cat(keep).argsort()
     return torch.cat(keep)[order], torch.cat(merged)[order]
+
+
+def runs_of(labels: Sequence[int]) -> list[int]:
+    """Turn labels of frames into consecutive windows, numbered from 0.
+
+    Of every label the longest runs stay, if they are longer than 1. A stretch between them goes to the longer of its
+    neighbours, the left one of equals. Without any there is one window.
+    """
+    runs = [(label, len(list(same))) for label, same in itertools.groupby(labels)]
+    longest: dict[int, int] = {}
+    for label, length in runs:
+        longest[label] = max(length, longest.get(label, 2))
+    kept = [at for at, (label, length) in enumerate(runs) if length == longest[label]]
+    if not kept:
+        return [0] * len(labels)
+    refined: list[int] = []
+    for at, (_, length) in enumerate(runs):
+        left, right = bisect.bisect_right(kept, at) - 1, bisect.bisect_left(kept, at)
+        nearest = [kept[place] for place in (left, right) if 0 <= place < len(kept)]
+        winner = max(nearest, key=lambda run: runs[run][1])  # the first of equals
+        refined += [runs[winner][0]] * length
+    return [number for number, (_, same) in enumerate(itertools.groupby(refined)) for _ in same]
 
 
 def prunevid(selector: Any, ctx: VisualContext) -> Choice:

@@ -8,7 +8,7 @@ optimised PyTorch implementation and, for most operations, a Triton implementati
 from __future__ import annotations
 
 from .attention import attention_column_sums, attention_rows
-from .cluster import density_peaks, nearest_in_group
+from .cluster import density_clusters, density_peaks, nearest_in_group
 from .cover import multimodal_coverage, weighted_coverage
 from .dispatch import use
 from .greedy import coverage_greedy, dpp_greedy
@@ -29,6 +29,7 @@ __all__ = [
     "bipartite_merge",
     "context_relevance",
     "coverage_greedy",
+    "density_clusters",
     "density_peaks",
     "dpp_greedy",
     "earlier_tokens",

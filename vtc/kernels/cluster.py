@@ -1,12 +1,11 @@
 """Clustering of tokens within groups: the tokens of a frame, of a window of frames, of a set of static places.
 
-Groups are compared side by side, padded to the longest of a block. How many tokens a group has, the host has to know:
-it asks, for which a GPU is waited for, unless the caller says.
+Groups are compared side by side, padded to the longest of a block. For that the host has to know how many tokens a
+group has. A GPU, which would have to be waited for, is only asked if the caller does not say how many at most.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -16,16 +15,17 @@ from torch import Tensor
 from vtc.errors import ConfigError
 
 from .cosines import with_inverse_norms
-from .dispatch import op
+from .dispatch import op, queues
 from .host import upload
 
-__all__ = ["density_peaks", "gathered_rows", "nearest_in_group", "padded_groups", "sorted_by_group"]
+__all__ = ["counts_of", "density_clusters", "density_peaks", "gathered_rows", "nearest_in_group", "padded_groups"]
 
 _BLOCK = 512  # tokens of a group that are compared at a time
 _ELEMENTS = 2**22  # distances, and features, held at a time
 _LEAST_FILLED = 0.8  # of the longest group of a block
 _SHORT = 16  # tokens of a group, up to which padding costs less than another block
 _ROUNDING = 4e-6  # share of the squared norms below which a squared distance is rounding
+_FAR = 1e38  # beyond every squared distance; added where a branch on a random mask would be slow
 _METRICS = ("cosine", "euclidean")
 
 Run = TypeVar("Run")
@@ -51,7 +51,7 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int, sizes: Sequence[int
     neighbours
         At least 1; groups may be smaller.
     sizes
-        How many tokens each group has, where the host knows; None: it asks.
+        How many tokens each group has at most; None: a GPU is asked.
 
     Returns
     -------
@@ -59,36 +59,63 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int, sizes: Sequence[int
         (N,) float32: logarithm of density times separation, minus infinity for all but the first of equal vectors and
         for tokens without a group.
     """
-    n, width = len(x), x.shape[1]
-    scores = x.new_full((n + 1,), -torch.inf, dtype=torch.float32)  # what is not there is written behind the last
-    order, counts = sorted_by_group(group, sizes)
-    runs = sorted(_runs(counts), key=lambda run: -run[1])
-
-    def fits(part: list[tuple[int, int]]) -> bool:
-        return _alike(part) and len(part) * part[0][1] * max(part[0][1], width) <= _ELEMENTS
-
-    for part in _blocks(runs, fits):
-        index, there = padded_groups(order, part)
-        found = _peaks(gathered_rows(x, index), None if _full(part) else there, neighbours)
-        scores.scatter_(0, index.masked_fill_(~there, n).flatten(), found.flatten())
-    return scores[:n]
+    scores = x.new_full((len(x) + 1,), -torch.inf, dtype=torch.float32)  # what is not there is written behind the last
+    for _, index, there in _side_by_side(group, sizes, x.shape[1]):
+        found = _Distances(gathered_rows(x, index.clamp(max=len(x) - 1)), there).peaks(neighbours)
+        scores.scatter_(0, index.flatten(), found.flatten())
+    return scores[:-1]
 
 
-def sorted_by_group(group: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Sequence[int]]:
-    """Return the tokens in the order of their groups (N,), without those of group -1, and how many each group has."""
-    counts = torch.bincount(group + 1).tolist()[1:] if sizes is None else sizes
-    last = group.masked_fill(group < 0, torch.iinfo(group.dtype).max)
-    return last.argsort(stable=True)[: sum(counts)], counts
+@op()
+def density_clusters(
+    x: Tensor, group: Tensor, counts: Tensor, neighbours: int, sizes: Sequence[int] | None = None
+) -> Tensor:
+    """Cluster the tokens of every group around those with the highest scores of `density_peaks` (DPC-kNN).
 
+    Every token joins the nearest centre of its group, of equals the first; centres stay with themselves.
 
-def padded_groups(tokens: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Return runs of the `tokens` (M,) as rows (G, m), and (G, m) bool: there is one.
+    Parameters
+    ----------
+    x
+        (N, D).
+    group
+        (N,) long, 0 to G - 1; -1 for tokens that have no part in it.
+    counts
+        (G,) long: clusters of every group, at most as many as it has tokens.
+    neighbours
+        At least 1; groups may be smaller.
+    sizes
+        How many tokens each group has at most; None: a GPU is asked.
 
-    A run is the place of its first token and how many it has, not 0. Some other token stands where it has fewer than m.
+    Returns
+    -------
+    Tensor
+        (N,) long: the token at the centre of the cluster of every token; -1 without a group, and without clusters.
     """
-    table = upload(torch.tensor(runs), tokens.device)
-    at = torch.arange(max(length for _, length in runs), device=tokens.device)
-    return tokens[(table[:, :1] + at).clamp_(max=len(tokens) - 1)], at < table[:, 1:]
+    n = len(x)
+    joined = group.new_full((n + 1,), -1)  # what is not there is written behind the last
+    for groups, index, there in _side_by_side(group, sizes, x.shape[1], len(counts)):
+        distances = _Distances(gathered_rows(x, index.clamp(max=n - 1)), there)
+        place = distances.clusters(distances.peaks(neighbours), counts.index_select(0, groups)[:, None])
+        centre = index.gather(1, place.clamp(min=0)).masked_fill_(place < 0, -1)
+        joined.scatter_(0, index.flatten(), centre.flatten())
+    return joined[:-1]
+
+
+def counts_of(group: Tensor, groups: int) -> Tensor:
+    """(G,) long: how many tokens each of G groups has; `group` (N,) long, -1 for tokens of none."""
+    counts = group.new_zeros(groups + 1).index_add_(0, group + 1, torch.ones_like(group))
+    return counts[1:]
+
+
+def padded_groups(order: Tensor, starts: Tensor, counts: Tensor, longest: int) -> Tensor:
+    """(G, longest) long: runs of the tokens `order` (N,), one a row, with N where one is shorter.
+
+    `starts` (G,) are the places of their first tokens, `counts` (G,) how many they have.
+    """
+    at = torch.arange(longest, device=order.device)
+    tokens = order[(starts[:, None] + at).clamp_(max=len(order) - 1)]
+    return tokens.masked_fill_(at >= counts[:, None], len(order))
 
 
 def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -96,10 +123,39 @@ def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index.flatten()).float().view(*index.shape, x.shape[1])
 
 
-def _runs(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and length of every group that has tokens."""
-    starts = itertools.accumulate(sizes, initial=0)
-    return [(start, size) for start, size in zip(starts, sizes, strict=False) if size]
+def _by_group(group: Tensor, sizes: Sequence[int] | None, groups: int | None) -> tuple[Tensor, Tensor, Sequence[int]]:
+    """Return tokens in the order of their groups (N,), counts of the groups (G,), and the most that the host knows.
+
+    Those of no group come last. What the host can know without waiting, it looks up instead.
+    """
+    if groups is None:
+        groups = int(group.max()) + 1 if sizes is None and len(group) else len(sizes or ())
+    counts = counts_of(group, groups)
+    order = group.masked_fill(group < 0, groups).argsort(stable=True)
+    return order, counts, counts.tolist() if sizes is None or not queues(group) else sizes
+
+
+def _side_by_side(
+    group: Tensor, sizes: Sequence[int] | None, width: int, groups: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield groups of similar length (g,), their tokens (g, m), and which of these there are (g, m), or None for all.
+
+    The tokens that there are not have the number N.
+    """
+    order, counts, most = _by_group(group, sizes, groups)
+    starts = counts.cumsum(0) - counts
+    runs = [(number, min(size, len(order))) for number, size in enumerate(most) if size and len(order)]
+    runs.sort(key=lambda run: -run[1])
+
+    def fits(part: list[tuple[int, int]]) -> bool:
+        lengths = [size for _, size in part]
+        return _alike(lengths) and len(part) * lengths[0] * max(lengths[0], width) <= _ELEMENTS
+
+    for part in _blocks(runs, fits):
+        numbers = upload(torch.tensor([number for number, _ in part]), group.device)
+        index = padded_groups(order, starts[numbers], counts[numbers], part[0][1])
+        full = not queues(group) and part[0][1] == part[-1][1]
+        yield numbers, index, None if full else index < len(order)
 
 
 def _blocks(runs: Sequence[Run], fits: Callable[[list[Run]], bool]) -> Iterator[list[Run]]:
@@ -114,60 +170,88 @@ def _blocks(runs: Sequence[Run], fits: Callable[[list[Run]], bool]) -> Iterator[
         yield part
 
 
-def _alike(runs: Sequence[tuple[int, int]]) -> bool:
-    """Whether runs of descending length are of similar length, so that little is padded."""
-    return runs[-1][1] >= _LEAST_FILLED * runs[0][1] or runs[0][1] <= _SHORT
+def _alike(lengths: Sequence[int]) -> bool:
+    """Whether descending lengths are similar, so that little is padded."""
+    return lengths[-1] >= _LEAST_FILLED * lengths[0] or lengths[0] <= _SHORT
 
 
-def _full(runs: Sequence[tuple[int, int]]) -> bool:
-    return len({length for _, length in runs}) == 1
+class _Distances:
+    """Squared distances, divided by D, between the tokens of each group, computed in blocks of rows.
+
+    Those to a token that is not there are infinite; those of one are arbitrary.
+
+    Parameters
+    ----------
+    x
+        (G, m, D), which is written over.
+    there
+        (G, m) bool: which tokens there are; None: all.
+    """
+
+    def __init__(self, x: Tensor, there: Tensor | None) -> None:
+        self.there = there
+        # Relative to the mean of the group, where products lose fewer digits.
+        if there is None:
+            x -= x.mean(dim=1, keepdim=True)
+        else:
+            x.mul_(there[..., None])
+            x -= x.sum(dim=1, keepdim=True) / there.sum(dim=1)[:, None, None].clamp(min=1)
+        self.x = x
+        self.lengths = torch.linalg.vector_norm(x, dim=2).square_().div_(x.shape[2])
+        self.from_all = self.lengths if there is None else self.lengths.masked_fill(~there, torch.inf)
+        self.rows = max(1, _ELEMENTS // self.lengths.numel())
+        self.whole = self._block(0) if self.rows >= x.shape[1] else None
+
+    def _block(self, start: int) -> Tensor:
+        ours = slice(start, start + self.rows)
+        both = self.lengths[:, ours, None] + self.from_all[:, None]
+        squared = torch.baddbmm(both, self.x[:, ours], self.x.transpose(1, 2), alpha=-2 / self.x.shape[2])
+        return squared.masked_fill_(squared < both.mul_(_ROUNDING), 0.0)
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, self.x.shape[1], self.rows):
+            yield slice(start, start + self.rows), self._block(start) if self.whole is None else self.whole
+
+    def peaks(self, neighbours: int) -> Tensor:
+        """(G, m): the scores of `density_peaks`; minus infinity for what is not there."""
+        there, spreads, largest = self.there, [], []
+        for rows, squared in self._blocks():
+            near = squared.topk(min(neighbours, squared.shape[2]), dim=2, largest=False).values
+            if there is None:
+                spreads.append(near.mean(dim=2))
+                largest.append(squared.amax(dim=2))
+            else:
+                count = there.sum(dim=1, keepdim=True).clamp(min=1, max=neighbours)
+                spreads.append(near.masked_fill_(near == torch.inf, 0.0).sum(dim=2) / count)
+                largest.append(torch.where(there[:, None], squared, 0.0).amax(dim=2) * there[:, rows])
+        spread = torch.cat(spreads, dim=1)
+        # From the densest on, the first of equals before the others.
+        rank = _ranks(spread, descending=False)
+        nearest = [
+            torch.add(squared, rank[:, None] >= rank[:, rows, None], alpha=_FAR).amin(dim=2)
+            for rows, squared in self._blocks()
+        ]
+        separation = torch.cat(nearest, dim=1)
+        separation = torch.where(separation < _FAR, separation, torch.cat(largest, dim=1).amax(dim=1, keepdim=True))
+        scores = separation.log_().mul_(0.5).sub_(spread)
+        return scores if there is None else scores.masked_fill_(~there, -torch.inf)
+
+    def clusters(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """(G, m): the place of the centre nearest to each token, if the best `counts` (G, 1) are centres; -1: none."""
+        centre = _ranks(scores, descending=True) < counts
+        nearest = [
+            torch.add(squared, ~centre[:, None], alpha=_FAR).argmin(dim=2)  # the first of equals
+            for _, squared in self._blocks()
+        ]
+        own = torch.arange(scores.shape[1], device=scores.device)
+        return torch.where(centre, own, torch.cat(nearest, dim=1)).masked_fill_(counts == 0, -1)
 
 
-def _peaks(x: Tensor, there: Tensor | None, neighbours: int) -> Tensor:
-    """Return the scores (G, m) of groups `x` (G, m, D), which is written over; tokens are `there` (G, m), or all."""
-    absent = None if there is None else ~there[..., None]
-    there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if there is None else there
-    if absent is not None:
-        x.masked_fill_(absent, 0.0)
-    # Relative to the mean of the group, where products lose fewer digits.
-    x -= x.sum(dim=1, keepdim=True) / there.sum(dim=1)[:, None, None]
-    if absent is not None:
-        x.masked_fill_(absent, 0.0)
-    lengths = torch.linalg.vector_norm(x, dim=2).square() / x.shape[2]
-    rows = max(1, _ELEMENTS // there.numel())
-    blocks = range(0, x.shape[1], rows)
-
-    def distances(start: int) -> Tensor:
-        ours = slice(start, start + rows)
-        both = lengths[:, ours, None] + lengths[:, None]
-        squared = torch.baddbmm(both, x[:, ours], x.transpose(1, 2), alpha=-2 / x.shape[2])
-        squared.masked_fill_(squared <= _ROUNDING * both, 0.0)
-        return squared if absent is None else squared.masked_fill_(absent[:, None, :, 0], torch.inf)
-
-    count = there.sum(dim=1, keepdim=True).clamp(max=neighbours)
-    spreads, largest = [], lengths.new_zeros(len(x), 1)
-    whole = distances(0) if len(blocks) == 1 else None
-    for start in blocks:
-        squared = distances(start) if whole is None else whole
-        near = squared.topk(min(neighbours, x.shape[1]), dim=2, largest=False).values
-        if absent is not None:
-            near = near.masked_fill(near == torch.inf, 0.0)
-            squared = squared.masked_fill(squared == torch.inf, 0.0) * there[:, start : start + rows, None]
-        spreads.append(near.sum(dim=2) / count)
-        largest = torch.maximum(largest, squared.flatten(1).amax(dim=1, keepdim=True))
-    spread = torch.cat(spreads, dim=1)
-    # From the densest on, the first of equals before the others.
-    order = spread.argsort(dim=1, stable=True)
-    at = torch.arange(x.shape[1], device=x.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, at)
-    separations = []
-    for start in blocks:
-        squared = distances(start) if whole is None else whole
-        no_denser = rank[:, None] >= rank[:, start : start + rows, None]
-        separations.append(squared.masked_fill_(no_denser, torch.inf).amin(dim=2))
-    separation = torch.cat(separations, dim=1)
-    separation = torch.where(separation == torch.inf, largest, separation)
-    return 0.5 * separation.log() - spread
+def _ranks(values: Tensor, descending: bool) -> Tensor:
+    """(G, m) long: the place of every value in the order of its row, the first of equals before the others."""
+    order = values.argsort(dim=1, descending=descending, stable=True)
+    at = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, at)
 
 
 @op()
@@ -198,7 +282,7 @@ def nearest_in_group(
     target_group
         (T,) long: the group that each target is one of; None: its own in `group`.
     sizes, target_sizes
-        How many tokens, and targets, each group has, where the host knows; None: it asks.
+        How many tokens, and targets, each group has at most; None: a GPU is asked.
 
     Returns
     -------
@@ -215,8 +299,12 @@ def nearest_in_group(
     x, inverse = with_inverse_norms(x)
     n, width = x.shape
     found = torch.full((n + 1,), -1, dtype=torch.long, device=x.device)  # what is not there is written behind the last
-    place, goals = sorted_by_group(group[targets] if target_group is None else target_group, target_sizes)
-    order, counts = sorted_by_group(group, sizes)
+    goal_group = group[targets] if target_group is None else target_group
+    groups = max(map(len, filter(None, (sizes, target_sizes))), default=None)
+    if groups is None:
+        groups = 1 + int(torch.cat([group, goal_group]).max()) if n else 0
+    order, counts, most = _by_group(group, sizes, groups)
+    place, goals, most_goals = _by_group(goal_group, target_sizes, groups)
     named = targets[place]
     vectors = x.index_select(0, named).float()
     if metric == "cosine":
@@ -224,29 +312,33 @@ def nearest_in_group(
         half = None
     else:
         half = torch.linalg.vector_norm(vectors, dim=1).square_() / 2
-    numbers = torch.arange(len(place), device=x.device)
-    first, first_goal = (itertools.accumulate(each, initial=0) for each in (counts, goals))
     runs = [
-        ((start + at, min(_BLOCK, count - at)), (goal, many))
-        for start, count, goal, many in zip(first, counts, first_goal, goals, strict=False)
-        for at in range(0, count, _BLOCK)
-        if many
+        (number, at, min(_BLOCK, size - at), goal_size)
+        for number, (size, goal_size) in enumerate(zip(most, most_goals, strict=False))
+        for at in range(0, size, _BLOCK)
+        if goal_size
     ]
-    runs.sort(key=lambda run: -run[0][1])
+    runs.sort(key=lambda run: -run[2])
 
-    def fits(part: list[tuple[tuple[int, int], tuple[int, int]]]) -> bool:
-        rows, columns = (max(length for _, length in side) for side in zip(*part, strict=True))
-        alike = _alike([ours for ours, _ in part])
+    def fits(part: list[tuple[int, int, int, int]]) -> bool:
+        rows, columns = part[0][2], max(goal_size for _, _, _, goal_size in part)
+        alike = _alike([size for _, _, size, _ in part])
         return alike and len(part) * max(rows * columns, (rows + columns) * width) <= _ELEMENTS
 
+    starts, goal_starts = counts.cumsum(0) - counts, goals.cumsum(0) - goals
+    numbers = torch.arange(len(place), device=x.device)
     for part in _blocks(runs, fits):
-        ours, theirs = ([run[side] for run in part] for side in (0, 1))
-        (index, there), (at, goal) = padded_groups(order, ours), padded_groups(numbers, theirs)
-        closeness = gathered_rows(x, index) @ gathered_rows(vectors, at).transpose(1, 2)
+        number, skipped = upload(torch.tensor([run[:2] for run in part]), x.device).unbind(1)
+        index = padded_groups(order, starts[number] + skipped, counts[number] - skipped, part[0][2])
+        columns = [run[3] for run in part]
+        at = padded_groups(numbers, goal_starts[number], goals[number], max(columns))
+        goal = at.clamp(max=len(place) - 1)
+        closeness = gathered_rows(x, index.clamp(max=n - 1)) @ gathered_rows(vectors, goal).transpose(1, 2)
         if half is not None:
-            closeness -= half[at][:, None]
-        if not _full(theirs):
-            closeness.masked_fill_(~goal[:, None], -torch.inf)
+            closeness -= half[goal][:, None]
+        if queues(x) or min(columns) < max(columns):
+            closeness.masked_fill_((at == len(place))[:, None], -torch.inf)
         best = at.gather(1, closeness.argmax(dim=2))  # the first of equals
-        found.scatter_(0, index.masked_fill_(~there, n).flatten(), place[best].flatten())
+        reached = place[best.clamp(max=len(place) - 1)].masked_fill_(best == len(place), -1)
+        found.scatter_(0, index.flatten(), reached.flatten())
     return found[:n]

@@ -382,6 +382,18 @@ def density_peaks(x: Tensor, group: Tensor, neighbours: int) -> Tensor:
     return scores
 
 
+def density_clusters(x: Tensor, group: Tensor, counts: Tensor, neighbours: int) -> Tensor:
+    """Return (N,) long: the centre that every token is nearest to, of the `counts` with the highest scores a group."""
+    scores, joined = density_peaks(x, group, neighbours), torch.full_like(group, -1)
+    for one, count in enumerate(counts.tolist()):
+        mine = (group == one).nonzero()[:, 0]
+        centres = mine[scores[mine].sort(descending=True, stable=True).indices[:count]].sort().values
+        if count:
+            joined[mine] = centres[torch.cdist(x[mine].double(), x[centres].double()).argmin(dim=1)]
+            joined[centres] = centres
+    return joined
+
+
 def nearest_in_group(x: Tensor, group: Tensor, targets: Tensor, metric: str = "cosine") -> Tensor:
     """Return (N,) long: for every token the place of the closest of the `targets` in its group; -1 without any."""
     if not len(targets):

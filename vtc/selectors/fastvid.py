@@ -17,7 +17,7 @@ from ..core.ranges import Float, Int, Range
 from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
-from ..kernels.host import upload
+from ..kernels.host import on_host, upload
 from ..registry import register_selector
 from .frames import Frames, cut_scenes, frames_of, lowest_per_group, proportional
 from .saliency import SaliencySelector
@@ -113,7 +113,7 @@ class FastVidSelector(SaliencySelector):
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
         frames = frames_of(ctx)
-        segment = cut_scenes(frames.means(ctx.features), self.segments, self.tau)
+        segment = on_host(cut_scenes(frames.means(ctx.features), self.segments, self.tau))
         return self.merged(ctx.features, self.saliency(ctx), frames, segment, ctx.budget)
 
     def merged(self, x: Tensor, attention: Tensor, frames: Frames, segment: Tensor, budget: int) -> Selection:

@@ -17,13 +17,13 @@ from ..core.ranges import Float, Range
 from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
-from ..kernels.cluster import gathered_rows, padded_groups
-from ..kernels.host import on_host, upload
+from ..kernels.cluster import counts_of, gathered_rows, padded_groups
+from ..kernels.host import upload
 from ..registry import register_selector
-from .frames import Frames, cut_scenes, frames_of, group_sums, lowest_per_group, proportional
+from .frames import Frames, cut_scenes, frames_of, proportional, shared
 from .saliency import SaliencySelector
 from .schedule import check_fraction, check_layer, check_number
-from .static_cells import join, peaks
+from .static_cells import clustered_means
 
 __all__ = ["FlashVidSelector", "attended_and_diverse"]
 
@@ -110,55 +110,36 @@ class FlashVidSelector(SaliencySelector):
         x, frames = ctx.features, frames_of(ctx)
         shares = proportional(ctx.budget, frames.sizes)
         first = [int(share * self.alpha) for share in shares]
+        others = [size - own for size, own in zip(frames.sizes, first, strict=True)]
         kept = attended_and_diverse(x, self.saliency(ctx), frames.sizes, first)
         segment = cut_scenes(frames.means(x), self.segments, self.tau)
-        root = self._trees(x, frames, segment, kept, first, ctx.budget - sum(first))
-        # From here on the host knows which trees there are, and how many tokens each has.
-        decided = on_host(root.masked_fill(kept, -1))
-        roots = (decided == torch.arange(ctx.n)).nonzero()[:, 0]
-        tree = torch.searchsorted(roots, decided).masked_fill_(decided < 0, -1)
-        size = torch.bincount(tree[tree >= 0], minlength=len(roots))
-        frame = frames.on_host[roots]
-        found = torch.bincount(frame, minlength=len(shares)).tolist()
-        counts = [min(share - own, some) for share, own, some in zip(shares, first, found, strict=True)]
-        room = [some - count for some, count in zip(found, counts, strict=True)]
-        more = proportional(ctx.budget - sum(first) - sum(counts), room)
-        counts = [count + some for count, some in zip(counts, more, strict=True)]
-        sizes = size.tolist()
-        tree, size, roots, frame = (upload(part, x.device) for part in (tree, size, roots, frame))
-        means = group_sums(x, tree, len(roots), sizes=sizes).div_(size[:, None])
-        best = -peaks(means, frame, found)
-        chosen = lowest_per_group(best, frame, upload(torch.tensor(counts), x.device))
-        centres = torch.nonzero_static(chosen, size=sum(counts))[:, 0]
-        others = torch.nonzero_static(kept, size=sum(first))[:, 0]
-        keep = torch.cat([others, roots[centres]]).sort().values
-        number = torch.full_like(roots, -1).index_copy_(0, centres, torch.searchsorted(keep, roots[centres]))
-        slot = join(means, frame, number, found, counts)
-        own = torch.searchsorted(keep, torch.arange(ctx.n, device=x.device))
-        assign = torch.where(kept, own, slot[tree.clamp(min=0)])
-        trees = torch.zeros_like(keep).index_add_(0, slot.clamp(min=0), (slot >= 0).long())
-        weight = 1 / (size[tree.clamp(min=0)] * trees[assign.clamp(min=0)]).clamp(min=1)
+        left = ctx.budget - sum(first)
+        root = self._trees(x, frames, segment, kept, others, left)
+        tokens = torch.arange(ctx.n, device=x.device)
+        frame = frames.number.masked_fill(kept | (root != tokens), -1)
+        found = counts_of(frame, len(others))
+        counts = found.minimum(upload(torch.tensor(shares) - torch.tensor(first), x.device))
+        counts += shared(left - counts.sum(), found - counts)
+        centre = clustered_means(x, root, frame, counts, others, sum(others))
+        stays = kept | (centre == tokens)
+        target = torch.where(kept, tokens, centre[root])
+        assign = torch.where(target < 0, -1, (stays.cumsum(0) - 1)[target.clamp(min=0)])
+        size, trees = counts_of(root, ctx.n), counts_of(centre, ctx.n)
+        weight = 1 / (size[root] * trees[target.clamp(min=0)]).clamp(min=1)
+        keep = torch.nonzero_static(stays, size=ctx.budget)[:, 0]
         return Selection(ctx.n, keep, assign, torch.where(kept, 1.0, weight))
 
     def _trees(
-        self, x: Tensor, frames: Frames, segment: Tensor, kept: Tensor, first: Sequence[int], least: int
+        self, x: Tensor, frames: Frames, segment: Tensor, kept: Tensor, others: Sequence[int], least: int
     ) -> Tensor:
         """(N,) long: the root of the tree of every token; that of a `kept` one is itself. At least `least` others."""
         tokens = torch.arange(len(x), device=x.device)
         # Whether a frame continues the scene of the one before it.
-        goes_on = torch.zeros_like(segment, dtype=torch.bool)
-        goes_on[1:] = segment[1:] == segment[:-1]
-        others = [size - own for size, own in zip(frames.sizes, first, strict=True)]
-        looking = [count if goes else 0 for count, goes in zip(others, goes_on.tolist(), strict=True)]
-        group = frames.number.masked_fill(kept | ~upload(goes_on, x.device)[frames.number], -1)
+        goes_on = torch.nn.functional.pad(segment[1:] == segment[:-1], (1, 0))
+        group = frames.number.masked_fill(kept | ~goes_on[frames.number], -1)
         earlier = torch.nonzero_static(~kept, size=sum(others))[:, 0]
         nearest = kernels.nearest_in_group(
-            x,
-            group,
-            earlier,
-            target_group=frames.number[earlier] + 1,
-            sizes=looking,
-            target_sizes=[0, *others],
+            x, group, earlier, target_group=frames.number[earlier] + 1, sizes=[*others, 0], target_sizes=[0, *others]
         )
         parent = torch.where(nearest >= 0, earlier[nearest.clamp(min=0)], -1)
         closeness = kernels.temporal_similarity(x, parent)
@@ -189,17 +170,21 @@ def attended_and_diverse(x: Tensor, attention: Tensor, sizes: Sequence[int], cou
     """
     longest = max(sizes)
     step = max(1, _ELEMENTS // (longest * max(longest, x.shape[1])))
-    tokens, runs = torch.arange(len(x), device=x.device), list(zip(accumulate(sizes, initial=0), sizes, strict=False))
+    tokens = torch.arange(len(x), device=x.device)
+    table = torch.tensor([list(accumulate(sizes, initial=0))[:-1], sizes, counts])
+    starts, lengths, wanted = upload(table, x.device).unbind(0)
     chosen = torch.zeros(len(x) + 1, dtype=torch.bool, device=x.device)  # what is not there is written behind the last
     for start in range(0, len(sizes), step):
-        index, exists = padded_groups(tokens, runs[start : start + step])
-        picked = _max_min(gathered_rows(x, index), attention[index].float(), exists, counts[start : start + step])
-        chosen.scatter_(0, index.masked_fill_(~exists, len(x)).flatten(), picked.flatten())
+        part = slice(start, start + step)
+        index = padded_groups(tokens, starts[part], lengths[part], max(sizes[part]))
+        exists, at = index < len(x), index.clamp(max=len(x) - 1)
+        picked = _max_min(gathered_rows(x, at), attention[at].float(), exists, wanted[part, None], max(counts[part]))
+        chosen.scatter_(0, index.flatten(), picked.flatten())
     return chosen[:-1]
 
 
-def _max_min(x: Tensor, attention: Tensor, exists: Tensor, counts: Sequence[int]) -> Tensor:
-    """(G, m) bool: the picks in groups of features `x` (G, m, D), which are written over."""
+def _max_min(x: Tensor, attention: Tensor, exists: Tensor, counts: Tensor, most: int) -> Tensor:
+    """(G, m) bool: the `counts` (G, 1) picks, at most `most`, in groups of features `x` (G, m, D), written over."""
     x /= torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_(min=1e-12)
     apart = (x @ x.transpose(1, 2)).neg_().add_(1).clamp_(min=0).mul_(attention[:, None])
     apart.masked_fill_(~exists[..., None], torch.inf)  # rows that are not there are far from everything
@@ -207,10 +192,9 @@ def _max_min(x: Tensor, attention: Tensor, exists: Tensor, counts: Sequence[int]
     near = torch.where(second == torch.inf, attention, second).masked_fill(~exists, -torch.inf)
     picked = torch.zeros_like(exists)
     groups, places = (torch.arange(size, device=x.device) for size in exists.shape)
-    wanted = upload(torch.tensor(counts), x.device)[:, None]
-    for step in range(max(counts)):
+    for step in range(most):
         best = near.argmax(dim=1)  # the first of equals
-        picked |= (places == best[:, None]) & (wanted > step)
+        picked |= (places == best[:, None]) & (counts > step)
         row = apart[groups, best]
         near = torch.minimum(near, row) if step else row.masked_fill(~exists, -torch.inf)
         near = near.masked_fill(picked, -torch.inf)

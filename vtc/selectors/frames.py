@@ -5,7 +5,6 @@ Where tokens stand is looked at on the host, which knows it; see `vtc.kernels.ho
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,6 @@ from ..budget import largest_remainder
 from ..core.context import VisualContext
 from ..core.grids import Grid
 from ..core.signals import Origin
-from ..kernels.cluster import sorted_by_group
 from ..kernels.host import on_host, upload
 from .uniform import evenly
 
@@ -31,10 +29,12 @@ __all__ = [
     "lowest_per_group",
     "place_of",
     "proportional",
+    "shared",
     "spread_over",
 ]
 
 _BLOCK = 2**20  # numbers that are looked at in float32 at a time
+_COLUMNS = 32  # and at least so many columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Frames:
     def means(self, x: Tensor) -> Tensor:
         """(T, D) float32: mean of the tokens of every frame."""
         count = upload(torch.tensor(self.sizes), x.device)
-        return group_sums(x, self.number, len(count), sizes=self.sizes).div_(count[:, None])
+        return group_sums(x, self.number, len(count)).div_(count[:, None])
 
 
 def frames_of(ctx: VisualContext) -> Frames:
@@ -85,36 +85,25 @@ def place_of(origin: Tensor) -> Tensor:
 
 
 def cut_scenes(means: Tensor, least: int, tau: float) -> Tensor:
-    """(T,) long, on the host: the scene of every frame, given a feature of each (T, D). A GPU is waited for once.
+    """(T,) long: the scene of every frame, given a feature of each (T, D).
 
     Scenes end at the ``least - 1`` lowest cosines of neighbouring frames and wherever it is below `tau`.
     """
     earlier = upload(kernels.earlier_tokens(len(means), 1), means.device)
-    similarity = on_host(kernels.temporal_similarity(means, earlier))[1:]
-    ends = similarity < tau
-    ends[similarity.sort(stable=True).indices[: least - 1]] = True
-    return torch.nn.functional.pad(ends.long().cumsum(0), (1, 0))
+    similarity = kernels.temporal_similarity(means, earlier)[1:]
+    ends = (similarity < tau).index_fill_(0, similarity.sort(stable=True).indices[: least - 1], True)
+    return torch.nn.functional.pad(ends.cumsum(0), (1, 0))
 
 
-def group_sums(x: Tensor, group: Tensor, count: int, unit: bool = False, sizes: Sequence[int] | None = None) -> Tensor:
-    """(G, D) float32: sum of the rows of `x` (N, D) in each of `count` groups (N,), scaled to length 1 if `unit`.
+def group_sums(x: Tensor, group: Tensor, count: int) -> Tensor:
+    """(G, D) float32: sum of the rows of `x` (N, D) in each of `count` groups (N,).
 
-    A row of group -1 is in no sum. The same on every device and in every run, in blocks that fit into a cache. How many
-    rows each group has, a GPU is asked for unless `sizes` says.
+    A row of group -1 is in no sum. The same on every device and in every run.
     """
-    total = x.new_zeros(count, x.shape[1], dtype=torch.float32)
-    order, sizes = sorted_by_group(group, sizes)
-    stops = list(itertools.accumulate(sizes))
-    step = max(1, _BLOCK // max(1, x.shape[1]))
-    first = last = start = 0
-    for rows in order.split(step) if len(order) else ():
-        first = next(number for number in range(first, count) if stops[number] > start)
-        start += len(rows)
-        last = next(number for number in range(first, count) if stops[number] >= start)
-        part = x.index_select(0, rows).float()
-        part = torch.nn.functional.normalize(part, dim=1, eps=1e-12) if unit else part
-        total[first : last + 1] += kernels.segment_merge(part, group[rows] - first, last - first + 1)
-    return total
+    # In blocks of columns, because other dtypes are copied.
+    step = x.shape[1] if x.dtype == torch.float32 else max(_COLUMNS, _BLOCK // max(1, len(x)))
+    parts = [kernels.segment_merge(part.float(), group, count) for part in x.split(step, dim=1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def earlier_at_place(origin: Tensor, back: Tensor) -> Tensor:
@@ -137,22 +126,31 @@ def lowest_per_group(scores: Tensor, group: Tensor, counts: Tensor) -> Tensor:
     scores
         (N,) float.
     group
-        (N,) long, 0 to G - 1.
+        (N,) long, 0 to G - 1; -1 for tokens of none.
     counts
         (G,) long.
     """
-    by_score = torch.argsort(scores, stable=True)
-    order = by_score[torch.argsort(group[by_score], stable=True)]  # by group, and within it by score
-    sizes = torch.zeros_like(counts).index_add_(0, group, torch.ones_like(group))
-    place = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group[order]]
-    chosen = torch.zeros(len(group), dtype=torch.bool, device=group.device)
-    chosen[order] = place < counts[group[order]]
-    return chosen
+    order = torch.argsort(scores, stable=True)
+    of, by_group = group[order].sort(stable=True)
+    order = order[by_group]  # by group, and within it by score
+    # A group begins at the first of its number.
+    place = torch.arange(len(group), device=group.device) - torch.searchsorted(of, of)
+    chosen = (of >= 0) & (place < counts[of.clamp(min=0)])
+    return torch.empty_like(chosen).index_copy_(0, order, chosen)
 
 
 def proportional(total: int, sizes: Sequence[int]) -> list[int]:
     """Share `total`, at most the sum of the `sizes`, in proportion to them, exactly."""
     return largest_remainder(total, sizes) if total else [0] * len(sizes)
+
+
+def shared(total: int | Tensor, sizes: Tensor) -> Tensor:
+    """(G,) long: what `proportional` gives to groups of these sizes (G,), which the host need not know."""
+    exact, whole = sizes * total, sizes.sum().clamp(min=1)
+    shares = exact.div(whole, rounding_mode="floor")
+    by_remainder = (exact - shares * whole).sort(descending=True, stable=True).indices
+    more = torch.arange(len(sizes), device=sizes.device) < total - shares.sum()
+    return shares.index_add_(0, by_remainder, more.long())
 
 
 def spread_over(tokens: Tensor, budget: int, grids: tuple[Grid, ...]) -> Tensor:

@@ -15,12 +15,12 @@ from ..core.ranges import Float, Range
 from ..core.selection import Selection
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
-from ..kernels.host import on_host, upload
+from ..kernels.host import upload
 from ..registry import register_selector
-from .frames import earlier_at_place, frames_of, lowest_per_group, place_of, proportional
+from .frames import earlier_at_place, frames_of, lowest_per_group, shared
 from .saliency import SaliencySelector
 from .schedule import check_number
-from .static_cells import join, number_cells, numbers, peaks, static_units
+from .static_cells import places_of, static_units
 
 __all__ = ["HoliTomSelector", "best_windows"]
 
@@ -87,35 +87,26 @@ class HoliTomSelector(SaliencySelector):
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
         x, frames = ctx.features, frames_of(ctx)
-        frame = frames.on_host
-        earlier = earlier_at_place(frames.origin, torch.ones_like(frame))
-        # From here on the host knows what stands still.
-        similarity = on_host(kernels.temporal_similarity(x, upload(earlier, x.device)))
-        similarity = similarity.masked_fill(earlier < 0, -torch.inf)
-        window = best_windows(_still(similarity > self.tau, frames.origin, frame))
-        cells = number_cells(frames.origin, frame, window)
-        starts = torch.ones_like(window, dtype=torch.bool)
-        starts[1:] = window[1:] != window[:-1]
-        least = torch.full_like(cells.frames, torch.inf, dtype=torch.float32)
-        least.scatter_reduce_(0, cells.of, similarity.masked_fill(starts[frame], torch.inf), reduce="amin")
-        units = static_units(cells, least, self.tau, frame, window, ctx.budget)
-        shares = proportional(ctx.budget, units.sizes)
-        sizes, centres = units.sizes_of(True), units.sizes_of(True, shares)
-        group, tokens, static = (upload(y, x.device) for y in (units.group, units.tokens, units.places))
-        means, of = units.means(x), group[static]
-        scores = self.saliency(ctx)[tokens].index_copy_(0, static, peaks(means, of, sizes))
-        chosen = lowest_per_group(-scores, group, upload(torch.tensor(shares), x.device))
-        joined = numbers(chosen)  # what is not kept is dropped, but for static places
-        joined = joined.index_copy(0, static, join(means, of, joined[static], sizes, centres))
-        return units.selection(tokens[torch.nonzero_static(chosen, size=ctx.budget)[:, 0]], joined)
+        places = places_of(frames)
+        earlier = upload(earlier_at_place(frames.origin, torch.ones_like(frames.on_host)), x.device)
+        similarity = kernels.temporal_similarity(x, earlier).masked_fill_(earlier < 0, -torch.inf)
+        similarity = places.table(similarity, -torch.inf)
+        window = best_windows(similarity[1:] > self.tau)
+        # The least of every place, but for the step into the window.
+        within = similarity.masked_fill(_starts(window)[:, None], torch.inf)
+        least = torch.full_like(within, torch.inf)
+        least.scatter_reduce_(0, window[:, None].expand_as(within), within, reduce="amin")
+        units = static_units(places, window, least, self.tau, ctx.budget)
+        shares = shared(ctx.budget, units.sizes)
+        moving = units.moving
+        best = lowest_per_group(-self.saliency(ctx), moving, shares[: units.frames])
+        centre = torch.where(best, torch.arange(ctx.n, device=x.device), -1)
+        return units.selection(x, centre, shares, ctx.budget)
 
 
-def _still(above: Tensor, origin: Tensor, frame: Tensor) -> Tensor:
-    """(T - 1, P) bool: which of P places stand still in the step to every frame but the first."""
-    place = place_of(origin).unique(return_inverse=True)[1]
-    table = torch.zeros(int(frame.max()) + 1, int(place.max()) + 1, dtype=torch.bool)
-    table[frame, place] = above
-    return table[1:]
+def _starts(window: Tensor) -> Tensor:
+    """(T,) bool: the first frame of every window."""
+    return torch.cat([torch.ones_like(window[:1], dtype=torch.bool), window[1:] != window[:-1]])
 
 
 def best_windows(still: Tensor) -> Tensor:
@@ -124,23 +115,24 @@ def best_windows(still: Tensor) -> Tensor:
     A window of d + 1 frames saves d tokens at every place that is `still` (T - 1, P) in all its steps. Of equal cuts
     the one with the shorter last window is chosen.
     """
-    steps, places = still.shape
-    run = torch.zeros(places, dtype=torch.long)
-    saved = torch.zeros(steps + 2, dtype=torch.long)  # of the frames before this one
-    start = [0] * (steps + 1)  # of the window that ends with this frame
-    for last in range(steps + 1):
-        if last:
-            run = (run + 1) * still[last - 1]
-        # Places that are still in at least so many steps up to this frame.
-        long = torch.bincount(run, minlength=last + 1).flip(0).cumsum(0).flip(0)[: last + 1]
-        length = torch.arange(last + 1)
-        total = saved[: last + 1].flip(0) + long * length
-        best = int(total.argmax())  # the first of equals
-        saved[last + 1] = total[best]
-        start[last] = last - best
-    window = torch.zeros(steps + 1, dtype=torch.long)
-    last = steps
-    while last >= 0:
-        window[start[last] :] += 1
-        last = start[last] - 1
-    return window - 1
+    frames = len(still) + 1
+    frame = torch.arange(frames, device=still.device)
+    moved = torch.where(still, 0, frame[1:, None]).cummax(dim=0).values if frames > 1 else frame[1:, None]
+    run = frame[1:, None] - moved  # steps up to every frame in which a place has been still
+    long = frame.new_zeros(frames, frames)
+    long[1:].scatter_add_(1, run, torch.ones_like(run))
+    gain = long.flip(1).cumsum(1).flip(1) * frame  # of the window of d + 1 frames that ends with a frame
+    saved = frame.new_zeros(frames + 1)  # by the frames before one
+    start = torch.zeros_like(saved)  # first frame of the window that ends before one
+    for last in range(frames):
+        total = saved[: last + 1].flip(0) + gain[last, : last + 1]
+        length = total.argmax(dim=0, keepdim=True)  # the first of equals
+        saved[last + 1 : last + 2] = total[length]
+        start[last + 1 : last + 2] = last - length
+    # Windows begin where the starts lead, from behind the last frame on; every step sees twice as far.
+    begins = torch.zeros_like(saved)
+    begins[frames:] = 1
+    for _ in range(frames.bit_length()):
+        begins = begins.scatter_reduce(0, start, begins, reduce="amax")
+        start = start[start]
+    return begins[:frames].cumsum(0) - 1

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,16 +17,20 @@ from ..core.selector import Selector
 from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
 from ..core.stage import ModelShape, Stage
-from ..kernels.host import on_host, upload
+from ..kernels.cluster import counts_of
+from ..kernels.cosines import with_inverse_norms
+from ..kernels.dispatch import queues
 from ..registry import register_selector
-from .frames import frames_of, group_sums, lowest_per_group, proportional
+from .frames import frames_of, shared
 from .schedule import check_fraction, check_number
-from .static_cells import Cells, join, number_cells, numbers, peaks, static_units
+from .static_cells import NEIGHBOURS, Places, places_of, static_units
 
-__all__ = ["PruneVidSelector", "runs_of"]
+__all__ = ["PruneVidSelector", "windows_of"]
 
-_NEIGHBOURS = 7  # of a frame, in the density of the video
 _SMALL = 14  # units of a group that is not clustered
+_BLOCK = 2**22  # numbers that are added up at a time
+_COLUMNS = 32  # and at least so many columns
+_LONGEST = 5e11  # inverse norms beyond it are of zeros
 
 
 @register_selector
@@ -101,72 +102,69 @@ class PruneVidSelector(Selector):
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
         x, frames = ctx.features, frames_of(ctx)
+        places = places_of(frames)
         window = self.windows(frames.means(x))
-        cells = number_cells(frames.origin, frames.on_host, window)
-        alike = on_host(likeness(x, cells))
-        units = static_units(cells, alike, self.tau, frames.on_host, window, ctx.budget)
+        units = static_units(places, window, likeness(x, places, window), self.tau, ctx.budget)
         shares = group_shares(ctx.budget, units.sizes)
-        moving, still = ((units.sizes_of(kind), units.sizes_of(kind, shares)) for kind in (False, True))
-        own, group, tokens, static = (upload(y, x.device) for y in (units.own, units.group, units.tokens, units.places))
-        means, of = units.means(x), group[static]
-        scores = peaks(x, own, moving[0])[tokens].index_copy_(0, static, peaks(means, of, still[0]))
-        chosen = lowest_per_group(-scores, group, upload(torch.tensor(shares), x.device))
-        number = numbers(chosen)
-        of_tokens = torch.full_like(own, -1).index_copy_(0, tokens, number)
-        joined = join(x, own, of_tokens, *moving)[tokens]
-        joined = joined.index_copy_(0, static, join(means, of, number[static], *still))
-        return units.selection(tokens[torch.nonzero_static(chosen, size=ctx.budget)[:, 0]], joined)
+        own = shares[: units.frames]
+        centre = kernels.density_clusters(x, units.moving, own, NEIGHBOURS, frames.sizes)
+        return units.selection(x, centre, shares, ctx.budget)
 
     def windows(self, means: Tensor) -> Tensor:
-        """(T,) long, on the host: the window of every frame, given the mean of each (T, D); one wait for a GPU."""
-        count = max(1, int(len(means) * self.segments))
+        """(T,) long: the window of every frame, given the mean of each (T, D)."""
         one = torch.zeros(len(means), dtype=torch.long, device=means.device)
-        peaks = kernels.density_peaks(means, one, _NEIGHBOURS, [len(means)])
-        centres = peaks.sort(descending=True, stable=True).indices[:count]
-        labels = kernels.nearest_in_group(means, one, centres, "euclidean", sizes=[len(means)], target_sizes=[count])
-        labels[centres] = torch.arange(len(centres), device=centres.device)
-        return torch.tensor(runs_of(labels.tolist()))
+        count = one.new_full((1,), max(1, int(len(means) * self.segments)))
+        return windows_of(kernels.density_clusters(means, one, count, NEIGHBOURS, [len(means)]))
 
 
-def runs_of(labels: Sequence[int]) -> list[int]:
-    """Turn labels of frames into consecutive windows, numbered from 0.
+def windows_of(label: Tensor) -> Tensor:
+    """(T,) long: turn labels of frames (T,), from 0 to T - 1, into consecutive windows, numbered from 0.
 
     Of every label the longest runs stay, if they are longer than 1. A stretch between them goes to the longer of its
     neighbours, the left one of equals. Without any there is one window.
     """
-    runs = [(label, len(list(same))) for label, same in itertools.groupby(labels)]
-    longest: dict[int, int] = {}
-    for label, length in runs:
-        longest[label] = max(length, longest.get(label, 2))
-    kept = [at for at, (label, length) in enumerate(runs) if length == longest[label]]
-    if not kept:
-        return [0] * len(labels)
-    refined: list[int] = []
-    for at, (_, length) in enumerate(runs):
-        left, right = bisect.bisect_right(kept, at) - 1, bisect.bisect_left(kept, at)
-        nearest = [kept[place] for place in (left, right) if 0 <= place < len(kept)]
-        winner = max(nearest, key=lambda run: runs[run][1])  # the first of equals
-        refined += [runs[winner][0]] * length
-    return [number for number, (_, same) in enumerate(itertools.groupby(refined)) for _ in same]
+    frames, frame = len(label), torch.arange(len(label), device=label.device)
+    run = _numbered(label)
+    length = counts_of(run, frames)[run]
+    longest = torch.full_like(label, 2).scatter_reduce_(0, label, length, reduce="amax")[label]
+    stays = length == longest
+    # The last frame up to every one, and the first one from it on, whose run stays.
+    left = torch.where(stays, frame, -1).cummax(0).values
+    right = torch.where(stays, frame, frames).flip(0).cummin(0).values.flip(0)
+    lengths = torch.nn.functional.pad(length, (0, 1))  # what is not there, at -1 and T, is of length 0
+    return _numbered(label[torch.where(lengths[left] >= lengths[right], left, right).clamp(0, frames - 1)])
 
 
-def likeness(x: Tensor, cells: Cells) -> Tensor:
-    """(C,) float32: mean cosine of the tokens of every cell to each other; 0 of a single token."""
-    of, frames = upload(cells.of, x.device), upload(cells.frames, x.device)
-    total = group_sums(x, of, len(frames), unit=True, sizes=torch.bincount(cells.of).tolist())
-    length = torch.linalg.vector_norm(x, dim=1)
-    own = torch.zeros_like(frames).index_add_(0, of, (length > 0).long())  # a token of zeros is like none
-    return (total.square_().sum(dim=1) - own) / (frames * (frames - 1)).clamp(min=1)
+def _numbered(label: Tensor) -> Tensor:
+    """(T,) long: the number, from 0, of the run of equal labels that every frame is in."""
+    return torch.nn.functional.pad((label[1:] != label[:-1]).cumsum(0), (1, 0))
 
 
-def group_shares(budget: int, sizes: Sequence[int]) -> list[int]:
-    """Divide the budget among groups of these sizes; small ones keep all, if each other gets one at least.
+def likeness(x: Tensor, places: Places, window: Tensor) -> Tensor:
+    """(W, P) float32: mean cosine of the tokens at every place of a window to each other.
+
+    It is minus infinity where a token is missing. W is the number of windows, or on a GPU, which is not asked, T.
+    """
+    frames, positions = places.token.shape
+    windows = frames if queues(x) else int(window[-1]) + 1
+    cell = places.at + (window[places.frame] - places.frame) * positions
+    length = counts_of(window, windows)[:, None]
+    total, inverse = torch.zeros(windows * positions, device=x.device), with_inverse_norms(x)[1]
+    for part in x.split(max(_COLUMNS, _BLOCK // len(total)), dim=1):
+        total += kernels.segment_merge(part.float(), cell, len(total), inverse).square_().sum(dim=1)
+    # A token of zeros is like none.
+    own = torch.zeros_like(total).index_add_(0, cell, (inverse < _LONGEST).float())
+    alike = (total - own).view(windows, -1) / (length * (length - 1)).clamp_(min=1)
+    return alike.masked_fill_(counts_of(cell, len(total)).view_as(alike) < length, -torch.inf)
+
+
+def group_shares(budget: int, sizes: Tensor) -> Tensor:
+    """(G,) long: divide the budget among groups of these sizes (G,); small ones keep all if each other gets one.
 
     The others, or else all, get theirs in proportion to their sizes.
     """
-    large = [size if size > _SMALL else 0 for size in sizes]
-    left = budget - (sum(sizes) - sum(large))
-    if left < sum(size > 0 for size in large):
-        return proportional(budget, sizes)
-    shares = proportional(min(left, sum(large)), large)
-    return [share if size > _SMALL else size for size, share in zip(sizes, shares, strict=True)]
+    is_small = sizes <= _SMALL
+    large = sizes.masked_fill(is_small, 0)
+    left = budget - (sizes.sum() - large.sum())
+    apart = torch.where(is_small, sizes, shared(left.clamp(min=0).minimum(large.sum()), large))
+    return torch.where(left < (large > 0).sum(), shared(budget, sizes), apart)

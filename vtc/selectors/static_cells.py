@@ -1,152 +1,178 @@
-"""What PruneVID and HoliTom share: places that stay alike through a window of frames become one token.
+"""What PruneVid and HoliTom share: places that stay alike through a window of frames become one token.
 
-What is a cell, and what a unit, is worked out on the host, which knows the places and is told how alike they are.
+Nothing here asks a GPU for a number: what is as many as the video makes it is as long as it can be there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..core.selection import Selection
+from ..kernels.cluster import counts_of
+from ..kernels.dispatch import queues
 from ..kernels.host import upload
-from .frames import group_sums, place_of
+from .frames import Frames, group_sums, place_of
 
-__all__ = ["Cells", "Units", "join", "number_cells", "numbers", "peaks", "static_units"]
+__all__ = ["NEIGHBOURS", "Places", "Units", "clustered_means", "places_of", "static_units"]
 
-_NEIGHBOURS = 7  # of a token, in the density of its set
+NEIGHBOURS = 7  # of a token, in the density of its group
 
 
 @dataclass(frozen=True, eq=False)
-class Cells:
-    """The places of every window: tokens that show the same place in the same window are one cell. On the host.
+class Places:
+    """Where the N tokens of T frames stand among P places, which are the same in all frames.
 
     Attributes
     ----------
-    of
-        (N,) long: cell of every token.
-    frames
-        (C,) long: frames of the window of every cell.
-    whole
-        (C,) bool: there is a token in every frame of the window, and there are several.
+    token
+        (T, P) long: the token at every place of every frame, 0 where there is none.
+    at
+        (N,) long: where every token stands in that table, frame * P + place.
+    frame
+        (N,) long.
     """
 
-    of: Tensor
-    frames: Tensor
-    whole: Tensor
+    token: Tensor
+    at: Tensor
+    frame: Tensor
+
+    def table(self, values: Tensor, absent: float) -> Tensor:
+        """(T, P): the values (N,) of the tokens, and `absent` where there is none."""
+        table = values.new_full((self.token.numel(),), absent)
+        return table.index_copy_(0, self.at, values).view_as(self.token)
+
+    def of_tokens(self, table: Tensor) -> Tensor:
+        """(N,): what stands at the places of the tokens in a table (T, P)."""
+        return table.flatten().index_select(0, self.at)
 
 
-def number_cells(origin: Tensor, frame: Tensor, window: Tensor) -> Cells:
-    """Find the cells of tokens of these frames (N,), where `window` (T,) names the window of every frame."""
-    place = place_of(origin)
-    _, of = torch.unique(window[frame] * (place.max() + 1) + place, return_inverse=True)
-    count = torch.bincount(of)
-    frames = torch.zeros_like(count).index_copy_(0, of, torch.bincount(window)[window[frame]])
-    return Cells(of, frames, (count == frames) & (frames > 1))
+def places_of(frames: Frames) -> Places:
+    """Number the places of a video; they are known to the host."""
+    place = place_of(frames.origin).unique(return_inverse=True)[1]
+    shape = len(frames.sizes), int(place.max()) + 1
+    at = frames.on_host * shape[1] + place
+    token = torch.zeros(shape, dtype=torch.long)
+    token.view(-1).index_copy_(0, at, torch.arange(len(at)))
+    device = frames.number.device
+    return Places(upload(token, device), upload(at, device), frames.number)
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What is left of a video once static cells are one token each. On the host.
+    """What is left of a video once the static places of a window are one token each.
 
     Attributes
     ----------
-    tokens
-        (U,) long, ascending: the token that stands for every unit, of a static cell the one in its first frame.
-    of
-        (N,) long: unit of every token.
+    places
+        Of the video.
+    stands
+        (N,) long: the token that stands for the unit of every token; for that of a static place the one in the first
+        frame of its window.
     group
-        (U,) long, 0 to G - 1: a window's static units are one group, the other units of every frame another.
-    static
-        (U,) bool.
+        (N,) long: of the tokens that stand for themselves the frame, of those that stand for a static place T + window;
+        -1 of the others.
     """
 
-    tokens: Tensor
-    of: Tensor
+    places: Places
+    stands: Tensor
     group: Tensor
-    static: Tensor
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Units of every group."""
-        return torch.bincount(self.group).tolist()
-
-    def sizes_of(self, static: bool, counts: Sequence[int] | None = None) -> list[int]:
-        """Units, or other `counts`, of the groups that are static, or of those that are not; 0 of the others."""
-        kind = torch.zeros(len(self.sizes), dtype=torch.bool).index_copy_(0, self.group, self.static).tolist()
-        return [count if so == static else 0 for count, so in zip(counts or self.sizes, kind, strict=True)]
-
-    @cached_property
-    def places(self) -> Tensor:
-        """(S,) long: which units are static."""
-        return self.static.nonzero()[:, 0]
 
     @property
-    def own(self) -> Tensor:
-        """(N,) long: group of every token that is a unit by itself, -1 for the others."""
-        own = torch.full_like(self.of, -1)
-        own[self.tokens[~self.static]] = self.group[~self.static]
-        return own
+    def frames(self) -> int:
+        """T."""
+        return len(self.places.token)
 
-    def means(self, x: Tensor) -> Tensor:
-        """(S, D) float32: mean of the tokens `x` (N, D) of every static unit."""
-        number = torch.where(self.static, self.static.long().cumsum(0) - 1, -1)[self.of]
-        size = torch.bincount(number[number >= 0], minlength=len(self.places))
-        total = group_sums(x, upload(number, x.device), len(size), sizes=size.tolist())
-        return total.div_(upload(size, x.device)[:, None])
+    @property
+    def sizes(self) -> Tensor:
+        """(2T,) long: units of every group."""
+        return counts_of(self.group, 2 * self.frames)
 
-    def selection(self, tokens: Tensor, joined: Tensor) -> Selection:
-        """Keep `tokens` (K,), and let every unit flow into the one whose number `joined` (U,) says; -1: drop it.
+    @property
+    def moving(self) -> Tensor:
+        """(N,) long: the frame of every token that stands for itself, -1 of the others."""
+        return self.group.masked_fill(self.group >= self.frames, -1)
 
-        A token that is kept becomes the mean of all tokens that flow into it.
+    def selection(self, x: Tensor, centre: Tensor, shares: Tensor, budget: int) -> Selection:
+        """Merge the tokens `x` (N, D) into `budget`, each the mean of all tokens that flow into it.
+
+        `centre` (N,) is the token that every token which stands for itself flows into, -1 if it is dropped. The static
+        places of every window are clustered by density, into ``shares[T:]``.
         """
-        return Selection(len(self.of), tokens, joined[upload(self.of, joined.device)])
+        frames, width = self.places.token.shape
+        static = self.group.masked_fill(self.group < frames, frames - 1) - frames
+        # A static place is in two frames at least.
+        clustered = clustered_means(x, self.stands, static, shares[frames:], [width] * frames, len(x) // 2)
+        centre = torch.where(static < 0, centre, clustered)
+        kept = centre == torch.arange(len(x), device=x.device)
+        slot = centre[self.stands]
+        slot = torch.where(slot < 0, -1, (kept.cumsum(0) - 1)[slot.clamp(min=0)])
+        return Selection(len(x), torch.nonzero_static(kept, size=budget)[:, 0], slot)
 
 
-def numbers(chosen: Tensor) -> Tensor:
-    """(U,) long: number the `chosen` (U,) units in their order; -1 for the others."""
-    return torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
+def clustered_means(
+    x: Tensor, stands: Tensor, group: Tensor, counts: Tensor, sizes: Sequence[int], most: int
+) -> Tensor:
+    """(N,) long: cluster the means of merged tokens by density; the centre that each of them flows into, -1 for others.
 
-
-def static_units(cells: Cells, likeness: Tensor, least: float, frame: Tensor, window: Tensor, budget: int) -> Units:
-    """Make one unit of every whole cell whose `likeness` (C,) is above `least`, and one of every other token.
-
-    Where that leaves fewer units than the budget, the least alike of these cells are taken apart again.
+    Parameters
+    ----------
+    x
+        (N, D).
+    stands
+        (N,) long: the token that each is merged into.
+    group
+        (N,) long: of those tokens, which group each is clustered in, 0 to G - 1; -1 for all other tokens.
+    counts
+        (G,) long: clusters of every group.
+    sizes, most
+        How many each group, and how many all groups together, have at most; on the CPU they are counted.
     """
-    tokens = torch.arange(len(frame))
-    static = cells.whole & (likeness > least)
-    lacking = budget - int(len(frame) - ((cells.frames - 1) * static).sum())
-    if lacking > 0:
-        ranked = likeness.masked_fill(~static, torch.inf).sort(stable=True).indices[: int(static.sum())]
-        gained = (cells.frames[ranked] - 1).cumsum(0)
-        static[ranked[: int((gained < lacking).sum()) + 1]] = False
-    first = torch.full_like(cells.frames, len(frame)).scatter_reduce_(0, cells.of, tokens, reduce="amin")
-    within = static[cells.of]
-    stands = torch.where(within, first[cells.of], tokens)
-    kept = (stands == tokens).nonzero()[:, 0]
-    group = torch.where(within, len(frame) + window[frame], frame)[kept]
-    return Units(kept, torch.searchsorted(kept, stands), group.unique(return_inverse=True)[1], within[kept])
+    n, there = len(x), group >= 0
+    most = most if queues(x) else int(there.sum())
+    at = torch.nonzero_static(there, size=most, fill_value=n)[:, 0]
+    number = torch.where(there, there.cumsum(0) - 1, -1)[stands]
+    means = group_sums(x, number, most).div_(counts_of(number, most).clamp_(min=1)[:, None])
+    # Behind the last token stands what is none.
+    group, centre = (
+        torch.nn.functional.pad(values, (0, 1), value=-1) for values in (group, torch.full_like(group, -1))
+    )
+    joined = kernels.density_clusters(means, group[at], counts, NEIGHBOURS, sizes)
+    reached = torch.nn.functional.pad(at, (0, 1), value=-1)[joined]
+    return centre.index_copy_(0, at, reached)[:n]
 
 
-def peaks(x: Tensor, group: Tensor, sizes: Sequence[int]) -> Tensor:
-    """(M,): how good a centre of a cluster of its group every row of `x` (M, D) is (DPC-kNN, 7 neighbours)."""
-    return kernels.density_peaks(x, group, _NEIGHBOURS, sizes)
+def static_units(places: Places, window: Tensor, likeness: Tensor, least: float, budget: int) -> Units:
+    """Make one unit of every place whose `likeness` in a window is above `least`, and one of every other token.
 
+    Where that leaves fewer units than the budget, the least alike of these places are taken apart again.
 
-def join(x: Tensor, group: Tensor, number: Tensor, sizes: Sequence[int], centres: Sequence[int]) -> Tensor:
-    """(M,) long: the number of the centre of its group that every row of `x` (M, D) is nearest to; -1 of group -1.
-
-    `number` (M,) is that of the centres themselves, which stay with it, and -1 for all other rows. Of a group's rows,
-    `sizes` in all, `centres` are some.
+    Parameters
+    ----------
+    places
+        Of the video.
+    window
+        (T,) long, ascending: the window of every frame.
+    likeness
+        (W, P), minus infinity where a token is missing; W is the number of windows or more.
+    least, budget
+        Numbers.
     """
-    if not sum(centres):
-        return torch.full_like(group, -1)
-    at = torch.nonzero_static((number >= 0) & (group >= 0), size=sum(centres))[:, 0]
-    nearest = kernels.nearest_in_group(x, group, at, "euclidean", sizes=sizes, target_sizes=centres)
-    joined = number[at][nearest.clamp(min=0)].masked_fill(nearest < 0, -1)
-    return joined.index_copy(0, at, number[at])
+    frames, tokens = len(window), torch.arange(len(places.at), device=window.device)
+    spared = (counts_of(window, len(likeness)) - 1).clamp_(min=0)[:, None]  # tokens, of a static place
+    static = (likeness > least) & (spared > 0)
+    lacking = budget - len(tokens) + (spared * static).sum()
+    ranked = likeness.masked_fill(~static, torch.inf).flatten().sort(stable=True).indices
+    gained = (spared * static).flatten()[ranked]
+    static = torch.zeros_like(static.flatten()).index_copy_(
+        0, ranked, (gained > 0) & (gained.cumsum(0) - gained >= lacking)
+    )
+    within = places.of_tokens(static.view_as(likeness)[window])
+    first = torch.searchsorted(window, window)  # frame of its window
+    stands = torch.where(within, places.of_tokens(places.token[first]), tokens)
+    group = torch.where(within, frames + window[places.frame], places.frame)
+    return Units(places, stands, group.masked_fill_(stands != tokens, -1))
