@@ -58,13 +58,13 @@ def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
     for start in range(0, len(x), step):
         index = earlier[start : start + step]
         place = index.clamp(min=0)
-        own, its = x[start : start + step].float(), x.index_select(0, place).float()
-        lengths = norm[start : start + step]
-        cosine = (own * its).sum(dim=1) / (lengths * norm[place])
+        own, lengths = x[start : start + step], norm[start : start + step]
+        products = x.index_select(0, place).float().mul_(own)
+        cosine = products.sum(dim=1).div_(lengths * norm.index_select(0, place))
         # Only these can be equal, and of most videos few tokens are.
         near = ((cosine > _NEAR) | (lengths == _LEAST)).nonzero()[:, 0]
         if len(near):
-            equal = near[(own[near] == its[near]).all(dim=1)]
+            equal = near[(own[near] == x[place[near]]).all(dim=1)]
             cosine[equal] = 1.0
         similarity[start : start + step] = cosine.clamp_(-1.0, 1.0).masked_fill_(index < 0, 0.0)
     return similarity

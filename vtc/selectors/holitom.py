@@ -17,10 +17,10 @@ from ..core.signals import Origin, Signal
 from ..core.sites import BeforeDecoder, Site
 from ..kernels.host import upload
 from ..registry import register_selector
-from .frames import earlier_at_place, frames_of, lowest_per_group, shared
+from .frames import Frames, frames_of, lowest_per_group, shared
 from .saliency import SaliencySelector
 from .schedule import check_number
-from .static_cells import places_of, static_units
+from .static_cells import Places, places_of, static_units
 
 __all__ = ["HoliTomSelector", "best_windows"]
 
@@ -88,14 +88,12 @@ class HoliTomSelector(SaliencySelector):
             return Selection.full(ctx.n, ctx.features.device)
         x, frames = ctx.features, frames_of(ctx)
         places = places_of(frames)
-        earlier = upload(earlier_at_place(frames.origin, torch.ones_like(frames.on_host)), x.device)
-        similarity = kernels.temporal_similarity(x, earlier).masked_fill_(earlier < 0, -torch.inf)
-        similarity = places.table(similarity, -torch.inf)
-        window = best_windows(similarity[1:] > self.tau)
+        steps = places.table(self._similarity(x, frames, places), -torch.inf)
+        window = best_windows(steps[1:] > self.tau)
         # The least of every place, but for the step into the window.
-        within = similarity.masked_fill(_starts(window)[:, None], torch.inf)
-        least = torch.full_like(within, torch.inf)
-        least.scatter_reduce_(0, window[:, None].expand_as(within), within, reduce="amin")
+        begins = torch.nn.functional.pad(window[1:] != window[:-1], (1, 0), value=True)
+        within, at = steps.masked_fill_(begins[:, None], torch.inf), window[:, None].expand_as(steps)
+        least = torch.full_like(steps, torch.inf).scatter_reduce_(0, at, within, reduce="amin")
         units = static_units(places, window, least, self.tau, ctx.budget)
         shares = shared(ctx.budget, units.sizes)
         moving = units.moving
@@ -103,10 +101,12 @@ class HoliTomSelector(SaliencySelector):
         centre = torch.where(best, torch.arange(ctx.n, device=x.device), -1)
         return units.selection(x, centre, shares, ctx.budget)
 
-
-def _starts(window: Tensor) -> Tensor:
-    """(T,) bool: the first frame of every window."""
-    return torch.cat([torch.ones_like(window[:1], dtype=torch.bool), window[1:] != window[:-1]])
+    def _similarity(self, x: Tensor, frames: Frames, places: Places) -> Tensor:
+        """(N,): the cosine of every token to the one at its place one time before; minus infinity without one."""
+        before = torch.nn.functional.pad(places.token[:-1], (0, 0, 1, 0), value=-1)
+        earlier, time = places.of_tokens(before), upload(frames.origin[:, 1], x.device)
+        missing = (earlier < 0) | (time[earlier] + 1 != time)
+        return kernels.temporal_similarity(x, earlier.masked_fill_(missing, -1)).masked_fill_(missing, -torch.inf)
 
 
 def best_windows(still: Tensor) -> Tensor:
@@ -122,16 +122,15 @@ def best_windows(still: Tensor) -> Tensor:
     long = frame.new_zeros(frames, frames)
     long[1:].scatter_add_(1, run, torch.ones_like(run))
     gain = long.flip(1).cumsum(1).flip(1) * frame  # of the window of d + 1 frames that ends with a frame
-    saved = frame.new_zeros(frames + 1)  # by the frames before one
-    start = torch.zeros_like(saved)  # first frame of the window that ends before one
-    for last in range(frames):
-        total = saved[: last + 1].flip(0) + gain[last, : last + 1]
-        length = total.argmax(dim=0, keepdim=True)  # the first of equals
-        saved[last + 1 : last + 2] = total[length]
-        start[last + 1 : last + 2] = last - length
-    # Windows begin where the starts lead, from behind the last frame on; every step sees twice as far.
-    begins = torch.zeros_like(saved)
-    begins[frames:] = 1
+    saved = frame.new_zeros(frames + 1)  # by all frames up to one; the last comes first, and behind all none
+    length = torch.zeros_like(saved)  # d of the window that ends before a frame
+    for last, row in enumerate(gain.unbind(0)):
+        begin = frames - last
+        found = saved[begin - 1 : begin], length[last + 1 : last + 2]
+        torch.max(saved[begin:] + row[: last + 1], dim=0, keepdim=True, out=found)  # the first of equals
+    # Windows begin where the lengths lead, from behind the last frame on; every step sees twice as far.
+    start = torch.nn.functional.pad(frame - length[1:], (1, 0))
+    begins = torch.nn.functional.pad(torch.zeros_like(frame), (0, 1), value=1)
     for _ in range(frames.bit_length()):
         begins = begins.scatter_reduce(0, start, begins, reduce="amax")
         start = start[start]

@@ -30,7 +30,7 @@ class Places:
     Attributes
     ----------
     token
-        (T, P) long: the token at every place of every frame, 0 where there is none.
+        (T, P) long: the token at every place of every frame, -1 where there is none.
     at
         (N,) long: where every token stands in that table, frame * P + place.
     frame
@@ -56,7 +56,7 @@ def places_of(frames: Frames) -> Places:
     place = place_of(frames.origin).unique(return_inverse=True)[1]
     shape = len(frames.sizes), int(place.max()) + 1
     at = frames.on_host * shape[1] + place
-    token = torch.zeros(shape, dtype=torch.long)
+    token = torch.full(shape, -1)
     token.view(-1).index_copy_(0, at, torch.arange(len(at)))
     device = frames.number.device
     return Places(upload(token, device), upload(at, device), frames.number)
