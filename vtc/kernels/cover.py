@@ -54,6 +54,7 @@ class _Demanded:
         if self.cosines.table is not None:
             for _ in self.cosines.blocks():
                 pass
+            self.cosines.table.add_(1).mul_(self.half)  # from here on it holds the similarities of this class
         total = x.new_zeros(x.shape[1], dtype=torch.float32)
         for rows, scale in zip(x.split(_STRIPE), (self.half * inverse).split(_STRIPE), strict=True):
             total += scale @ rows.float()
@@ -63,7 +64,8 @@ class _Demanded:
         return self._rows(index)[0]
 
     def _rows(self, indices: Tensor) -> Tensor:
-        return (1 + self.cosines.rows(indices)) * self.half
+        rows = self.cosines.rows(indices)
+        return rows if self.stored else (1 + rows) * self.half
 
 
 @op()

@@ -195,27 +195,23 @@ def lazy_greedy(rows: Similarities, k: int, weight: Tensor | None, combine: str,
     n = len(gain)
     k = min(k, n)
 
-    def score(indices: Tensor | slice) -> Tensor:
-        return _score(gain[indices], None if weight is None else weight[indices], combine)
-
     if rows.stored and queues(covered):
         return _eager_greedy(rows, k, weight, combine, covered, gain)
-    best = score(slice(None)).clone()
-    current = torch.ones_like(gain, dtype=torch.bool)  # whether `gain` is up to date
+    best = _score(gain, weight, combine)
     picks: list[int] = []
     while len(picks) < k:
-        place = int(best.argmax())  # the first of equals
-        while not current[place]:
+        top = best.argmax(dim=0, keepdim=True)  # the first of equals
+        current: set[int] = set()  # rows whose gain is up to date
+        while picks and int(top) not in current:
             candidates = best.topk(min(_BATCH, n - len(picks))).indices
-            candidates = torch.cat([candidates[~current[candidates]], candidates.new_tensor([place])]).unique()
-            gain[candidates] = rows.gains(covered, candidates)
-            best[candidates] = score(candidates)
-            current[candidates] = True
-            place = int(best.argmax())
-        picks.append(place)
-        best[place] = -torch.inf
-        covered = torch.maximum(covered, rows.row(torch.tensor([place], device=covered.device)))
-        current.zero_()
+            candidates[:1] = top  # of more equals than these are, it need not be among them
+            scores = rows.gains(covered, candidates)
+            best[candidates] = _score(scores, None if weight is None else weight[candidates], combine)
+            current.update(candidates.tolist())
+            top = best.argmax(dim=0, keepdim=True)
+        picks.append(int(top))
+        best[top] = -torch.inf
+        covered = torch.maximum(covered, rows.row(top))
     return torch.tensor(picks, dtype=torch.long, device=covered.device)
 
 

@@ -24,7 +24,6 @@ __all__ = ["EadpSelector", "dense_relevance", "smoothed"]
 
 _SHARPNESS = 100.0  # of the distribution of a word over the tokens
 _ENTROPY_TEMPERATURE = 0.01
-_SIDE = (0.27406862, 0.45186276, 0.27406862)  # exp(-d^2 / 2) at -1, 0, 1, normalised
 _BLOCK = 256  # words at a time
 
 
@@ -148,17 +147,14 @@ def smoothed(values: Tensor, origin: Tensor) -> Tensor:
     """
     view, time, row, column, rows, columns = origin.unbind(dim=1)
     high, wide = rows.max(), columns.max()
-    frame = view * (time.max() + 1) + time
-    places = (frame * high + row) * wide + column  # ascending, as the tokens are
-    total, weights = torch.zeros_like(values), torch.zeros_like(values)
-    for down, part in zip((-1, 0, 1), _SIDE, strict=True):
-        for right, share in zip((-1, 0, 1), _SIDE, strict=True):
-            wanted = (frame * high + _mirrored(row + down, rows)) * wide + _mirrored(column + right, columns)
-            at = torch.searchsorted(places, wanted).clamp(max=len(places) - 1)
-            weight = part * share * (places[at] == wanted)
-            total += weight * values[at]
-            weights += weight
-    return total / weights
+    first = (view * (time.max() + 1) + time) * high  # row of every frame
+    places = (first + row) * wide + column  # ascending, as the tokens are
+    away = torch.arange(-1, 2, device=values.device)[:, None]
+    there = (first + _mirrored(row + away, rows))[:, None] * wide + _mirrored(column + away, columns)  # (3, 3, N)
+    at = torch.searchsorted(places, there).clamp_(max=len(places) - 1)
+    side = (-away.square() / 2).exp()
+    weight = (side * side.T)[..., None] * (places[at] == there)
+    return (weight * values[at]).sum(dim=(0, 1)) / weight.sum(dim=(0, 1))
 
 
 def _mirrored(place: Tensor, size: Tensor) -> Tensor:

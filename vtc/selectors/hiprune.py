@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..core.context import VisualContext
 from ..core.ranges import Float, Range
 from ..core.selection import Selection
@@ -122,16 +123,18 @@ class HiPruneSelector(TextRelevance):
         at = torch.arange(len(found), device=found.device)
         like = round(ctx.budget * self.text)
         # Behind the last token stands what is none.
-        seen = torch.full((ctx.n + 1,), len(found) + like, device=found.device)
+        none = len(found) + like
+        seen = torch.full((ctx.n + 1,), none, device=found.device)
         first = seen.scatter_reduce_(0, torch.where(found < 0, ctx.n, found), at, reduce="amin")[: ctx.n]
         if self.text:
             relevance = self.relevance_of(ctx).masked_fill(first < len(found), -torch.inf)
             best = relevance.sort(descending=True, stable=True).indices[:like]
             behind = torch.arange(len(best), device=best.device) + len(found)
             first = first.index_put_((best,), torch.minimum(first[best], behind))
-        order = end.sort(descending=True, stable=True).indices
-        order = order[first[order].sort(stable=True).indices][: ctx.budget]
-        return Selection.from_indices(ctx.n, order)
+        stays = first < none
+        if none > ctx.budget:
+            stays &= first <= first.topk(ctx.budget, largest=False).values.amax()
+        return Selection(ctx.n, kernels.topk_indices(end.masked_fill(stays, torch.inf), ctx.budget))
 
 
 def _by_index(anchors: Tensor, origin: Tensor) -> Tensor:
@@ -143,11 +146,12 @@ def _by_index(anchors: Tensor, origin: Tensor) -> Tensor:
 
 def _in_picture(anchors: Tensor, origin: Tensor) -> Tensor:
     """Return the tokens (A, 4) left, right, above and below; -1 where there is none."""
-    view, frame, row, column, _, _ = origin.unbind(1)
-    times, high, wide = (part.amax() + 1 for part in (frame, row, column))
-    # Numbers with an empty place around every row and frame, ascending as the tokens are.
-    place = ((view * times + frame) * (high + 2) + row + 1) * (wide + 2) + column + 1
-    at = place[anchors]
-    wanted = torch.stack([at - 1, at + 1, at - (wide + 2), at + wide + 2], dim=1)
+    where = origin[:, :4]  # view, frame, row, column
+    # Numbers with an empty place behind every row and frame, ascending as the tokens are.
+    size = where.amax(dim=0) + 2
+    step = size.flip(0).cumprod(0).flip(0) // size
+    place = (where * step).sum(dim=1)
+    beside = step[2:].flip(0)
+    wanted = place[anchors, None] + torch.stack([-beside, beside], dim=1).flatten()
     found = torch.searchsorted(place, wanted).clamp(max=len(place) - 1)
     return torch.where(place[found] == wanted, found, -1)
