@@ -194,7 +194,7 @@ def test_imports_are_read_whatever_their_form():
 @pytest.mark.parametrize("room", ["eval", "demos"])
 def test_programs_use_public_names_only(room):
     allowed = {"vtc", "vtc.reference", *(f"vtc.{name}" for name in vtc.__all__)}
-    allowed |= {"vtc.report.flops", "vtc.report.flops.DecoderShape"}
+    allowed |= {"vtc.report.flops", "vtc.report.flops.DecoderShape", "vtc.bench.memory", "vtc.bench.memory.peak_bytes"}
     allowed |= {"vtc.report.visualize", "vtc.report.visualize.animation", "vtc.report.visualize.save_animation"}
     allowed |= {"vtc.registry", "vtc.registry.get_selector"}  # whose source is part of what is confirmed
     for module in (chat, console, files, notation, plain):

@@ -282,13 +282,14 @@ class TestTower:
         monkeypatch.setitem(
             _whole_models.WHOLE_MODELS, whole.name, dataclasses.replace(whole, config=small, full_depth=6)
         )
-        settings = ["--setting", "random@vision:2=0.25+random@decoder=0.4"]
+        settings = ["--setting", "random@vision:2=0.25+random@decoder=0.4", "--memory", "--clock", "cpu"]
         from vtc.cli import main
 
         assert main(["bench", "tower", "--visual-tokens", "64", "--repeats", "1", "--warmup", "0", *settings]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert "untouched" in lines[2]
         assert "random@vision:2=0.25" in lines[3]
+        assert all(line.count(" MiB") == 2 for line in lines[2:4]), "of the tower, and of the call"
         assert "2 decoder layers measured and scaled to all" in lines[-1]
 
     def test_ragged_crops_are_encoded_in_three_ways(self, monkeypatch, capsys):

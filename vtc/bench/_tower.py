@@ -12,7 +12,8 @@ realised share
     Time that the untouched tower needs for the patches that each of its layers really sees, from runs on smaller
     pictures, divided by the time of ours: 1.0 is shortening without cost. The projector counts in both.
 peak memory
-    What tensors take at most while tower and projector run, without weights; where asked for.
+    What tensors take at most while tower and projector run, and during the whole call, without weights; where asked
+    for. Those of the call are of the few decoder layers, whose caches are counted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,7 +33,17 @@ from vtc.bench._models import build, prompt
 from vtc.bench._prefill import encode
 from vtc.bench._whole_models import WHOLE_MODELS, WholeModel
 from vtc.bench.memory import peak_bytes
-from vtc.bench.timing import Case, Figures, Stopwatch, conditions, describe, interleave, markdown_table, write_json
+from vtc.bench.timing import (
+    CLOCKS,
+    Case,
+    Figures,
+    Stopwatch,
+    conditions,
+    describe,
+    interleave,
+    markdown_table,
+    write_json,
+)
 from vtc.config import CompressionConfig
 from vtc.core.sites import Pixels, VisionLayer
 from vtc.engine.install import adapter_for
@@ -53,15 +65,21 @@ def run(args: argparse.Namespace, plans: dict[str, list[CompressionConfig]]) -> 
                 repeats=args.repeats,
                 warmup=args.warmup,
                 memory=args.memory,
+                clock=CLOCKS[args.clock],
             )
         del model  # before the next one is built
     stated = conditions(
-        dtype=args.dtype, device=args.device, repeats=args.repeats, warmup=args.warmup, text_tokens=args.text_tokens
+        clock=args.clock,
+        dtype=args.dtype,
+        device=args.device,
+        repeats=args.repeats,
+        warmup=args.warmup,
+        text_tokens=args.text_tokens,
     )
     print(table(results))
     print(
         f"\nMedian of {args.repeats} interleaved runs, batch 1, {args.text_tokens} text tokens, random weights, "
-        f"{args.dtype}; {args.layers} decoder layers measured and scaled to all; {describe(stated)}"
+        f"{args.dtype}, {args.clock} clock; {args.layers} decoder layers measured and scaled to all; {describe(stated)}"
     )
     if args.json:
         write_json(args.json, {"benchmark": "tower", "conditions": stated, "results": results})
@@ -78,6 +96,7 @@ def measure(
     repeats: int,
     warmup: int,
     memory: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """Time the untouched call and every setting, and the untouched tower on smaller pictures, all interleaved.
 
@@ -91,21 +110,21 @@ def measure(
     shares = {text: seen_by_layer(plan, depth) for text, plan in plans.items()}
     side = shape.side(visual_tokens)
     cases = {
-        "untouched": Case(partial(call, model, inputs)),
-        "native 1.0": Case(partial(_native_tower, model, inputs, 1.0)),
+        "untouched": Case(partial(call, model, inputs, clock=clock)),
+        "native 1.0": Case(partial(_native_tower, model, inputs, 1.0, clock)),
         "processor": Case(
-            partial(process, shape.processor(**shape.processing), [Image.new("RGB", (side, side), "teal")])
+            partial(process, shape.processor(**shape.processing), [Image.new("RGB", (side, side), "teal")], clock)
         ),
     }
-    peaks = {"": _peak(model, inputs)} if memory else {}
+    peaks = {"untouched": _peaks(model, inputs)} if memory else {}
     for text, plan in plans.items():
         around = partial(vtc.compressed, model, plan)
-        cases[text] = Case(partial(call, model, inputs, compressed=True), around)
+        cases[text] = Case(partial(call, model, inputs, compressed=True, clock=clock), around)
         if memory:
             with around():
-                peaks[text] = _peak(model, inputs)
+                peaks[text] = _peaks(model, inputs)
     for share in {share for each in shares.values() for share in each if share < 1}:
-        cases[f"native {share}"] = Case(partial(_native_tower, model, inputs, share))
+        cases[f"native {share}"] = Case(partial(_native_tower, model, inputs, share, clock))
     timings = interleave(cases, repeats=repeats, warmup=warmup)
     native = {
         float(name.split()[1]): figures["vision"].median
@@ -132,7 +151,8 @@ def measure(
                 "decoder": decoder,
                 "whole_call": processor + front.median + decoder + figures["head"].median,
                 "realised_share": expected / front.median,
-                "tower_peak_mib": peaks[text if text in plans else ""] / 2**20 if memory else None,
+                "tower_peak_mib": peaks[text][0] / 2**20 if memory else None,
+                "call_peak_mib": peaks[text][1] / 2**20 if memory else None,
             }
         )
     first = rows[0]
@@ -146,19 +166,33 @@ def measure(
     ]
 
 
-def _peak(model: Any, inputs: dict[str, torch.Tensor]) -> int:
-    return peak_bytes(partial(encode, model, inputs), model.device)
+def _peaks(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Return the peaks of tower and projector, and of the whole call."""
+    runs = (partial(encode, model, inputs), partial(_prefill, model, inputs))
+    first, second = (peak_bytes(run, model.device) for run in runs)
+    return first, second
 
 
 @torch.inference_mode()
-def call(model: Any, inputs: dict[str, torch.Tensor], *, compressed: bool = False) -> Figures:
+def _prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    return model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+@torch.inference_mode()
+def call(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    *,
+    compressed: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Figures:
     """Time a prefill, its part up to the first decoder layer, that of the layers, and that behind them."""
     marks: list[float] = []
 
     def mark(*_: Any) -> None:
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-        marks.append(time.perf_counter())
+        marks.append(clock())
 
     layers = model.get_decoder().layers
     # These hooks come last, so that what `vtc` does on entering a layer is over.
@@ -175,20 +209,20 @@ def call(model: Any, inputs: dict[str, torch.Tensor], *, compressed: bool = Fals
     return {**figures, "selector": vtc.report(model).selector_ms / 1e3} if compressed else figures
 
 
-def process(processor: Any, pictures: list[Image.Image]) -> Figures:
+def process(processor: Any, pictures: list[Image.Image], clock: Callable[[], float] = time.perf_counter) -> Figures:
     """Time what is done to pictures before the model gets them."""
-    watch = Stopwatch(torch.device("cpu"))
+    watch = Stopwatch(torch.device("cpu"), clock=clock)
     with watch.part("processor"):
         processor(images=pictures, return_tensors="pt")
     return watch.figures
 
 
 @torch.inference_mode()
-def _native_tower(model: Any, inputs: dict[str, torch.Tensor], share: float) -> Figures:
+def _native_tower(model: Any, inputs: dict[str, torch.Tensor], share: float, clock: Callable[[], float]) -> Figures:
     """Time the untouched tower, without projector, on a picture with `share` of the patches."""
     tower: Any = adapter_for(model).tower("image")
     pixels, grid = inputs["pixel_values"], inputs.get("image_grid_thw")
-    watch = Stopwatch(model.device)
+    watch = Stopwatch(model.device, clock=clock)
     if grid is None:
         size = tower.config.patch_size
         patch = size[0] if isinstance(size, (list, tuple)) else size
@@ -233,6 +267,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "share until the decoder",
         "realised in the tower",
         "tower's peak",
+        "call's peak",
     )
     return markdown_table(
         header,
@@ -250,7 +285,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['decoder_speed_up']:.2f}x",
                 f"{100 * r['front']['median'] / r['whole_call']:.0f} %",
                 f"{r['realised_share']:.3f}",
-                "" if r["tower_peak_mib"] is None else f"{r['tower_peak_mib']:.0f} MiB",
+                *("" if r[name] is None else f"{r[name]:.0f} MiB" for name in ("tower_peak_mib", "call_peak_mib")),
             )
             for r in results
         ],

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vtc.bench.timing import CLOCKS, add_timing_arguments, check_arguments, conditions, describe, write_json
+from vtc.bench.timing import add_clock_argument, add_timing_arguments, check_arguments, conditions, describe, write_json
 from vtc.errors import ConfigError
 
 OPERATIONS = (
@@ -46,12 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--most-seconds", type=float, default=60.0, help="skip what would take longer, with --growth (60)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot of --growth")
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: processor time, for a machine that is shared; with one thread it equals the wall time (wall)",
-    )
+    add_clock_argument(parser)
     add_timing_arguments(parser, repeats=9, warmup=1, dtype="float32")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtc.bench.timing import CLOCKS, add_timing_arguments, check_arguments
+from vtc.bench.timing import add_clock_argument, add_timing_arguments, check_arguments
 from vtc.errors import ConfigError
 
 TOKENS = (576, 2880, 12544)
@@ -22,12 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--most-seconds", type=float, default=60.0, help="skip transcriptions that would take longer (60)"
     )
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: processor time, for a machine that is shared; with one thread it equals the wall time (wall)",
-    )
+    add_clock_argument(parser)
     add_timing_arguments(parser, repeats=5, warmup=1, dtype="float32")
 
 

@@ -167,6 +167,16 @@ def _repeat(work: Callable[[], Any], number: int, device: str, clock: Callable[[
     return {"run": watch.figures["run"] / number}
 
 
+def add_clock_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses one of `CLOCKS`."""
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: processor time, for a machine that is shared; with one thread it equals the wall time (wall)",
+    )
+
+
 def add_timing_arguments(parser: argparse.ArgumentParser, *, repeats: int, warmup: int, dtype: str) -> None:
     """Add the options that all benchmarks share, with the defaults of one."""
     parser.add_argument("--repeats", type=int, default=repeats, help=f"measured rounds ({repeats})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtc.bench.timing import add_timing_arguments, check_arguments
+from vtc.bench.timing import add_clock_argument, add_timing_arguments, check_arguments
 from vtc.notation import parse_stages
 
 MODELS = (
@@ -42,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD@SITE=KEEP+...",
         help=f"stages to measure; repeat for more ({' '.join(SETTINGS)})",
     )
-    parser.add_argument("--memory", action="store_true", help="measure the tower's peak memory, too")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory of the tower and of the call, too")
     parser.add_argument(
         "--ragged", action="store_true", help="measure instead how crops that keep different numbers are best encoded"
     )
+    add_clock_argument(parser)
     add_timing_arguments(parser, repeats=3, warmup=1, dtype="bfloat16")
 
 

@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-tokens", type=int, help="tokens per picture, for crosslmm and vision-remember")
     parser.add_argument("--keep-ratio", type=float, help="or the fraction that is left")
     parser.add_argument(
-        "--lora", type=int, metavar="RANK", help="train a low-rank adapter of the decoder beside the modules: crosslmm, llava-mini, vision-remember"
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train a low-rank adapter of the decoder beside the modules of crosslmm, llava-mini or vision-remember",
     )
     parser.add_argument("--steps", type=int, default=500, help="steps of the optimiser (500)")
     parser.add_argument("--batch", type=int, default=8, help="samples per step (8)")

@@ -48,10 +48,11 @@ class LlavaMiniSelector(TrainedSelector):
     ``--lora`` does that by a low-rank adapter beside the modules.
 
     Differences from the paper and its code: the layers of the fusion add to the tokens and the text through a matrix
-    that is zero before training, where there they replace them, because the decoder itself stays frozen here. The projector is
-    a copy that is trained along, so that the model's own stays as it is. On families whose projector is not a plain
-    two-layer MLP on single features (all but LLaVA 1.5) the queries look at the projected features, and nothing is
-    projected behind them. The tiles of a picture give C^2 tokens each, where the code joins them into one grid.
+    that is zero before training, where there they replace them, because the decoder itself stays frozen here. The
+    projector is a copy that is trained along, so that the model's own stays as it is. On families whose projector is
+    not a plain two-layer MLP on single features (all but LLaVA 1.5) the queries look at the projected features, and
+    nothing is projected behind them. The tiles of a picture give C^2 tokens each, where the code joins them into one
+    grid.
 
     Parameters
     ----------
