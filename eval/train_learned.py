@@ -47,11 +47,19 @@ UNTRAINED = ("random", "uniform", "pool", "vtc")
 
 
 def begin(
-    method: str, reader: PackedReader, tokens: int, *, seed: int = 0, fusion: int = 0, hidden: int | None = None
+    method: str,
+    reader: PackedReader,
+    tokens: int,
+    *,
+    seed: int = 0,
+    fusion: int = 0,
+    hidden: int | None = None,
+    tower: bool = False,
 ) -> tuple[learned.Modules, Any]:
-    """Make untrained modules of a method for `tokens` visual tokens; those of LLaVA-Mini read projected features.
+    """Make untrained modules of a method for `tokens` visual tokens.
 
-    `fusion` and `hidden` are the layers of LLaVA-Mini's fusion and the width in their MLPs (the decoder's).
+    `fusion` and `hidden` are the layers of LLaVA-Mini's fusion and the width in their MLPs (the decoder's). Its queries
+    read projected features, or with `tower` those in front of the projector of LLaVA.
     """
     if method != "llava-mini":
         return {"crosslmm": crosslmm, "vision-remember": vision_remember}[method].begin(reader.shape(), seed=seed)
@@ -61,7 +69,8 @@ def begin(
         raise vtc.ConfigError(f"llava-mini gives C x C tokens for each of {frames} frames, which {tokens} are not.")
     decoder = learned.Decoder.of(reader.model.config.text_config, reader.decoder.layers)
     decoder = narrower(decoder, hidden) if hidden else decoder
-    return llava_mini.begin(reader.shape(), None, decoder, side=side, fusion=fusion, seed=seed)
+    projector = reader.model.model.multi_modal_projector.state_dict() if tower else None
+    return llava_mini.begin(reader.shape(), projector, decoder, side=side, fusion=fusion, seed=seed)
 
 
 def narrower(decoder: learned.Decoder, hidden: int) -> learned.Decoder:
@@ -277,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training.add_argument("--tokens", type=int, required=True, help="tokens per picture or clip")
     training.add_argument("--fusion", type=int, default=0, help="of llava-mini: layers that fuse tokens and text (0)")
     training.add_argument("--hidden", type=int, help="width inside the MLP of these layers (the decoder's)")
+    training.add_argument("--tower", action="store_true", help="of llava-mini: read the tower, not projected features")
     training.add_argument("--steps", type=int, default=300)
     training.add_argument("--batch", type=int, default=8)
     training.add_argument("--rate", type=float, default=2e-3)
@@ -304,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.table:
             arguments.table.write_text(json.dumps(found, indent=1) + "\n")
         return
-    sizes = {name: getattr(arguments, name) for name in ("seed", "fusion", "hidden")}
+    sizes = {name: getattr(arguments, name) for name in ("seed", "fusion", "hidden", "tower")}
     modules, module = begin(arguments.method, reader, arguments.tokens, **sizes)
     adapter = None if arguments.lora is None else lora.begin_lora(reader.decoder, arguments.lora, arguments.seed)
     data = reader.load("train", arguments.cache)

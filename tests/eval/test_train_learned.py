@@ -27,7 +27,7 @@ from eval.tasks.clips.clip import FPS
 from eval.tasks.scenes.scene import make_scene
 from eval.tasks.video import Frames
 from vtc.chat import image_inputs
-from vtc.selectors.learned import llava_mini, save_modules
+from vtc.selectors.learned import save_modules
 from vtc.selectors.learned.lora import begin_lora, save_lora
 from vtc.tuning.train import _predicted
 
@@ -90,7 +90,7 @@ def test_the_cached_pass_is_the_compressed_model(
 
 def test_a_compressor_may_read_the_tower(tmp_path: Path) -> None:
     reader = READERS["scenes"]()
-    compressor = llava_mini.Compressor("tower", 384, 256, 2)
+    compressor = train_learned.begin("llava-mini", reader, 4, tower=True)[1]
     views = torch.randn(1, 1, 256, 384, generator=torch.Generator().manual_seed(0))
     tokens, places = train_learned.Replacing(reader, compressor).read(views)
     torch.testing.assert_close(tokens, compressor(views[:, 0], (16, 16)))
