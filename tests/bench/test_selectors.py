@@ -35,6 +35,17 @@ def test_methods_choose_what_their_equations_say(method: str, seed: int) -> None
         torch.testing.assert_close(selection.merge(ctx.features), merged, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("keep_ratio", [0.056, 0.25, 0.5])
+def test_vtc_chooses_what_its_equations_say_of_videos(keep_ratio: float) -> None:
+    draw = Draw(torch.Generator().manual_seed(0))
+    selector, ctx = draw_context("vtc", 480, 24, keep_ratio, draw, ((20, 4, 6),))
+    ctx.modality = "video"
+    keep, merged = TRANSCRIPTIONS["vtc"](selector, ctx)
+    selection = selector.select(ctx)
+    assert torch.equal(selection.keep, keep)
+    torch.testing.assert_close(selection.merge(ctx.features), merged, rtol=1e-4, atol=1e-4)
+
+
 def test_methods_before_the_decoder() -> None:
     found = methods(None)
     assert set(TRANSCRIPTIONS) <= set(found)

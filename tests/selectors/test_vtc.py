@@ -33,9 +33,18 @@ def places_of(t: int, h: int, w: int) -> torch.Tensor:
     return torch.tensor([[a / t, b / h, c / w] for a in range(t) for b in range(h) for c in range(w)])
 
 
-@pytest.mark.parametrize(("grid", "width"), [((1, 6, 8), 0.5), ((3, 4, 4), 0.25)])
-def test_choice_and_merging_are_the_equations(grid: tuple[int, int, int], width: float) -> None:
-    x, k = drawn(), 9
+@pytest.mark.parametrize(
+    ("grid", "k", "width"),
+    [
+        ((1, 6, 8), 9, 0.5),
+        ((1, 6, 8), 24, 0.5),
+        ((3, 4, 4), 6, 0.25),
+        ((3, 4, 4), 9, 0.25 / 1.5),
+        ((3, 4, 4), 12, 0.125),
+    ],
+)
+def test_choice_and_merging_are_the_equations(grid: tuple[int, int, int], k: int, width: float) -> None:
+    x = drawn()
     attention = torch.rand(2, 3, 48, generator=torch.Generator().manual_seed(5))
     scores = attention.mean(dim=1).sum(dim=0)
     quality = torch.ones(48)
@@ -75,6 +84,15 @@ def test_it_is_not_random_and_its_options_count() -> None:
     for wrong in ({"width": 0}, {"exponent": -1}, {"merge_weight": -1}, {"quality": "received"}):
         with pytest.raises(vtc.ConfigError, match=f"vtc: {next(iter(wrong))} must be"):
             VtcSelector(**wrong)
+
+
+def test_many_tokens_of_a_video_are_spread_over_time() -> None:
+    # One picture, standing still: what is kept of it says nothing but where it was kept.
+    x = drawn(64, 16)[:16].repeat(8, 1)
+    frames = select("vtc", features=x, grid_thw=(8, 4, 4), keep_tokens=32).keep // 16
+    wide = select("vtc", features=x, grid_thw=(8, 4, 4), keep_tokens=32, width=0.25).keep // 16
+    counts, before = (torch.bincount(each, minlength=8) for each in (frames, wide))
+    assert counts.max() - counts.min() < before.max() - before.min()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -233,10 +233,13 @@ def cdpruner(selector: Any, ctx: VisualContext) -> Choice:
 
 def vtc(selector: Any, ctx: VisualContext) -> Choice:
     """A determinantal point process of features and places; the rest merged into the most similar."""
-    attention = ctx[ClsAttention].float().mean(dim=1).sum(dim=0)
-    rank = (attention[:, None] >= attention).sum(dim=1)
-    places = ctx[Place].float() / (0.5 if ctx.modality == "image" else 0.25)
-    weight = (rank / ctx.n) ** selector.exponent
+    if ctx.modality == "image":
+        attention = ctx[ClsAttention].float().mean(dim=1).sum(dim=0)
+        rank = (attention[:, None] >= attention).sum(dim=1)
+        width, weight = 0.5, (rank / ctx.n) ** selector.exponent
+    else:
+        width, weight = 0.25 / max(1, 8 * ctx.budget / ctx.n), None
+    places = ctx[Place].float() / width
     keep = reference.dpp_greedy(ctx.features, ctx.budget, weight, places, 1e-4).sort().values
     nearest, x = reference.cosines(ctx.features)[:, keep].argmax(dim=1), ctx.features.float()
     nearest[keep] = torch.arange(len(keep))

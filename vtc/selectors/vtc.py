@@ -30,6 +30,7 @@ __all__ = ["Place", "VtcSelector"]
 _LAYERS = 8  # of the vision tower, whose [CLS] attention is summed
 _RIDGE = 1e-4
 _WIDTHS = {"image": 0.5, "video": 0.25}
+_SPARSE = 1 / 8  # share of a video up to which the width is that of the table
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,18 @@ class VtcSelector(TextRelevance):
 
     x the features and p the places in the picture or video, each axis from 0 to 1. Negative cosines stay, since without
     them the kernel would be indefinite. A token is the less redundant the farther it lies from tokens that look like
-    it. **Quality**: q_i is ``(rank_i / N) ** exponent``, where rank_i of the N tokens get at most the [CLS] attention
-    of token i, averaged over heads and summed over the last eight layers of the tower up to the one that makes the
-    features; 1 in videos and where the tower has no [CLS] token. With w the `relevance_weight` it is multiplied by
-    ``1 - w + w r_i``, r_i being the relevance to the question as `cdpruner` has it, from 0 to 1 over the tokens; by
-    default the text does not count. **Merging**: every other token is added to the kept
-    one with the largest cosine; kept token a with n_a followers becomes
+    it. The width is 0.5 in pictures. In videos it depends on the share K / N that is kept,
+
+        width = 0.25 / max(1, 8 K / N),
+
+    since a few tokens should go to what differs, wherever it is, and many should also be spread over time and space: a
+    narrow Gaussian makes tokens redundant in their vicinity only, so that what lasts is seen all the time. **Quality**:
+    q_i is ``(rank_i / N) ** exponent``, where rank_i of the N tokens get at most the [CLS] attention of token i,
+    averaged over heads and summed over the last eight layers of the tower up to the one that makes the features; 1 in
+    videos and where the tower has no [CLS] token. With w the `relevance_weight` it is multiplied by ``1 - w + w r_i``,
+    r_i being the relevance to the question as `cdpruner` has it, from 0 to 1 over the tokens; by default the text does
+    not count. **Merging**: every other token is added to the kept one with the largest cosine; kept token a with n_a
+    followers becomes
 
         (x_a + merge_weight * sum of the followers) / (1 + merge_weight * n_a).
 
@@ -92,7 +99,7 @@ class VtcSelector(TextRelevance):
     Parameters
     ----------
     width
-        Of the Gaussian of places; None: 0.5 for pictures, 0.25 for videos.
+        Of the Gaussian of places, whatever is kept; None: as above.
     exponent
         How much [CLS] attention counts; 0: not at all.
     merge_weight
@@ -185,8 +192,7 @@ class VtcSelector(TextRelevance):
 
     def chosen(self, ctx: VisualContext, quality: Tensor | None) -> Selection:
         """Choose fewer than N tokens by a quality (N,) of each, None: all 1; before the language model merge."""
-        width = _WIDTHS[ctx.modality] if self.width is None else self.width
-        places = ctx[Place].float() / width
+        places = ctx[Place].float() / self._width(ctx)
         keep = kernels.dpp_greedy(ctx.features, ctx.budget, quality, places, _RIDGE).sort().values
         if not self.merge_weight or not isinstance(ctx.site, BeforeDecoder):
             return Selection(ctx.n, keep)
@@ -194,6 +200,12 @@ class VtcSelector(TextRelevance):
         followers = torch.zeros_like(keep).index_add_(0, assign, torch.ones_like(assign)) - 1
         weight = torch.full_like(assign, self.merge_weight, dtype=torch.float32).index_fill(0, keep, 1.0)
         return Selection(ctx.n, keep, assign, weight / (1 + self.merge_weight * followers)[assign])
+
+    def _width(self, ctx: VisualContext) -> float:
+        if self.width is not None:
+            return self.width
+        width = _WIDTHS[ctx.modality]
+        return width if ctx.modality == "image" else width / max(1.0, ctx.budget / (_SPARSE * ctx.n))
 
     def _weights(self, ctx: VisualContext) -> Tensor | None:
         """(N,) quality of every token; None: all 1."""
