@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import vtc
 from tests import tiny
 from vtc import reference
 from vtc.cli import main
+from vtc.cli.advise import _commands
 from vtc.notation import parse_stages
 from vtc.tuning import advise as module
 from vtc.tuning.advise import _Measured, _Tried
@@ -157,6 +159,20 @@ def test_the_fastest_that_agrees_is_chosen() -> None:
     assert found.chosen is not None
     assert found.chosen.speed_up == pytest.approx(5 / 3)
     assert 'vtc.compress(model, "b=0.5"): 1.67 times as fast' in str(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "commands"),
+    [
+        ("vtc=0.25", ["vtc ask IMAGE QUESTION --method vtc=0.25", "vtc serve CHECKPOINT --method vtc=0.25"]),
+        ("fastv(layer=1)=0.5", ["vtc ask IMAGE QUESTION --method 'fastv(layer=1)=0.5'"]),
+        ("resize=0.5 compact", ["vtc ask IMAGE QUESTION --method 'resize=0.5 compact'"]),
+        ("resize=0.5+vtc=0.5 compact", ["vtc ask IMAGE QUESTION --method 'resize=0.5+vtc=0.5 compact'"]),
+    ],
+)
+def test_the_commands_that_use_a_setting_are_those_that_can(line: str, commands: list[str]) -> None:
+    (chosen,) = measured({("any", 0.5): (20, True)}).advice(0.9, {}).settings
+    assert _commands(replace(chosen, stages=tuple(parse_stages(line)))) == commands
 
 
 @pytest.mark.parametrize(
