@@ -120,7 +120,8 @@ class WithVideos:
 
 
 def test_the_page_knows_which_models_take_videos(app: Any, tmp_path: Path) -> None:
-    assert app.Models().for_videos() == ["qwen2_5_vl"]  # internvl's processor takes videos, its template does not
+    # internvl's processor takes videos, its template does not
+    assert app.Models().for_videos() == ["qwen2_5_vl", "qwen2_5_vl-long"]
     assert WithVideos.of(app).for_videos()[-1] == "tiny"
     # A checkpoint's weights are not read for it.
     _, processor = video_qa.load(None, random_weights=True)

@@ -31,7 +31,7 @@ from vtc import reference
 from vtc.errors import ConfigError, StateError
 
 FAMILIES = ("llava", "internvl")
-SHIPPED = (*FAMILIES, "qwen2_5_vl")
+SHIPPED = (*FAMILIES, "qwen2_5_vl", "qwen2_5_vl-long")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import vtc_reference
-from eval.reference.train import cache, export, qwen_cache, qwen_scales, qwen_tower, text_tower, tokenizer, tower
+from eval.reference.train import (
+    cache,
+    export,
+    qwen_cache,
+    qwen_long,
+    qwen_scales,
+    qwen_tower,
+    text_tower,
+    tokenizer,
+    tower,
+)
 from eval.reference.train.cache import TOKENIZER, Data
 from eval.reference.train.labels import scene_labels
 from eval.reference.train.models import Example, PackedImageModel, PackedModel, PackedQwen, new_packed
@@ -301,6 +311,8 @@ STAGES: Final[dict[str, Callable[..., None]]] = {
     "qwen-scales-tower": qwen_scales.train,
     "qwen-scales-cache": qwen_scales.build,
     "qwen-scales-export": qwen_scales.blend,
+    "qwen-long-cache": qwen_long.build,
+    "qwen-long": qwen_long.train,
     "export": export.export,
     "text-tower": text_tower.run,
     "text-tower-rank": text_tower.rank,

@@ -1,7 +1,8 @@
 """The available models, and how each is assembled from the files beside this one.
 
 To add a model: make a folder with ``config.json``, ``model.safetensors`` (everything but a shared tower), the
-processor's JSON files, ``chat_template.jinja`` and ``README.md``; then add one entry to :data:`CATALOGUE`.
+processor's JSON files, ``chat_template.jinja`` and ``README.md``; then add one entry to :data:`CATALOGUE`. A model that
+is another one with a low-rank adapter has a folder with the adapter, in PEFT's format, and a ``README.md``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Entry:
         Substring replacements from the shared tower's weight names to the family's.
     tower_without : tuple of str
         Weights of the shared tower that the family does not have (they only serve to pretrain a tower).
+    adapter : str or None
+        Folder beside this file with a low-rank adapter, which is added to the weights of ``folder`` on loading.
     """
 
     folder: str
@@ -33,6 +36,12 @@ class Entry:
     tower_prefix: str | None = None
     tower_renames: tuple[tuple[str, str], ...] = ()
     tower_without: tuple[str, ...] = ()
+    adapter: str | None = None
+
+    @property
+    def own(self) -> str:
+        """The folder of what is this model's alone: its card, its trained modules."""
+        return self.adapter or self.folder
 
 
 CATALOGUE: Final[dict[str, Entry]] = {
@@ -54,4 +63,7 @@ CATALOGUE: Final[dict[str, Entry]] = {
         ),
     ),
     "qwen2_5_vl": Entry(folder="qwen2_5_vl", architecture="Qwen2_5_VLForConditionalGeneration"),
+    "qwen2_5_vl-long": Entry(
+        folder="qwen2_5_vl", architecture="Qwen2_5_VLForConditionalGeneration", adapter="qwen2_5_vl-long"
+    ),
 }

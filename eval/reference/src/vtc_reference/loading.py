@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,7 +20,12 @@ _IMAGE_SUFFIXES = {".png", ".jpg"}
 
 def names() -> tuple[str, ...]:
     """Return the names of the models that :func:`load` knows and whose weights are installed."""
-    return tuple(name for name, entry in CATALOGUE.items() if (_HERE / entry.folder / "model.safetensors").is_file())
+    return tuple(name for name, entry in CATALOGUE.items() if all(file.is_file() for file in _weight_files(entry)))
+
+
+def _weight_files(entry: Entry) -> list[Path]:
+    own = [] if entry.adapter is None else [_HERE / entry.adapter / "adapter_model.safetensors"]
+    return [_HERE / entry.folder / "model.safetensors", *own]
 
 
 def _entry(name: str) -> Entry:
@@ -40,6 +46,27 @@ def tower_weights(entry: Entry) -> dict[str, torch.Tensor]:
             key = key.replace(old, new)
         weights[entry.tower_prefix + key] = tensor
     return weights
+
+
+@torch.no_grad()
+def add_adapter(model: Any, folder: Path) -> None:
+    """Add the low-rank changes ``alpha / r B A`` of an adapter in PEFT's format to a model's weights, in place.
+
+    Raises
+    ------
+    AttributeError
+        The adapter changes a layer that the model does not have.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    scale = config["lora_alpha"] / config["r"]
+    factors = load_file(folder / "adapter_model.safetensors")
+    for key, factor in factors.items():
+        for first, second in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            if key.endswith(first):
+                weight = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(f".{first}")).weight
+                change = scale * (factors[key.removesuffix(first) + second].float() @ factor.float())
+                # The factors of an embedding are those of its transpose.
+                weight.copy_(weight.float() + (change.t() if "embedding" in first else change))
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -77,6 +104,8 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     wrong = {kind: sorted(keys) for kind, keys in found.items() if keys}
     if wrong:
         raise RuntimeError(f"the weights of {name!r} do not fit transformers {transformers.__version__}: {wrong}")
+    if entry.adapter is not None:
+        add_adapter(model, _HERE / entry.adapter)
     model.eval()
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -164,7 +193,7 @@ def open_clip_tower(layers: int = 11) -> dict[str, torch.Tensor]:
 
 def card(name: str) -> str:
     """Return the model card as Markdown."""
-    return (_HERE / _entry(name).folder / "README.md").read_text(encoding="utf-8")
+    return (_HERE / _entry(name).own / "README.md").read_text(encoding="utf-8")
 
 
 def samples() -> list[Path]:
@@ -174,7 +203,7 @@ def samples() -> list[Path]:
 
 def modules(name: str) -> dict[str, Path]:
     """Return the folders of trained modules that ship with a model, by their names, such as "llava-mini-4"."""
-    return {path.name: path for path in sorted((_HERE / CATALOGUE[name].folder / "modules").glob("*"))}
+    return {path.name: path for path in sorted((_HERE / CATALOGUE[name].own / "modules").glob("*"))}
 
 
 def clips() -> list[Path]:
