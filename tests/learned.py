@@ -66,7 +66,7 @@ def llava_mini(model: Any, folder: Path, *, side: int = 2, fusion: int = 0, scal
 
 def atp(model: Any, folder: Path, *, scale: float = 0.5, **options: Any) -> str:
     """Write modules of `atp` for a model; return the folder."""
-    return _written(folder, learned_atp.begin(shape_of(adapter_for(model)), **options), scale)
+    return _written(folder, learned_atp.begin(shape_of(adapter_for(model)), None, decoder_of(model), **options), scale)
 
 
 def pixelrefer(model: Any, folder: Path, *, scale: float = 0.1) -> str:

@@ -73,6 +73,7 @@ def test_shipped_modules_are_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert name("llava-mini", "reference:none", 4) is None
     assert name("llava-mini", "folder", 4) is None
     assert name("divprune", "reference", 4) is None
+    assert name("atp", "reference", None) == name("atp", "reference", 64) == "atp"
     ask = [
         "ask",
         str(vtc.reference.samples()[0]),
@@ -84,6 +85,8 @@ def test_shipped_modules_are_found(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(ask) == 0
     assert "4 of 256" in capsys.readouterr().out
+    assert main([*ask[:4], "atp"]) == 0
+    assert "entering layer" in capsys.readouterr().out
     assert main([*ask, "--model", "reference:internvl"]) == 2
     assert 'give modules="folder"' in capsys.readouterr().err
 

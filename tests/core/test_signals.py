@@ -38,7 +38,7 @@ from vtc.errors import ConfigError, InputError
 from vtc.kernels import VisibilityMask, patch_entropy
 from vtc.kernels import reference as specification
 from vtc.selectors.aim import PageRank
-from vtc.selectors.learned.atp import ModalityAttention
+from vtc.selectors.learned.atp import ModalityAttention, TextValues
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 
@@ -46,6 +46,7 @@ ALL: tuple[type[Signal], ...] = (
     *SHARED,
     PageRank,
     ModalityAttention,
+    TextValues,
     AttentionExchange,
     ContextRelevance,
     PixelEntropy,
@@ -204,6 +205,18 @@ def test_modalities_receive_from_each_other(past: int, room: int, text: str) -> 
         torch.testing.assert_close(ModalityAttention().present(received[row]), expected)
         sums = torch.stack([expected[0, raw.visual[row]].sum(), expected[1, asking].sum()])
         torch.testing.assert_close(exchange[row], sums)
+
+
+@CONVERSATIONS
+@pytest.mark.parametrize("text", ["after", "all"])
+def test_values_of_the_text_are_averaged(past: int, room: int, text: str) -> None:
+    raw = decoder(past, room)
+    raw.values[1, :, past : past + 2] = torch.nan  # padding
+    found = TextValues(text).compute(raw)
+    for row in range(2):
+        asking = raw.text[row] & (raw.visual[row].cumsum(0) > 0) if text == "after" else raw.text[row]
+        own = torch.stack([raw.values[row, :, past + at].flatten() for at in asking.nonzero()[:, 0].tolist()])
+        torch.testing.assert_close(found[row], own.mean(dim=0))
 
 
 def test_a_row_without_text_behind_its_image_is_named() -> None:

@@ -19,16 +19,18 @@ from eval.tasks.scenes.scene import make_scene
 
 
 def test_trains_and_compares(tmp_path: Path) -> None:
-    folder, table = tmp_path / "modules", tmp_path / "table.json"
-    train_atp.main(["train", "--scenes", "2", "--steps", "1", "--batch", "2", "--out", str(folder)])
-    train_atp.main(["compare", str(folder), "--scenes", "2", "--questions", "2", "--out", str(table)])
+    folder, table = tmp_path / "made", tmp_path / "table.json"
+    train_atp.main(["train", "--scenes", "2", "--steps", "1", "--out", str(folder)])
+    train_atp.main(["compare", str(folder), "--scenes", "2", "--questions", "2", "--needs", "1", "--out", str(table)])
     found = json.loads(table.read_text())
     assert found["questions"] == 4
-    free, fixed = found["kept"]["modules"], found["kept"]["plan"]
+    free, fixed = found["made"]["kept"]["modules"], found["made"]["kept"]["plan"]
     assert fixed[1:] == pytest.approx(free[1:], abs=1.0), "the plan is given the mean of the modules"
     # Six layers, places behind layers 0, 2 and 4.
     assert free[0] == pytest.approx((256 + 2 * free[1] + 2 * free[2] + free[3]) / 6)
-    assert found["accuracy"]["plan"][0] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert found["vtc"]["kept"] == round(free[0])
+    assert found["made"]["accuracy"]["plan"][0] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert found["need"]["slope"]["per doubling of the need"]["all"][0] == pytest.approx(1.0)
 
 
 def test_slopes_and_intervals() -> None:

@@ -21,7 +21,7 @@ from vtc.selectors.aim import PageRank
 from vtc.selectors.dart import KeyLength, PromptStates, TextPivots
 from vtc.selectors.flowcut import InformationFlow
 from vtc.selectors.gemfilter import LastQueryLogits
-from vtc.selectors.learned.atp import ModalityAttention
+from vtc.selectors.learned.atp import ModalityAttention, TextValues
 from vtc.selectors.pixelprune import BlockPixels
 from vtc.selectors.prumerge import WideClsAttention
 from vtc.selectors.pyramiddrop import EnteringAttention
@@ -38,6 +38,7 @@ SIZES = {"layers": 3, "heads": 2, "queries": 5, "T": 5, "D": 12, "d": 12, "6": 6
 METHOD_SIGNALS = (
     PageRank,
     ModalityAttention,
+    TextValues,
     AttentionExchange,
     ContextRelevance,
     PixelEntropy,

@@ -17,11 +17,12 @@ from vtc.engine.install import engine_of
 from vtc.errors import ConfigError
 from vtc.selectors import AtpSelector
 from vtc.selectors.learned import read_modules
-from vtc.selectors.learned.atp import AtpModule, AtpModules, redundancy_score
+from vtc.selectors.learned.atp import AtpModule, AtpModules, TextValues, needs, redundancy_score
 from vtc.selectors.learned.atp import training as atp_training
 from vtc.selectors.learned.atp.training import Study
 
 ORIGIN = TokenGrids(((1, 6, 6),)).origin()
+SAID = torch.arange(3.0)
 
 
 def scores(seed: int = 0) -> torch.Tensor:
@@ -30,43 +31,44 @@ def scores(seed: int = 0) -> torch.Tensor:
 
 def modules(shares: tuple[float, ...] = (0.5, 0.25), **options: Any) -> AtpModules:
     torch.manual_seed(0)
-    made = AtpModules(shares, grid=5, width=4, **options)
+    made = AtpModules(shares, 3, grid=5, width=4, **options)
     for weight in made.parameters():
         weight.data += torch.randn(weight.shape)
     return made.requires_grad_(False)
 
 
 def test_untrained_modules_keep_the_plan() -> None:
-    made = AtpModules((0.5, 0.25))
-    assert [made.count(place, *scores(), ORIGIN) for place in (0, 1)] == [18, 9]
-    assert made.count(1, *scores()[:, :4], ORIGIN[:4]) == 4, "of 36 at the input, but only 4 are left"
-    assert AtpModules((0.001,)).count(0, *scores(), ORIGIN) == 1, "at least one"
+    made = AtpModules((0.5, 0.25), 3)
+    assert [made.count(place, *scores(), ORIGIN, SAID) for place in (0, 1)] == [18, 9]
+    assert made.count(1, *scores()[:, :4], ORIGIN[:4], SAID) == 4, "of 36 at the input, but only 4 are left"
+    assert AtpModules((0.001,), 3).count(0, *scores(), ORIGIN, SAID) == 1, "at least one"
 
 
 @pytest.mark.parametrize("layout", ["sorted", "raster"])
 def test_layouts_read_scores_of_any_size(layout: str) -> None:
-    module = AtpModule(layout, grid=5, width=4)
-    read = module.read(*scores(), ORIGIN)
-    assert read.shape == (module.mix.in_features,)
-    torch.testing.assert_close(module.read(*(100 * scores()), ORIGIN), read, msg="scores are relative")
+    module = AtpModule(3, layout, grid=5, width=4)
+    read = module.read(*scores(), ORIGIN, SAID)
+    assert read.shape == (module.mix.in_features + 3,)
+    torch.testing.assert_close(module.read(*(100 * scores()), ORIGIN, 7 * SAID), read, msg="relative")
     order = torch.randperm(36, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(module.read(*scores()[:, order], ORIGIN[order]), read, msg="tokens have no order")
-    moved = module.read(*scores().flip(1), ORIGIN)
+    torch.testing.assert_close(module.read(*scores()[:, order], ORIGIN[order], SAID), read, msg="tokens have no order")
+    moved = module.read(*scores().flip(1), ORIGIN, SAID)
     assert torch.allclose(moved, read) == (layout == "sorted"), "only one layout knows where a score stands"
     several = TokenGrids(((2, 6, 6), (1, 4, 8))).origin()
-    assert module.read(torch.rand(104), torch.rand(104), several).shape == read.shape
-    assert module.read(torch.rand(1), torch.rand(1), ORIGIN[:1]).shape == read.shape
+    assert module.read(torch.rand(104), torch.rand(104), several, SAID).shape == read.shape
+    assert module.read(torch.rand(1), torch.rand(1), ORIGIN[:1], SAID).shape == read.shape
 
 
 def test_sorted_scores_are_sampled_from_largest_to_smallest() -> None:
-    module = AtpModule("sorted", grid=3)
+    module = AtpModule(3, "sorted", grid=3)
     values = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0])
-    read = module.read(values, values, TokenGrids(((1, 1, 5),)).origin())
-    torch.testing.assert_close(read, torch.tensor([5 / 8, 3 / 6, 1 / 4] * 2 + [1.0]))
+    read = module.read(values, values, TokenGrids(((1, 1, 5),)).origin(), SAID)
+    torch.testing.assert_close(read[:-3], torch.tensor([5 / 8, 3 / 6, 1 / 4] * 2 + [1.0]))
+    torch.testing.assert_close(read[-3:], 0.1 * 1.5**0.5 * torch.tensor([-1.0, 0.0, 1.0]))
 
 
 def test_those_with_the_highest_scores_stay() -> None:
-    made = modules()
+    made = modules((0.2, 0.1))
     selector = AtpSelector(layers=(1, 2))
     object.__setattr__(selector, "module", made)
     s_cross, s_self = scores()
@@ -76,10 +78,14 @@ def test_those_with_the_highest_scores_stay() -> None:
         generator=torch.Generator(),
         grids=((1, 6, 6),),
         site=vtc.DecoderLayer(2),
-        signals={selector.stages()[0].requires[0]: torch.stack([s_cross, s_self]), vtc.Origin(): ORIGIN},
+        signals={
+            selector.stages()[0].requires[0]: torch.stack([s_cross, s_self]),
+            vtc.Origin(): ORIGIN,
+            TextValues(): SAID,
+        },
     )
     kept = selector.select(ctx)
-    count = made.count(0, s_self, s_cross, ORIGIN)
+    count = made.count(0, s_self, s_cross, ORIGIN, SAID)
     assert 1 < count < 36
     best = redundancy_score(s_self, s_cross, "relative").topk(count).indices.sort().values
     assert torch.equal(kept.keep, best)
@@ -87,33 +93,44 @@ def test_those_with_the_highest_scores_stay() -> None:
     assert selector.select(ctx).k == 2, "the budget is a ceiling"
 
 
-def test_a_price_makes_the_mean_the_plan_and_leaves_samples_free() -> None:
-    """Half of the samples need four times as much; what tells them apart is what is read."""
-    torch.manual_seed(1)
-    made = AtpModules((0.5,), grid=2, width=8)
-    plain, full = torch.zeros(5), torch.ones(5)
-    hard = Study(torch.tensor([1.0, 0.9, 0.8, 0.3, 0.0]), full.expand(5, 1, 1, 5))
-    easy = Study(torch.tensor([0.2, 0.0, 0.0, 0.0, 0.0]), plain.expand(5, 1, 1, 5))
-    optimizer = torch.optim.AdamW(made.parameters(), lr=2e-2, weight_decay=0.0)
-    for _ in range(600):
-        loss = (atp_training.loss(made, hard) + atp_training.loss(made, easy)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    few, many = (float(made.places[0](read).detach()) for read in (plain, full))
-    assert many > 2 * few
-    assert (few + many) / 2 == pytest.approx(1.0, abs=0.2)
+def test_the_need_is_where_the_answer_stops_changing() -> None:
+    from_the_plan_on, never, always = [1.0, 1.0, 0.5, 0.0, 0.0], [1.0] * 5, [0.0] * 5
+    found = needs(torch.tensor([from_the_plan_on, never, always]))
+    torch.testing.assert_close(found.exp(), torch.tensor([1.0, 4.0, 0.25]))
 
 
-def test_the_loss_interpolates_what_was_found() -> None:
-    made = AtpModules((0.5,), grid=2)
-    reads = torch.zeros(5, 1, 1, 5)
-    found = Study(torch.tensor([0.9, 0.7, 0.5, 0.3, 0.1]), reads)
-    assert float(atp_training.loss(made, found)) == pytest.approx(0.5), "factor 1, and no price for the plan"
-    with torch.no_grad():
-        made.places[0].head.bias.fill_(torch.atanh(torch.tensor(0.25)))  # 4 ** 0.25: half-way to the next
-    price = float(made.price.exp())
-    assert float(atp_training.loss(made, found)) == pytest.approx(0.4 + price * (4**0.25 - 1), rel=1e-5)
+def test_modules_learn_the_need_and_keep_the_plan_on_average() -> None:
+    """Half of the samples need more; what tells them apart is the scores, or the text."""
+    for read in ("scores", "text"):
+        torch.manual_seed(1)
+        made = AtpModules((0.5,), 3, grid=2, width=8)
+        plain, full = torch.zeros(8), torch.zeros(8)
+        full[slice(5) if read == "scores" else slice(5, 8)] = 1.0
+        changes = torch.tensor([[1.0, 0.9, 0.8, 0.3, 0.0], [0.2, 0.0, 0.0, 0.0, 0.0]])
+        both = Study(changes, torch.stack([full, plain])[:, None, None, None].expand(2, 5, 1, 1, 8))
+        optimizer = torch.optim.AdamW(made.parameters(), lr=2e-2, weight_decay=0.0)
+        for _ in range(400):
+            value = atp_training.loss(made, both)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        each = made.places[0]
+        torch.testing.assert_close(each.need(torch.stack([full, plain])), needs(changes), atol=0.02, rtol=0)
+        many, few = (float(each(what).detach()) for what in (full, plain))
+        assert many > 2 * few
+        assert (few + many) / 2 == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_loss_of_stacked_samples_is_the_mean_of_theirs() -> None:
+    made = modules().requires_grad_(True)
+    reads = torch.randn(3, 5, 2, 2, 14, generator=torch.Generator().manual_seed(4))
+    changes = torch.rand(3, 5, generator=torch.Generator().manual_seed(5))
+    whole = atp_training.loss(made, Study(changes, reads))
+    parts = torch.stack([atp_training.loss(made, Study(*each)) for each in zip(changes, reads, strict=True)]).mean()
+    torch.testing.assert_close(whole, parts)
+    for name, weight in made.named_parameters():
+        (one,), (other,) = (torch.autograd.grad(value, [weight], retain_graph=True) for value in (whole, parts))
+        torch.testing.assert_close(one, other, msg=name)
 
 
 @pytest.fixture
@@ -183,7 +200,8 @@ def test_training_learns_and_goes_on_where_it_stopped(
     (first, weights), (second, again) = (read_modules(folder, "atp") for folder in (whole, parts))
     assert first.settings == second.settings
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
-    begun = atp_training.begin(ModelShape(4, family="llava", width=64), target=0.25)[1].state_dict()
+    shape = ModelShape(4, family="llava", width=64)
+    begun = atp_training.begin(shape, None, learned.decoder_of(case.model), target=0.25)[1].state_dict()
     assert not torch.equal(weights["places.0.head.bias"], begun["places.0.head.bias"])
 
 
@@ -197,6 +215,10 @@ def test_wrong_modules_are_refused(case: tiny.TinyCase, tmp_path: Path) -> None:
         AtpSelector(factor=1.0)
     with pytest.raises(ConfigError, match="path of a folder"):
         AtpSelector(modules=3)
+    with pytest.raises(ConfigError, match="read 3 values of the text, the model has 2"):
+        modules().count(0, *scores(), ORIGIN, SAID[:2])
+    with pytest.raises(ConfigError, match="the width of the model's is not known"):
+        atp_training.begin(ModelShape(4, family="llava", width=64))
     for settings, said in (
         ({"layout": "round"}, "layout must be"),
         ({"grid": 0}, "grid must be an integer"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .method import (
     AtpSelector,
     ModalityAttention,
+    TextValues,
     load_modules,
     mean_logits,
     redundancy_score,
@@ -12,7 +13,7 @@ from .method import (
     spatial_score,
 )
 from .module import AtpModule, AtpModules, following_the_plan
-from .training import Study, begin, loss, multiples, study
+from .training import Study, begin, loss, multiples, needs, study
 
 __all__ = [
     "AtpModule",
@@ -20,12 +21,14 @@ __all__ = [
     "AtpSelector",
     "ModalityAttention",
     "Study",
+    "TextValues",
     "begin",
     "following_the_plan",
     "load_modules",
     "loss",
     "mean_logits",
     "multiples",
+    "needs",
     "redundancy_score",
     "soft_mask",
     "spatial_score",

@@ -27,6 +27,7 @@ from .module import AtpModules, relative
 __all__ = [
     "AtpSelector",
     "ModalityAttention",
+    "TextValues",
     "load_modules",
     "mean_logits",
     "redundancy_score",
@@ -74,6 +75,31 @@ class ModalityAttention(Signal):
         return values.T
 
 
+@dataclass(frozen=True)
+class TextValues(Signal):
+    """Mean value vector of the text in one decoder layer, all key heads side by side, (W,): what the question is.
+
+    Parameters
+    ----------
+    text
+        As of `ModalityAttention`.
+    """
+
+    name: ClassVar[str] = "text_values"
+    reads: ClassVar[type[Observation]] = DecoderAttention
+    axes: ClassVar[tuple[str, ...]] = ("W",)
+    per_token: ClassVar[bool] = False
+
+    text: str = "after"
+
+    def compute(self, raw: DecoderAttention) -> Tensor:
+        """(B, W)."""
+        group = raw.text_and_visual(self.text)[:, 0]
+        values = raw.values[:, :, raw.past : raw.key_length].transpose(1, 2).flatten(2).float()
+        counted = values.masked_fill(~group[..., None], 0)  # what stands in padding need not be finite
+        return counted.sum(dim=1) / group.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 def mean_logits(query: Tensor, key: Tensor, scaling: float, group: Tensor) -> Tensor:
     """(B, Q): logits of queries (B, H, Q, d) for keys (B, Hkv, Q, d), averaged over heads and the `group` (B, Q)."""
     weights = group / group.sum(dim=1, keepdim=True).clamp(min=1)
@@ -99,10 +125,11 @@ class AtpSelector(Selector):
     threshold lies just below that many scores; `theta_s` is then not read, and no token stays for its place alone.
 
     Differences from the paper: there, two sigmoids give both thresholds, a soft mask in the attention has the
-    gradients, and the modules read scores in the order of the image. Modules of that form, trained with a penalty on
-    the mean count as well, did not keep more of full scenes than of plain ones here. A likely reason: they are linear
-    in scores whose sum is fixed, and a sum over places does not tell few high scores from many. ``--option
-    layout=raster`` of ``vtc train`` gives modules that read what the paper's read.
+    gradients, and the modules read scores in the order of the image, and nothing else. Modules of that form, trained
+    with a penalty on the mean count as well, did not keep more of full scenes than of plain ones here. Here the number
+    of tokens that a question needs is measured, and the modules predict it, `AtpModule`; they read the value vectors of
+    the text, too, because scores hardly tell what is asked. ``--option layout=raster`` of ``vtc train`` gives modules
+    that read scores in the paper's order.
 
     The paper's sources are second hand and disagree in places. Here both scores are attention after the softmax, and
     received, which is what the text says of them; `scale` makes them comparable with a threshold between 0 and 1, which
@@ -232,7 +259,9 @@ class AtpSelector(Selector):
         if shape is not None and keep_ratio == 1:
             return ()
         layers = self.resolve(shape, keep_ratio).layers or ()
-        requires = (ModalityAttention(self.text, self.self_score), Origin())
+        requires: tuple[Signal, ...] = (ModalityAttention(self.text, self.self_score), Origin())
+        if self.module is not None:
+            requires += (TextValues(self.text),)
         return tuple(
             Stage(DecoderLayer(layer + 1), requires, keep=1.0 if place else None) for place, layer in enumerate(layers)
         )
@@ -245,7 +274,8 @@ class AtpSelector(Selector):
         redundancy = redundancy_score(s_self, s_cross, scale=self.scale)
         if self.module is not None:
             factor = None if self.factor is None else float(_at(self.factor, place))
-            count = self.module.to(s_self.device).count(place, s_self, s_cross, origin, factor)
+            module = self.module.to(s_self.device)
+            count = module.count(place, s_self, s_cross, origin, ctx[TextValues], factor)
             return Selection(ctx.n, kernels.topk_indices(redundancy, min(count, ctx.budget)))
         spatial = spatial_score(origin, _at(self.stride, place), self.lambda_sample)
         above = torch.maximum(redundancy - _at(self.theta_r, place), spatial - _at(self.theta_s, place))

@@ -1,7 +1,8 @@
-"""The modules of ATP-LLaVA: from the scores of the tokens to how many of them are to stay."""
+"""The modules of ATP-LLaVA: from the scores of the tokens and the question to how many tokens are to stay."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,20 +17,28 @@ __all__ = ["LARGEST", "AtpModule", "AtpModules", "following_the_plan", "relative
 LARGEST = 4.0
 """Largest factor of the planned number of tokens; the smallest is its inverse."""
 
+_STRENGTH = 0.75  # share of a predicted deviation that is followed; predictions of single questions are rough
+_TEXT_SCALE = 0.1  # text has more numbers than scores, and all vary: at their scale it would be learned by heart first
+
 
 class AtpModule(nn.Module):
-    """How many tokens an image keeps at one place, read off its scores, as a factor of what is planned.
+    """How many tokens an image keeps at one place, as a factor of what is planned.
 
-        factor = 4^tanh(W_2 f(W_1 x + b_1) + b_2)
+    It tells the need of a question about an image, the logarithm of the factor with which the answer stops changing,
+    from the scores x and from what the text says, v:
+
+        need = W_2 f(W_1 x + b_1) + b_2 + w . v,   factor = exp(0.75 (need - level)), in 1/4 .. 4
 
     with the scores x in one of two layouts. "sorted": each score by size, sampled at `grid` evenly spaced ranks, and f
     a GELU: how flat the scores are tells how much there is to look at, wherever it stands. "raster": each score laid on
     the image's grid, 0 where a token was dropped, and resampled to `grid` x `grid`; f is the identity. The latter is
     the paper's linear layer over all tokens. The scores are relative, `relative`, and the share of tokens that are left
-    is read beside them.
+    is read beside them. v are the mean values of the text (`TextValues`), brought to mean 0 and standard deviation 0.1.
 
     Parameters
     ----------
+    values
+        Numbers in a value vector of the decoder's attention, all key heads together.
     layout
         "sorted" or "raster".
     grid
@@ -43,34 +52,61 @@ class AtpModule(nn.Module):
         An argument is invalid.
     """
 
-    def __init__(self, layout: str = "sorted", grid: int = 24, width: int = 16) -> None:
+    def __init__(self, values: int, layout: str = "sorted", grid: int = 24, width: int = 16) -> None:
         super().__init__()
         if layout not in ("sorted", "raster"):
             raise ConfigError(f'atp: layout must be "sorted" or "raster", got {layout!r}.')
-        for name, value in (("grid", grid), ("width", width)):
+        for name, value in (("values", values), ("grid", grid), ("width", width)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"atp: {name} must be an integer of at least 1, got {value!r}.")
-        self.layout, self.grid, self.width = layout, grid, width
+        self.values, self.layout, self.grid, self.width = values, layout, grid, width
         self.mix = nn.Linear(2 * (grid if layout == "sorted" else grid**2) + 1, width)
         self.head = nn.Linear(width, 1)
-        nn.init.zeros_(self.head.weight)  # what is planned, before training
-        nn.init.zeros_(self.head.bias)
+        self.text = nn.Linear(values, 1, bias=False)
+        self.level = nn.Parameter(torch.zeros(()))
+        """The need that gets what is planned, found in training: the mean factor becomes 1."""
+        for weight in (self.head.weight, self.head.bias, self.text.weight):
+            nn.init.zeros_(weight)  # what is planned, before training
 
-    def read(self, s_self: Tensor, s_cross: Tensor, origin: Tensor) -> Tensor:
-        """Lay out scores (N,) and (N,) of tokens at `origin` (N, 6): (features,), float32, without gradients."""
+    def read(self, s_self: Tensor, s_cross: Tensor, origin: Tensor, said: Tensor) -> Tensor:
+        """Lay out what is read: (features,), float32, without gradients.
+
+        Parameters
+        ----------
+        s_self, s_cross
+            (N,) attention that the tokens receive from visual tokens and from the text.
+        origin
+            (N, 6) where they stand.
+        said
+            (values,) of the text.
+
+        Raises
+        ------
+        ConfigError
+            The model's values have another width than those that the module was made for.
+        """
+        if said.shape != (self.values,):
+            raise ConfigError(f"atp: the modules read {self.values} values of the text, the model has {len(said)}.")
         with torch.no_grad():
             scores = torch.stack([relative(s_self.float()), relative(s_cross.float())])
             left = origin.new_tensor(len(origin)).float() / _count(origin)
             laid = self._sorted(scores) if self.layout == "sorted" else self._square(scores, origin)
-            return torch.cat([laid.flatten(), left[None]])
+            text = _TEXT_SCALE * nn.functional.layer_norm(said.float(), said.shape)
+            return torch.cat([laid.flatten(), left[None], text])
+
+    def need(self, read: Tensor) -> Tensor:
+        """Tell the need (...) of features (..., F)."""
+        scores, text = read.split([self.mix.in_features, self.values], dim=-1)
+        hidden = self.mix(scores)
+        if self.layout == "sorted":
+            hidden = nn.functional.gelu(hidden)
+        out: Tensor = (self.head(hidden) + self.text(text)).squeeze(-1)
+        return out
 
     def forward(self, read: Tensor) -> Tensor:
         """Compute factors (...) of features (..., F)."""
-        hidden = self.mix(read)
-        if self.layout == "sorted":
-            hidden = nn.functional.gelu(hidden)
-        out: Tensor = LARGEST ** torch.tanh(self.head(hidden)).squeeze(-1)
-        return out
+        limit = math.log(LARGEST)
+        return (_STRENGTH * (self.need(read) - self.level)).clamp(-limit, limit).exp()
 
     def _sorted(self, scores: Tensor) -> Tensor:
         """Sample scores (2, N), largest first, at `grid` ranks."""
@@ -99,7 +135,7 @@ class AtpModules(nn.Module):
     ----------
     shares
         Of the tokens at the input, planned behind each place.
-    layout, grid, width
+    values, layout, grid, width
         As in `AtpModule`.
 
     Raises
@@ -108,19 +144,27 @@ class AtpModules(nn.Module):
         An argument is invalid.
     """
 
-    def __init__(self, shares: Sequence[float], layout: str = "sorted", grid: int = 24, width: int = 16) -> None:
+    def __init__(
+        self, shares: Sequence[float], values: int, layout: str = "sorted", grid: int = 24, width: int = 16
+    ) -> None:
         super().__init__()
         if isinstance(shares, (str, float, int)) or not shares or not all(0 < share <= 1 for share in shares):
             raise ConfigError(f"atp: shares must be fractions above 0, one for each place, got {shares!r}.")
         self.shares = tuple(float(share) for share in shares)
-        self.places = nn.ModuleList(AtpModule(layout, grid, width) for _ in shares)
-        self.price = nn.Parameter(torch.full((len(self.shares),), -2.0))
-        """Logarithm of what the planned number costs at each place, found in training: the mean factor becomes 1."""
+        self.places = nn.ModuleList(AtpModule(values, layout, grid, width) for _ in shares)
 
-    def count(self, place: int, s_self: Tensor, s_cross: Tensor, origin: Tensor, factor: float | None = None) -> int:
+    def count(
+        self,
+        place: int,
+        s_self: Tensor,
+        s_cross: Tensor,
+        origin: Tensor,
+        said: Tensor,
+        factor: float | None = None,
+    ) -> int:
         """Say how many of N tokens are to stay, at least one: what the module says, or `factor` times the plan."""
         module: AtpModule = self.places[place]  # type: ignore[assignment]
-        read = module.read(s_self, s_cross, origin)
+        read = module.read(s_self, s_cross, origin, said)
         plan = _PLAN.get()
         if plan is not None:
             factor = plan[0]

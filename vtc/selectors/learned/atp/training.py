@@ -1,12 +1,13 @@
 """How the modules of ATP-LLaVA begin, and what they learn from.
 
 A choice has no gradient. So it is measured: every sample is read with several multiples of the planned numbers of
-tokens, and how likely the answer changes is known at each. Between them the loss is a line, and the modules learn to
-find for every sample the multiple where another token is no longer worth its price.
+tokens, and how likely the answer changes is known at each. This tells how many tokens the sample needs, and the modules
+learn to predict it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,21 +22,21 @@ from ..folder import Modules, begin_module
 from .method import AtpSelector
 from .module import LARGEST, AtpModules, following_the_plan
 
-__all__ = ["Study", "begin", "loss", "multiples", "study"]
+__all__ = ["Study", "begin", "loss", "multiples", "needs", "study"]
 
 _STEPS = 5  # multiples that a sample is read with, from 1 / LARGEST to LARGEST
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What was found out about one sample.
+    """What was found out about one sample, or about several that are stacked.
 
     Attributes
     ----------
     changes
-        (J,): how likely the answer changes, at each multiple.
+        (..., J): how likely the answer changes, at each multiple.
     reads
-        (J, places, P, F): what each module reads there of each of P images.
+        (..., J, places, P, F): what each module reads there of each of P images.
     """
 
     changes: Tensor
@@ -59,8 +60,10 @@ def begin(
     ----------
     shape
         Of the model.
-    projector, decoder
+    projector
         Not used.
+    decoder
+        Tells how many numbers a value vector has.
     target
         Fraction of the visual tokens that is left on average over the places; every place keeps half of the one before.
     layout, grid, width
@@ -71,14 +74,17 @@ def begin(
     Raises
     ------
     ConfigError
-        The model's sizes are not known, or an argument is invalid.
+        The model's sizes are not known, `decoder` among them, or an argument is invalid.
     """
     places = len(AtpSelector().resolve(shape, None).layers or ())
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
         raise ConfigError(f"atp: target must be a fraction above 0, got {target!r}.")
+    if decoder is None:
+        raise ConfigError("atp: modules read value vectors, but the width of the model's is not known.")
+    values = decoder.shape["kv_heads"] * decoder.shape["head_width"]
     halves = [0.5**place for place in range(places)]
     shares = [min(1.0, target * half * places / sum(halves)) for half in halves]
-    settings: dict[str, Any] = {"shares": shares, "layout": layout, "grid": grid, "width": width}
+    settings: dict[str, Any] = {"shares": shares, "values": values, "layout": layout, "grid": grid, "width": width}
     return begin_module(AtpSelector.name, shape, AtpModules, settings, seed)
 
 
@@ -107,23 +113,29 @@ def study(module: AtpModules, read: Callable[[], Tensor]) -> Study:
     return Study(torch.stack(changes), torch.stack(reads))
 
 
-def loss(module: AtpModules, found: Study) -> Tensor:
-    """Compute how likely the answer changes at the multiples that the modules choose, plus the price of the tokens.
+def needs(changes: Tensor) -> Tensor:
+    """Tell the need (...) of changes (..., J): the logarithm of the multiple at which the answer stops changing.
 
-        mean over places p and multiples j of  change(f_pj) + price_p (f_pj - 1)
-
-    where f_pj is what the module at p chooses having read what was left with multiple j, of several images the mean.
-    The price rises while the mean of f is above 1 and falls below: it binds the mean over all samples and leaves each
-    of them free.
+    Taking the change at a multiple as the probability that more is needed, this is the mean of that logarithm:
+    ``log 4 (2 c - 1)`` with c the mean of the changes, as multiples are evenly spaced from -log 4 to log 4.
     """
-    chosen = [each(read).mean(dim=-1) for each, read in zip(module.places, found.reads.unbind(1), strict=True)]
-    factors = torch.stack(chosen)
-    place = (1 + torch.log(factors) / torch.log(torch.tensor(LARGEST))) * (_STEPS - 1) / 2  # (places, J) in 0 .. J - 1
-    # Averaged half a step up and down: at the corner of a line every image would stay, as each price between its slopes
-    # is met there.
-    place = (place[..., None] + torch.linspace(-0.5, 0.5, 9)).clamp(0, _STEPS - 1)
-    low = place.detach().long().clamp(0, _STEPS - 2)
-    change = torch.lerp(found.changes[low], found.changes[low + 1], place - low).mean(dim=-1)
-    above, price = factors.mean(dim=1) - 1, module.price.exp()
-    # The last term has the value 0; down its slope the price goes up.
-    return (change.mean(dim=1) + price.detach() * above - (price - price.detach()) * above.detach()).mean()
+    return math.log(LARGEST) * (2 * changes.mean(dim=-1) - 1)
+
+
+def loss(module: AtpModules, found: Study) -> Tensor:
+    """Compute how wrongly the modules tell what the sample needs.
+
+        mean over places p and multiples j of  (need_pj - need)^2 - level_p (f_pj - 1)
+
+    where need_pj is what the module at p says having read what was left with multiple j, and f_pj the factor that it
+    chooses there, which is taken as a constant; of several images the mean. The second term, whose value is 0 here,
+    raises the level while the mean of f is above 1 and lowers it below: it binds the mean over all samples and leaves
+    each of them free.
+    """
+    need = needs(found.changes)[..., None]
+    parts = []
+    for each, read in zip(module.places, found.reads.unbind(-3), strict=True):
+        error = (each.need(read).mean(dim=-1) - need).square().mean()  # type: ignore[operator]
+        above = each(read).detach().mean() - 1
+        parts.append(error - (each.level - each.level.detach()) * above)  # type: ignore[operator]
+    return torch.stack(parts).mean()
