@@ -20,9 +20,9 @@ from vtc.registry import get_selector
 pytestmark = needs_triton
 
 MORE = {
-    "fastvid": (2, "segments are as many as the video makes them"),
-    "prumerge": (3, "keeps as many tokens as are outliers, each merged into as many as it resembles"),
-    "prumerge-plus": (4, "the same, with as many others as are no outliers"),
+    "fastvid": (2, "how many anchors a token flows into, the width of the merge, depends on the segments"),
+    "prumerge": (2, "how many tokens stay, and how many centres one flows into, is the shape of the merge"),
+    "prumerge-plus": (2, "the same"),
 }
 """How often at most a method waits that cannot do with once, and why; of 4 frames of 4 x 4 tokens, 20 of them kept."""
 

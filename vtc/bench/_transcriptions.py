@@ -120,7 +120,7 @@ def hiprune(selector: Any, ctx: VisualContext) -> Choice:
 def prumerge(selector: Any, ctx: VisualContext) -> Choice:
     """The centres that the selector names, each with its neighbours, and one token of the rest."""
     attention, x = ctx[WideClsAttention].float(), ctx.features.float()
-    centres = selector.centres(attention, ctx.budget - 1)
+    centres = selector.centres(attention, ctx.budget - 1).nonzero()[:, 0]
     rest = torch.ones(ctx.n, dtype=torch.bool).index_fill(0, centres, False).nonzero()[:, 0]
     similarity = reference.cosines(ctx[VisionKeys]).fill_diagonal_(-torch.inf)
     merged = {int(rest[attention[rest].argmax()]): attention[rest] @ x[rest]}

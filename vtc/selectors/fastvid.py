@@ -55,6 +55,9 @@ class FastVidSelector(SaliencySelector):
     fails. A picture is a video of one frame. Of a video that is read in windows every window counts as a video, so that
     segments end there and each window has `segments` of its own.
 
+    A GPU is waited for twice: the anchor frames of a segment follow from its length, and how many there are at most is
+    how many anchors a token flows into, which is the shape of the merge.
+
     Parameters
     ----------
     segments

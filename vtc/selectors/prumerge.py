@@ -18,6 +18,8 @@ from ..core.signals import Signal, VisionKeys, VisionSignal
 from ..core.sites import BeforeDecoder, Site
 from ..core.stage import ModelShape, Stage
 from ..errors import ConfigError
+from ..kernels.cluster import counts_of
+from ..kernels.dispatch import queues
 from ..registry import register_selector
 from .schedule import check_layer
 
@@ -73,23 +75,29 @@ class _Centred(Selector):
             return Selection.full(ctx.n, ctx.features.device)
         attention = ctx[WideClsAttention].float()
         most = min(ctx.budget, ctx.n) - 1
-        centres = self.centres(attention, most)
-        is_rest = torch.ones(ctx.n, dtype=torch.bool, device=attention.device).index_fill_(0, centres, False)
-        rest = torch.nonzero_static(is_rest, size=ctx.n - len(centres))[:, 0]
+        chosen = self.centres(attention, most)
         # The token that stands for all of the rest stands where the best of them stood.
-        last = rest.gather(0, attention[rest].argmax(dim=0, keepdim=True))
-        chosen = torch.cat([centres, last])
-        keep = chosen.sort().values
-        slot = torch.searchsorted(keep, chosen)
-        near = _nearest(ctx[VisionKeys], centres, min(self.neighbours, ctx.n - 1))
-        token = torch.cat([centres, near.flatten(), rest])
-        into = torch.cat([slot[:-1], slot[:-1].repeat_interleave(near.shape[1]), slot[-1].expand(len(rest))])
-        weight = torch.cat([torch.ones_like(attention[centres]), attention[near.flatten()], attention[rest]])
-        return Selection.from_entries(ctx.n, keep, token, into, weight)
+        last = attention.masked_fill(chosen, -torch.inf).argmax(dim=0, keepdim=True)
+        kept = chosen.index_fill(0, last, True)
+        slot = kept.cumsum(0) - 1
+        # A GPU is asked once for all numbers, and compares as many centres with all tokens as there can be.
+        size = most if queues(attention) else int(chosen.sum())
+        centres = torch.nonzero_static(chosen, size=size, fill_value=ctx.n)[:, 0]
+        each = min(self.neighbours, ctx.n - 1)
+        near = _nearest(ctx[VisionKeys], centres.clamp(max=ctx.n - 1), each)
+        joins = near.masked_fill((centres == ctx.n)[:, None], -1).flatten()
+        count, times = torch.stack([chosen.sum(), counts_of(joins, ctx.n).amax()]).tolist()
+        centres, near = centres[:count], near[:count].flatten()
+        tokens = torch.arange(ctx.n, device=near.device)
+        token = torch.cat([tokens, near])
+        into = torch.cat([torch.where(chosen, slot, slot[last]), slot[centres].repeat_interleave(each)])
+        weight = torch.cat([attention.masked_fill(chosen, 1.0), attention[near]])
+        keep = torch.nonzero_static(kept, size=count + 1)[:, 0]
+        return Selection.from_entries(ctx.n, keep, token, into, weight, times + 1)
 
     @abstractmethod
     def centres(self, attention: Tensor, most: int) -> Tensor:
-        """Return the distinct centres, at most `most` and fewer than N, or as many as that if the budget counts."""
+        """(N,) bool: the centres, at most `most` and fewer than N, or as many as that if the budget counts."""
 
 
 @register_selector
@@ -111,6 +119,9 @@ class PruMergeSelector(_Centred):
     Four differences from the released code. It merges before the projector, and this behind it. It leaves centres in
     the order of attention, here they stand where they stood, and the last token where the best of the others stood. It
     computes quartiles over all pictures of a batch, here each has its own. And without any outlier it divides by 0.
+
+    A GPU is waited for twice: how many centres there are, and how many of them one token flows into, is the shape of
+    the merge, so that it is asked for before the merge is made and checked.
 
     Parameters
     ----------
@@ -134,9 +145,8 @@ class PruMergeSelector(_Centred):
     cost: ClassVar[str] = "K N d"
 
     def centres(self, attention: Tensor, most: int) -> Tensor:
-        """(M,) by descending attention."""
-        count = most if self.count == "budget" else min(outliers(attention), most)
-        return attention.sort(descending=True, stable=True).indices[:count]
+        """(N,) bool: those with the most attention."""
+        return _ranks(attention) < (most if self.count == "budget" else outliers(attention).clamp(max=most))
 
 
 @register_selector
@@ -174,36 +184,41 @@ class PruMergePlusSelector(_Centred):
     cost: ClassVar[str] = "K N d"
 
     def centres(self, attention: Tensor, most: int) -> Tensor:
-        """(M,): outliers by descending attention, then the spread."""
-        n = len(attention)
-        ranked = attention.sort(descending=True, stable=True).indices
-        tokens = torch.arange(n, device=ranked.device)
+        """(N,) bool: outliers, and the spread."""
+        n, rank = len(attention), _ranks(attention)
+        tokens = torch.arange(n, device=rank.device)
         if self.count == "budget":
-            best = ranked[: most // 2]
-            spread = _without(_evenly(tokens, most - len(best)), best)
-            chosen = torch.cat([best, spread])
-            return torch.cat([chosen, _evenly(_without(tokens, chosen), most - len(chosen))])
+            best = rank < most // 2
+            chosen = best | _evenly(torch.ones_like(best), rank.new_full((), most - most // 2), most)
+            return chosen | _evenly(~chosen, most - chosen.sum(), most)
         count = outliers(attention)
-        best = ranked[: min(count, most)]
-        spread = _without(tokens[: max(1, n - 1) : max(1, int(1 / (count / n)) // 3)], best)
-        return torch.cat([best, _evenly(spread, min(most - len(best), len(spread)))])
+        best = rank < count.clamp(max=most)
+        step = (1 / (count.double() / n)).long().div(3, rounding_mode="floor").clamp(min=1)
+        spread = (tokens % step == 0) & (tokens < max(1, n - 1)) & ~best
+        return best | _evenly(spread, (most - best.sum()).minimum(spread.sum()), most)
 
 
-def _without(tokens: Tensor, others: Tensor) -> Tensor:
-    return tokens[~torch.isin(tokens, others)]
+def _ranks(attention: Tensor) -> Tensor:
+    """(N,) long: place of every token by descending attention."""
+    order = attention.sort(descending=True, stable=True).indices
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
 
 
-def _evenly(tokens: Tensor, count: int) -> Tensor:
-    """Return `count` of the tokens at equal distances."""
-    places = (torch.arange(count, device=tokens.device) + 0.5) * (len(tokens) / max(1, count))
-    return tokens[places.long()]
+def _evenly(among: Tensor, count: Tensor, most: int) -> Tensor:
+    """(N,) bool: `count`, at most `most`, of the tokens `among` (N,) which this is true of, at equal distances."""
+    n = len(among)
+    tokens = torch.nonzero_static(among, size=n, fill_value=n)[:, 0]
+    number = torch.arange(most, device=among.device)
+    places = ((number + 0.5) * (among.sum().double() / count.clamp(min=1)).float()).long()
+    picked = tokens[places.clamp(max=n - 1)].masked_fill(number >= count, n)
+    return torch.zeros(n + 1, dtype=torch.bool, device=among.device).index_fill_(0, picked, True)[:n]
 
 
-def outliers(attention: Tensor) -> int:
-    """Count the tokens whose attention (N,) is an outlier: at least 1 and at most a third of them."""
-    low, high = torch.quantile(attention.float(), attention.new_tensor([0.25, 0.75], dtype=torch.float32))
-    found = int((attention > high + 1.5 * (high - low)).sum())
-    return max(1, min(found, len(attention) // 3))
+def outliers(attention: Tensor) -> Tensor:
+    """Count, (), the tokens whose attention (N,) is an outlier: at least 1 and at most a third of them."""
+    share = torch.arange(1, 4, 2, device=attention.device) / 4
+    low, high = torch.quantile(attention.float(), share)
+    return (attention > high + 1.5 * (high - low)).sum().clamp(max=len(attention) // 3).clamp(min=1)
 
 
 def _nearest(keys: Tensor, centres: Tensor, count: int) -> Tensor:
