@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vtc.errors import ConfigError
 
-from .cosines import with_inverse_norms
 from .dispatch import op, queues
 from .host import upload
 
@@ -296,7 +295,7 @@ def nearest_in_group(
     """
     if metric not in _METRICS:
         raise ConfigError(f"nearest_in_group: metric is one of {', '.join(_METRICS)}; got {metric!r}.")
-    x, inverse = with_inverse_norms(x)
+    x = x.detach()
     n, width = x.shape
     found = torch.full((n + 1,), -1, dtype=torch.long, device=x.device)  # what is not there is written behind the last
     goal_group = group[targets] if target_group is None else target_group
@@ -308,7 +307,7 @@ def nearest_in_group(
     named = targets[place]
     vectors = x.index_select(0, named).float()
     if metric == "cosine":
-        vectors *= inverse[named, None]
+        vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_(min=1e-12)
         half = None
     else:
         half = torch.linalg.vector_norm(vectors, dim=1).square_() / 2

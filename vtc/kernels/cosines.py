@@ -11,7 +11,7 @@ WORKSPACE = 64 * 2**20
 """Most bytes of a whole similarity matrix, where keeping it is faster."""
 
 _STRIPE = 4096  # rows per block of a pass over all rows
-_BLOCK = 512  # rows per block of the whole matrix
+_BLOCK = 192  # rows per block of half of the whole matrix
 
 
 def with_inverse_norms(x: Tensor) -> tuple[Tensor, Tensor]:

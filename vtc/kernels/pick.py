@@ -17,6 +17,7 @@ _TILE = 128  # initial number of rows on either side of a product
 _MAX_TILE = 1024  # its limit; on noise the tiles grow
 _FINAL_BATCH = 4096  # remaining candidates compared with all rows at a time
 _DENSE_SHARE = 8  # with more than one pick per this many rows, computing the whole matrix is faster
+_SMALL = 1024  # rows up to which half as many picks make it faster
 _DENSE_SHARE_OF_SUMS = 20  # the same where every pick would be compared with all rows
 _CACHED = 2**22  # numbers; that many rows are read again much faster
 _POOL = 512  # candidates updated with every pick
@@ -49,7 +50,7 @@ def farthest_point(x: Tensor, k: int, first: int | Tensor | None = None) -> Tens
     if k == 0:
         return torch.empty(0, dtype=torch.long, device=x.device)
     first = None if first is None else int(first)
-    if k * _DENSE_SHARE > x.shape[0] and 4 * x.shape[0] ** 2 <= cosines.WORKSPACE:
+    if _is_dense(x.shape[0], k):
         return _from_matrix(x, inverse, k, first)
     taken = _most_isolated(x, inverse) if first is None else range(x.shape[0])[first]
     return _from_pools(x, inverse, k, taken)
@@ -82,9 +83,14 @@ def relevant_farthest_point(x: Tensor, k: int, bonus: Tensor) -> Tensor:
         return torch.empty(0, dtype=torch.long, device=x.device)
     bonus = bonus.float()
     first = int(bonus.argmax())
-    if k * _DENSE_SHARE > x.shape[0] and 4 * x.shape[0] ** 2 <= cosines.WORKSPACE:
+    if _is_dense(x.shape[0], k):
         return _from_matrix(x, inverse, k, first, bonus)
     return _from_pools(x, inverse, k, first, bonus)
+
+
+def _is_dense(n: int, k: int) -> bool:
+    """Return whether `k` picks of `n` rows are found faster with the whole matrix, which fits into the workspace."""
+    return k * _DENSE_SHARE * (2 if n <= _SMALL else 1) > n and 4 * n**2 <= cosines.WORKSPACE
 
 
 def _from_pools(x: Tensor, inverse: Tensor, k: int, taken: int, bonus: Tensor | None = None) -> Tensor:

@@ -131,11 +131,11 @@ def lowest_per_group(scores: Tensor, group: Tensor, counts: Tensor) -> Tensor:
         (G,) long.
     """
     order = torch.argsort(scores, stable=True)
-    of, by_group = group[order].sort(stable=True)
-    order = order[by_group]  # by group, and within it by score
+    of, by_group = group.index_select(0, order).sort(stable=True)
+    order = order.index_select(0, by_group)  # by group, and within it by score
     # A group begins at the first of its number.
     place = torch.arange(len(group), device=group.device) - torch.searchsorted(of, of)
-    chosen = (of >= 0) & (place < counts[of.clamp(min=0)])
+    chosen = (of >= 0) & (place < counts.index_select(0, of.clamp(min=0)))
     return torch.empty_like(chosen).index_copy_(0, order, chosen)
 
 
