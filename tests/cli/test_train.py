@@ -86,7 +86,7 @@ def test_shipped_modules_are_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(ask) == 0
     assert "4 of 256" in capsys.readouterr().out
     assert main([*ask[:4], "atp"]) == 0
-    assert "entering layer" in capsys.readouterr().out
+    assert "at decoder:5, tokens" in capsys.readouterr().out
     assert main([*ask, "--model", "reference:internvl"]) == 2
     assert 'give modules="folder"' in capsys.readouterr().err
 

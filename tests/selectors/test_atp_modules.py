@@ -117,7 +117,7 @@ def test_modules_learn_the_need_and_keep_the_plan_on_average() -> None:
         each = made.places[0]
         torch.testing.assert_close(each.need(torch.stack([full, plain])), needs(changes), atol=0.02, rtol=0)
         many, few = (float(each(what).detach()) for what in (full, plain))
-        assert many > 2 * few
+        assert many > 1.5 * few
         assert (few + many) / 2 == pytest.approx(1.0, abs=0.05)
 
 

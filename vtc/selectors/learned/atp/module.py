@@ -17,7 +17,7 @@ __all__ = ["LARGEST", "AtpModule", "AtpModules", "following_the_plan", "relative
 LARGEST = 4.0
 """Largest factor of the planned number of tokens; the smallest is its inverse."""
 
-_STRENGTH = 0.75  # share of a predicted deviation that is followed; predictions of single questions are rough
+_STRENGTH = 0.4  # share of a predicted deviation that is followed: a single prediction is rough
 _TEXT_SCALE = 0.1  # text has more numbers than scores, and all vary: at their scale it would be learned by heart first
 
 
@@ -27,7 +27,7 @@ class AtpModule(nn.Module):
     It tells the need of a question about an image, the logarithm of the factor with which the answer stops changing,
     from the scores x and from what the text says, v:
 
-        need = W_2 f(W_1 x + b_1) + b_2 + w . v,   factor = exp(0.75 (need - level)), in 1/4 .. 4
+        need = W_2 f(W_1 x + b_1) + b_2 + w . v,   factor = exp(0.4 (need - level)), in 1/4 .. 4
 
     with the scores x in one of two layouts. "sorted": each score by size, sampled at `grid` evenly spaced ranks, and f
     a GELU: how flat the scores are tells how much there is to look at, wherever it stands. "raster": each score laid on
