@@ -251,7 +251,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 kind: float(2 ** need[known & (kinds == kind)].mean()) for kind in KINDS if kind in kinds[known]
             },
         },
-        "vtc": {"kept": kept, "accuracy": bootstrap(asked, lambda at: float(right[at].mean()))},
+        "vtc, before the decoder": {"kept": kept, "accuracy": bootstrap(asked, lambda at: float(right[at].mean()))},
         **found,
         **{name: value for name, value in conditions("python -m eval.train_atp compare").items() if value is not None},
     }

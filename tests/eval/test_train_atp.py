@@ -28,7 +28,7 @@ def test_trains_and_compares(tmp_path: Path) -> None:
     assert fixed[1:] == pytest.approx(free[1:], abs=1.0), "the plan is given the mean of the modules"
     # Six layers, places behind layers 0, 2 and 4.
     assert free[0] == pytest.approx((256 + 2 * free[1] + 2 * free[2] + free[3]) / 6)
-    assert found["vtc"]["kept"] == round(free[0])
+    assert found["vtc, before the decoder"]["kept"] == round(free[0])
     assert found["made"]["accuracy"]["plan"][0] in (0.0, 0.25, 0.5, 0.75, 1.0)
     assert found["need"]["slope"]["per doubling of the need"]["all"][0] == pytest.approx(1.0)
 
