@@ -36,7 +36,19 @@ from eval.tasks.scenes.scene import make_scene
 from eval.tasks.scenes.sources import Split
 from eval.tasks.scenes.vocabulary import GRID
 
-__all__ = ["ClipReader", "Fuse", "PackedReader", "Reader", "Tokens", "Update", "interval", "right", "selected"]
+__all__ = [
+    "READERS",
+    "ClipReader",
+    "Fuse",
+    "PackedReader",
+    "Reader",
+    "Tokens",
+    "Update",
+    "everything",
+    "interval",
+    "right",
+    "selected",
+]
 
 LENGTH = 120
 """Tokens of the questions and answers packed behind one picture."""

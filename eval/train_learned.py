@@ -29,7 +29,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import vtc
-from eval.packed_reader import READERS, Fuse, PackedReader, Tokens, Update, everything, interval, right, selected
+from eval.packed_reader import (
+    READERS,
+    Fuse,
+    PackedReader,
+    Reader,
+    Tokens,
+    Update,
+    everything,
+    interval,
+    right,
+    selected,
+)
 from eval.reference.train.cache import Data
 from eval.reference.train.packing import IGNORE, PackedText, attention_mask
 from vtc.selectors import learned
@@ -69,6 +80,8 @@ def begin(
         raise vtc.ConfigError(f"llava-mini gives C x C tokens for each of {frames} frames, which {tokens} are not.")
     decoder = learned.Decoder.of(reader.model.config.text_config, reader.decoder.layers)
     decoder = narrower(decoder, hidden) if hidden else decoder
+    if tower and not isinstance(reader, Reader):
+        raise vtc.ConfigError("llava-mini reads the tower of LLaVA alone; leave --tower out for clips.")
     projector = reader.model.model.multi_modal_projector.state_dict() if tower else None
     return llava_mini.begin(reader.shape(), projector, decoder, side=side, fusion=fusion, seed=seed)
 

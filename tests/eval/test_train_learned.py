@@ -88,13 +88,15 @@ def test_the_cached_pass_is_the_compressed_model(
     assert method == "pool" or not torch.allclose(whole, left_out, rtol=0.0, atol=0.1), "modules and adapter count"
 
 
-def test_a_compressor_may_read_the_tower(tmp_path: Path) -> None:
+def test_a_compressor_may_read_the_tower() -> None:
     reader = READERS["scenes"]()
     compressor = train_learned.begin("llava-mini", reader, 4, tower=True)[1]
     views = torch.randn(1, 1, 256, 384, generator=torch.Generator().manual_seed(0))
     tokens, places = train_learned.Replacing(reader, compressor).read(views)
     torch.testing.assert_close(tokens, compressor(views[:, 0], (16, 16)))
     assert places.tolist() == [[68, 76, 196, 204]]
+    with pytest.raises(vtc.ConfigError, match="leave --tower out"):
+        train_learned.begin("llava-mini", READERS["clips"](), 4, tower=True)
 
 
 @pytest.mark.parametrize(("task", "method"), [("scenes", "crosslmm"), ("clips", "llava-mini")])
