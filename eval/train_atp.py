@@ -37,9 +37,8 @@ from eval.tasks.scenes.questions import Question, ask
 from eval.tasks.scenes.scene import Scene, make_scene
 from eval.tasks.scenes.vocabulary import GRID, KINDS
 from vtc.files import check_writable, write_text
-from vtc.selectors.learned import read_modules, save_modules
+from vtc.selectors.learned import Decoder, read_modules, save_modules
 from vtc.selectors.learned.atp import Study, begin, following_the_plan, loss, multiples, needs
-from vtc.selectors.learned.decoder import Decoder
 
 Asked = Sequence[tuple[int, Scene, Question]]
 """Questions, each with its scene and the number of that."""
