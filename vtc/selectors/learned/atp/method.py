@@ -276,11 +276,11 @@ class AtpSelector(Selector):
             factor = None if self.factor is None else float(_at(self.factor, place))
             module = self.module.to(s_self.device)
             count = module.count(place, s_self, s_cross, origin, ctx[TextValues], factor)
-            return Selection(ctx.n, kernels.topk_indices(redundancy, min(count, ctx.budget)))
+            return Selection.best(redundancy, min(count, ctx.budget))
         spatial = spatial_score(origin, _at(self.stride, place), self.lambda_sample)
         above = torch.maximum(redundancy - _at(self.theta_r, place), spatial - _at(self.theta_s, place))
         count = min(max(1, int((above > 0).sum())), ctx.budget)
-        return Selection(ctx.n, kernels.topk_indices(above, count))
+        return Selection.best(above, count)
 
     def _place(self, site: Site) -> int:
         """Return the index of the thresholds that belong to this site."""
