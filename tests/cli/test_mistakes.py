@@ -221,6 +221,7 @@ def test_a_full_disk_leaves_no_half_a_file(
         fsync(descriptor)
 
     class Advice:
+        chosen = None
         stages = (vtc.CompressionConfig("random", keep_ratio=0.5),)
 
     known = {*map(str, Path().iterdir())}
