@@ -32,7 +32,6 @@ from eval.reference.train.packing import IGNORE, PackedText
 from eval.tasks.scenes.questions import Question, ask
 from eval.tasks.scenes.scene import Thing, make_scene
 from eval.tasks.scenes.vocabulary import CANVAS, GRID, PATCH
-from vtc.core.signals import PreProjector
 from vtc.files import check_writable, write_text
 
 BUDGETS = (1, 4, 16)
@@ -80,7 +79,7 @@ def methods(count: int, modules: Path | None = None) -> dict[str, Keep]:
 
     def trained(seen: Seen, thing: Thing, number: int) -> tuple[Tensor, Tensor]:
         with vtc.regions([box_of(thing)], (CANVAS, CANVAS)):
-            return chosen("pixelrefer", seen, number, modules=str(modules), signals={PreProjector(): seen.tower})
+            return chosen("pixelrefer", seen, number, modules=str(modules), signals={vtc.PreProjector(): seen.tower})
 
     def some_of_box(seen: Seen, thing: Thing, number: int) -> tuple[Tensor, Tensor]:
         inside = in_box(thing)
