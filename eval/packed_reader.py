@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,7 +68,7 @@ Fuse = Callable[[Tensor, Tensor, Tensor, PackedText], tuple[Tensor, Tensor]]
 first F surround the visual tokens, and the packed text to the new tokens and embeddings."""
 
 
-class PackedReader:
+class PackedReader(ABC):
     """A frozen reference model behind its tower: ``before, visual tokens, after, questions``.
 
     Attributes
@@ -111,29 +112,29 @@ class PackedReader:
             feature_layer=self.feature_layer,
         )
 
+    @abstractmethod
     def project(self, views: Tensor) -> Tensor:
         """Give what the language model gets without compression, (B, N, d), for cached views."""
-        raise NotImplementedError
 
+    @abstractmethod
     def levels(self, views: Tensor) -> Tensor:
         """Give outputs of layers of the tower, (B, N, levels, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cache(self, split: Split, seed: int, count: int, folder: Path, levels: Sequence[int]) -> None:
         """Cache what these layers of the tower give for so many sources."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, split: Split, cache: Path) -> Data:
         """Read every folder ``<split>*`` of a cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ask(self, source: Any, count: int, seed: int, practice: bool = False) -> tuple[Question, ...]:
         """Ask about a scene or clip; in practice more of what takes long to learn."""
-        raise NotImplementedError
 
+    @abstractmethod
     def positions(self, places: Tensor, text: PackedText) -> Tensor:
         """Give position ids (..., B, P + T) for visual tokens at places (B, K)."""
-        raise NotImplementedError
 
     def questions(self, data: Data, indices: Sequence[int], seed: int) -> PackedText:
         """Return packed questions for training about each of these sources; each seed asks others."""
