@@ -13,10 +13,11 @@ import vtc.kernels
 from tests import reference, tiny
 from tests.invariants.matrix import sharp
 from tests.selectors.caches import called, context, observed, read
-from vtc.core.cache_signals import AttentionSums, WindowAttention, best_chunks
-from vtc.core.eviction import CacheSelector, Eviction, protect
-from vtc.core.layer_budgets import parse_budgets, smallest_split
+from vtc.core.cache_signals import AttentionSums, ResidualCosine, WindowAttention, best_chunks
+from vtc.core.eviction import CacheSelector, DecodingState, Eviction, protect
+from vtc.core.layer_budgets import CumulativeBudgets, parse_budgets, smallest_split
 from vtc.core.stage import ModelShape
+from vtc.errors import ConfigError
 from vtc.registry import get_selector, selectors
 from vtc.selectors import defensivekv, triattention
 from vtc.selectors.triattention import future_scores
@@ -311,3 +312,38 @@ def test_defensivekv_reads_a_plain_output_projection() -> None:
     raw.module.o_proj = torch.nn.Identity()
     with pytest.raises(vtc.UnsupportedMethodError, match="o_proj with an unquantized weight"):
         defensivekv.OutputNorms().compute(raw)
+
+
+def test_counts_follow_the_ratio_where_the_budget_was_rounded() -> None:
+    def asked(n: int, budget: int, ratio: float, signals: Any) -> Any:
+        return context(get_selector("streaming"), n, budget, signals, layers=3, keep_ratio=ratio, heads=1)
+
+    layers = [asked(7, 4, 0.5, {ResidualCosine(): torch.tensor(cosine)}) for cosine in (0.1, 0.5, 0.9)]
+    assert parse_budgets({"name": "squeeze", "least": 0.1}).share(layers) == [4, 4, 0], "(3 * 0.5 - 0.1) / 2 is 0.7"
+    even = asked(49, 24, 0.5, {AttentionSums(): torch.ones(1, 49)})
+    assert parse_budgets("cumulative").share([even]) == [25], "24.5 leave, rounded down"
+    method = method_of("defensivekv", window=1, coverage=1.0)
+    scores = [torch.ones(1, 52), torch.full((1, 52), -1.0), torch.ones(1, 52)]
+    ctx = asked(52, 5, 0.1, dict(zip(method.reads(), scores, strict=True)))
+    assert int((method.score(ctx) > 1).sum()) == 5, "int(51 * 0.1 - 1) entries, and the window"
+    # Where layers share the budget, it is the layer's own.
+    ctx.budget = 26
+    assert ctx.fraction == 0.5
+
+
+def test_what_prefixkv_protects_is_beside_its_prefix() -> None:
+    assert get_selector("prefixkv", scope="all", start=3).layer_budgets == CumulativeBudgets(protect=4)
+    assert get_selector("prefixkv").layer_budgets == CumulativeBudgets(), "text stays anyway"
+    with pytest.raises(ConfigError, match="start"):
+        get_selector("prefixkv", scope="all", start="one")
+
+
+def test_a_profile_is_not_rounded_while_decoding() -> None:
+    """Of 10 entries 0.25 are 2 or 3: the profile, and not what it came to, says how many the next tokens may add."""
+    profile = get_selector("prefixkv", scope="all", budgets=(0.25,))
+    cumulative = get_selector("prefixkv", scope="all")
+    for seen in range(11, 40):
+        state = DecodingState(0, 4, 2, seen, 10)
+        assert profile.leaving(state).count == int(4 - 0.25 * seen >= 1)
+        assert cumulative.leaving(state).count == int(4 - 0.2 * seen >= 1)
+        assert profile.leaving(DecodingState(0, 5, 4, seen, 10)) == cumulative.leaving(DecodingState(0, 5, 4, seen, 10))

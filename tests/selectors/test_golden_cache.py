@@ -67,10 +67,10 @@ def test_pyramidkv(name: str) -> None:
 def test_pyramid_budgets_by_true_division() -> None:
     method: Any = get_selector("streaming")
     for n, ratio, window, beta, *counts in load("kvpress_pyramidkv_budgets.npz")["table"].tolist():
-        budget = n * (1 - ratio)
+        n, keep = int(n), 1 - ratio
         shares = PyramidBudgets(beta, int(window), "exact")
-        contexts = [context(method, int(n), budget, layer=layer, layers=8) for layer in range(8)]
-        assert [int(count) for count in shares.share(contexts)] == counts, (n, ratio, window, beta)
+        contexts = [context(method, n, round(n * keep), layer=i, layers=8, keep_ratio=keep) for i in range(8)]
+        assert shares.share(contexts) == counts, (n, ratio, window, beta)
 
 
 def test_h2o() -> None:
@@ -100,14 +100,14 @@ def test_lengths_of_prefixes(name: str) -> None:
 def test_prefixkv(name: str) -> None:
     golden = load(name)
     start, kept = golden["start_size"], padded(golden["kept_indices"][:, 0])
-    method: Any = get_selector(
-        "prefixkv", scope="all", start=start, budgets={"name": "cumulative", "protect": start + 1}
-    )
+    method: Any = get_selector("prefixkv", scope="all", start=start)
     n, depth = golden["attn"].shape[-1], len(kept)
     sums = golden["attn"].sum(dim=3)[:, 0]
     budget = n - round(n * golden["ratio"])
     contexts = [context(method, n, budget, {AttentionSums(): own}, layer=i, layers=depth) for i, own in enumerate(sums)]
-    for ctx, count, theirs in zip(contexts, method.share(contexts), kept, strict=True):
+    counts = method.share(contexts)
+    assert [1 - count / n for count in counts] == pytest.approx(golden["ratios_per_layer"].tolist())
+    for ctx, count, theirs in zip(contexts, counts, kept, strict=True):
         ctx.budget = count
         assert method.evict(ctx).keep[0].tolist() == theirs
 
@@ -154,12 +154,12 @@ def test_squeeze_attention(name: str) -> None:
         assert counts == golden["budget_tokens"].tolist()
 
 
-def decoded(method: Any, kept: list[int], n: int, steps: int) -> list[list[int]]:
-    """Entries after each step, by the method's rule."""
+def decoded(method: Any, kept: list[int], n: int, steps: int, layer: int = 0) -> list[list[int]]:
+    """Entries of a layer after each step, by the method's rule."""
     entries, found = list(kept), []
     for step in range(1, steps + 1):
         entries.append(n + step - 1)
-        leaving = method.leaving(DecodingState(0, len(entries), len(kept), n + step, n))
+        leaving = method.leaving(DecodingState(layer, len(entries), len(kept), n + step, n))
         del entries[leaving.place : leaving.place + leaving.count]
         found.append(list(entries))
     return found
@@ -177,14 +177,16 @@ def test_prefixkv_while_decoding(name: str) -> None:
 @pytest.mark.parametrize("name", names("prefixkv_released_*", 3))
 def test_prefixkv_while_decoding_with_a_profile(name: str) -> None:
     golden = load(name)
-    method: Any = get_selector("prefixkv", scope="all")
+    shares = tuple(1 - ratio for ratio in golden["ratios_per_layer"].tolist())
+    method: Any = get_selector("prefixkv", scope="all", budgets=shares)
     lengths, last = golden["kept_len_per_decode_step"], padded(golden["kept_after_40_steps"])
+    slots = golden["decode_drop_slot"].tolist()
     for layer, kept in enumerate(padded(golden["kept_indices"])):
-        steps = decoded(method, kept, golden["n_prompt"], len(lengths))
-        # The authors multiply by the rounded ratio of the file, where ours is what the layer really kept.
-        assert max(abs(len(own) - int(n)) for own, n in zip(steps, lengths[:, layer], strict=True)) <= 1
-        common = set(steps[-1]) & set(last[layer])
-        assert len(common) >= len(last[layer]) - 1
+        n = golden["n_prompt"]
+        assert method.leaving(DecodingState(layer, len(kept) + 9, len(kept), n + 1, n)).place == slots[layer]
+        steps = decoded(method, kept, n, len(lengths), layer)
+        assert [len(own) for own in steps] == lengths[:, layer].tolist()
+        assert steps[-1] == last[layer]
 
 
 @pytest.mark.parametrize("name", names("gemfilter_*", 5))

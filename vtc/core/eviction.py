@@ -176,6 +176,13 @@ class CacheContext:
         """N, the number of entries that may leave."""
         return self.places.shape[0]
 
+    @property
+    def fraction(self) -> float:
+        """What is to stay of the N entries: the ratio that `budget` was rounded from, or else its share of them."""
+        ratio = self.keep_ratio
+        rounded = ratio is not None and abs(ratio * self.n - self.budget) < 1
+        return ratio if ratio is not None and rounded else self.budget / max(1, self.n)
+
     def __getitem__(self, signal: type[Signal] | Signal) -> Tensor:
         """Return the value of a signal, as `VisualContext` does."""
         return named_signal(self.signals, signal)

@@ -17,7 +17,6 @@ fractions       L fractions, found beforehand by `vtc.calibrate` (PrefixKV's pro
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -162,14 +161,15 @@ class PyramidBudgets(LayerBudgets):
         return high - layer * ((high - low) // last) + self.window
 
     def _exact(self, ctx: CacheContext, layer: int, last: int) -> int:
-        low = ctx.budget / self.beta
-        high = 2 * ctx.budget - low
+        mean = ctx.n * ctx.fraction
+        low = mean / self.beta
+        high = 2 * mean - low
         if high >= ctx.n - self.window:
             high = ctx.n - self.window
-            low = 2 * ctx.budget - high
+            low = 2 * mean - high
         if not high >= low >= self.window:
-            high = low = ctx.budget
-        return round(high - layer * (high - low) / last)
+            high = low = mean
+        return round(high - layer * ((high - low) / last))
 
 
 @dataclass(frozen=True)
@@ -206,19 +206,17 @@ class SqueezeBudgets(LayerBudgets):
     def share(self, contexts: Sequence[CacheContext]) -> list[int]:
         """Split the layers into three groups."""
         group = smallest_split([float(ctx[ResidualCosine]) for ctx in contexts], 3)
-        total, third = sum(ctx.budget for ctx in contexts), sum(g == 2 for g in group)
-        size = sum(ctx.n for ctx in contexts) / len(contexts)
-        budget = total / (size * len(contexts)) if size else 1.0
+        third, size = sum(g == 2 for g in group), sum(ctx.n for ctx in contexts)
+        budget = contexts[0].fraction
+        if any(ctx.fraction != budget for ctx in contexts):
+            budget = sum(ctx.n * ctx.fraction for ctx in contexts) / size
         least = min(0.4 * budget if self.least is None else self.least, budget)
         if third == len(contexts):
             return [ctx.budget for ctx in contexts]
         most = (len(contexts) * budget - third * least) / (len(contexts) - third)
         if most > 1 and third:
             most, least = 1.0, (len(contexts) * budget - (len(contexts) - third)) / third
-        return [
-            math.floor((least if g == 2 else min(most, 1.0)) * ctx.n + 1e-6)
-            for g, ctx in zip(group, contexts, strict=True)
-        ]
+        return [int((least if g == 2 else min(most, 1.0)) * ctx.n) for g, ctx in zip(group, contexts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -289,11 +287,11 @@ class CumulativeBudgets(LayerBudgets):
     def share(self, contexts: Sequence[CacheContext]) -> list[int]:
         """Search the share of attention."""
         scores = [ctx[AttentionSums].float().mean(dim=0) for ctx in contexts]
-        target = sum(ctx.n - ctx.budget for ctx in contexts)
+        target = sum(ctx.n * (1 - ctx.fraction) for ctx in contexts)
         drops = cumulative_drops(scores, target, self.protect)
         scale = target / max(1, sum(drops))
         most = [max(0, ctx.n - self.protect) for ctx in contexts]
-        return [ctx.n - min(int(drop * scale), m) for ctx, drop, m in zip(contexts, drops, most, strict=True)]
+        return [ctx.n - min(int(drop * scale + 1e-9), m) for ctx, drop, m in zip(contexts, drops, most, strict=True)]
 
 
 def cumulative_drops(scores: Sequence[Tensor], target: float, protect: int = 0) -> list[int]:

@@ -212,6 +212,6 @@ class DefensiveKvSelector(CacheSelector):
         inside = ctx.places >= ctx.length - self.window
         uncovered = ctx[UncoveredAttention].masked_fill(inside, torch.inf)
         window = int(inside.sum())
-        most = max(0, int((ctx.n - window) * ctx.budget / ctx.n - window)) if ctx.n else 0
+        most = max(0, int((ctx.n - window) * ctx.fraction - window))
         ranks = uncovered.sort(dim=1, stable=True).indices.argsort(dim=1)
         return protect(scores, inside | ((uncovered < 0) & (ranks < most)))

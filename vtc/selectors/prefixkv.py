@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.cache_signals import AttentionSums
 from ..core.eviction import CacheContext, CacheSelector, DecodingState, Leaving, protect
+from ..core.layer_budgets import CumulativeBudgets, FractionBudgets, LayerBudgets
 from ..core.signals import Signal
 from ..core.sites import CacheAfterPrefill, CacheWhileDecoding, Site
 from ..errors import ConfigError
@@ -30,9 +31,10 @@ class PrefixKvSelector(CacheSelector):
     By default the threshold is searched for each prompt. The paper finds the lengths beforehand, as means over
     samples: `vtc.calibrate` makes such a profile, the fractions of ``budgets=(...)``, from a user's own prompts.
 
-    At ``at="cache:decoding"`` a layer may hold the fraction of all tokens seen that it kept of the prompt. If it holds
-    at least one entry more, the one leaves that stands 25 before the end of what the prefill left (in the middle of it,
-    if that is shorter): behind a prefix that stays, older entries make way for the latest.
+    At ``at="cache:decoding"`` a layer may hold the fraction of all tokens seen that it kept of the prompt, or with a
+    profile its unrounded fraction. If it holds at least one entry more, the one leaves that stands 25 before the end of
+    what the prefill left (in the middle of it, if that is shorter): behind a prefix that stays, older entries make way
+    for the latest.
 
     Differences from the released code: it profiles the first row of a batch only and applies its lengths to all; its
     search may not end; and it ranks text like pictures, which here is ``scope="all"``.
@@ -42,7 +44,8 @@ class PrefixKvSelector(CacheSelector):
     scope
         As in `CacheSelector`.
     budgets
-        "cumulative", or the fractions of a profile; see `CacheSelector`.
+        "cumulative", or the fractions of a profile; see `CacheSelector`. By default and with ``scope="all"`` a layer
+        keeps `start` entries and the last beside its prefix.
     start
         How many of the first tokens of the prompt, and beside them its last one, stay before all others.
 
@@ -67,12 +70,22 @@ class PrefixKvSelector(CacheSelector):
     start: int = 1
 
     def __post_init__(self) -> None:
+        check_start(self.name, self.start)  # which the layer budgets read
         super().__post_init__()
-        check_start(self.name, self.start)
+
+    @property
+    def layer_budgets(self) -> LayerBudgets:
+        """How the layers share the budget."""
+        if self.budgets == "cumulative" and self.scope == "all":
+            return CumulativeBudgets(protect=self.start + 1)
+        return super().layer_budgets
 
     def leaving(self, state: DecodingState) -> Leaving:
         """Return one entry, or none."""
-        return leave_behind_prefix(state)
+        profile = self.layer_budgets
+        return leave_behind_prefix(
+            state, profile.fractions[state.layer] if isinstance(profile, FractionBudgets) else None
+        )
 
     def score(self, ctx: CacheContext) -> Tensor:
         """(N,) attention received."""
@@ -80,10 +93,16 @@ class PrefixKvSelector(CacheSelector):
         return protect(mean_over_heads(ctx), edge)
 
 
-def leave_behind_prefix(state: DecodingState) -> Leaving:
-    """Return one entry behind a prefix of the prompt's if the row holds more than its fraction, as released."""
+def leave_behind_prefix(state: DecodingState, fraction: float | None = None) -> Leaving:
+    """Return one entry behind a prefix of the prompt's if the row holds more than its fraction, as released.
+
+    That is `fraction`, if the prefill kept so much of all that the row has seen.
+    """
     place = state.kept - 25
-    over = state.stored * state.read - state.seen * state.kept >= state.read  # of integers, so that it is exact
+    if fraction is not None and state.kept == state.read - round((1 - fraction) * state.read):
+        over = state.stored - state.seen * fraction >= 1
+    else:  # of integers, so that it is exact
+        over = state.stored * state.read - state.seen * state.kept >= state.read
     return Leaving(int(over), place if place >= 1 else state.kept // 2)
 
 
