@@ -112,9 +112,30 @@ def test_vidcom2_meets_the_count_as_the_variant_in_vllm_does(number: int) -> Non
     golden = case(VIDCOM2, number)
     grid = tuple(int(golden[name]) for name in ("T", "h", "w"))
     count = int(golden["vllm_mask"].sum())
-    selection = select("vidcom2", features=torch.from_numpy(golden["x"]), grid_thw=grid, keep_tokens=count)
-    assert selection.k == count
-    assert selection.mask.tolist() == golden["vllm_mask"].tolist()
+    assert count == golden["vllm_count"]
+    # The fraction, or the number that it comes to.
+    for budget in ({"keep_ratio": 1 - float(golden["vllm_q"])}, {"keep_tokens": count}):
+        selection = select("vidcom2", features=torch.from_numpy(golden["x"]), grid_thw=grid, **budget)
+        assert selection.k == count
+        assert selection.mask.tolist() == golden["vllm_mask"].tolist()
+
+
+def test_vidcom2_shares_out_the_fraction_and_not_the_rounded_budget() -> None:
+    """Of 36 tokens 0.24 are 8.64, rounded to 9, which happens to be what the frames' 0.24 of 9 tokens come to."""
+    x, frame = torch.randn(36, 8, generator=torch.Generator().manual_seed(33)), torch.arange(4).repeat_interleave(9)
+    video, own = typicality(x, frame, 4)
+    chosen = lowest_per_group(video + own, frame, frame_budgets(video, frame, 4, 0.24))
+    keep = select("vidcom2", features=x, grid_thw=(4, 1, 9), keep_ratio=0.24).mask
+    assert torch.equal(keep, chosen)
+
+
+def test_vidcom2_takes_the_first_of_equally_quiet_channels() -> None:
+    values = torch.arange(6.0)
+    x = torch.stack([values[torch.randperm(6, generator=torch.Generator().manual_seed(i))] for i in range(40)], dim=1)
+    unit = torch.nn.functional.normalize(x[:, :20], dim=1)
+    apart = (unit - unit.mean(dim=0)).square().sum(dim=1)
+    expected = sum(torch.exp(-apart / (2 * 2.0**power)) for power in range(-3, 2))
+    torch.testing.assert_close(typicality(x, torch.zeros(6, dtype=torch.long), 1)[0], expected)
 
 
 def test_vidcom2_gives_more_to_the_frame_that_stands_out() -> None:

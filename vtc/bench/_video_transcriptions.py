@@ -49,7 +49,8 @@ def vidcom2(selector: Any, ctx: VisualContext) -> Choice:
     unlike = -video.mean(dim=1)
     excess = ((unlike - unlike.max()) / selector.temperature).softmax(dim=0)
     n = unit.shape[1]
-    shares = (ctx.budget / ctx.n * (1 + excess - excess.mean())).clamp(max=1).mul(n).round().clamp(1, n).long()
+    keep = ctx.budget / ctx.n if ctx.keep_ratio is None else ctx.keep_ratio
+    shares = (keep * (1 + excess - excess.mean())).clamp(max=1).mul(n).round().clamp(1, n).long()
     scores = video + frame
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for t, share in enumerate(shares.tolist()):

@@ -31,7 +31,7 @@ class VidCom2Selector(Selector):
     """Keep the tokens least like the mean of the video and of their frame; more of them in frames that stand out.
 
     Similarity is a sum of Gaussian kernels over the half of the channels that varies least, rows normalised. The
-    budget of a frame is its share of the whole, raised or lowered by a softmax over how unlike the video its tokens
+    budget of a frame is the kept fraction of it, raised or lowered by a softmax over how unlike the video its tokens
     are on average, at least one token. The frames' budgets are rounded one by one; the total is then made exact by
     dropping the most or adding the least typical tokens of the whole video, as the variant in vLLM does, so that the
     count is known before the pixels are. A budget below one token per frame is held too.
@@ -71,7 +71,8 @@ class VidCom2Selector(Selector):
         frame = frames.number
         to_video, to_frame = typicality(ctx.features, frame, len(frames.sizes))
         scores = to_video + to_frame
-        shares = frame_budgets(to_video, frame, len(frames.sizes), budget / ctx.n, self.temperature)
+        keep = budget / ctx.n if ctx.keep_ratio is None else ctx.keep_ratio
+        shares = frame_budgets(to_video, frame, len(frames.sizes), keep, self.temperature)
         chosen = lowest_per_group(scores, frame, shares)
         # Chosen tokens before the others, each by score: cutting this order at the budget drops or adds as it must.
         by_score = torch.argsort(scores, stable=True)
@@ -98,7 +99,7 @@ def typicality(x: Tensor, frame: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     Two tensors (N,) float32 in 0..5.
     """
     # In the order of the channels, in which they are gathered much faster.
-    quiet = torch.topk(_variance(x), max(1, x.shape[1] // 2), largest=False).indices.sort().values
+    quiet = _variance(x).sort(stable=True).indices[: max(1, x.shape[1] // 2)].sort().values
     blocks = list(zip(x.split(_rows(x)), frame.split(_rows(x)), strict=True))
     held: list[Tensor] = []
     sums = x.new_zeros(frames, len(quiet), dtype=torch.float32)
