@@ -197,8 +197,10 @@ def test_prunevid_clusters(prefix: str) -> None:
 @pytest.mark.parametrize("prefix", prefixes("prunevid", "labels"))
 def test_prunevid_windows(prefix: str) -> None:
     golden = case(load("prunevid.npz"), prefix)
-    (labels,), (segments,) = golden["labels"], golden["segments"]
-    assert torch.bincount(windows_of(labels)).tolist() == segments.tolist()
+    (labels,), (segments,), (refined,) = golden["labels"], golden["segments"], golden["refined"]
+    window = windows_of(labels)
+    assert torch.bincount(window).tolist() == segments.tolist()
+    assert torch.equal(window, torch.nn.functional.pad(refined[1:] != refined[:-1], (1, 0)).cumsum(0))
 
 
 def test_prunevid() -> None:
@@ -280,6 +282,8 @@ def test_windows_of_labels() -> None:
     assert windows([0, 0, 1, 2, 2]) == [0, 0, 0, 1, 1], "the left of equals"
     assert windows([2, 0, 0]) == [0, 0, 0]
     assert windows([0, 0, 1, 0, 0]) == [0] * 5, "one window again"
+    assert windows([1, 0, 0, 1, 0, 1, 1, 1]) == [0] * 5 + [1] * 3, "the left one has become as long as the right"
+    assert windows([2, 0, 0, 2, 1, 1, 1, 0, 2, 2, 2]) == [0] * 4 + [1] * 4 + [2] * 3
     assert windows([0]) == [0]
     for seed in range(200):
         windows(

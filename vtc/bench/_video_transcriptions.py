@@ -233,22 +233,22 @@ def runs_of(labels: Sequence[int]) -> list[int]:
     """Turn labels of frames into consecutive windows, numbered from 0.
 
     Of every label the longest runs stay, if they are longer than 1. A stretch between them goes to the longer of its
-    neighbours, the left one of equals. Without any there is one window.
+    neighbours, the left one of equals, with what that has taken before. Without any there is one window.
     """
     runs = [(label, len(list(same))) for label, same in itertools.groupby(labels)]
     longest: dict[int, int] = {}
     for label, length in runs:
         longest[label] = max(length, longest.get(label, 2))
-    kept = [at for at, (label, length) in enumerate(runs) if length == longest[label]]
-    if not kept:
-        return [0] * len(labels)
-    refined: list[int] = []
-    for at, (_, length) in enumerate(runs):
-        left, right = bisect.bisect_right(kept, at) - 1, bisect.bisect_left(kept, at)
-        nearest = [kept[place] for place in (left, right) if 0 <= place < len(kept)]
-        winner = max(nearest, key=lambda run: runs[run][1])  # the first of equals
-        refined += [runs[winner][0]] * length
-    return [number for number, (_, same) in enumerate(itertools.groupby(refined)) for _ in same]
+    found = [label if length == longest[label] else -1 for label, length in runs for _ in range(length)]
+    for at in range(len(found)):
+        stretches = [(label, len(list(same))) for label, same in itertools.groupby(found)]
+        ends = list(itertools.accumulate(length for _, length in stretches))
+        which = bisect.bisect_right(ends, at)
+        beside = [stretches[place] for place in (which - 1, which + 1) if 0 <= place < len(stretches)]
+        if found[at] == -1:  # the whole stretch, of which this is the first
+            winner = max(beside, key=lambda run: run[1])[0] if beside else 0
+            found[at : ends[which]] = [winner] * (ends[which] - at)
+    return [number for number, (_, same) in enumerate(itertools.groupby(found)) for _ in same]
 
 
 def prunevid(selector: Any, ctx: VisualContext) -> Choice:

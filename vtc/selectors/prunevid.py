@@ -40,12 +40,13 @@ class PruneVidSelector(Selector):
 
     **Windows**: the means of the T frames are clustered into ``int(T * segments)`` by density (DPC-kNN with 7
     neighbours, `vtc.kernels.density_peaks`; every frame to the nearest centre). Of each label the longest runs of
-    frames stay, if they are longer than one frame; what lies between goes to the longer neighbour, the left one of
-    equals. **In time**: in a window of W frames, a place is static if the mean cosine of its tokens to each other,
-    ``(|sum_t u_t|^2 - W) / (W (W - 1))`` with the tokens u scaled to length 1, is above `tau`; its tokens become their
-    mean. **In space**: the static places of a window, once, and the other tokens of every frame are clustered in the
-    same way, each group by itself, and every cluster becomes its mean. It stands at its centre, in the first frame of
-    the window if it is static. Groups of up to 14 are left as they are, if the budget allows.
+    frames stay, if they are longer than one frame; what lies between goes, from the first on, to the neighbour that is
+    longer by then, the left one of equals. **In time**: in a window of W frames, a place is static if the mean cosine
+    of its tokens to each other, ``(|sum_t u_t|^2 - W) / (W (W - 1))`` with the tokens u scaled to length 1, is above
+    `tau`; its tokens become their mean. **In space**: the static places of a window, once, and the other tokens of
+    every frame are clustered in the same way, each group by itself, and every cluster becomes its mean. It stands at
+    its centre, in the first frame of the window if it is static. Groups of up to 14 are left as they are, if the budget
+    allows.
 
     This is the stage of the paper before the decoder. Its second one, which lets the question choose among these tokens
     at decoder layer 10 and takes the others from the caches of the layers before it too, is left out; `fastv` behind
@@ -120,8 +121,9 @@ class PruneVidSelector(Selector):
 def windows_of(label: Tensor) -> Tensor:
     """(T,) long: turn labels of frames (T,), from 0 to T - 1, into consecutive windows, numbered from 0.
 
-    Of every label the longest runs stay, if they are longer than 1. A stretch between them goes to the longer of its
-    neighbours, the left one of equals. Without any there is one window.
+    Of every label the longest runs stay, if they are longer than 1. The stretches between them are taken from the first
+    on: each goes to the longer of its neighbours, the left one of equals, and makes it longer. Without any run that
+    stays there is one window.
     """
     frames, frame = len(label), torch.arange(len(label), device=label.device)
     run = _numbered(label)
@@ -131,8 +133,20 @@ def windows_of(label: Tensor) -> Tensor:
     # The last frame up to every one, and the first one from it on, whose run stays.
     left = torch.where(stays, frame, -1).cummax(0).values
     right = torch.where(stays, frame, frames).flip(0).cummin(0).values.flip(0)
+    before = torch.nn.functional.pad(left[:-1], (1, 0), value=-1)
+    # How long the run on the left of every frame has become. A row of the table says so for any length of it at the
+    # frame before: it changes where a run begins that stays. Then rows are applied to each other, twice as many a time.
+    begins = stays & (frame == torch.searchsorted(run, run))
+    gap, own = (frame - 1 - before)[:, None], length[:, None]
+    same = ((before >= 0) & (label == label[before]))[:, None]
+    unchanged = torch.arange(frames + 1, device=label.device).expand(frames, -1)
+    joined = torch.where(same, unchanged + gap + own, torch.where(unchanged < own, gap + own, own)).clamp(max=frames)
+    table = torch.where(begins[:, None], joined, unchanged)
+    for step in (2**power for power in range((frames - 1).bit_length())):
+        table = torch.cat([table[:step], table[step:].gather(1, table[:-step])])
     lengths = torch.nn.functional.pad(length, (0, 1))  # what is not there, at -1 and T, is of length 0
-    return _numbered(label[torch.where(lengths[left] >= lengths[right], left, right).clamp(0, frames - 1)])
+    goes_left = (right == frames) | (table[:, 0] >= lengths[right])
+    return _numbered(label[torch.where(stays | goes_left, left, right).clamp(0, frames - 1)])
 
 
 def _numbered(label: Tensor) -> Tensor:
