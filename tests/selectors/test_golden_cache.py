@@ -73,6 +73,22 @@ def test_pyramid_budgets_by_true_division() -> None:
         assert shares.share(contexts) == counts, (n, ratio, window, beta)
 
 
+@pytest.mark.parametrize("name", names("kvpress_pyramidkv_layer*", 2))
+def test_pyramidkv_of_kvpress(name: str) -> None:
+    golden = load(name)
+    window, n, keep = golden["window"], golden["keys"].shape[2], 1 - golden["compression_ratio"]
+    queries = torch.nn.functional.pad(golden["queries_window"], (0, 0, n - window, 0))
+    budgets = {"name": "pyramid", "beta": golden["beta"], "window": window, "variant": "exact"}
+    method: Any = get_selector("snapkv", scope="all", window=window, kernel=golden["kernel_size"], budgets=budgets)
+    layers, layer = golden["n_layers"], golden["layer_idx"]
+    facts = [{"layer": i, "layers": layers, "keep_ratio": keep} for i in range(layers)]
+    contexts = [read(method, observed(queries, golden["keys"]), round(n * keep), **own) for own in facts]
+    ctx = contexts[layer]
+    torch.testing.assert_close(ctx[WindowAttention], golden["scores"][0], rtol=1e-4, atol=1e-5)
+    ctx.budget = method.share(contexts)[layer]
+    assert torch.equal(method.evict(ctx).keep, golden["kept_positions_sorted"][0])
+
+
 def test_h2o() -> None:
     golden = load("kvfactory_h2o_01.npz")
     method: Any = get_selector("h2o", scope="all", recent=golden["window"])
@@ -87,6 +103,27 @@ def test_streaming(name: str) -> None:
     sinks = golden["n_sink"] if "n_sink" in golden else golden["capacity"] - golden["window"]
     method: Any = get_selector("streaming", scope="all", sinks=sinks)
     assert torch.equal(method.evict(context(method, n, kept.shape[1])).keep.expand(len(kept), -1), kept)
+
+
+def test_the_other_baseline_of_elastic_cache_is_streaming() -> None:
+    golden = load("elastic_repo_local.npz")
+    method: Any = get_selector("streaming", scope="all", sinks=golden["start_size"])
+    kept = golden["kept_prefill"]
+    assert torch.equal(method.evict(context(method, golden["n"], len(kept))).keep[0], kept)
+
+
+@pytest.mark.parametrize("name", names("prefixkv_profiles_*", 2))
+def test_released_profiles_are_layer_budgets(name: str) -> None:
+    golden = load(name)
+    for drop, profile in zip(golden["drop_ratio"].tolist(), golden["profile"].tolist(), strict=True):
+        method: Any = get_selector("prefixkv", scope="all", budgets=[1 - share for share in profile])
+        depth = len(profile)
+        method.layer_budgets.check(depth, 1 - drop)
+        counts = {
+            n: method.share([context(method, n, n, layer=i, layers=depth) for i in range(depth)]) for n in (9, 64)
+        }
+        assert min(counts[9]) >= 3, "as much as their code needs to run"
+        assert counts[64] == [max(3, 64 - round(share * 64)) for share in profile]
 
 
 @pytest.mark.parametrize("name", names("prefixkv_cdf_*", 3))
@@ -213,6 +250,7 @@ def test_chunkkv() -> None:
         "chunkkv", scope="all", window=window, kernel=golden["kernel_size"], length=golden["chunk_length"]
     )
     ctx = read(method, observed(queries, golden["keys"]), int(n * (1 - golden["compression_ratio"])))
+    torch.testing.assert_close(ctx[WindowAttention], golden["scores"][0], rtol=1e-4, atol=1e-5)
     assert torch.equal(method.evict(ctx).keep.expand(2, -1), golden["kept_positions_sorted"][0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +46,8 @@ class PrefixKvSelector(CacheSelector):
         As in `CacheSelector`.
     budgets
         "cumulative", or the fractions of a profile; see `CacheSelector`. By default and with ``scope="all"`` a layer
-        keeps `start` entries and the last beside its prefix.
+        keeps `start` entries and the last beside its prefix. With a profile it keeps one more than these at least, of
+        short prompts as well, for which the released code fails.
     start
         How many of the first tokens of the prompt, and beside them its last one, stay before all others.
 
@@ -79,6 +81,13 @@ class PrefixKvSelector(CacheSelector):
         if self.budgets == "cumulative" and self.scope == "all":
             return CumulativeBudgets(protect=self.start + 1)
         return super().layer_budgets
+
+    def share(self, contexts: Sequence[CacheContext]) -> list[int]:
+        """Return how many entries each layer keeps; by a profile, never less than the ends of the prompt and one."""
+        counts = super().share(contexts)
+        if self.scope == "all" and isinstance(self.layer_budgets, FractionBudgets):
+            return [max(count, min(ctx.n, self.start + 2)) for count, ctx in zip(counts, contexts, strict=True)]
+        return counts
 
     def leaving(self, state: DecodingState) -> Leaving:
         """Return one entry, or none."""
