@@ -204,7 +204,11 @@ class _Distances:
     def _block(self, start: int) -> Tensor:
         ours = slice(start, start + self.rows)
         both = self.lengths[:, ours, None] + self.from_all[:, None]
-        squared = torch.baddbmm(both, self.x[:, ours], self.x.transpose(1, 2), alpha=-2 / self.x.shape[2])
+        products = self.x[:, ours] @ self.x.transpose(1, 2)
+        if products.shape[1] == products.shape[2]:
+            # The same from either side, so that two tokens that are next to each other are equally dense.
+            products = (products + products.transpose(1, 2)).div_(2)
+        squared = torch.add(both, products, alpha=-2 / self.x.shape[2])
         return squared.masked_fill_(squared < both.mul_(_ROUNDING), 0.0)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
