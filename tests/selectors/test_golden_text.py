@@ -30,7 +30,6 @@ def golden_files(pattern: str) -> list[str]:
 @pytest.mark.parametrize("name", golden_files("rediprune_*.npz") or ["missing"])
 def test_rediprune(name: str) -> None:
     golden = load(name)
-    assert golden["tau"] == 0.0
     budget = max(1, round(len(golden["vision"]) * golden["keep_ratio"]))
     selection = select(
         "rediprune",
@@ -38,8 +37,24 @@ def test_rediprune(name: str) -> None:
         text_embeds=golden["text"][None],
         keep_tokens=budget,
         alpha=golden["alpha"],
+        tau=golden["tau"],
     )
     assert torch.equal(selection.keep, golden["selected_sorted"])
+
+
+def test_rediprune_leaves_out_what_the_text_does_not_mean() -> None:
+    relevance = torch.tensor([0.9, 0.5, 0.3, 0.2, -0.2, -0.9])
+    x = torch.stack([relevance, (1 - relevance**2).sqrt()], dim=1)
+    options = {"features": x, "text_embeds": torch.tensor([[1.0, 0.0]]), "alpha": 0.0}
+    assert select("rediprune", keep_tokens=2, **options).keep.tolist() == [0, 5]
+    assert select("rediprune", keep_tokens=1, tau=1.0, **options).keep.tolist() == [0]
+    assert select("rediprune", keep_tokens=2, tau=0.01, **options).keep.tolist() == [0, 5], "all of six are candidates"
+    assert select("rediprune", keep_tokens=3, tau=0.4, **options).keep.tolist() == [0, 1, 2], "two are not enough"
+    assert select("rediprune", keep_tokens=3, tau=0.1, **options).keep.tolist() == [0, 1, 3]
+    assert select("rediprune", keep_tokens=5, tau=0.1, **options).keep.tolist() == [0, 1, 2, 3, 4]
+    twelve = {**options, "features": torch.cat([x, -x])}
+    assert select("rediprune", keep_tokens=2, **twelve).keep.tolist() == [0, 6], "the opposite"
+    assert select("rediprune", keep_tokens=2, tau=0.9, **twelve).keep.tolist() == [0, 10], "of the six most relevant"
 
 
 def test_rediprune_by_hand() -> None:
@@ -158,6 +173,7 @@ def test_text_and_features_are_equally_wide(method: str) -> None:
     ("method", "options"),
     [
         ("rediprune", {"alpha": -1.0}),
+        ("rediprune", {"tau": 1.5}),
         ("mmtok", {"alpha": -1.0}),
         ("mmtok", {"text_temperature": 0.0}),
         ("mmtok", {"temperature": 0.01}),

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from .. import kernels
 from ..core.context import VisualContext
 from ..core.ranges import Float, Range
@@ -12,10 +15,12 @@ from ..core.selection import Selection
 from ..core.sites import BeforeDecoder, Site
 from ..core.stage import ModelShape, Stage
 from ..registry import register_selector
-from .schedule import check_number
+from .schedule import check_fraction, check_number
 from .text_relevance import TextRelevance
 
 __all__ = ["ReDiPruneSelector"]
+
+_BEYOND = 1000.0  # more than a distance and the largest weight of relevance together
 
 
 @register_selector
@@ -39,6 +44,9 @@ class ReDiPruneSelector(TextRelevance):
     ----------
     alpha
         Weight of relevance beside the distance; 0: distance alone, after the most relevant token.
+    tau
+        Above 0, as released, not all tokens can be kept. Of a budget K below ``N // 2`` it is the 3 K most relevant,
+        whatever `tau` is; else those with a relevance of at least `tau`, and the K most relevant if that is fewer.
     similarity, relevance
         As in `cdpruner`.
 
@@ -60,6 +68,7 @@ class ReDiPruneSelector(TextRelevance):
     sites: ClassVar[tuple[type[Site], ...]] = (BeforeDecoder,)
 
     alpha: float = 0.5
+    tau: float = 0.0
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
@@ -69,6 +78,7 @@ class ReDiPruneSelector(TextRelevance):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("rediprune", "alpha", self.alpha, 0, 100)
+        check_fraction("rediprune", "tau", self.tau)
 
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, before the language model."""
@@ -79,8 +89,17 @@ class ReDiPruneSelector(TextRelevance):
         if ctx.budget >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
         relevance = self.relevance_of(ctx)
-        if not self.alpha:  # the most relevant all the same
-            picks = kernels.farthest_point(ctx.features, ctx.budget, int(relevance.argmax()))
-        else:
-            picks = kernels.relevant_farthest_point(ctx.features, ctx.budget, self.alpha * relevance)
-        return Selection.from_indices(ctx.n, picks)
+        bonus = self.alpha * relevance
+        if self.tau:
+            bonus = torch.where(self._candidates(relevance, ctx.budget), bonus, -_BEYOND)
+        # The most relevant comes first, also where relevance does not count.
+        bonus = bonus.index_fill(0, relevance.argmax(dim=0, keepdim=True), _BEYOND)
+        return Selection.from_indices(ctx.n, kernels.relevant_farthest_point(ctx.features, ctx.budget, bonus))
+
+    def _candidates(self, relevance: Tensor, budget: int) -> Tensor:
+        """(N,) bool: which tokens can be kept, at least `budget` of them."""
+        n = len(relevance)
+        few = budget < n // 2
+        best = kernels.topk_indices(relevance, min(n, 3 * budget) if few else budget)
+        candidates = torch.zeros_like(relevance, dtype=torch.bool).index_fill_(0, best, True)
+        return candidates if few else candidates | (relevance >= self.tau)
