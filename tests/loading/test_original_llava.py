@@ -18,7 +18,7 @@ from PIL import Image
 import vtc
 from vtc.cli import main
 from vtc.loading.original_llava import _reads_sentencepiece
-from vtc.loading.weights import Weights
+from vtc.loading.weights import Weights, tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "original_llava"
 KINDS = ("v1_5", "v1_6", "v1_6_mistral")
@@ -144,6 +144,64 @@ def test_prompts_follow_the_words_of_the_tokenizer(word: str, end: str, said: st
     assert model.config.image_token_id == model.config.text_config.vocab_size - 1 == 332
 
 
+def spoken(processor: Any, turns: list[str], pictures: int) -> tuple[list[int], int]:
+    """Return the ids of a conversation without its pictures, and how many places these take."""
+    shown: list[dict[str, str]] = [{"type": "image"}] * pictures
+    chat = []
+    for index, text in enumerate(turns):
+        parts = [*(shown if index == 0 else []), {"type": "text", "text": text}]
+        chat.append({"role": ("user", "assistant")[index % 2], "content": parts})
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = processor(images=[Image.new("RGB", (8, 8))] * pictures, text=prompt)["input_ids"][0]
+    return [int(i) for i in ids if i != processor.image_token_id], list(ids).count(processor.image_token_id)
+
+
+@pytest.mark.skipif(not _reads_sentencepiece(), reason="sentencepiece reads the tokenizer of Yi")
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_prompts_of_yi_are_those_of_the_original_code(kind: str, tmp_path: Path) -> None:
+    """The tokenizer of llava-v1.6-34b puts no space before a text, and its turns are words of their own."""
+    folder = place("v1_5", tmp_path)
+    shutil.copytree(GOLDEN / "yi", folder, dirs_exist_ok=True)
+    model, processor = vtc.load(folder)
+    if kind == "tokenizer.json":
+        processor.save_pretrained(tmp_path / "saved")
+        (folder / "tokenizer.model").unlink()
+        shutil.copy(tmp_path / "saved" / "tokenizer.json", folder)
+        model, processor = vtc.load(folder)
+    theirs = np.load(GOLDEN / "prompts.npz")["yi"]
+    question = str(np.load(GOLDEN / "v1_5.npz")["question"])
+    ids, places = spoken(processor, [question, "A plate.", "How many cups?"], 1)
+    assert (ids, places) == (theirs[theirs >= 0].tolist(), 16)
+    assert model.generation_config.eos_token_id == [2, 4]
+
+
+def test_words_around_pictures_are_those_of_the_original_code(tmp_path: Path) -> None:
+    """The words of mm_use_im_start_end are added when a checkpoint is loaded, where its tokenizer lacks them."""
+    folder = place("v1_5", tmp_path)
+    configure(folder, mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    model, processor = vtc.load(folder)
+    theirs = np.load(GOLDEN / "prompts.npz")["start_end"]
+    question = str(np.load(GOLDEN / "v1_5.npz")["question"])
+    assert spoken(processor, [question], 2) == (theirs[theirs >= 0].tolist(), 32)
+    assert model.config.image_token_id == 333
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    folder = place("v1_5", tmp_path)
+    stored = {name: tensor(value) for name, value in Weights.of(folder).named.items()}
+    for file in folder.glob("pytorch_model*"):
+        file.unlink()
+    torch.save({**stored, "lm_head.weight": stored["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
+    expected = vtc.load(folder)[0]
+    torch.save(
+        {name: value for name, value in stored.items() if name != "lm_head.weight"}, folder / "pytorch_model.bin"
+    )
+    configure(folder, tie_word_embeddings=True)
+    model, _ = vtc.load(folder)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_weights_keep_their_type_and_what_from_pretrained_takes_is_passed_on(tmp_path: Path) -> None:
     model, _ = vtc.load(place("v1_6", tmp_path), attn_implementation="eager")
     assert {weight.dtype for weight in model.parameters()} == {torch.float16}
@@ -207,6 +265,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "feature": ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is cls"),
     "crops": ({"image_aspect_ratio": "anyres_max_9"}, "anyres_max_9"),
     "flat": ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"}, "mm_patch_merge_type is flat"),
+    "divided": (
+        {
+            "image_aspect_ratio": "anyres",
+            "mm_patch_merge_type": "spatial_unpad",
+            "mm_vision_select_feature": "cls_patch",
+        },
+        "mm_vision_select_feature is cls_patch; .*anyres",
+    ),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
 }
 
@@ -227,6 +293,14 @@ def lose_a_shard(folder: Path) -> None:
 def lose_all(folder: Path) -> None:
     for file in folder.glob("pytorch_model*"):
         file.unlink()
+
+
+def leave(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        lose_all(folder)
+        torch.save({}, folder / name)
+
+    return edit
 
 
 def cut_a_shard(folder: Path) -> None:
@@ -264,7 +338,9 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "all are missing": (lose_all, "holds no weights"),
     "a shard is cut": (cut_a_shard, "cannot be read as weights"),
     "code in a pickle": (hide_code, "cannot be read as weights"),
-    "only a part": (one_weight("lm_head.weight", lambda _: None), "no complete language model"),
+    "a LoRA": (leave("non_lora_trainables.bin"), "no complete language model.* only non_lora_trainables.bin"),
+    "a projector": (leave("mm_projector.bin"), "no complete language model.* only mm_projector.bin"),
+    "only a part": (one_weight("lm_head.weight", lambda _: None), "no complete language model.* no lm_head.weight"),
     "a weight is missing": (one_weight("model.mm_projector.2.bias", lambda _: None), "lacks .*linear_2.bias"),
     "another shape": (one_weight("model.norm.weight", lambda weight: weight[:5]), r"norm.weight has the shape \(5,\)"),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("token*")] and None, "tokenizer"),

@@ -78,6 +78,9 @@ _LLAMA_3_TURNS = Turns(
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 )
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+_TURN_WORDS = ("<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", *_TURN_ENDS)
+_PARTS = ("adapter_model.bin", "adapter_model.safetensors", "non_lora_trainables.bin", "mm_projector.bin")
+"""Files that training only a part of a model leaves in place of its weights."""
 
 
 def is_original_llava(config: dict[str, Any]) -> bool:
@@ -100,11 +103,13 @@ def load_original_llava(
     import transformers
 
     check(folder, config)
+    _refuse_parts(folder)
     weights = Weights.of(folder)
-    _check_complete(folder, weights)
+    tied = bool(config.get("tie_word_embeddings"))
+    _check_complete(folder, weights, tied)
     inside = any(".vision_tower." in name for name in weights.named)
     tower = find_tower(folder, str(config["mm_vision_tower"]), vision_tower, weights_inside=inside)
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, config)
     anyres = config.get("image_aspect_ratio") == "anyres"
     family = "LlavaNext" if anyres else "Llava"
 
@@ -113,6 +118,8 @@ def load_original_llava(
         named.update({f"model.vision_tower.{name}": value for name, value in tower.weights().items()})
     if not anyres:
         named.pop("model.image_newline", None)  # which a picture in one piece does not use
+    if tied:
+        named["lm_head.weight"] = named["model.language_model.embed_tokens.weight"]
     image_id = _with_placeholder(tokenizer, named)
     settings = {
         "vision_config": tower.config,
@@ -122,7 +129,7 @@ def load_original_llava(
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": _FEATURES[config.get("mm_vision_select_feature", "patch")],
         "vision_feature_layer": int(config.get("mm_vision_select_layer", -2)),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
     }
     if anyres:
         # Written as (width, height) there and as (height, width) here; the first of equals wins in both.
@@ -164,6 +171,8 @@ def check(folder: Path, config: dict[str, Any]) -> None:
         _refuse(folder, f"image_aspect_ratio is {ratio}", "square, pad or anyres can be read")
     if ratio == "anyres" and merge != "spatial_unpad":
         _refuse(folder, f"mm_patch_merge_type is {merge}", "LLaVA-NeXT of transformers has spatial_unpad alone")
+    if ratio == "anyres" and feature != "patch":
+        _refuse(folder, f"mm_vision_select_feature is {feature}", "pictures that are divided (anyres) have patch alone")
     if not isinstance(config.get("mm_vision_tower"), str):
         _refuse(folder, "its configuration names no mm_vision_tower", "it may be a language model alone")
 
@@ -208,13 +217,24 @@ def _refuse(folder: Path, found: str, possible: str) -> None:
     raise UnsupportedModelError(f"{folder}: this original LLaVA checkpoint cannot be converted: {found}; {possible}")
 
 
-def _check_complete(folder: Path, weights: Weights) -> None:
-    """Refuse what was saved of a model by training only a part of it."""
-    if {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= set(weights.named):
-        return
+def _refuse_parts(folder: Path) -> None:
+    """Refuse what training a part of a model saved; the published v1.5 have a projector, too, but beside all shards."""
+    found = [name for name in _PARTS if (folder / name).is_file()]
+    if found and not [*folder.glob("pytorch_model*.bin*"), *folder.glob("model*.safetensors*")]:
+        _refuse_incomplete(folder, f"only {', '.join(found)}")
+
+
+def _check_complete(folder: Path, weights: Weights, tied: bool) -> None:
+    """Refuse weights of which the language model is missing."""
+    needed = {"model.embed_tokens.weight", "model.norm.weight"} | (set() if tied else {"lm_head.weight"})
+    if not needed <= set(weights.named):
+        _refuse_incomplete(folder, f"no {_some(sorted(needed - set(weights.named)))}")
+
+
+def _refuse_incomplete(folder: Path, found: str) -> None:
     raise InputError(
-        f"{folder}: holds no complete language model, as with a LoRA (adapter_model) or a projector alone "
-        "(mm_projector.bin); merge it with its base by the code that trained it, then load the result"
+        f"{folder}: holds no complete language model, as with a LoRA or a projector alone, but {found}; merge it with "
+        "its base by the code that trained it, then load the result"
     )
 
 
@@ -252,7 +272,7 @@ def _text_config(config: dict[str, Any], named: dict[str, Any], tokenizer: Any) 
             **settings,
             "vocab_size": _shape(named["lm_head.weight"])[0],
             "pad_token_id": tokenizer.pad_token_id,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
         }
     )
 
@@ -260,7 +280,7 @@ def _text_config(config: dict[str, Any], named: dict[str, Any], tokenizer: Any) 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, config: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     kinds = ("tokenizer.model", "tokenizer.json")
@@ -273,17 +293,47 @@ def _tokenizer(folder: Path) -> Any:
             'pip install "vtc[llava]"'
         )
     settings = folder / "tokenizer_config.json"
+    stated = read_json(settings) if settings.is_file() else None
     cls = AutoTokenizer
-    if not settings.is_file() or "Llama" in str(read_json(settings).get("tokenizer_class")):
+    if stated is None or "Llama" in str(stated.get("tokenizer_class")):
         cls = LlamaTokenizer  # AutoTokenizer would ask config.json, which names a class that is unknown here
     try:
-        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+        # transformers' puts a space before a text whatever the file says. Yi's, that of v1.6-34b, says none, and the
+        # tokenizer of that time heeds it unless it is told not to be "legacy".
+        heeded = cls is LlamaTokenizer and (stated or {}).get("legacy") is not False
+        space = {} if not heeded or _puts_space(folder) else {"add_prefix_space": False}
+        tokenizer = cls.from_pretrained(folder, local_files_only=True, **space)
     except Exception as error:  # files of others can raise anything
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    _add_words(tokenizer, config)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _puts_space(folder: Path) -> bool:
+    """Tell whether a tokenizer of LLaMA, by its own file, puts a space before a text."""
+    if (folder / "tokenizer.model").is_file() and _reads_sentencepiece():
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode("a", out_type=str)
+    else:
+        from tokenizers import Tokenizer
+
+        pieces = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a", add_special_tokens=False).tokens
+    return bool(pieces[0].startswith("▁"))
+
+
+def _add_words(tokenizer: Any, config: dict[str, Any]) -> None:
+    """Add the words that the original code adds when it loads, and make each word around a turn one token."""
+    from transformers import AddedToken
+
+    words = ["<im_patch>"] if config.get("mm_use_im_patch_token", True) else []
+    words += ["<im_start>", "<im_end>"] if config.get("mm_use_im_start_end") else []
+    known = tokenizer.get_vocab()
+    words += [word for word in _TURN_WORDS if word in known]
+    tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words], special_tokens=True)
 
 
 def _reads_sentencepiece() -> bool:

@@ -6,6 +6,7 @@ It needs packages of their time, in an environment of their own, without what th
 transformers 4.36.2, tokenizers 0.15.0, huggingface_hub 0.20.3, sentencepiece and protobuf beside torch, numpy, pillow
 and requests. `v1_5` is LLaMA with a tower beside it and shards of PyTorch, as llava-v1.5-7b; `v1_6` divides pictures
 (anyres), holds its tower and has shards of safetensors, as llava-v1.6-vicuna-7b; `v1_6_mistral` is the same on Mistral.
+`yi` is a tokenizer like that of llava-v1.6-34b; `prompts.npz` has prompts made with it, and with `mm_use_im_start_end`.
 Weights are random and stored in float16; the model computes in float32.
 """
 
@@ -28,7 +29,13 @@ if not hasattr(_pytree, "_register_pytree_node"):  # a newer torch than transfor
 
 import sentencepiece
 import transformers
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -47,8 +54,10 @@ ROWS = 8  # logits that are kept, at the end of the prompt
 PICTURES = {"wide": (53, 31), "tall": (24, 70), "square": (48, 48)}
 
 
-def tokenizer(folder: Path, fast: bool) -> None:
+def tokenizer(folder: Path, fast: bool, *, yi: bool = False) -> None:
+    """Write a tokenizer of Vicuna's kind, or of Yi's: words around the turns, and no space before a text."""
     model = io.BytesIO()
+    turns = {"user_defined_symbols": ["<|im_start|>", "<|im_end|>"], "add_dummy_prefix": False} if yi else {}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines()),
         model_writer=model,
@@ -59,9 +68,11 @@ def tokenizer(folder: Path, fast: bool) -> None:
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         minloglevel=2,
+        **turns,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    words = LlamaTokenizer(str(folder / "tokenizer.model"), legacy=False, pad_token="<unk>", padding_side="right")
+    ends = {"legacy": True, "eos_token": "<|im_end|>", "add_bos_token": False} if yi else {"legacy": False}
+    words = LlamaTokenizer(str(folder / "tokenizer.model"), pad_token="<unk>", padding_side="right", **ends)
     words.save_pretrained(folder)
     if fast:
         LlamaTokenizerFast(str(folder / "tokenizer.model"), pad_token="<unk>", padding_side="right").save_pretrained(
@@ -179,6 +190,25 @@ def ask(folder: Path, kind: str) -> dict[str, np.ndarray]:
     return found
 
 
+def spoken() -> dict[str, np.ndarray]:
+    """Return the ids of prompts: of turns asked as llava-v1.6-34b is, on Yi, and with words around the picture."""
+    tokenizer(Path("yi"), fast=False, yi=True)
+    talk = conv_templates["chatml_direct"].copy()
+    for index, said in enumerate((f"{DEFAULT_IMAGE_TOKEN}\n{QUESTION}", "A plate.", "How many cups?", None)):
+        talk.append_message(talk.roles[index % 2], said)
+    words = LlamaTokenizer.from_pretrained("yi", use_fast=False)
+    found = {"yi": tokenizer_image_token(talk.get_prompt(), words, IMAGE_TOKEN_INDEX)}
+    talk = conv_templates["vicuna_v1"].copy()
+    shown = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    talk.append_message(talk.roles[0], f"{shown}\n{shown}\n{QUESTION}")
+    talk.append_message(talk.roles[1], None)
+    words = LlamaTokenizer.from_pretrained("v1_5", use_fast=False)
+    words.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)  # as load_pretrained_model does
+    words.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    found["start_end"] = tokenizer_image_token(talk.get_prompt(), words, IMAGE_TOKEN_INDEX)
+    return {name: np.array(ids) for name, ids in found.items()}
+
+
 def bytes_of(images: torch.Tensor, processor: CLIPImageProcessor) -> np.ndarray:
     """Undo the normalisation: pixels are whole numbers before it."""
     mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
@@ -197,6 +227,8 @@ def main() -> None:
         checkpoint(Path(kind), kind)
         np.savez_compressed(f"{kind}.npz", **ask(Path(kind), kind))
         print(kind, json.loads((Path(kind) / "config.json").read_text())["architectures"])
+    Path("yi").mkdir(exist_ok=True)
+    np.savez_compressed("prompts.npz", **spoken())
 
 
 if __name__ == "__main__":
