@@ -203,9 +203,14 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_weights_keep_their_type_and_what_from_pretrained_takes_is_passed_on(tmp_path: Path) -> None:
-    model, _ = vtc.load(place("v1_6", tmp_path), attn_implementation="eager")
+    folder = place("v1_6", tmp_path)
+    model, _ = vtc.load(folder, attn_implementation="eager")
     assert {weight.dtype for weight in model.parameters()} == {torch.float16}
     assert model.config._attn_implementation == "eager"
+    older, _ = vtc.load(folder, torch_dtype=torch.bfloat16)
+    assert {weight.dtype for weight in older.parameters()} == {torch.bfloat16}
+    with pytest.raises(vtc.ConfigError, match="two names of one"):
+        vtc.load(folder, dtype="float32", torch_dtype=torch.bfloat16)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="which files are mapped is seen on Linux")
@@ -263,6 +268,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "resampler": ({"mm_resampler_type": "spatial_pool"}, "spatial_pool"),
     "scales": ({"s2": True}, "several scales"),
     "feature": ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is cls"),
+    "layers": ({"mm_vision_select_layer": [-2, -5]}, r"mm_vision_select_layer is \[-2, -5\]"),
+    "no layer": ({"mm_vision_select_layer": 0}, "mm_vision_select_layer is 0; its tower has layers from 1 to 3"),
+    "a lower layer": ({"mm_vision_select_layer": -4}, "mm_vision_select_layer is -4"),
     "crops": ({"image_aspect_ratio": "anyres_max_9"}, "anyres_max_9"),
     "flat": ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"}, "mm_patch_merge_type is flat"),
     "divided": (
@@ -387,6 +395,8 @@ def test_a_folder_of_transformers_and_the_reference(tmp_path: Path, loaded: Any)
         vtc.load("reference", device_map="auto")
     with pytest.raises(vtc.InputError, match="no such folder"):
         vtc.load(tmp_path / "nowhere")
+    with pytest.raises(vtc.InputError, match="a file, and no folder"):
+        vtc.load(tmp_path / "ours" / "config.json")
     with pytest.raises(vtc.InputError, match="cannot be loaded as an image-text-to-text model"):
         vtc.load(tmp_path)
 

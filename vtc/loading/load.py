@@ -39,7 +39,8 @@ def load(
     dtype : str or torch.dtype
         Of the weights; "auto" as stored.
     **options
-        For `from_pretrained` of transformers: `device_map`, `quantization_config`, `attn_implementation`, ...
+        For `from_pretrained` of transformers: `device_map`, `quantization_config`, `attn_implementation`, ...;
+        `torch_dtype` is the older name of `dtype`.
 
     Returns
     -------
@@ -56,6 +57,10 @@ def load(
     StateError
         vtc-reference is not installed.
     """
+    older = options.pop("torch_dtype", None)
+    if older is not None and dtype != "auto":
+        raise ConfigError(f"dtype={dtype!r} and torch_dtype={older!r} given, which are two names of one; leave one out")
+    dtype = older or dtype
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype(dtype)
     kind, _, name = str(source).partition(":")
@@ -65,7 +70,8 @@ def load(
             raise ConfigError(f"{', '.join(options) or 'vision_tower'} given with {source}, which takes a dtype alone")
         return reference.load(name or "llava", None if isinstance(dtype, str) else dtype)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give that of a checkpoint, or the word reference[:NAME]")
+        what = "a file, and no folder" if folder.is_file() else "no such folder"
+        raise InputError(f"{folder}: {what}; give that of a checkpoint, or the word reference[:NAME]")
     config: dict[str, Any] = {}
     with suppress(InputError):  # a missing or broken file is for transformers to name
         config = read_json(folder / "config.json")

@@ -128,7 +128,7 @@ def load_original_llava(
         "image_seq_length": tower.tokens,
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": _FEATURES[config.get("mm_vision_select_feature", "patch")],
-        "vision_feature_layer": int(config.get("mm_vision_select_layer", -2)),
+        "vision_feature_layer": _layer(folder, config, tower),
         "tie_word_embeddings": tied,
     }
     if anyres:
@@ -175,6 +175,16 @@ def check(folder: Path, config: dict[str, Any]) -> None:
         _refuse(folder, f"mm_vision_select_feature is {feature}", "pictures that are divided (anyres) have patch alone")
     if not isinstance(config.get("mm_vision_tower"), str):
         _refuse(folder, "its configuration names no mm_vision_tower", "it may be a language model alone")
+
+
+def _layer(folder: Path, config: dict[str, Any], tower: Tower) -> int:
+    """Return the layer of the tower that feeds the projector; transformers has none in front of the first."""
+    given, last = config.get("mm_vision_select_layer", -2), tower.config.num_hidden_layers
+    if not re.fullmatch(r"-?\d+", str(given)) or not 1 <= abs(int(given)) <= last:
+        _refuse(
+            folder, f"mm_vision_select_layer is {given}", f"its tower has layers from 1 to {last}, or -{last} to -1"
+        )
+    return int(given)
 
 
 def pinpoints(folder: Path, config: dict[str, Any]) -> list[tuple[int, int]]:
