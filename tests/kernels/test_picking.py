@@ -35,6 +35,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         (pick, "_PROBES", 2),
         (pick, "_FIRST_PROBES", 1),
         (pick, "_MAX_TILE", 3),
+        (pick, "_GUESSED", 3),
+        (pick, "_CACHED", 0),
         (greedy, "_POOL", 3),
         (greedy, "_BATCH", 2),
         (cosines, "_BLOCK", 4),
@@ -185,6 +187,34 @@ def test_coverage_picks_what_its_authors_pick(case: int) -> None:
     order = cases[f"c{case}_order"][0].tolist()
     for function in (kernels.coverage_greedy, reference.coverage_greedy):
         assert function(x, len(order), weight, combine).tolist() == order
+
+
+def test_a_matrix_of_similarities_may_be_larger_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert greedy.stores(torch.empty(16384, 1))
+    assert not greedy.stores(torch.empty(16385, 1))
+    monkeypatch.setattr(greedy, "queues", lambda x: True)
+    assert greedy.stores(torch.empty(4096, 1))
+    assert not greedy.stores(torch.empty(4097, 1))
+
+
+def test_picks_of_sums_are_guessed_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows too many for a cache and for a matrix are read once for all right guesses, not once per pick."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 32, generator=generator)[torch.randint(40, (1500,), generator=generator)]
+    x = x + 0.5 * torch.randn(1500, 32, generator=generator)
+    monkeypatch.setattr(pick, "_CACHED", 0)
+    monkeypatch.setattr(cosines, "WORKSPACE", 0)
+    monkeypatch.setattr(pick, "_GUESSED", 400)
+    guessed: list[int] = []
+    products = cosines.products
+
+    def counted(x: torch.Tensor, scale: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        guessed.append(len(others))
+        return products(x, scale, others)
+
+    monkeypatch.setattr(cosines, "products", counted)
+    assert torch.equal(kernels.max_sum(x, 150, 7), reference.max_sum(x, 150, 7))
+    assert len(guessed) < 75  # of 150
 
 
 def test_noise_is_searched_in_linear_memory() -> None:

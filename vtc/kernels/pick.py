@@ -21,6 +21,8 @@ _SMALL = 1024  # rows up to which half as many picks make it faster
 _DENSE_SHARE_OF_SUMS = 20  # the same where every pick would be compared with all rows
 _CACHED = 2**22  # numbers; that many rows are read again much faster
 _POOL = 512  # candidates updated with every pick
+_GUESSED = 2048  # candidates among which picks of sums are guessed
+_AHEAD = 64  # most picks guessed at a time
 _PROBES = 192  # candidates compared with all rows after a round, which lowers the bound
 _FIRST_PROBES = 16  # their number while there is no bound that could end their comparison early
 _SLACK = 1e-6  # most that two float32 products of the same rows differ by
@@ -131,9 +133,12 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     """Select `k` rows of `x` (N, D) by greedy max-sum: in every step the row least similar to all picks together.
 
     Like `farthest_point`, with the sum of the cosines to the picks in place of the largest (ToDRE, arXiv 2505.18757v2,
-    section 3). The sum is a running vector, so that a step is one matrix-vector product; where many steps would read
-    more rows than a cache holds, the whole matrix is computed instead, if it is small. Starts at `first`. Picks are
-    distinct, and ties go to the lower index. A zero row has cosine 0 to every other.
+    section 3). Starts at `first`. Picks are distinct, and ties go to the lower index. A zero row has cosine 0 to every
+    other.
+
+    The sum is a running vector, so that a step is one matrix-vector product where the rows fit into a cache. Where they
+    do not, and many are picked, the whole matrix is computed instead, if it is small. Else the next picks are guessed
+    among the rows with the lowest sums, and one product with all rows shows how many of the guesses are right.
 
     Returns
     -------
@@ -143,17 +148,52 @@ def max_sum(x: Tensor, k: int, first: int | Tensor) -> Tensor:
     x, inverse = with_inverse_norms(x)
     n = x.shape[0]
     k = min(k, n)
-    dense = k * _DENSE_SHARE_OF_SUMS > n and 4 * n**2 <= cosines.WORKSPACE and x.numel() > _CACHED
-    table = _table(x, inverse) if dense else None
-    x = x.float()
+    if k == 0:
+        return torch.empty(0, dtype=torch.long, device=x.device)
+    taken = range(n)[int(first)]
+    table = None
+    if x.numel() > _CACHED:
+        if k * _DENSE_SHARE_OF_SUMS <= n or 4 * n**2 > cosines.WORKSPACE:
+            return _from_guesses(x, inverse, k, taken)
+        table = _table(x, inverse)
+    else:
+        x = x.float()
     total = torch.zeros_like(inverse)
-    picks: list[int] = []
-    for _ in range(k):
-        taken = int(total.argmin()) if picks else range(n)[int(first)]
-        picks.append(taken)
+    picks = [taken]
+    while len(picks) < k:
         total += (x @ x[taken]) * inverse * inverse[taken] if table is None else table[taken]
         total[taken] = torch.inf
+        taken = int(total.argmin())  # the first of equals
+        picks.append(taken)
     return torch.tensor(picks, dtype=torch.long, device=x.device)
+
+
+def _from_guesses(x: Tensor, inverse: Tensor, k: int, taken: int) -> Tensor:
+    """Return the picks of `max_sum` from `taken` on, reading `x` once for all of them that can be guessed."""
+    total = torch.zeros_like(inverse)  # infinite for picks
+    picks: list[int] = []
+    ahead = 1
+    while len(picks) < k:
+        guesses = [taken]
+        if ahead > 1:
+            pool = total.topk(min(_GUESSED, total.numel()), largest=False).indices.sort().values
+            pooled, scale, value = x.index_select(0, pool).float(), inverse[pool], total[pool]
+            while len(guesses) < min(ahead, k - len(picks)):
+                value += (pooled @ x[guesses[-1]].float()) * scale * inverse[guesses[-1]]
+                value[pool == guesses[-1]] = torch.inf
+                guesses.append(int(pool[value.argmin()]))
+        rows = cosines.products(x, inverse, torch.tensor(guesses, device=x.device))
+        right = 0
+        for guess, row in zip(guesses, rows, strict=True):
+            if guess != taken:
+                break
+            total += row
+            total[guess] = torch.inf
+            picks.append(guess)
+            right += 1
+            taken = int(total.argmin())  # the first of equals
+        ahead = min(_AHEAD, 2 * right if right == len(guesses) else right + 1)
+    return torch.tensor(picks, device=x.device)
 
 
 def _table(x: Tensor, inverse: Tensor) -> Tensor:
