@@ -80,8 +80,9 @@ def multimodal_coverage(
     temperature``, divided by N. Each is covered as far as the largest of its entries among the picks, and every pick is
     the token that raises the sum of all coverages most; ties go to the lower index.
 
-    Gains only shrink and are computed lazily, as in `coverage_greedy`. Up to N = 4096 the matrix of the tokens is
-    computed once, as half a product; beyond that twice in blocks for its sums, and the rows of candidates on demand.
+    Gains only shrink and are computed lazily, as in `coverage_greedy`. Where that keeps its matrix, the one of the
+    tokens is computed once, as half a product; beyond that twice in blocks for its sums, and the rows of candidates on
+    demand.
 
     Parameters
     ----------

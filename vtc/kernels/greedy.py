@@ -15,6 +15,7 @@ from .graphs import replayed
 
 _POOL = 512  # candidates updated with every pick
 _BATCH = 32  # gains recomputed at a time
+_HOST_SHARE = 16  # times the workspace that a matrix may take on the host, as without it every row is computed often
 _RANK = 1e-5  # share of the largest squared norm below which a residual is rounding
 
 
@@ -139,7 +140,7 @@ def _apply_picks(
 
 def stores(x: Tensor) -> bool:
     """Return whether the similarity matrix of the rows of `x` (N, D) is kept; then a GPU is not waited for."""
-    return 4 * x.shape[0] ** 2 <= cosines.WORKSPACE
+    return 4 * x.shape[0] ** 2 <= (1 if queues(x) else _HOST_SHARE) * cosines.WORKSPACE
 
 
 @op()
@@ -150,10 +151,11 @@ def coverage_greedy(x: Tensor, k: int, weight: Tensor | None = None, combine: st
     The coverage of a row is the cosine to its most similar pick, at least 0. Every pick is the row with the largest
     gain, the sum of the increases of all coverages, times its weight or plus it. Ties go to the lower index.
 
-    Gains only shrink, so a gain is recomputed only while its last value is the largest (lazy greedy). Up to N = 4096
-    the similarity matrix is computed once, as half a product; beyond that the rows of candidates are computed on demand
-    in O(N) memory. Which gain is the largest is asked in between, for which a GPU would be waited for; there all gains
-    of a stored matrix are computed anew for every pick instead, and the launches of all picks recorded as one.
+    Gains only shrink, so a gain is recomputed only while its last value is the largest (lazy greedy). Up to N = 16384,
+    on a GPU 4096, the similarity matrix is computed once, as half a product, and kept; beyond that the rows of
+    candidates are computed on demand in O(N) memory. Which gain is the largest is asked in between, for which a GPU
+    would be waited for; there all gains of a stored matrix are computed anew for every pick instead, and the launches
+    of all picks recorded as one.
 
     Parameters
     ----------
