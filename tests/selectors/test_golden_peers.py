@@ -193,11 +193,14 @@ def test_vispruner_lists_of_odd_length() -> None:
     assert torch.equal(important, select("fastervlm", cls_attention=rows[None], keep_tokens=golden["T"]).mask)
 
 
-@pytest.mark.parametrize("kind", ["noise", "copies"])
-def test_vispruner_follows_its_lists(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["noise", "copies", "few relatives"])
+def test_vispruner_follows_its_lists(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand, in float64; with a hundred copies of every token the closest relatives are all at even places."""
     x = torch.randn(700, 16, generator=torch.Generator().manual_seed(3))
-    x = x if kind == "noise" else x[:7].repeat(100, 1)
+    x = x[:7].repeat(100, 1) if kind == "copies" else x
+    if kind == "few relatives":
+        monkeypatch.setattr("vtc.selectors.vispruner._NEAR", 3)
+        monkeypatch.setattr("vtc.selectors.vispruner._FIRST", 1)
     rows = torch.rand(1, 700, generator=torch.Generator().manual_seed(4))
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     listed = rows[0].sort(descending=True, stable=True).indices

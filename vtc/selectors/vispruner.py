@@ -22,6 +22,7 @@ __all__ = ["VisPrunerSelector"]
 
 _STEP = 8  # tokens dropped per round
 _NEAR = 64  # relatives listed per token
+_FIRST = 8  # of these, looked at before the others
 _BLOCK = 512  # rows of the similarity matrix computed at a time
 _ROUNDING = 1e-6  # most that two float32 products of the same rows differ by
 
@@ -115,8 +116,11 @@ class _Relatives:
             cosine = self._unit[start : start + _BLOCK] @ self._unit.T
             cosine.diagonal(start).fill_(-torch.inf)
             found.append(cosine.topk(near, dim=1))
-        self._value = torch.cat([block.values for block in found])
-        self._index = torch.cat([block.indices for block in found])
+        # The last column is for the relative that was found for a token which none of its closest was.
+        pad = torch.nn.functional.pad
+        self._index = pad(torch.cat([block.indices for block in found]), (0, 1), value=-1)
+        self._value = pad(torch.cat([block.values for block in found]).double(), (0, 1))
+        self._known = torch.zeros_like(self._index, dtype=torch.bool)  # whether the value was computed in float64
 
     def nearest(self, tokens: Tensor, others: Tensor) -> Tensor:
         """Return (M,) float64 the largest cosine of each of `tokens` to any of `others`, -inf if there are none.
@@ -133,23 +137,32 @@ class _Relatives:
             return torch.where(tied, self._exact(tokens, partner), best)
         among = torch.zeros(len(self._unit), dtype=torch.bool, device=others.device)
         among[others] = True
-        index = self._index[tokens]
-        hit = among[index]
-        first = hit.int().argmax(dim=1, keepdim=True)
-        best, partner = self._value[tokens].gather(1, first)[:, 0].double(), index.gather(1, first)[:, 0]
-        missed = (~hit.any(dim=1)).nonzero()[:, 0]
+        place = _first(among[self._index[:, :-1][:, :_FIRST][tokens]])
+        later = (place < 0).nonzero()[:, 0]
+        place[later] = _first(among[self._index[:, :-1][tokens[later]]])
+        missed = tokens[place < 0]
         if len(missed):
-            found, place = (self._unit[tokens[missed]] @ self._unit[others].T).max(dim=1)
-            best[missed], partner[missed] = found.double(), others[place]
-        value, order = best.sort()
+            found, at = (self._unit[missed] @ self._unit.T)[:, others].max(dim=1)
+            self._value[missed, -1], self._index[missed, -1] = found.double(), others[at]
+            self._known[missed, -1] = False
+        value, order = self._value[tokens, place].sort()
         tied = order[_near_another(value)]
-        best[tied] = self._exact(tokens[tied], partner[tied])
-        return best
+        tied = tied[~self._known[tokens[tied], place[tied]]]
+        pairs = tokens[tied], place[tied]
+        self._value[pairs] = self._exact(pairs[0], self._index[pairs])
+        self._known[pairs] = True
+        return self._value[tokens, place]
 
     def _exact(self, tokens: Tensor, others: Tensor) -> Tensor:
         """Return (M,) float64 the cosines of pairs; those of copies are equal."""
         pair = self._x[tokens].double(), self._x[others].double()
         return torch.cosine_similarity(*pair, dim=1, eps=1e-12).round(decimals=9)
+
+
+def _first(hit: Tensor) -> Tensor:
+    """(M,) long: the first True of every row (M, P), -1 without one."""
+    place = hit.int().argmax(dim=1)
+    return torch.where(hit.gather(1, place[:, None])[:, 0], place, -1)
 
 
 def _near_another(ordered: Tensor) -> Tensor:
