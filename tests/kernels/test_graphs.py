@@ -18,7 +18,7 @@ class Recorder:
     def __init__(self) -> None:
         self.recorded = self.replays = 0
 
-    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
         self.recorded += 1
         result = work()
 
@@ -94,7 +94,7 @@ def test_results_outlive_inference_mode(recorder: Recorder) -> None:
 
 
 def test_a_failure_is_told_once_and_costs_nothing_else(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def fail(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
         raise RuntimeError("no capture")
 
     monkeypatch.setattr(graphs, "_record", fail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -179,3 +180,35 @@ def test_mismatched_shapes_are_refused(choice: str) -> None:
             kernels.attention_column_sums(x, x, 1.0, torch.ones(2, 1, 4, device=DEVICE))
         with pytest.raises(InputError, match="one row that attends to itself"):
             kernels.attention_column_sums(x, x, 1.0, torch.ones(2, 1, 1, 5, device=DEVICE), cu_seqlens=bounds)
+
+
+class Launches:
+    """Stands for a kernel and keeps the grids that it is launched with."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return lambda *args, **kwargs: None
+
+
+def test_what_can_be_many_is_on_the_only_axis_of_a_grid_that_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtc.kernels import triton_attention, triton_pack  # only where Triton is installed
+
+    many = 70_000  # the second and the third hold 65535 programs
+    launches = Launches()
+    for module, names in (
+        (triton_attention, ("_row_logits", "_row_finish", "_row_logsumexp", "_column_sums")),
+        (triton_pack, ("_gather",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, launches)
+    one = torch.zeros(1, 1, many, 2)
+    windows = torch.arange(many + 1)
+    triton_attention.attention_column_sums(one, one, 1.0, torch.ones(1, 1, 1, many), cu_seqlens=windows)
+    triton_attention.attention_rows(one.view(many, 1, 1, 2), one, 1.0, cu_seqlens=windows)
+    triton_attention.attention_rows(one, one[:, :, :1], 1.0)
+    triton_pack.gather_planes(torch.zeros(1, many, dtype=torch.long), [torch.zeros(1, many)], [1])
+    assert len(launches.grids) == 7
+    assert max(size for grid in launches.grids for size in grid[1:] or (1,)) < 2**16

@@ -89,8 +89,12 @@ def op(triton: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if choice == "torch":
                 return function(*args, **kwargs)
             try:
-                _check(this, choice, list(_tensors(args, kwargs)))
-                return cast("R", this.load_triton()(*args, **kwargs))
+                tensors = list(_tensors(args, kwargs))
+                _check(this, choice, tensors)
+                with torch.cuda.device_of(
+                    tensors[0]
+                ):  # Triton launches on the current GPU, whatever its tensors are on
+                    return cast("R", this.load_triton()(*args, **kwargs))
             except NoKernelError as reason:
                 if choice != "auto":
                     raise KernelError(_refusal(this, reason)) from None

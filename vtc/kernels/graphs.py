@@ -162,17 +162,22 @@ def _recorded(function: Callable[..., Tensor], args: Any, kwargs: Any) -> _Graph
     with torch.inference_mode(False), torch.no_grad():
         own_args, own_kwargs = [own(value) for value in args], {name: own(kwargs[name]) for name in sorted(kwargs)}
         try:
-            return _Graph(buffers, *_record(lambda: function(*own_args, **own_kwargs)))
+            return _Graph(buffers, *_record(lambda: function(*own_args, **own_kwargs), buffers[0].device))
         except RuntimeError as error:
             name = function.__name__
             warnings.warn(f"{name} is launched by the host: no CUDA graph could be recorded ({error}).", stacklevel=3)
             return None
 
 
-def _record(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def _record(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """Return what replays the launches of `work`, and where its result is then."""
     work()  # so that whatever has to be compiled or loaded for these very tensors is
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
+    # A stream of its own, because PyTorch's is one of the first GPU that ever recorded; and the present one again
+    # behind it, which `torch.cuda.graph` does not see to where recording fails. Other threads may allocate meanwhile.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+    ):
         result = work()
     return graph.replay, result

@@ -95,15 +95,15 @@ def _slots(keep, lengths, index, mask, length, width, LEFT: tl.constexpr, BLOCK:
 @triton.jit
 def _gather(index, sources, targets, shapes, slots, WIDTH: tl.constexpr, PLANES: tl.constexpr):
     """Copy one slot of one row of every plane; `shapes`: outer size, strides of the three axes, inner size."""
-    row = tl.program_id(0)
-    slot = tl.program_id(1)
+    row = tl.program_id(1)
+    slot = tl.program_id(0)  # more of them than the second axis of a grid holds are possible, of rows not
     column = tl.load(index + row.to(tl.int64) * slots + slot)
     zero = column * 0  # int64, because offsets of large batches exceed 32 bits
     for plane in tl.static_range(PLANES):
         outer, outer_stride, row_stride, column_stride, inner = shapes[plane]
         for entry in range(outer):
             source = sources[plane] + (zero + entry) * outer_stride + (zero + row) * row_stride
-            line = ((zero + entry) * tl.num_programs(0) + row) * slots + slot
+            line = ((zero + entry) * tl.num_programs(1) + row) * slots + slot
             for first in range(0, inner, WIDTH):
                 lane = first + tl.arange(0, WIDTH)
                 part = tl.load(source + column * column_stride + lane, mask=lane < inner)
@@ -194,7 +194,7 @@ def _gathered(index: Tensor, planes: Sequence[Tensor], axes: Sequence[int]) -> t
         shapes.append((view.shape[0], view.stride(0), row_stride, view.stride(2), inner))
     if sources:
         tile = min(_WIDTH, max(16, triton.next_power_of_2(max(shape[-1] for shape in shapes))))
-        _gather[(batch, width)](
+        _gather[(width, batch)](
             index.contiguous(), tuple(sources), tuple(targets), tuple(shapes), width, WIDTH=tile, PLANES=len(sources)
         )
     return tuple(out)

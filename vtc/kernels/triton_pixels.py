@@ -61,14 +61,13 @@ def patch_entropy(
     out = pixels.new_empty(shape, dtype=torch.float32)
     if not pictures.numel():
         return out.zero_()
-    with torch.cuda.device_of(pixels):
-        _patch_entropy[(len(pictures) * rows * columns,)](
-            pictures, None if mean is None else mean.float().contiguous(),
-            None if std is None else std.float().contiguous(), out,
-            rows * columns, columns, pictures.shape[1], height, width, 0.3333 * 3 / pictures.shape[1],
-            *pictures.stride()[:3], NORMALISED=mean is not None, PIXELS=triton.next_power_of_2(height * width),
-            num_warps=2,
-        )  # fmt: skip
+    _patch_entropy[(len(pictures) * rows * columns,)](
+        pictures, None if mean is None else mean.float().contiguous(),
+        None if std is None else std.float().contiguous(), out,
+        rows * columns, columns, pictures.shape[1], height, width, 0.3333 * 3 / pictures.shape[1],
+        *pictures.stride()[:3], NORMALISED=mean is not None, PIXELS=triton.next_power_of_2(height * width),
+        num_warps=2,
+    )  # fmt: skip
     return out
 
 

@@ -51,10 +51,9 @@ def temporal_similarity(x: Tensor, earlier: Tensor) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_zeros(len(x), dtype=torch.float32)
     if len(x):
-        with torch.cuda.device_of(x):
-            _similarity[(triton.cdiv(len(x), _TOKENS),)](
-                x, earlier.contiguous(), out, len(x), x.shape[1], x.stride(0), TOKENS=_TOKENS, WIDTH=_WIDTH
-            )
+        _similarity[(triton.cdiv(len(x), _TOKENS),)](
+            x, earlier.contiguous(), out, len(x), x.shape[1], x.stride(0), TOKENS=_TOKENS, WIDTH=_WIDTH
+        )
     return out
 
 
