@@ -35,6 +35,7 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 Inputs = dict[str, Tensor]
 
 
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # patches are embedded in it by default
 @torch.no_grad()
 def measure(case: str, device: str, small: bool) -> dict[str, Any]:
     """Return what each law measured, and whether it holds, for "family, attention" or "family, static cache"."""

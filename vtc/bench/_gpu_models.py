@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 
 import vtc
 from vtc.bench import _tower
 from vtc.bench._cache import decode
 from vtc.bench._models import build, packed_length, plain_prompt, prompt
 from vtc.bench._prefill import encode, prefill
-from vtc.bench._whole_models import WHOLE_MODELS, tiny
+from vtc.bench._whole_models import WHOLE_MODELS, WholeModel, tiny
 from vtc.bench.memory import peak_bytes
 from vtc.bench.timing import Case, interleave
 
@@ -36,16 +36,12 @@ def measure(case: str, device: str, small: bool) -> dict[str, Any]:
     shape = tiny(WHOLE_MODELS[name]) if small else WHOLE_MODELS[name]
     if name not in _built:
         _built.clear()
+        gc.collect()  # modules and hooks refer to each other in circles; a second model need not fit beside the first
         _built[name] = build(shape, shape.full_depth, torch.float32 if small else torch.bfloat16, device)
     model = _built[name]
     one = prompt(shape, model, shape.visual_tokens, _TEXT_TOKENS)
     inputs = {key: torch.cat([value] * rows) for key, value in one.items()}
-    side = shape.side(shape.visual_tokens)
-    pictures = [Image.new("RGB", (side, side), "teal")] * rows
-    cases = {
-        "processor": Case(partial(_tower.process, shape.processor(**shape.processing), pictures)),
-        "vision": Case(partial(encode, model, inputs)),
-    }
+    cases = {"vision": Case(partial(encode, model, inputs)), **_preprocessing(shape, rows)}
     packed, peaks = {}, {}
     for keep in KEEPS:
         around = partial(vtc.compressed, model, METHOD, keep_ratio=keep)
@@ -76,22 +72,35 @@ def measure(case: str, device: str, small: bool) -> dict[str, Any]:
     }
 
 
+def _preprocessing(shape: WholeModel, rows: int) -> dict[str, Case]:
+    """Return the case of the processor; none where the packages that it needs are not installed."""
+    try:
+        from PIL import Image
+
+        processor = shape.processor(**shape.processing)  # of torchvision or PIL, which transformers asks for only now
+    except ImportError:
+        return {}
+    side = shape.side(shape.visual_tokens)
+    return {"processor": Case(partial(_tower.process, processor, [Image.new("RGB", (side, side), "teal")] * rows))}
+
+
 def _row(found: dict[str, Any], keep: float, packed: dict[float, int], peak: int, rows: int) -> dict[str, Any]:
     call, steps = found[f"call {keep}"], found[f"decode {keep}"]
     tower = found["vision"]["vision"]
+    before = found["processor"]["processor"] if "processor" in found else None
     whole = call["front"] + call["decoder"] + call["head"]
     return {
         "keep": keep,
         "tokens_before": packed[1.0],
         "tokens_after": packed[keep],
         "by_tokens": packed[1.0] / packed[keep],
-        "preprocess": found["processor"]["processor"],
+        "preprocess": before,
         "tower": tower,
         "select": call["selector"] if keep < 1 else 0.0,
         "prefill": call["decoder"] + call["head"],
         "beside_tower": whole - tower,  # selection, packing, decoder and head
         "share_of_plain": found[f"plain {keep}"]["prefill"] / (whole - tower),
-        "ttft": found["processor"]["processor"] + whole,
+        "ttft": (before or 0.0) + whole,
         "step": steps["step"],
         "tokens_per_second": rows / steps["step"],
         "cache_bytes": steps["cache bytes"],

@@ -80,7 +80,7 @@ def _models(done: Mapping[str, Any]) -> str:
             case,
             f"{100 * row['keep']:.0f} %",
             f"{row['tokens_before']} → {row['tokens_after']}",
-            seconds(row["preprocess"]),
+            "-" if row["preprocess"] is None else seconds(row["preprocess"]),
             seconds(row["tower"]),
             seconds(row["select"]) if row["select"] else "-",
             seconds(row["prefill"]),
@@ -136,9 +136,9 @@ _SUMMARIES: dict[str, str] = {
     "picks by how much one is worth less than the best, as a share of what rounding allows.",
     "laws": "Compression of tiny models with random weights against the untouched model.",
     "models": "Random bfloat16 weights, all layers; medians of interleaved runs, `vtc` before the decoder. TTFT is "
-    "preprocessing and a prefill with tower and selection. The realised share is the speed-up of the prefill without "
-    "its tower, divided by that of the number of tokens; beside it the time of a text prompt of the packed length, "
-    "divided by that of the compressed prefill without its tower.",
+    "preprocessing, where PIL and torchvision are installed, and a prefill with tower and selection. The realised "
+    "share is the speed-up of the prefill without its tower, divided by that of the number of tokens; beside it the "
+    "time of a text prompt of the packed length, divided by that of the compressed prefill without its tower.",
     "times": "bfloat16, true shapes. The limit is the time in which the inputs and the result pass the memory once at "
     "the speed of the copy above. Greedy picks are launches recorded as one; without a graph each comes from the host.",
 }

@@ -23,10 +23,9 @@ import itertools
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 
 import vtc
 from vtc.bench._models import build, prompt
@@ -47,6 +46,9 @@ from vtc.bench.timing import (
 from vtc.config import CompressionConfig
 from vtc.core.sites import Pixels, VisionLayer
 from vtc.engine.install import adapter_for
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def run(args: argparse.Namespace, plans: dict[str, list[CompressionConfig]]) -> int:
@@ -105,6 +107,8 @@ def measure(
     list of dict
         One JSON-able result per setting, the untouched call first.
     """
+    from PIL import Image
+
     inputs = prompt(shape, model, visual_tokens, text_tokens)
     depth = len(adapter_for(model).tower_blocks("image"))
     shares = {text: seen_by_layer(plan, depth) for text, plan in plans.items()}

@@ -151,9 +151,8 @@ def interleave(cases: Mapping[str, Case], *, repeats: int, warmup: int = 1) -> d
 
 def repeated(work: Callable[[], Any], device: str, clock: Callable[[], float]) -> Callable[[], Figures]:
     """Return a run for a `Case` that repeats `work` to be long enough for the clock; its figure is per repetition."""
-    began = time.perf_counter()
-    work()
-    number = max(1, math.ceil(_MIN_SECONDS / (time.perf_counter() - began)))
+    once = _repeat(work, 1, device, time.perf_counter)["run"]  # until the device is done, not until it was told
+    number = max(1, math.ceil(_MIN_SECONDS / once))
     return partial(_repeat, work, number, device, clock)
 
 

@@ -76,7 +76,7 @@ def _evict_tokens(forward: ForwardState, keep: torch.Tensor) -> bool:
             keys, values = (_take(plan, entries) for entries in keys_and_values(forward.cache, layer))
             replace_keys_and_values(forward.cache, layer, keys, values)
     changed = any(new is not old for (_, new), (_, old) in zip(groups, forward.key_groups, strict=True))
-    forward.key_groups, forward.complete = groups, complete
+    forward.replace_keys(groups, complete)
     return changed
 
 

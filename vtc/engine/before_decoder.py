@@ -65,7 +65,7 @@ def before_decoder(
             kwargs["inputs_embeds"] = embeds = _write_merged(forward, prompt, embeds)
         if any(segment.new_text is not None for segment in prompt.segments):
             kwargs["inputs_embeds"] = embeds = _write_text(forward, prompt, embeds)
-    dropped = not torch.equal(keep, forward.valid)
+    dropped = call.inputs.encoded and not torch.equal(keep, forward.valid)  # a step does not ask
     if not dropped and record is None and not forward.memories:
         # Nothing changes before the first layer: the model does what it always does; later stages may drop tokens.
         later = compression.plan.in_decoder or compression.plan.after_prefill

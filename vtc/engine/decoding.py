@@ -145,7 +145,7 @@ def after_step(forward: ForwardState, *, evict: bool = True) -> bool:
                 complete.add(layer)
     forward.step_scores = {}
     if moved:
-        forward.key_groups, forward.complete = groups, complete
+        forward.replace_keys(groups, complete)
     return moved
 
 

@@ -295,7 +295,7 @@ def _regroup(forward: ForwardState, stored: Sequence[_Stored]) -> None:
         groups.append((layer, own.index[:, 0]))
         if start in forward.complete if own.slots is None else len(set(own.counts)) == 1:
             complete.add(layer)
-    forward.key_groups, forward.complete = groups, complete
+    forward.replace_keys(groups, complete)
 
 
 def _note(forward: ForwardState, prompt: Prompt, stored: Sequence[torch.Tensor]) -> None:

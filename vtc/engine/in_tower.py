@@ -122,7 +122,7 @@ class TowerPass:
         for stage in self.stages.get(layer, ()):
             rows = self._drop(stage, layer, rows)
         borders = kwargs.get("cu_seqlens")
-        before = torch.full((len(rows),), self._length) if borders is None else borders.diff()
+        before = torch.full((len(rows),), self._length, device=rows.device) if borders is None else borders.diff()
         self._loads[layer] = before, before
         if not self._plans:
             return None

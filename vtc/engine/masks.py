@@ -10,6 +10,7 @@ from torch import nn
 from transformers.masking_utils import blockwise_overlay, create_causal_mask
 
 from vtc.engine.cache import CACHE
+from vtc.kernels.dispatch import queues
 
 
 class LayerTypes:
@@ -45,6 +46,7 @@ def causal_mask(
     *,
     blocks: torch.Tensor | None = None,
     seen: int = 0,
+    complete: bool = False,
 ) -> Any:
     """The mask that decoder layer `layer` needs, in the form that the model's attention implementation takes.
 
@@ -63,6 +65,8 @@ def causal_mask(
         Current tokens that see each other in both directions share a number >= 0.
     seen : int
         Length of the uncompressed conversation.
+    complete : bool
+        Whether it is known that no key is padding.
     """
     arguments: dict[str, Any] = {
         "config": types.config,
@@ -76,7 +80,9 @@ def causal_mask(
         # What the call below comes to for one query, at a tenth of its time: layers that keep other numbers of entries
         # need a mask each at every step.
         valid = source_index >= 0
-        return None if bool(valid.all()) else valid[:, None, None]
+        if complete or not (queues(valid) or bool(not valid.all())):  # a GPU is not waited for at every step
+            return None
+        return valid[:, None, None]
     if blocks is not None:
         blocks = nn.functional.pad(blocks, (source_index.shape[1] - blocks.shape[1], 0), value=-1)
     window = types.windows[layer]

@@ -195,8 +195,9 @@ class ForwardState:
         self.seen = past + self.length
         self.arrived = source_index
         self.key_groups = [(start, torch.cat([keys, source_index], dim=1)) for start, keys in history.groups]
-        unpadded = bool(history.complete) and bool((source_index >= 0).all())
-        self.complete = set(history.complete) if unpadded else set()
+        asks = bool(history.complete) and not getattr(cache, "is_compileable", False)  # whose masks are made anyway
+        self.complete = set(history.complete) if asks and bool((source_index >= 0).all()) else set()
+        self._full: set[int] = set()
         self.blocks: torch.Tensor | None = None
         self.packed: PackPlan | None = None
         self.layer_plans: list[tuple[int, PackPlan]] = []
@@ -312,6 +313,7 @@ class ForwardState:
         """Drop tokens before the first layer: `planes` and `marked` without them, as `PackPlan.pack` has them."""
         self.packed, packed, rows = self._pack(keep, planes, dims, marks, marked)
         self.key_groups = [(start, torch.cat([keys, self.source_index], dim=1)) for start, keys in self.history.groups]
+        self._full = self._followed_by(self.packed, {start for start, _ in self.history.groups})
         return packed, rows
 
     def pack_at(self, layer: int, keep: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -320,6 +322,8 @@ class ForwardState:
         self.layer_plans.append((layer, plan))
         before = dict(self.key_groups)
         starts = sorted({start for start, _ in self.history.groups} | before.keys() | {layer})
+        earlier, later = ({start for start in starts if (start < layer) == side} for side in (True, False))
+        self._full = self._full & earlier | self._followed_by(plan, later)
         self.key_groups = [
             (
                 start,
@@ -329,6 +333,17 @@ class ForwardState:
         ]
         self._masks, self._rotary = {}, {}
         return hidden
+
+    def _followed_by(self, plan: PackPlan, starts: set[int]) -> set[int]:
+        """Return which of the groups store no padding once the tokens of `plan` are behind their earlier keys."""
+        if not bool(plan.mask.all()):
+            return set()
+        known = {start: not keys.shape[1] or start in self.history.complete for start, keys in self.history.groups}
+        return {start for start in starts if known[max(first for first in known if first <= start)]}
+
+    def replace_keys(self, groups: list[tuple[int, torch.Tensor]], complete: set[int]) -> None:
+        """Take over other keys per group, and which of the groups store no padding."""
+        self.key_groups, self.complete, self._full = groups, complete, set()
 
     def _pack(
         self,
@@ -359,7 +374,7 @@ class ForwardState:
             record = compacted(self.cache)
             record.owner, record.shift = owner, shift
             record.logical, record.groups = self.seen, list(self.key_groups)
-            record.complete, record.decoding = set(self.complete), self.decoding
+            record.complete, record.decoding = self.complete | self._full, self.decoding
             record.memories = list(self.memories)
 
     def scatter(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -420,7 +435,14 @@ class ForwardState:
                     "count kept tokens only; use attn_implementation='sdpa'"
                 )
             self._masks[key] = causal_mask(
-                self.types, layer, hidden, self.keys_of(layer), self.cache, blocks=self.blocks, seen=self.seen
+                self.types,
+                layer,
+                hidden,
+                self.keys_of(layer),
+                self.cache,
+                blocks=self.blocks,
+                seen=self.seen,
+                complete=complete,
             )
             if complete and self._masks[key] is None:
                 self._unmasked.add(key[1])
