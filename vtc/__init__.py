@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     )
     from vtc.core.stage import ModelShape, Stage
     from vtc.core.updating import HiddenContext, UpdatingSelector
-    from vtc.engine.encoder import EncoderMemory
+    from vtc.engine.memory import EncoderMemory
     from vtc.errors import (
         ConfigError,
         InputError,
@@ -245,7 +245,7 @@ _HOME = {
     ),
     "vtc.core.stage": ("ModelShape", "Stage"),
     "vtc.core.updating": ("HiddenContext", "UpdatingSelector"),
-    "vtc.engine.encoder": ("EncoderMemory",),
+    "vtc.engine.memory": ("EncoderMemory",),
     "vtc.errors": (
         "ConfigError",
         "InputError",

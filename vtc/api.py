@@ -11,8 +11,8 @@ from torch import nn
 
 from vtc.config import DEFAULT_METHOD, CompressionConfig
 from vtc.core.sites import Site
-from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of, find_engine, install, paused, uninstall
+from vtc.engine.memory import EncoderMemory
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, UnsupportedMethodError
 from vtc.notation import parse_stages
@@ -167,8 +167,10 @@ def remember(model: Model, memory: EncoderMemory) -> Iterator[Model]:
     """Encode the images and videos of one prompt once: the results stay in `memory`, and what is there is not repeated.
 
     The memory may pass from one compression of the model to the next, for other methods, budgets or questions about
-    the same pictures. Stages inside the tower run it again, because they change what leaves it. With
-    ``EncoderMemory(rows=Q)`` the prompt has Q rows that show the same pictures, which are encoded once as well.
+    the same pictures. What leaves a tower that stages make pictures smaller for, or work inside, serves later calls
+    with these very stages alone. Choices before the language model are kept likewise, where they, and those before
+    them, are made of the pictures and nothing else. Stages with trained modules, which may be in training, run anew.
+    With ``EncoderMemory(rows=Q)`` the prompt has Q rows that show the same pictures, which are encoded once as well.
 
     Raises
     ------

@@ -11,8 +11,9 @@ import vtc
 from tests import tiny
 from tests.invariants import matrix
 from vtc.config import CompressionConfig
-from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import engine_of
+from vtc.engine.memory import EncoderMemory
+from vtc.selectors.divprune import DivPruneSelector
 
 ROWS = 3
 METHODS = tuple(matrix.method(name) for name in ("divprune", "vtc-cls", "divprune at vision:1", "fastv", "evs"))
@@ -63,7 +64,42 @@ def test_the_encoder_runs_once_and_nothing_else_changes(family: tiny.Family, met
                 torch.testing.assert_close(mine, theirs, atol=matrix.tolerance(case, method), rtol=0)
             shared = vtc.report(model)
             assert [each.kept.tolist() for each in shared.segments] == [each.kept.tolist() for each in report.segments]
-    assert len(seen) == once * (3 if method.tower else 2), "a stage in the tower shares its run among the rows alone"
+    assert len(seen) == once * 2, "the rows share a run, and the second call has it from the memory"
+
+
+@pytest.mark.parametrize("at", [None, "vision:1", "pixels"])
+def test_other_stages_have_results_of_their_own(at: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = matrix.sharp(tiny.family("qwen2_5_vl"))
+    inputs, chosen = case.rows()[0], []
+    original = DivPruneSelector.select
+    monkeypatch.setattr(DivPruneSelector, "select", lambda self, ctx: chosen.append(ctx.budget) or original(self, ctx))
+
+    def run(memory: EncoderMemory, **arguments: Any) -> list[torch.Tensor]:
+        stages = [CompressionConfig("divprune", at=at, **arguments), CompressionConfig("fastv", keep_ratio=0.5)]
+        with vtc.compressed(case.model, stages) as model, engine_of(model).remember(memory):
+            return generate(model, inputs)
+
+    memory = EncoderMemory()
+    for arguments in ({"keep_ratio": 0.5}, {"keep_ratio": 0.5}, {"keep_ratio": 0.25}, {"keep_tokens": 3}):
+        for mine, theirs in zip(run(memory, **arguments), run(EncoderMemory(), **arguments), strict=True):
+            assert torch.equal(mine, theirs)
+    pictures = len(chosen) // 7
+    assert len(chosen) == 7 * pictures, "four times without, and three with what is remembered"
+
+
+def test_choices_that_read_the_text_are_made_for_each_question() -> None:
+    case = matrix.sharp(tiny.family("qwen2_5_vl"))
+    inputs = case.rows()[0]
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, -3:] = torch.tensor([5, 7, 11])
+    stages = [CompressionConfig(name, keep_ratio=0.5) for name in ("cdpruner", "divprune")]
+    with vtc.compressed(case.model, stages) as model:
+        expected = generate(model, other)
+        with engine_of(model).remember(EncoderMemory()):
+            generate(model, inputs)
+            found = generate(model, other)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_the_model_with_all_its_tokens_shares_it_too() -> None:

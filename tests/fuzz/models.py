@@ -41,7 +41,7 @@ from tests.fuzz.modes import (
 )
 from tests.fuzz.modes import settings as settings_of
 from tests.invariants.test_4_restore import Snapshot
-from vtc.engine import encoder, recorder, state, watch
+from vtc.engine import memory, recorder, state, watch
 
 KEPT_BY_TRANSFORMERS = ("_cache", "_previous_max_cache_length")
 """Attributes that generate() leaves on a model, compressed or not."""
@@ -116,7 +116,7 @@ def nothing_is_open() -> None:
     assert state._CALL.get() is None, "the state of a call is left"
     assert not recorder._RECORDED.get(), "a recording is left"
     assert watch.ENCODING.get() is None, "an encoding is left"
-    assert encoder._MEMORY.get() is None, "a memory is left"
+    assert memory.MEMORY.get() is None, "a memory is left"
 
 
 def forget_what_is_open() -> None:
@@ -124,7 +124,7 @@ def forget_what_is_open() -> None:
     state._CALL.set(None)
     recorder._RECORDED.set({})
     watch.ENCODING.set(None)
-    encoder._MEMORY.set(None)
+    memory.MEMORY.set(None)
 
 
 def comparable(snapshot: Snapshot) -> Snapshot:

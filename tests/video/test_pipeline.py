@@ -25,6 +25,7 @@ from tests.tiny_processors import VIDEO_FAMILIES, processor
 from tests.video import clips
 from vtc.engine.cache import CACHE
 from vtc.engine.install import engine_of
+from vtc.selectors.aim import AimSelector
 from vtc.video import windows as streaming
 from vtc.video.files import VideoFile
 from vtc.video.pipeline import VideoQAPipeline
@@ -222,6 +223,38 @@ def test_methods_inside_the_decoder_reuse_the_features(
     assert one.report.visual_tokens_after < one.report.average_visual_tokens < one.report.visual_tokens_before
     assert f", {one.report.average_visual_tokens:.0f} of {one.report.visual_tokens_before} visual tokens" in str(one)
     assert "mean over layers" in str(one)
+
+
+@pytest.mark.parametrize("family", VIDEO_FAMILIES)
+def test_frames_are_processed_once_for_all_questions(
+    built: Any, clip: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, words = built(family)
+    original, processed = type(words.video_processor).__call__, []
+    monkeypatch.setattr(
+        type(words.video_processor), "__call__", lambda *args, **kw: processed.append(1) or original(*args, **kw)
+    )
+    pipe = pipeline(built, family, "cdpruner")
+    del processed[:]
+    _, two = pipe(clip, [QUESTION, "describe a b c ?"])
+    assert len(processed) == 1
+    alone = pipe(clip, "describe a b c ?")
+    assert two.text == alone.text
+    assert two.report is not None
+    assert alone.report is not None
+    assert two.report.lengths_per_layer == alone.report.lengths_per_layer
+
+
+def test_choices_that_do_not_read_the_question_are_made_once(
+    built: Any, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, sites = AimSelector.select, []
+    monkeypatch.setattr(AimSelector, "select", lambda self, ctx: sites.append(str(ctx.site)) or original(self, ctx))
+    pipe = pipeline(built, "qwen2_5_vl_video", "aim")
+    _, two = pipe(clip, [QUESTION, "describe a b c ?"])
+    assert sites.count("decoder") == 1
+    assert two.text == pipe(clip, "describe a b c ?").text
+    assert len([site for site in sites if site != "decoder"]) % 3 == 0, "inside the decoder for each question"
 
 
 # ---------------------------------------------------------------------------------------------------------- budgets

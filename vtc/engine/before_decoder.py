@@ -18,6 +18,7 @@ from vtc.engine.cache import CACHE, CacheRecord, cache_in, record_of
 from vtc.engine.choose import choose
 from vtc.engine.compression import Compression
 from vtc.engine.entries import require_evictable
+from vtc.engine.memory import Choices
 from vtc.engine.plan import PlannedStage
 from vtc.engine.probe import probe
 from vtc.engine.prompt import Prompt, Segment
@@ -191,13 +192,17 @@ def _select(compression: Compression, forward: ForwardState, prompt: Prompt, kwa
             probed = probe(compression, forward, kwargs)
             prompt.spend(stage.site, 1e3 * (time.perf_counter() - began))
     for stage in compression.plan.before_decoder:
+        chosen = Choices(compression.encoder.memory, compression.plan, stage)
         for segment in prompt.segments:
+            known = chosen.get(segment)
             extra = _text_values(stage, forward, prompt, segment, embeds)
             if probed:
                 row = forward.first_row(segment.row)
                 places = forward.find(row, segment.columns[segment.kept])
                 extra |= {signal: values[row][places] for signal, values in probed.items()}
-            prompt.spend(stage.site, choose(stage, segment, extra, structural=compression.plan.structural))
+            spent = choose(stage, segment, extra, structural=compression.plan.structural, known=known)
+            prompt.spend(stage.site, spent)
+            chosen.put(segment)
     for stage in compression.plan.in_decoder.values():
         for segment in prompt.segments:
             segment.text_signals |= _text_values(stage, forward, prompt, segment, embeds)

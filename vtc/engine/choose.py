@@ -26,6 +26,7 @@ def choose(
     extra: Mapping[Signal, torch.Tensor] | None = None,
     *,
     structural: str = "keep",
+    known: Selection | None = None,
 ) -> float:
     """Let a stage choose among the tokens that are left of a segment, and apply its answer.
 
@@ -36,6 +37,8 @@ def choose(
         Signals that are not on the segment: those of its text, and of the decoder, (K, ...) where they are per token.
     structural
         Whether structural tokens stay beside the scored ones.
+    known
+        The answer, where it is remembered.
 
     Returns
     -------
@@ -44,6 +47,9 @@ def choose(
     """
     if not len(segment.kept):  # an earlier stage has dropped the whole image
         segment.apply(stage.site, Selection.full(0, segment.kept.device))
+        return 0.0
+    if known is not None:
+        segment.apply(stage.site, known)
         return 0.0
     raw = {**segment.signals, **(extra or {})}
     context = VisualContext(

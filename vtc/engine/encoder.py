@@ -1,7 +1,7 @@
 """Running the encoders of images and videos: their features, how these fall into images, and the signals of the tower.
 
-What an encoder made can be kept in an `EncoderMemory` and read again by other methods, other options or other questions
-about the same images: the towers then do not run again.
+What an encoder made can be kept in an `EncoderMemory` (`memory.py`) and read again by other methods, other options or
+other questions about the same images: the towers then do not run again.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vtc.core.signals import Signal, VisionSignal
 from vtc.core.sites import Site
 from vtc.engine.hooks import Hooks
 from vtc.engine.in_tower import TowerPass, refuse_checkpointing
+from vtc.engine.memory import MEMORY, Changed, EncoderMemory, Place, Run
 from vtc.engine.plan import Plan, PlannedStage, tower_layer
 from vtc.engine.recorder import UNSEEN, masking, recording
 from vtc.engine.resample import resample
@@ -44,7 +44,7 @@ from vtc.engine.watch import (
 from vtc.errors import InputError, StateError, UnsupportedModelError
 from vtc.report.flops import block_flops
 
-__all__ = ["Encoded", "Encoder", "EncoderMemory"]
+__all__ = ["Encoded", "Encoder"]
 
 
 @dataclass(eq=False)
@@ -80,44 +80,6 @@ class Encoded:
     resampled: list[Grid] | None = None
 
 
-_Place = tuple[type[Observation], int]
-"""An observation and a layer."""
-
-
-@dataclass(eq=False)
-class _Run:
-    """The output of an encoder, the signals read from it, and observations of its layers and its input."""
-
-    output: Any
-    pixels: list[torch.Tensor] = field(default_factory=list)
-    observed: dict[_Place, list[Observation]] = field(default_factory=dict)
-    values: dict[Signal, torch.Tensor] = field(default_factory=dict)
-    tower: TowerPass | None = None
-
-
-@dataclass(eq=False)
-class EncoderMemory:
-    """Results of the encoders for the images and videos of one prompt, by modality.
-
-    Pass it to `Engine.remember`.
-
-    Attributes
-    ----------
-    rows
-        How many rows of the prompt show the same images, in the same order: the encoder runs on those of the first.
-    observations
-        Keep also the observations of the layers that were read, so that signals with other parameters can be computed
-        without running the encoder again. They are as large as the tower's queries, keys and values.
-    """
-
-    rows: int = 1
-    observations: bool = False
-    runs: dict[str, _Run] = field(default_factory=dict)
-
-
-_MEMORY: ContextVar[tuple[Any, EncoderMemory] | None] = ContextVar("vtc_encoder_memory", default=None)
-
-
 class Encoder:
     """Reads the encoders of one model.
 
@@ -146,11 +108,11 @@ class Encoder:
     @contextmanager
     def remember(self, memory: EncoderMemory) -> Iterator[None]:
         """Keep what is encoded in `memory`, and take from there what is there already, while entered."""
-        token = _MEMORY.set((self, memory))
+        token = MEMORY.set((self, memory))
         try:
             yield
         finally:
-            _MEMORY.reset(token)
+            MEMORY.reset(token)
 
     @property
     def busy(self) -> bool:
@@ -187,11 +149,17 @@ class Encoder:
         for block in blocks:
             hooks.after(block, see_hidden)
 
+    @property
+    def memory(self) -> EncoderMemory | None:
+        """The memory of this thread or task, if it has one."""
+        active = MEMORY.get()
+        return active[1] if active is not None and active[0] is self else None
+
     def remembered(self, modality: str) -> Any:
         """Return the output of an encoder that is in memory, or None."""
-        active = _MEMORY.get()
-        run = active[1].runs.get(modality) if active is not None and active[0] is self else None
-        return None if run is None or active is None else output_for_rows(run.output, active[1].rows)
+        memory = self.memory
+        run = None if memory is None else memory.runs.get(modality)
+        return None if run is None or memory is None else output_for_rows(run.output, memory.rows)
 
     def encoded(self, output: Any) -> Encoded | None:
         """Return what was read while `output` was made; None if it was made elsewhere."""
@@ -209,8 +177,7 @@ class Encoder:
         StateError
             The call reads another tower layer than the plan was made for, or no attention was seen.
         """
-        active = _MEMORY.get()
-        memory = active[1] if active is not None and active[0] is self else None
+        memory = self.memory
         rows = 1 if memory is None else memory.rows
         if rows > 1:
             args, kwargs = first_row(args, kwargs, rows)
@@ -230,11 +197,15 @@ class Encoder:
     ) -> tuple[Any, Encoded]:
         whole = call = self._arguments(modality, original, args, kwargs)
         smaller = None
+        signals = [signal for signal in self.plan.token_signals if signal.wanted_of(modality)]
+        layers = self._layers(modality, call, signals)
+        if self.plan.changes_encoder and memory is not None:
+            made = memory.changed.get(modality)
+            if made is not None and made.stages == self.plan.before_features and made.signals == tuple(signals):
+                return made.output, replace(made.encoded, spent={})
         if self.plan.resampling is not None:
             smaller = resample(self.adapter, self.plan.resampling, modality, call)
             args, kwargs, call = (), smaller.call, smaller.call
-        signals = [signal for signal in self.plan.token_signals if signal.wanted_of(modality)]
-        layers = self._layers(modality, call, signals)
         run, found = self._run(memory, modality, call, layers, signals, original, args, kwargs)
         if getattr(run.output, "pooler_output", None) is None:
             raise InputError(f"get_{modality}_features returned no pooler_output; call it with return_dict=True")
@@ -263,12 +234,15 @@ class Encoder:
             encoded.spent, encoded.tower_flops = dict(run.tower.spent), self._tower_flops(modality, run.tower)
         for site, milliseconds in looking.items():
             encoded.spent[site] = encoded.spent.get(site, 0.0) + milliseconds
-        if smaller is None:
-            return run.output, encoded
-        left = self._flops_of(modality, call) if encoded.tower_flops is None else encoded.tower_flops[1]
-        encoded.tower_flops = self._flops_of(modality, whole), left
-        output = smaller.output(run.output)
-        return output, smaller.encoded(encoded, output)
+        output = run.output
+        if smaller is not None:
+            left = self._flops_of(modality, call) if encoded.tower_flops is None else encoded.tower_flops[1]
+            encoded.tower_flops = self._flops_of(modality, whole), left
+            output = smaller.output(run.output)
+            encoded = smaller.encoded(encoded, output)
+        if self.plan.changes_encoder and memory is not None and _repeatable(self.plan.before_features, output):
+            memory.changed[modality] = Changed(self.plan.before_features, tuple(signals), output, encoded)
+        return output, encoded
 
     def _arguments(self, modality: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if modality not in self._signatures:
@@ -301,13 +275,13 @@ class Encoder:
         original: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[_Run, dict[tuple[Signal, int], list[torch.Tensor]]]:
+    ) -> tuple[Run, dict[tuple[Signal, int], list[torch.Tensor]]]:
         """Run the encoder, or remember that it ran, and compute the signals of every layer as its values pass."""
-        if self.plan.changes_encoder:  # what leaves the tower is of this plan alone
+        if self.plan.changes_encoder:  # what leaves the tower is of these stages alone: see `memory.Changed`
             memory = None
         known = None if memory is None else memory.runs.get(modality)
         missing = [signal for signal in signals if known is None or signal not in known.values]
-        readers: dict[_Place, dict[Signal, None]] = {}  # each once
+        readers: dict[Place, dict[Signal, None]] = {}  # each once
         wanted = [(signal, layer) for signal in missing for layer in layers.get(signal, ())]
         for signal, layer in wanted + [pair for stage in self._stages() for pair in _pairs(stage_layers(stage))]:
             readers.setdefault((signal.reads, layer), {})[signal] = None
@@ -315,7 +289,7 @@ class Encoder:
         by_pixels = any(signal.reads is PatchPixels for signal in [*missing, *in_tower])
         found: dict[tuple[Signal, int], list[torch.Tensor]] = {}
 
-        def take(place: _Place, raw: Observation) -> None:
+        def take(place: Place, raw: Observation) -> None:
             for signal in readers[place]:
                 found.setdefault((signal, place[1]), []).append(signal.compute(raw).float())
 
@@ -327,9 +301,9 @@ class Encoder:
             return known, found
 
         keep = memory is not None and memory.observations
-        run = _Run(None)
+        run = Run(None)
 
-        def see(place: _Place, raw: Observation) -> None:
+        def see(place: Place, raw: Observation) -> None:
             take(place, raw)
             if keep:
                 run.observed.setdefault(place, []).append(raw)
@@ -366,8 +340,8 @@ class Encoder:
     def _observing(
         self,
         modality: str,
-        places: Sequence[_Place],
-        see: Callable[[_Place, Observation], None],
+        places: Sequence[Place],
+        see: Callable[[Place, Observation], None],
         watch: Watch,
     ) -> Iterator[None]:
         """Let `watch` watch the encoder, and hand the observations of these layers to `see`, while entered."""
@@ -465,6 +439,11 @@ def stage_layers(stage: PlannedStage) -> dict[Signal, tuple[int, ...]]:
     layer = tower_layer(stage.site)
     wanted = [signal for signal in stage.stage.requires if isinstance(signal, VisionSignal)]
     return {signal: signal.vision_layers(layer, layer - 1) for signal in wanted}
+
+
+def _repeatable(stages: Sequence[PlannedStage], output: Any) -> bool:
+    """Tell whether stages would give this output again: modules may be in training, and an output carry a graph."""
+    return not any(stage.selector.trained for stage in stages) and not _first_tensor(output).requires_grad
 
 
 def _pairs(layers: Mapping[Signal, tuple[int, ...]]) -> list[tuple[Signal, int]]:

@@ -43,9 +43,10 @@ from vtc.engine.ahead import spare_projections
 from vtc.engine.before_decoder import before_decoder
 from vtc.engine.cache import Owner, cache_in, record_of
 from vtc.engine.compression import Compression
-from vtc.engine.encoder import Encoded, EncoderMemory
+from vtc.engine.encoder import Encoded
 from vtc.engine.hooks import Hooks
 from vtc.engine.in_decoder import enter_layer, enter_prebuilt, see_call, see_update
+from vtc.engine.memory import EncoderMemory
 from vtc.engine.plan import Plan
 from vtc.engine.prompt import Prompt
 from vtc.engine.recorder import Recorder
@@ -164,8 +165,7 @@ class Engine(Compression):
         """Encode images and videos once: keep the results in `memory`, and take from it what is there already.
 
         The memory is of one prompt. It serves other configurations of the same model too, and the uncompressed model
-        while this engine is disabled. Stages inside the tower change what leaves it: they never read from the memory,
-        and share one run among its rows alone.
+        while this engine is disabled. See `vtc.remember` for what it holds.
         """
         return self.encoder.remember(memory)
 

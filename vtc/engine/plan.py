@@ -24,8 +24,11 @@ from vtc.core.observations import (
     DecoderProbe,
     DecoderUpdate,
     EnteredAttention,
+    PatchPixels,
     PromptText,
     TokenGrids,
+    VisionAttention,
+    VisionHidden,
 )
 from vtc.core.selector import Selector
 from vtc.core.signals import ClsAttention, ProbeSignal, Signal, VisionSignal
@@ -61,6 +64,8 @@ _CACHES = (CacheAfterPrefill, CacheWhileDecoding)
 _BEFORE = BeforeDecoder().order
 
 _IN_DECODER = (DecoderAttention, DecoderHidden, EnteredAttention)
+
+_OF_PICTURES = (PatchPixels, TokenGrids, VisionAttention, VisionHidden)
 
 _AT_CACHE = (DecoderAttention, DecoderCall, DecoderHidden, DecoderUpdate)
 
@@ -135,6 +140,11 @@ class Plan:
         return bool(self.in_tower) or self.resampling is not None
 
     @cached_property
+    def before_features(self) -> tuple[PlannedStage, ...]:
+        """Stages at the pixels and inside the tower."""
+        return tuple(stage for stage in self.stages if isinstance(stage.site, (Pixels, VisionLayer)))
+
+    @cached_property
     def before_decoder(self) -> tuple[PlannedStage, ...]:
         """Stages before the language model."""
         return tuple(stage for stage in self.stages if isinstance(stage.site, BeforeDecoder))
@@ -186,6 +196,22 @@ class Plan:
         """Signals of a pass of the first decoder layers over the prompt, each once."""
         signals = [signal for stage in self.before_decoder for signal in stage.stage.requires]
         return tuple(dict.fromkeys(signal for signal in signals if isinstance(signal, ProbeSignal)))
+
+    def of_pictures(self, stage: PlannedStage) -> tuple[PlannedStage, ...] | None:
+        """Return the stages up to one before the language model, if the pictures alone decide what they choose.
+
+        None where one of them reads anything else, or has modules, which may be in training.
+        """
+        last = self.before_decoder.index(stage)
+        stages = (*self.before_features, *self.before_decoder[: last + 1])
+        fixed = all(
+            not stage.selector.trained
+            and stage.stage.action is not Action.REPLACE
+            and not isinstance(stage.selector, UpdatingSelector)
+            and all(signal.reads in _OF_PICTURES and not signal.reads_regions for signal in stage.stage.requires)
+            for stage in stages
+        )
+        return stages if fixed else None
 
     @property
     def reads_text(self) -> bool:

@@ -23,8 +23,8 @@ from vtc.config import CompressionConfig
 from vtc.core.eviction import CacheSelector
 from vtc.core.ranges import Range
 from vtc.core.selector import Selector
-from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of
+from vtc.engine.memory import EncoderMemory
 from vtc.engine.plan import make_plan
 from vtc.errors import ConfigError, InputError, StateError, UnsupportedMethodError
 from vtc.files import check_writable, cut_incomplete_line, replacing

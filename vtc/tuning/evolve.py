@@ -12,8 +12,8 @@ from torch import nn
 from vtc import api
 from vtc.config import CompressionConfig
 from vtc.engine.cache import CACHE, cache_in
-from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of
+from vtc.engine.memory import EncoderMemory
 from vtc.tuning.cma import CmaEs
 
 __all__ = ["evolve_fractions", "with_mean"]

@@ -25,8 +25,8 @@ from vtc.adapters.base import Adapter
 from vtc.budget import check_seed
 from vtc.config import CompressionConfig
 from vtc.core.regions import regions as vtc_regions
-from vtc.engine.encoder import EncoderMemory
 from vtc.engine.install import adapter_for, engine_of
+from vtc.engine.memory import EncoderMemory
 from vtc.engine.plan import make_plan, shape_of
 from vtc.errors import ConfigError, InputError
 from vtc.limits import MAX_ROUNDS, check_count

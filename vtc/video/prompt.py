@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,13 @@ class VideoPrompt:
         found: torch.Tensor = self.engine.model._prepare_position_ids_for_generation(ids, arguments)
         return found
 
+    def text_inputs(self, question: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return those of the processor's outputs that depend on the question; of those called `names`."""
+        ids = self.ids(question)
+        kinds = (1 if self.as_images else 2) * (ids == self.token_id).int()
+        made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+        return {name: value for name, value in made.items() if name in names}
+
     # -- pixels ---------------------------------------------------------------------------------------------------
 
     def process(self, frames: np.ndarray[Any, Any], numbers: Sequence[int], seen: int) -> dict[str, torch.Tensor]:
@@ -150,6 +157,17 @@ class VideoPrompt:
         """Return frames and numbers, the last repeated to fill its step: some processors refuse a single frame."""
         lacking = -len(frames) % self.join
         return np.concatenate([frames, *[frames[-1:]] * lacking]), [*numbers, *[numbers[-1]] * lacking]
+
+    def see(self, made: Mapping[str, torch.Tensor]) -> bool:
+        """Note the shape of the video that a processor made of all frames; False if it cannot be told."""
+        if "video_grid_thw" in made:
+            t, h, w = made["video_grid_thw"][0].tolist()
+            self.grid = (t, h, w)
+        elif self.as_images:
+            self.pixels, self.steps = tuple(made["pixel_values"].shape[1:]), len(self.frames)
+        elif "pixel_values_videos" in made:
+            self.pixels, self.steps = tuple(made["pixel_values_videos"].shape[2:]), len(self.frames)
+        return self.grid is not None or self.steps > 0
 
     def _process(self, frames: np.ndarray[Any, Any], numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         frames, numbers = self.whole_steps(frames, numbers)

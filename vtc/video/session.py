@@ -15,8 +15,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vtc.chat import chat, processing
 from vtc.engine.cache import CACHE, record_of
-from vtc.engine.encoder import EncoderMemory
 from vtc.engine.engine import Engine
+from vtc.engine.memory import EncoderMemory
 from vtc.errors import InputError, UnsupportedMethodError
 from vtc.report.report import Report
 from vtc.video.files import VideoInfo
@@ -252,28 +252,19 @@ class _Whole(VideoSession):
             )
         began = time.perf_counter()
         (self.frames,) = windows
-        self.seconds = {"decode": time.perf_counter() - began}
+        self.seconds = {"decode": time.perf_counter() - began, "process": 0.0}
         self._memory = EncoderMemory()
+        self._pixels: dict[str, Any] | None = None  # what the processor made of the frames, if it need not run again
+        self._text: list[str] = []  # what it makes beside that
         if bar is not None:
             bar.update(len(self.frames))
 
     def _ask(self, question: str) -> VideoAnswer:
         pipeline = self.pipeline
         with pipeline.compressing() as engine, torch.no_grad():
-            prompt = self._prompt(engine)
             began = time.perf_counter()
-            frames, numbers = prompt.whole_steps(self.frames, prompt.frames)
-            with processing(pipeline.processor, described(frames)):
-                inputs = pipeline.processor(
-                    text=[prompt.text(question)],
-                    videos=[frames],
-                    do_sample_frames=False,
-                    video_metadata=[prompt.metadata(numbers)],
-                    return_tensors="pt",
-                )
-            inputs.pop("video_metadata", None)
-            inputs = inputs.to(engine.model.device, engine.model.dtype)
-            self.seconds["process"] = time.perf_counter() - began
+            inputs = self._inputs(engine, question)
+            process = time.perf_counter() - began
             stopwatch = _Stopwatch(engine.model.device)
             with engine.remember(self._memory):
                 output = engine.model.generate(
@@ -285,9 +276,34 @@ class _Whole(VideoSession):
             report = engine.report()
         window = (len(self.frames), report.visual_tokens_before, report.visual_tokens_after)
         length = inputs["input_ids"].shape[1]
-        return self._answer(
+        answer = self._answer(
             question, output, length, stopwatch, report=report, reusable=("features",), windows=(window,)
         )
+        return replace(answer, timings={**answer.timings, "process": process})
+
+    def _inputs(self, engine: Engine, question: str) -> dict[str, Any]:
+        """Return what the processor makes of the frames and a question; what it makes of the frames, once."""
+        processor, prompt = self.pipeline.processor, self._prompt(engine)
+        if self._pixels is not None:
+            prompt.see(self._pixels)
+            return {**self._pixels, **prompt.text_inputs(question, self._text)}
+        frames, numbers = prompt.whole_steps(self.frames, prompt.frames)
+        with processing(processor, described(frames)):
+            made = processor(
+                text=[prompt.text(question)],
+                videos=[frames],
+                do_sample_frames=False,
+                video_metadata=[prompt.metadata(numbers)],
+                return_tensors="pt",
+            )
+        made.pop("video_metadata", None)
+        inputs = dict(made.to(engine.model.device, engine.model.dtype))
+        if prompt.see(inputs):  # and the ids of another question can be made without it
+            own = prompt.text_inputs(question, inputs)
+            if all(torch.equal(value, inputs[name]) for name, value in own.items()):
+                self._text = list(own)
+                self._pixels = {name: value for name, value in inputs.items() if name not in own}
+        return inputs
 
 
 class _Captioned(VideoSession):
