@@ -39,6 +39,7 @@ from vtc.kernels import VisibilityMask, patch_entropy
 from vtc.kernels import reference as specification
 from vtc.selectors.aim import PageRank
 from vtc.selectors.learned.atp import ModalityAttention, TextValues
+from vtc.selectors.prumerge import WideClsAttention
 from vtc.selectors.todre import AttentionExchange
 from vtc.selectors.vflowopt import ContextRelevance, PixelEntropy
 
@@ -92,6 +93,20 @@ def test_tower_attention_is_that_of_the_matrix(mask: Tensor | None) -> None:
     )
     if mask is None:
         torch.testing.assert_close(ContextRelevance(t=1.1).compute(raw)[:, 1:], expected)
+
+
+def test_what_cls_sees_of_merged_tokens_is_what_it_sees_of_those_they_stand_for() -> None:
+    raw = tower()  # the last token stands for three; behind it is padding
+    times = torch.tensor([1] * 8 + [3])
+    apart = VisionAttention(*(x.repeat_interleave(times, dim=2) for x in (raw.queries, raw.keys, raw.values)), 0.4)
+    padded = [torch.cat([x, x[:, :, :2]], dim=2) for x in (raw.queries, raw.keys, raw.values)]
+    mask = torch.arange(11).lt(9).expand(2, 1, 1, 11)
+    bias = torch.cat([times, torch.ones(2)]).log().expand(2, 11)
+    merged = VisionAttention(*padded, 0.4, mask, None, 1, bias)
+    for signal in (ClsAttention(), WideClsAttention()):
+        whole, found = signal.compute(apart), signal.compute(merged)
+        expected = torch.cat([whole[:, :8], whole[:, 8:].sum(dim=1, keepdim=True), torch.zeros_like(whole[:, :2])], 1)
+        torch.testing.assert_close(found, expected, msg=lambda text, s=signal: f"{s.name}: {text}")
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,20 @@ class WideClsAttention(VisionSignal):
     needs_cls: ClassVar[bool] = True
 
     def compute(self, raw: VisionAttention) -> Tensor:
-        """(B, M): the softmax of the products of whole queries and keys, over the root of their width."""
+        """(B, M): the softmax of the products of whole queries and keys, over the root of their width.
+
+        As in the tower's own attention, a merged token counts as often as it stands for others.
+        """
         parts = []
         for one in raw.sequences():
             query, keys = one.queries[:, :, :1].float(), one.keys.float()
             heads, width = query.shape[1], query.shape[3]
             keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
             logits = (query @ keys.transpose(2, 3)).sum(dim=1)[:, 0] / (heads * width) ** 0.5
+            if one.bias is not None:
+                logits = logits + one.bias.float()
+            if one.mask is not None:
+                logits = logits.masked_fill(~one.mask[:, 0, 0], -torch.inf)
             parts.append(logits.softmax(dim=-1))
         return torch.cat(parts, dim=1)
 
