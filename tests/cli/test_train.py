@@ -85,6 +85,8 @@ def test_shipped_modules_are_found(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(ask) == 0
     assert "4 of 256" in capsys.readouterr().out
+    assert main([*ask[:4], "divprune@vision:2=0.5+vtc-asked=16"]) == 0
+    assert "16 of 256" in capsys.readouterr().out
     assert main([*ask[:4], "atp"]) == 0
     assert "at decoder:5, tokens" in capsys.readouterr().out
     assert main([*ask, "--model", "reference:internvl"]) == 2

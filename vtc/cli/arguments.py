@@ -107,6 +107,8 @@ def option(text: str) -> tuple[str, Any]:
 def stages(args: argparse.Namespace, **settings: Any) -> list[vtc.CompressionConfig]:
     """The configurations that --method describes where it is a line of stages, otherwise one: `configuration`.
 
+    A method that is trained gets the modules that ship with a reference model, if no option of its own is given.
+
     Raises
     ------
     VtcError
@@ -119,14 +121,13 @@ def stages(args: argparse.Namespace, **settings: Any) -> list[vtc.CompressionCon
     if beside:
         raise ConfigError(f"{', '.join(beside)} given beside --method {args.method!r}, which says it for each stage.")
     own = {name: value for name, value in settings.items() if (name, value) != ("positions", "original")}
-    return [dataclasses.replace(config, **own) for config in parse_stages(args.method)]
+    return [_with_modules(dataclasses.replace(config, **own), args) for config in parse_stages(args.method)]
 
 
 def configuration(args: argparse.Namespace, **settings: Any) -> vtc.CompressionConfig:
     """The configuration that the method, its options, the budget and the site describe, with further `settings`.
 
-    A method that is trained gets the modules that ship with a reference model, if no option says otherwise. A line of
-    one stage says all of this by itself.
+    A line of one stage says all of this by itself.
 
     Raises
     ------
@@ -140,20 +141,25 @@ def configuration(args: argparse.Namespace, **settings: Any) -> vtc.CompressionC
 
 
 def _configuration(args: argparse.Namespace, settings: dict[str, Any]) -> vtc.CompressionConfig:
-    options = dict(args.options)
-    if not options:
-        found = shipped_modules(args.method, getattr(args, "model", ""), args.keep_tokens)
-        options |= {} if found is None else {"modules": found}
     config = vtc.CompressionConfig(
         method=args.method,
         keep_ratio=DEFAULT_KEEP_RATIO if args.keep_ratio is None and args.keep_tokens is None else args.keep_ratio,
         keep_tokens=args.keep_tokens,
-        options=options,
+        options=dict(args.options),
         **site(args),
         **settings,
     )
+    config = _with_modules(config, args)
     registry.get_selector(config.method, **config.options)
     return config
+
+
+def _with_modules(config: vtc.CompressionConfig, args: argparse.Namespace) -> vtc.CompressionConfig:
+    """Add the modules that ship with the model to the options of a trained method that has none."""
+    if config.options:
+        return config
+    found = shipped_modules(config.method, getattr(args, "model", ""), config.keep_tokens)
+    return config if found is None else dataclasses.replace(config, options={"modules": found})
 
 
 def shipped_modules(method: str, model: str, keep_tokens: int | None) -> str | None:
