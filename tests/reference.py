@@ -43,7 +43,7 @@ def text_model(model: Any) -> Any:
 def placeholder_id(model: Any, modality: str) -> int:
     """Token id that stands for an image (or a video) in prompts that have no other visuals."""
     # GLM-4.1V has one for both; its `video_token_id` is never in a prompt.
-    return getattr(model.config, f"{'image' if model.config.model_type == 'glm4v' else modality}_token_id")
+    return getattr(model.config, f"{'image' if model.config.model_type.startswith('glm4') else modality}_token_id")
 
 
 def placeholder_columns(model: Any, input_ids: Tensor, row: int, modality: str) -> Tensor:

@@ -194,6 +194,32 @@ class GridVisuals(Visuals):
         return {"pixel_values": patches, "image_grid_thw": grid}
 
 
+@dataclass(frozen=True)
+class SizedVisuals(Visuals):
+    """Pixtral: pictures of any size, padded to the largest of a batch, with a text token behind every row of tokens."""
+
+    sizes: tuple[tuple[int, int], ...]
+    cell: int
+
+    def layout(self, model: Any, size: int, alone: bool, text: Callable[[int], list[int]]) -> list[int]:
+        height, width = self.sizes[size % len(self.sizes)]
+        rows = [[IMAGE] * (width // self.cell) + text(1) for _ in range(height // self.cell)]
+        return [token for row in rows for token in row]
+
+    def tensors(self, size: int, generator: torch.Generator) -> Inputs:
+        height, width = self.sizes[size % len(self.sizes)]
+        pixels = torch.randn(1, 3, height, width, generator=generator)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+
+    def collate(self, rows: Sequence[Sequence[Inputs]]) -> Inputs:
+        flat = [tensors for row in rows for tensors in row]
+        sizes = torch.cat([tensors["image_sizes"] for tensors in flat])
+        pixels = torch.zeros(len(flat), 3, *sizes.amax(dim=0).tolist())
+        for padded, tensors, (height, width) in zip(pixels, flat, sizes.tolist(), strict=True):
+            padded[:, :height, :width] = tensors["pixel_values"][0]
+        return {"pixel_values": pixels, "image_sizes": sizes}
+
+
 # ------------------------------------------------------------------------------------------------- architectures
 
 
@@ -249,6 +275,10 @@ def _siglip() -> Any:
     return transformers.SiglipVisionConfig(**_tower(vision_use_head=False))
 
 
+def _pixtral() -> Any:
+    return transformers.PixtralVisionConfig(**_tower(4, patch_size=4, initializer_range=INIT))
+
+
 def _dinov2() -> Any:
     shape = {key: value for key, value in _tower(4).items() if key != "intermediate_size"}
     return transformers.Dinov2Config(mlp_ratio=2, initializer_range=INIT, **shape)
@@ -269,6 +299,21 @@ _QWEN_IDS = {
 def _llava(tower: Callable[[], Any]) -> Any:
     return transformers.LlavaConfig(
         vision_config=tower(), text_config=transformers.LlamaConfig(**_text()), image_seq_length=16, **_PLACEHOLDERS
+    )
+
+
+def _llava_pixtral() -> Any:
+    config = _llava(_pixtral)
+    config.vision_feature_layer, config.vision_feature_select_strategy = -1, "full"
+    return config
+
+
+def _mistral3() -> Any:
+    return transformers.Mistral3Config(
+        vision_config=_pixtral(),
+        text_config=transformers.MistralConfig(sliding_window=None, **_text()),
+        spatial_merge_size=2,
+        **_PLACEHOLDERS,
     )
 
 
@@ -359,8 +404,8 @@ def _qwen3_vl() -> Any:
     )
 
 
-def _qwen3_5() -> Any:
-    return transformers.Qwen3_5Config(
+def _qwen3_5(config_class: str = "Qwen3_5Config", **text: Any) -> Any:
+    return getattr(transformers, config_class)(
         text_config=_text(
             head_dim=16,
             linear_key_head_dim=16,
@@ -368,6 +413,7 @@ def _qwen3_5() -> Any:
             linear_num_key_heads=2,
             linear_num_value_heads=4,
             rope_parameters=_qwen_rope(mrope_section=[1, 1, 2], mrope_interleaved=True, partial_rotary_factor=0.5),
+            **text,
         ),
         vision_config=_qwen_tower(
             depth=2, hidden_size=32, intermediate_size=48, out_hidden_size=HIDDEN, num_position_embeddings=64
@@ -376,9 +422,9 @@ def _qwen3_5() -> Any:
     )
 
 
-def _glm4v() -> Any:
-    return transformers.Glm4vConfig(
-        text_config=_text(rope_parameters=_qwen_rope()),
+def _glm4v(config_class: str = "Glm4vConfig", sections: Sequence[int] = (2, 3, 3), **text: Any) -> Any:
+    return getattr(transformers, config_class)(
+        text_config=_text(rope_parameters=_qwen_rope(mrope_section=list(sections)), **text),
         vision_config=_qwen_tower(depth=3, hidden_size=32, intermediate_size=48, out_hidden_size=HIDDEN, image_size=32),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -402,6 +448,16 @@ def _idefics3(config_class: str) -> Any:
         text_config=transformers.LlamaConfig(**_text()),
         image_token_id=IMAGE,
         scale_factor=2,
+    )
+
+
+def _cohere(config_class: str) -> Any:
+    return getattr(transformers, config_class)(
+        vision_config=transformers.SiglipVisionConfig(**_tower(vision_use_head=False, patch_size=4)),
+        text_config=transformers.Cohere2Config(**_text()),
+        downsample_factor=2,
+        alignment_intermediate_size=96,
+        image_token_id=IMAGE,
     )
 
 
@@ -438,6 +494,10 @@ def _fill_gemma3_projector(model: Any) -> None:
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)
 
 
+def _route_in_any_precision(model: Any) -> None:
+    model.set_experts_implementation("eager")  # the others know no float64
+
+
 def _mm_token_types(ids: Tensor) -> Inputs:
     return {"mm_token_type_ids": ((ids == IMAGE) + 2 * (ids == VIDEO)).int()}
 
@@ -460,6 +520,8 @@ def _anyres(**changes: Any) -> ProbedVisuals:
 _QWEN_BOTH: dict[str, Visuals] = {"image": _QWEN_IMAGES, "video": _QWEN_VIDEOS}
 _QWEN_SPLIT: dict[str, Visuals] = {"image": _QWEN_IMAGES, "video": dataclasses.replace(_QWEN_VIDEOS, split=True)}
 
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llava": Architecture(
         "LlavaForConditionalGeneration", functools.partial(_llava, _clip), {"image": FixedVisuals(16)}
@@ -469,6 +531,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "llava_siglip": Architecture(
         "LlavaForConditionalGeneration", functools.partial(_llava, _siglip), {"image": FixedVisuals(15)}
+    ),
+    "llava_pixtral": Architecture(
+        "LlavaForConditionalGeneration", _llava_pixtral, {"image": SizedVisuals(((16, 16), (12, 20), (8, 16)), 4)}
+    ),
+    "mistral3": Architecture(
+        "Mistral3ForConditionalGeneration", _mistral3, {"image": SizedVisuals(((32, 32), (24, 40), (16, 32)), 8)}
+    ),
+    "aya_vision": Architecture(
+        "AyaVisionForConditionalGeneration",
+        functools.partial(_cohere, "AyaVisionConfig"),
+        {"image": FixedVisuals(16, tiles=(2, 1))},
+    ),
+    "cohere2_vision": Architecture(
+        "Cohere2VisionForConditionalGeneration",
+        functools.partial(_cohere, "Cohere2VisionConfig"),
+        {"image": FixedVisuals(16, tiles=(2, 1))},
     ),
     "llava_next": Architecture("LlavaNextForConditionalGeneration", _llava_next, {"image": _anyres()}),
     "llava_next_video": Architecture(
@@ -494,6 +572,26 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_5_vl": Architecture("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, _QWEN_BOTH, _mm_token_types),
     "qwen3_vl": Architecture("Qwen3VLForConditionalGeneration", _qwen3_vl, _QWEN_SPLIT, _mm_token_types),
     "qwen3_5": Architecture("Qwen3_5ForConditionalGeneration", _qwen3_5, _QWEN_SPLIT, _mm_token_types),
+    "qwen3_5_moe": Architecture(
+        "Qwen3_5MoeForConditionalGeneration",
+        functools.partial(_qwen3_5, "Qwen3_5MoeConfig", shared_expert_intermediate_size=32, num_experts=4, **_EXPERTS),
+        _QWEN_SPLIT,
+        _mm_token_types,
+        prepare=_route_in_any_precision,
+    ),
+    "glm4v_moe": Architecture(
+        "Glm4vMoeForConditionalGeneration",
+        functools.partial(_glm4v, "Glm4vMoeConfig", (1, 1, 2), n_routed_experts=4, head_dim=16, **_EXPERTS),
+        {"image": _QWEN_IMAGES},
+        _glm_token_types,
+        prepare=_route_in_any_precision,
+    ),
+    "glm46v": Architecture(
+        "Glm46VForConditionalGeneration",
+        functools.partial(_glm4v, "Glm46VConfig"),
+        {"image": _QWEN_IMAGES},
+        _glm_token_types,
+    ),
     # Two architectures, as transformers refuses images and videos in one batch: they have one placeholder.
     "glm4v": Architecture("Glm4vForConditionalGeneration", _glm4v, {"image": _QWEN_IMAGES}, _glm_token_types),
     "glm4v_video": Architecture("Glm4vForConditionalGeneration", _glm4v, {"video": _GLM_VIDEOS}, _glm_token_types),
@@ -570,6 +668,8 @@ class Family:
         Whether the vision tower has a [CLS] token, so that CLS-attention methods apply.
     hybrid : bool
         Whether the decoder has linear-attention layers, for which masking a token differs from dropping it.
+    routed : bool
+        Whether experts are weighted in float32 even in a model in float64, which then rounds as one in float32.
     """
 
     name: str
@@ -577,6 +677,7 @@ class Family:
     modality: str = "image"
     cls: bool = False
     hybrid: bool = False
+    routed: bool = False
 
     @property
     def any_size(self) -> bool:
@@ -617,6 +718,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("gemma3", "gemma3"),
     Family("paligemma", "paligemma"),
     Family("qwen3_5", "qwen3_5", hybrid=True),
+    Family("llava_pixtral", "llava_pixtral"),
+    Family("mistral3", "mistral3"),
 )
 
 LARGE: tuple[Family, ...] = (

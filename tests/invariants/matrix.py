@@ -245,4 +245,5 @@ def tolerance(case: tiny.TinyCase, method: Method | None = None) -> float:
     if case.family.hybrid:
         return HYBRID_TOLERANCE
     # Tokens are merged in float32, whatever the model's precision.
-    return TOLERANCE[torch.float32 if method is not None and method.merges else case.model.dtype]
+    rounded = case.family.routed or (method is not None and method.merges)
+    return TOLERANCE[torch.float32 if rounded else case.model.dtype]

@@ -231,6 +231,10 @@ class Adapter(ABC):
         """Return the modules behind which there is one row per cell; none where the tower itself returns patches."""
         return []
 
+    def packed_lengths(self, modality: str, call: Mapping[str, Any]) -> list[int] | None:
+        """Count the patches of every picture, where all pictures are one sequence that a mask divides; else None."""
+        return None
+
     def pictures(self, modality: str, call: Mapping[str, Any], crops: Sequence[torch.Tensor]) -> list[Picture] | None:
         """Put the patches (M, C, P) of every crop together again, as `patch_pixels` gives them; None: it cannot."""
         return None

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vtc.adapters.base import Adapter, Layout, hidden_state_layer, parts_of, rows_of
+from vtc.adapters.base import Adapter, Layout, TowerUnit, hidden_state_layer, parts_of, rows_of
+from vtc.adapters.pixtral import packed_lengths, packed_pictures, packed_units
 from vtc.core.grids import Grid
 from vtc.registry import register_adapter
 
@@ -61,6 +62,21 @@ class LlavaAdapter(CropAdapter):
             grids.append(((1, height, width),))
             structural += [True] * prefix + [False] * (length - prefix)
         return Layout(lengths, grids, torch.tensor(structural, device=rows_of(output).device))
+
+    def packed_lengths(self, modality: str, call: Mapping[str, Any]) -> list[int] | None:
+        return packed_lengths(self.base.vision_tower, call) if call.get("image_sizes") is not None else None
+
+    def tower_units(self, modality: str, call: Mapping[str, Any], crops: int, patches: int) -> list[TowerUnit]:
+        if call.get("image_sizes") is not None:
+            return packed_units(self.base.vision_tower, call)
+        return super().tower_units(modality, call, crops, patches)
+
+    def patch_pixels(
+        self, modality: str, call: Mapping[str, Any], pixels: torch.Tensor
+    ) -> tuple[list[torch.Tensor], tuple[int, int] | None]:
+        if call.get("image_sizes") is not None:
+            return packed_pictures(self.base.vision_tower, call, pixels)
+        return super().patch_pixels(modality, call, pixels)
 
     def patches_to_tokens(self, modality: str, call: Mapping[str, Any], patches: torch.Tensor) -> torch.Tensor:
         prefix, lost = self._prefix_and_loss(modality, call)

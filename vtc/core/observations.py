@@ -92,8 +92,9 @@ class VisionAttention(Observation):
             return
         lengths = self.cu_seqlens.diff().tolist()
         parts = (x.split(lengths, dim=2) for x in (self.queries, self.keys, self.values))
-        for queries, keys, values in zip(*parts, strict=True):
-            yield VisionAttention(queries, keys, values, self.scaling, prefix=self.prefix)
+        biases = [None] * len(lengths) if self.bias is None else self.bias.split(lengths, dim=1)
+        for queries, keys, values, bias in zip(*parts, biases, strict=True):
+            yield VisionAttention(queries, keys, values, self.scaling, prefix=self.prefix, bias=bias)
 
 
 @dataclass(frozen=True, eq=False)

@@ -326,7 +326,11 @@ class Encoder:
             flash = "flash" in str(config._attn_implementation)
             return TowerPass(units, self.plan.in_tower, prefix, modality, values, flash=flash)
 
-        watch = Watch(run.pixels if by_pixels or keep else None, begin=begin if self.plan.in_tower else None)
+        watch = Watch(
+            run.pixels if by_pixels or keep else None,
+            begin=begin if self.plan.in_tower else None,
+            packed=self.adapter.packed_lengths(modality, call),
+        )
         with self._observing(modality, list(readers), see, watch):
             run.output = original(*args, **kwargs)
         run.tower = watch.tower
@@ -407,7 +411,8 @@ class Encoder:
         given = torch.cat(list(pixels))
         crops, size = self.adapter.patch_pixels(modality, call, given)
         pictures = functools.partial(self.adapter.pictures, modality, call, crops) if size is None else None
-        return signal.compute(PatchPixels(tuple(crops), size, packed=given.dim() == 2, pictures=pictures))
+        packed = given.dim() == 2 or self.adapter.packed_lengths(modality, call) is not None
+        return signal.compute(PatchPixels(tuple(crops), size, packed=packed, pictures=pictures))
 
     def _survivors(
         self, modality: str, call: Mapping[str, Any], tower: TowerPass | None, layout: Layout

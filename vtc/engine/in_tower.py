@@ -28,6 +28,9 @@ from vtc.errors import UnsupportedMethodError, UnsupportedModelError
 
 __all__ = ["TowerPass", "refuse_checkpointing"]
 
+_BORDERS = {"cu_seqlens": "max_seqlen", "cu_seq_lens_q": "max_length_q", "cu_seq_lens_k": "max_length_k"}
+"""How the arguments of a layer are called that say where packed sequences end, and how long the longest is."""
+
 Values = Callable[[PlannedStage], Mapping[Signal, torch.Tensor]]
 """Signals that a stage requires, as values (C, M, ...) per patch of the whole sequence, without prefix tokens."""
 
@@ -121,13 +124,13 @@ class TowerPass:
             self._source = torch.arange(self._length, device=rows.device).expand(len(rows), -1)
         for stage in self.stages.get(layer, ()):
             rows = self._drop(stage, layer, rows)
-        borders = kwargs.get("cu_seqlens")
-        before = torch.full((len(rows),), self._length, device=rows.device) if borders is None else borders.diff()
+        named = next((name for name in _BORDERS if kwargs.get(name) is not None), None)
+        before = torch.full((len(rows),), self._length, device=rows.device) if named is None else kwargs[named].diff()
         self._loads[layer] = before, before
         if not self._plans:
             return None
         kwargs = {**kwargs, **self._arguments(kwargs)}
-        self._loads[layer] = before, (self._source >= 0).sum(dim=1) if borders is None else kwargs["cu_seqlens"].diff()
+        self._loads[layer] = before, (self._source >= 0).sum(dim=1) if named is None else kwargs[named].diff()
         if len(args) > 1 and isinstance(args[1], torch.Tensor):  # CLIP's and SigLIP's mask has no name
             args = (args[0], self._shorten_mask(args[1]), *args[2:])
         hidden = rows[0] if packed else rows
@@ -310,13 +313,15 @@ class TowerPass:
         tables = kwargs.get("position_embeddings")
         if isinstance(tables, tuple):
             changed["position_embeddings"] = tuple(self._once(table, self._shorten_table) for table in tables)
-        borders = kwargs.get("cu_seqlens")
-        if borders is not None:
-            changed["cu_seqlens"] = shorter = self._once(borders, self._shorten_borders)
-            longest = kwargs.get("max_seqlen")
+        for name, length in _BORDERS.items():
+            borders = kwargs.get(name)
+            if borders is None:
+                continue
+            changed[name] = shorter = self._once(borders, self.shorten_borders)
+            longest = kwargs.get(length)
             if longest is not None:
                 most = shorter.diff().max()
-                changed["max_seqlen"] = most.to(longest) if isinstance(longest, torch.Tensor) else int(most)
+                changed[length] = most.to(longest) if isinstance(longest, torch.Tensor) else int(most)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor):
             changed["attention_mask"] = self._shorten_mask(mask)
@@ -331,8 +336,8 @@ class TowerPass:
     def _shorten_table(self, table: torch.Tensor) -> torch.Tensor:
         return table[self._source[0].to(table.device)]
 
-    def _shorten_borders(self, borders: torch.Tensor) -> torch.Tensor:
-        # A window or image keeps its patches: its borders move, and one that is empty is none.
+    def shorten_borders(self, borders: torch.Tensor) -> torch.Tensor:
+        """Move the borders (S + 1,) of windows or images to where their patches are now; one that is empty is none."""
         stays = torch.zeros(self._length + 1, dtype=torch.long, device=borders.device)
         stays[self._source[0].to(borders.device) + 1] = 1
         return stays.cumsum(dim=0)[borders.long()].unique_consecutive().to(borders.dtype)

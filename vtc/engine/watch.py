@@ -5,6 +5,7 @@ Hooks stay on the modules while a model is compressed; which run they serve is a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,6 +39,14 @@ class Watch:
     hidden: dict[nn.Module, Callable[[Any], None]] = field(default_factory=dict)
     tower: TowerPass | None = None
     begin: Callable[[torch.Tensor], TowerPass] | None = None  # makes `tower`, of what enters the first layer
+    packed: list[int] | None = None  # patches of every picture, where a mask divides one sequence into pictures
+
+    def borders(self, device: torch.device) -> torch.Tensor | None:
+        """Return the borders (S + 1,) of the pictures that a mask keeps apart, of the patches that are left."""
+        if self.packed is None:
+            return None
+        borders = torch.tensor([0, *itertools.accumulate(self.packed)], device=device)
+        return borders if self.tower is None else self.tower.shorten_borders(borders)
 
     def extra_mask(self, module: nn.Module, query: torch.Tensor) -> torch.Tensor | None:
         """Return what is added to the mask of an attention module of the tower."""
@@ -52,12 +61,20 @@ def attention_observer(layer: int, prefix: int, see: Any) -> Callable[..., None]
     """Make what hands the attention of a layer, called with the arguments of a `Recording`, to `see`."""
 
     def record(query: Any, key: Any, value: Any, mask: Any, scaling: float, kwargs: Mapping[str, Any]) -> None:
-        # A flash kernel gets all images of a packed tower in one call; the others get them one by one.
-        bounds = kwargs.get("cu_seq_lens_q")
-        allowed = allowed_keys(mask) if bounds is None else None
+        # A flash kernel gets all images of a packed tower in one call, and so does any of Pixtral's; the others get
+        # them one by one.
         watch = ENCODING.get()
-        merged = watch is not None and watch.tower is not None and watch.tower.sizes is not None
-        bias = mask[:, 0, 0].masked_fill(~allowed[:, 0, 0], 0.0) if merged and allowed is not None else None
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is None and watch is not None:
+            bounds = watch.borders(query.device)
+        allowed = allowed_keys(mask) if bounds is None else None
+        sizes = None if watch is None or watch.tower is None else watch.tower.sizes
+        if sizes is None:
+            bias = None
+        elif allowed is None:
+            bias = sizes.log().to(query)
+        else:
+            bias = mask[:, 0, 0].masked_fill(~allowed[:, 0, 0], 0.0)
         see((VisionAttention, layer), VisionAttention(query, key, value, scaling, allowed, bounds, prefix, bias))
 
     return record
