@@ -720,6 +720,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3_5", "qwen3_5", hybrid=True),
     Family("llava_pixtral", "llava_pixtral"),
     Family("mistral3", "mistral3"),
+    Family("aya_vision", "aya_vision"),
+    Family("cohere2_vision", "cohere2_vision"),
+    Family("glm4v_moe", "glm4v_moe", routed=True),
+    Family("glm46v", "glm46v"),
+    Family("qwen3_5_moe", "qwen3_5_moe", hybrid=True),
 )
 
 LARGE: tuple[Family, ...] = (

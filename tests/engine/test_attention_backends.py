@@ -18,7 +18,8 @@ EXACT = tuple(family for family in tiny.FAMILIES if not family.hybrid)
 SAY = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 # Flash kernels know causal and padding masks only; transformers' image blocks that see both ways need other attention.
-CAUSAL = tuple(family for family in EXACT if family.name not in ("gemma3", "paligemma"))
+# Of GLM-4.5V, transformers hands positions (t, h, w) to the kernel, which takes their axes for packed rows.
+CAUSAL = tuple(family for family in EXACT if family.name not in ("gemma3", "paligemma", "glm4v_moe"))
 
 
 class FlashCalls:

@@ -1,6 +1,7 @@
 """Facts about families of models, one file per family or group of families that share code."""
 
 from vtc.adapters import (
+    cohere,
     gemma,
     glm4v,
     internvl,
@@ -12,6 +13,7 @@ from vtc.adapters import (
 )
 
 __all__ = [
+    "cohere",
     "gemma",
     "glm4v",
     "internvl",

@@ -8,7 +8,7 @@ from vtc.adapters.qwen_vl import QwenVLAdapter
 from vtc.registry import register_adapter
 
 
-@register_adapter("glm4v")
+@register_adapter("glm4v", "glm4v_moe", "glm46v")
 class Glm4vAdapter(QwenVLAdapter):
     """GLM-4.1V (arXiv 2507.01006): a video is its frames as images, with times between them, inside video markers."""
 

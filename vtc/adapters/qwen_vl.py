@@ -137,7 +137,7 @@ class Qwen2_5VLAdapter(QwenVLAdapter):
         )
 
 
-@register_adapter("qwen3_5")
+@register_adapter("qwen3_5", "qwen3_5_moe")
 class Qwen3_5Adapter(QwenVLAdapter):
     """The hybrid: recurrent layers take no mask, so tokens may only be left out before the first layer."""
 
