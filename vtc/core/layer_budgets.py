@@ -123,7 +123,8 @@ class PyramidBudgets(LayerBudgets):
     beta
         The last layer keeps ``1 / beta`` of the average; more where the first layer has no more entries to keep.
     window
-        Entries that every layer keeps anyway and that are left out of the line.
+        Entries that every layer keeps anyway and that are left out of the line. None: those of the window of `snapkv`
+        and `chunkkv`, if these may leave at all (``scope="all"``), and otherwise 0.
     variant
         "released": integer division, and equal budgets where a layer has less than twice the average; "exact": true
         division, rounded at the end, with the window as part of the line (as kvpress has it), and equal budgets where
@@ -131,14 +132,14 @@ class PyramidBudgets(LayerBudgets):
     """
 
     beta: float = 20
-    window: int = 0
+    window: int | None = None
     variant: str = "released"
 
     def __post_init__(self) -> None:
         beta = real(self.beta)
         if beta is None or beta < 1:
             raise ConfigError(f"budgets: pyramid's beta is a number of at least 1, got {shown(self.beta)}.")
-        if not isinstance(self.window, int) or self.window < 0:
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
             raise ConfigError(f"budgets: pyramid's window is an integer of at least 0, got {shown(self.window)}.")
         if self.variant not in ("released", "exact"):
             raise ConfigError(f'budgets: pyramid\'s variant is "released" or "exact", got {shown(self.variant)}.')
@@ -150,24 +151,25 @@ class PyramidBudgets(LayerBudgets):
         return [rule(ctx, ctx.layer, max(last, 1)) for ctx in contexts]
 
     def _released(self, ctx: CacheContext, layer: int, last: int) -> int:
-        scored = ctx.budget - self.window
+        window = self.window or 0
+        scored = ctx.budget - window
         if ctx.n <= ctx.budget or ctx.n < 2 * scored or scored < 1:
             return ctx.budget
         low = int(scored // self.beta)
         high = 2 * scored - low
-        if high >= ctx.n - self.window:
-            high = ctx.n - self.window
+        if high >= ctx.n - window:
+            high = ctx.n - window
             low = 2 * scored - high
-        return high - layer * ((high - low) // last) + self.window
+        return high - layer * ((high - low) // last) + window
 
     def _exact(self, ctx: CacheContext, layer: int, last: int) -> int:
-        mean = ctx.n * ctx.fraction
+        mean, window = ctx.n * ctx.fraction, self.window or 0
         low = mean / self.beta
         high = 2 * mean - low
-        if high >= ctx.n - self.window:
-            high = ctx.n - self.window
+        if high >= ctx.n - window:
+            high = ctx.n - window
             low = 2 * mean - high
-        if not high >= low >= self.window:
+        if not high >= low >= window:
             high = low = mean
         return round(high - layer * ((high - low) / last))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from ..core.cache_signals import WindowAttention
 from ..core.eviction import CacheContext, CacheSelector
+from ..core.layer_budgets import LayerBudgets, PyramidBudgets
 from ..core.signals import Signal
 from ..registry import register_selector
 
@@ -58,8 +59,16 @@ class SnapKvSelector(CacheSelector):
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.reads()
+        super().__post_init__()
+
+    @property
+    def layer_budgets(self) -> LayerBudgets:
+        """How the layers share the budget; the window is no part of PyramidKV's line."""
+        shares = super().layer_budgets
+        if isinstance(shares, PyramidBudgets) and shares.window is None and self.scope == "all":
+            return replace(shares, window=self.window)
+        return shares
 
     def reads(self) -> tuple[Signal, ...]:
         """Return the pooled attention of the window."""
