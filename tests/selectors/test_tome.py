@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vtc
+from tests.selectors.inputs import make_context
 from tests.selectors.test_golden import case, load
 from vtc import kernels
 from vtc.core.signals import MeanKeys, VisionKeys
+from vtc.registry import get_selector
 from vtc.selectors.tome import merge_schedule
 
 GOLDEN = load("tome.npz")
@@ -37,7 +39,23 @@ def test_one_step_is_the_released_one(name: str) -> None:
         place = theirs[tuple(members.tolist())]
         torch.testing.assert_close(weighted[slot], golden["out_wavg"][0, place], rtol=1e-5, atol=1e-6)
         assert float(golden["out_size"][0, place, 0]) == float(totals[slot])
+        if "size" not in golden:
+            torch.testing.assert_close(selection.merge(x)[slot], golden["out_mean"][0, place], rtol=1e-5, atol=1e-6)
     assert len(theirs) == selection.k + protected
+    # Their sources and destinations are the even and the odd tokens, protected ones included.
+    merges = torch.stack([2 * golden["src_idx"], 2 * golden["dst_idx"] + 1])[:, 0, :, 0] - protected
+    assert torch.equal(keep[0][assign[0][merges[0]]], merges[1])
+    stays = 2 * golden["unm_idx"][0, :, 0] - protected
+    order = kernels.bipartite_merge(metric, merged, "author", protected % 2)[0][0]
+    if protected:
+        assert torch.equal(keep[0][keep[0] % 2 == protected % 2], stays[stays >= 0].sort().values)
+    else:
+        assert torch.equal(order[: len(stays)], stays)
+
+
+def test_a_single_token_is_left_whatever_the_budget() -> None:
+    context = make_context(get_selector("tome"), 0)
+    assert get_selector("tome").select(context).k == 1
 
 
 def test_without_a_tower_it_merges_down_to_the_budget() -> None:

@@ -114,7 +114,7 @@ class ToMeSelector(Selector):
             target = merge_schedule(entered, target, steps, self.inflection)[ctx.site.layer - self.first_layer]
         if target >= ctx.n:
             return Selection.full(ctx.n, ctx.features.device)
-        return _merge(ctx[MeanKeys].float(), target, ctx.structural % 2)
+        return _merge(ctx[MeanKeys].float(), max(1, target), ctx.structural % 2)
 
 
 def merge_schedule(entered: int, budget: int, steps: int, inflection: float = 0.0) -> list[int]:
