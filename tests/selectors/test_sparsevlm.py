@@ -72,6 +72,20 @@ def test_the_rank_decides() -> None:
         assert kept == max(1, 5 * rank)
 
 
+def test_the_rank_needs_no_settings_for_its_layers() -> None:
+    """Version 1.0 works behind the layers 2, 6, 15 and 19; the first stage has the budget, the others a rank."""
+    selector = get_selector("sparsevlm-rank", layers=(3, 7, 16, 20))
+    stages = selector.stages(ModelShape(32), 0.25)
+    assert [(str(stage.site), stage.keep) for stage in stages] == [
+        ("decoder:3", None),
+        ("decoder:7", 1.0),
+        ("decoder:16", 1.0),
+        ("decoder:20", 1.0),
+    ]
+    with pytest.raises(ConfigError, match="sparsevlm-rank: layers must be ascending decoder layers"):
+        get_selector("sparsevlm-rank", layers=(3, 3))
+
+
 def test_shares_between_the_released_settings() -> None:
     selector = SparseVlmSelector()
     for recycle in (True, False):

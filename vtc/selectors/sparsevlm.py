@@ -190,9 +190,10 @@ class SparseVlmSelector(Selector):
     recycle: bool = True
     heads: int | None = None
     text: str = "after"
+    _most_layers: ClassVar[int | None] = len(_LAYERS)  # the settings have no more
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", check_layers(self.name, self.layers, len(_LAYERS)))
+        object.__setattr__(self, "layers", check_layers(self.name, self.layers, self._most_layers))
         if not isinstance(self.recycle, bool):
             raise ConfigError(f"{self.name}: recycle must be True or False, got {self.recycle!r}.")
         if self.heads is not None:
@@ -315,7 +316,10 @@ class SparseVlmRankSelector(SparseVlmSelector):
     ----------
     scale, bias
         (13.5, 0), (9, 6) and (0.8, 0) in the released code, for 192, 128 and 64 tokens.
-    layers, recycle, text
+    layers
+        As in `SparseVlmSelector`, but any number of them. Version 1.0 works behind layer 19 of 32, too, which is
+        ``layers=(3, 7, 16, 20)``.
+    recycle, text
         As in `SparseVlmSelector`.
     heads
         None.
@@ -335,6 +339,7 @@ class SparseVlmRankSelector(SparseVlmSelector):
 
     scale: float = 13.5
     bias: float = 0.0
+    _most_layers: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
