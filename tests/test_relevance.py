@@ -26,6 +26,23 @@ REFERENCE = Path(vtc_reference.__file__).parent
 TOKENIZER = REFERENCE / "tokenizer"
 
 
+_PARTS = (
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+)
+TEMPLATES = {
+    "parts alone": "{% for message in messages %}{{ message['role'].upper() }}: " + _PARTS + " {% endfor %}ASSISTANT:",
+    "a system prompt of its own": "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|start|>system\nYou help.<|end|>\n{% endif %}<|start|>{{ message['role'] }}\n"
+    + _PARTS
+    + "<|end|>\n{% endfor %}<|start|>assistant\n",
+    "a beginning": "[start]{% for message in messages %}<|{{ message['role'] }}|>\n"
+    + _PARTS
+    + "{% endfor %}<|assistant|>",
+}
+"""Templates as those of LLaVA 1.5, Qwen2-VL and GLM-4V are built."""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What looks like the folder of an open_clip model."""
@@ -141,7 +158,39 @@ class TestQuestion:
         one = processor.apply_chat_template([first], add_generation_prompt=True).replace("<image>", "")
         assert self.ask(answering, one) == "What colour is the cup?"
         three = processor.apply_chat_template(turns, add_generation_prompt=True).replace("<image>", "")
-        assert "Where is the star?" in self.ask(answering, three)
+        assert self.ask(answering, three) == "Where is the star?"
+
+    @pytest.mark.parametrize("name", TEMPLATES)
+    @pytest.mark.parametrize("turns", ["one", "three", "system"])
+    def test_it_is_found_by_templates_of_all_kinds(
+        self, name: str, turns: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        def says(role: str, text: str, *shown: dict[str, str]) -> dict[str, Any]:
+            return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
+
+        image = {"type": "image"}
+        chats = {
+            "one": [says("user", "Where is it?", image)],
+            "three": [says("user", "What?", image), says("assistant", "red."), says("user", "Where is it?")],
+            "system": [says("system", "Be brief."), says("user", "Where is it?", image)],
+        }
+        words = AutoTokenizer.from_pretrained(TOKENIZER)
+        words.chat_template = TEMPLATES[name]
+        reader = SimpleNamespace(
+            decode=lambda ids, **_: "".join(map(chr, ids)),
+            apply_chat_template=words.apply_chat_template,
+            all_special_tokens=["<image>", "<|start|>", "<|end|>"],
+        )
+        monkeypatch.setattr(relevance, "_tokenizer", lambda _: reader)
+        prompt = words.apply_chat_template(chats[turns], tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor([ord(letter) for letter in prompt])
+        behind = torch.arange(len(ids)) > prompt.index("<image>")
+        relevance._around.cache_clear()
+        found = relevance.asked(name, PromptText(ids, torch.zeros(len(ids), 4), behind))
+        relevance._around.cache_clear()
+        assert found == "Where is it?"
 
     def test_without_a_template_it_stands_behind_the_picture(self) -> None:
         assert self.ask(str(TOKENIZER), "red Where is the star?", behind=1) == "Where is the star?"

@@ -27,7 +27,7 @@ from .plain import shown
 
 __all__ = ["OpenClip", "PixelEmbeddings", "QuestionEmbeddings", "TowerEmbeddings"]
 
-_MARK = "\ufffcquestion\ufffc"
+_MARK, _OTHER = "\ufffcquestion\ufffc", "\ufffcother\ufffc"
 _CONFIG = "open_clip_config.json"
 
 
@@ -237,11 +237,12 @@ def asked(tokenizer: str | None, raw: PromptText) -> str:
     is none the whole text.
     """
     reader = _tokenizer(tokenizer)
-    before, after = _around(tokenizer)
+    befores, after = _around(tokenizer)
     text = str(reader.decode(raw.ids.tolist(), skip_special_tokens=False))
-    start, stop = text.rfind(before) if before else -1, text.rfind(after) if after else -1
-    if start >= 0 and stop > start + len(before):
-        text = text[start + len(before) : stop]
+    stop = text.rfind(after) if after else len(text)
+    starts = [text.rfind(before, 0, max(stop, 0)) + len(before) for before in befores if before in text[: max(stop, 0)]]
+    if starts and max(starts) < stop:
+        text = text[max(starts) : stop]
     elif raw.behind is not None and bool(raw.behind.any()):
         text = str(reader.decode(raw.ids[raw.behind].tolist(), skip_special_tokens=True))
     for token in reader.all_special_tokens:
@@ -250,17 +251,34 @@ def asked(tokenizer: str | None, raw: PromptText) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _around(tokenizer: str | None) -> tuple[str, str]:
-    """What the chat template puts before and behind what a user says, without spaces; empty without a template."""
+def _around(tokenizer: str | None) -> tuple[tuple[str, ...], str]:
+    """What the chat template puts before a turn of the user, and behind the last, without spaces.
+
+    Before: the beginning of a prompt, what follows an answer and what follows a system prompt. Empty without a template.
+    """
     reader = _tokenizer(tokenizer)
+    for parts in (True, False):  # templates want a list of parts, or take only a text
+
+        def says(role: str, parts: bool = parts) -> dict[str, Any]:
+            text = _MARK if role == "user" else _OTHER
+            return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+
+        chats = (("user",), ("user", "assistant", "user"), ("system", "user"))
+        found = [_rendered(reader, [says(role) for role in roles]) for roles in chats]
+        if found[0] is not None:
+            before = {text[0].strip() for text in found if text is not None} - {""}
+            return tuple(sorted(before)), found[0][1].strip()
+    return (), ""
+
+
+def _rendered(reader: Any, chat: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """Return what a chat template puts right before and behind the last marked text; None where it leaves that out."""
     try:
-        made = reader.apply_chat_template(
-            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-        )
+        made = str(reader.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     except Exception:  # a template is a program of others; there may be none
-        return "", ""
-    before, _, after = str(made).partition(_MARK)
-    return before.strip(), after.strip()
+        return None
+    before, found, after = made.rpartition(_MARK)
+    return (before.rpartition(_OTHER)[2], after) if found else None
 
 
 @functools.lru_cache(maxsize=4)
