@@ -323,6 +323,48 @@ class TestModels:
             torch.testing.assert_close(means, blocks[picture.order])
             assert sorted(picture.order.tolist()) == list(range(len(crop)))
 
+    @pytest.mark.parametrize("pooling", ["attends", "of timm", "none"])
+    def test_a_second_look_by_towers_that_pool_patches(
+        self, folder: Path, pooling: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """CoCa's and SigLIP's towers attend to patches; each patch counts as if all others were like it."""
+        model: Any = SimpleNamespace(visual=StandIn(8).visual)
+        visual, value = model.visual, torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
+        crop = torch.randn(3, 28, 42, generator=torch.Generator().manual_seed(3))
+        patches = visual.conv((crop[None] - 0.5) / 0.5).flatten(2).transpose(1, 2)[0]
+
+        def attend(tokens: torch.Tensor) -> torch.Tensor:
+            return (tokens @ tokens.mean(dim=1, keepdim=True).mT).softmax(dim=1).mT @ (tokens @ value)
+
+        if pooling == "attends":
+            visual.attn_pool = nn.Identity()
+            visual._pool = lambda tokens: (attend(tokens), tokens)
+            expected = patches @ value @ visual.proj
+        else:
+            model.visual = visual = SimpleNamespace(
+                image_size=(28, 42), preprocess_cfg=visual.preprocess_cfg, conv=visual.conv, head=nn.Identity()
+            )
+            expected = patches @ value
+        if pooling == "of timm":
+            visual.trunk = SimpleNamespace(
+                num_prefix_tokens=1,
+                patch_embed=SimpleNamespace(grid_size=(2, 3)),
+                forward_features=lambda pixels: nn.functional.pad(
+                    visual.conv(pixels).flatten(2).transpose(1, 2), (0, 0, 1, 0)
+                ),
+                forward_head=lambda tokens: attend(tokens[:, 1:])[:, 0],
+            )
+        monkeypatch.setattr(relevance, "_loaded", lambda *_: model)
+        signal = relevance.PixelEmbeddings(str(folder), (0.0,) * 3, (1.0,) * 3)
+        if pooling == "none":
+            with pytest.raises(InputError, match="SimpleNamespace, has no patches in its last layer"):
+                signal.compute(PatchPixels((crop,), (14, 14), False))
+            return
+        with torch.no_grad():
+            found = signal.compute(PatchPixels((crop,), (14, 14), False))[0]
+            expected = nn.functional.normalize(expected, dim=1)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
     def test_a_second_look_follows_the_picture(self, folder: Path, stand_in: Any) -> None:
         # One bright corner: its place differs from all others, which are equal.
         stand_in(8)

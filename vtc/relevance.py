@@ -151,7 +151,7 @@ class TowerEmbeddings(VisionSignal):
         """(B, M, E): behind the last LayerNorm and the projection of open_clip's tower."""
         visual = _loaded(self.model, raw.hidden.device).visual
         norm, projection = getattr(visual, "ln_post", None), getattr(visual, "proj", None)
-        if norm is None or projection is None:
+        if norm is None or projection is None or getattr(visual, "attn_pool", None) is not None:
             raise InputError(f'{self.model}: its tower has no projection for single patches; give image="own".')
         if projection.shape[0] != raw.hidden.shape[-1]:
             raise InputError(
@@ -205,8 +205,9 @@ class PixelEmbeddings(Signal):
         for frame in frames:
             pixels = (frame.float() * std + mean - own[0]) / own[1]
             pixels = F.interpolate(pixels[None], size=tuple(side), mode="bicubic", antialias=True, align_corners=False)
-            grid = _patches(visual, pixels).transpose(1, 2).unflatten(2, visual.grid_size)
-            grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=False)
+            grid = F.interpolate(
+                _patches(self.model, visual, pixels), size=(rows, columns), mode="bilinear", align_corners=False
+            )
             found.append(F.normalize(grid.flatten(2).transpose(1, 2), dim=-1))
         return torch.cat(found)
 
@@ -254,7 +255,7 @@ def asked(tokenizer: str | None, raw: PromptText) -> str:
 def _around(tokenizer: str | None) -> tuple[tuple[str, ...], str]:
     """What the chat template puts before a turn of the user, and behind the last, without spaces.
 
-    Before: the beginning of a prompt, what follows an answer and what follows a system prompt. Empty without a template.
+    Before: the beginning of a prompt, what follows an answer, what follows a system prompt. Empty without a template.
     """
     reader = _tokenizer(tokenizer)
     for parts in (True, False):  # templates want a list of parts, or take only a text
@@ -334,16 +335,41 @@ def _segments(tokenizer: Any, text: str) -> list[str]:
     return [part for half in (words[:middle], words[middle:]) for part in _segments(tokenizer, " ".join(half))]
 
 
-def _patches(visual: Any, pixels: Tensor) -> Tensor:
-    """(1, M, E): the last layer's patches of open_clip's tower behind its LayerNorm and projection."""
-    seen: list[Tensor] = []
-    hook = visual.transformer.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        visual(pixels)
-    finally:
-        hook.remove()
-    patches: Tensor = visual.ln_post(seen[0])[:, 1:] @ visual.proj
-    return patches
+def _patches(folder: str, visual: Any, pixels: Tensor) -> Tensor:
+    """(1, E, H, W): embeddings of the patches of a picture by open_clip's tower, each as if all others were like it.
+
+    Behind the last layer a tower pools; of patches that are all alike every way to pool them makes that of one. Where
+    it takes a class token, that is LayerNorm and projection of the patch; where it attends, as in SigLIP and CoCa, the
+    value of the patch.
+
+    Raises
+    ------
+    InputError
+        The tower has no patches in its last layer, as a convolutional one.
+    """
+    trunk: Any = getattr(visual, "trunk", None)
+    if all(hasattr(trunk, name) for name in ("num_prefix_tokens", "patch_embed", "forward_head")):
+        first = trunk.num_prefix_tokens
+        alike = trunk.forward_features(pixels)[0, first:, None].expand(-1, first + 1, -1)
+        pooled, size = visual.head(trunk.forward_head(alike)), trunk.patch_embed.grid_size
+    elif all(hasattr(visual, name) for name in ("transformer", "ln_post", "grid_size")):
+        seen: list[Tensor] = []
+        hook = visual.transformer.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            visual(pixels)
+        finally:
+            hook.remove()
+        patches, size = seen[0][0, 1:], visual.grid_size
+        if getattr(visual, "attn_pool", None) is None:
+            pooled = visual.ln_post(patches)
+        else:
+            pooled = visual._pool(patches[:, None])[0]
+            pooled = pooled if pooled.ndim == 2 else pooled[:, 0]
+        pooled = pooled if visual.proj is None else pooled @ visual.proj
+    else:
+        raise InputError(f"{folder}: its tower, {type(visual).__name__}, has no patches in its last layer; use a ViT.")
+    found: Tensor = pooled.T.unflatten(1, tuple(size))[None]
+    return found
 
 
 def _normalisation(folder: str, name: str, like: Tensor) -> Tensor:
