@@ -17,7 +17,9 @@ from tests.pretend import GPU, Wait, pretended, to_gpu
 CELLS = (
     ("llava", "vtc", "single"),
     ("llava", "divprune at vision:1", "ragged"),
+    ("gemma3", "uniform at decoder:2", "ragged"),
     ("llava", "snapkv", "ragged"),
+    ("paligemma", "pixelprune", "ragged"),
     ("llava_next", "divprune+fastv", "two_images"),
     ("qwen2_5_vl", "tome", "ragged"),
     ("qwen2_5_vl", "pyramiddrop", "single"),

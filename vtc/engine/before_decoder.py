@@ -147,7 +147,9 @@ def _start(
         if mask is not None and mask.shape[1] >= past + length:
             seen = seen.masked_fill(~mask[:, :past].bool().to(embeds.device), -1)
         record = CacheRecord(past, [(0, seen)])
-    forward = ForwardState(compression.layer_types, cache, source_index, past, record)
+    # What stands behind the prompt of a `generate` was generated, and is no padding: a GPU is not asked at every step.
+    generated = call.prompt_ids is not None and past >= call.prompt_offset + call.prompt_ids.shape[1]
+    forward = ForwardState(compression.layer_types, cache, source_index, past, record, generated=generated)
     if call.inputs.blocks is not None:
         forward.blocks = call.inputs.blocks[:, -length:]
     return forward
@@ -325,5 +327,7 @@ def _uses_cache(compression: Compression, kwargs: dict[str, Any]) -> bool:
 def _first_mask(compression: Compression, forward: ForwardState, embeds: torch.Tensor, given: Any) -> Any:
     """Return what the language model builds its masks from, or replacements where the outer model builds them."""
     if not compression.adapter.builds_masks:
+        if forward.length == 1 and 0 in forward.complete and not forward.cache.is_compileable:
+            return None  # which transformers would wait for a GPU to find out
         return forward.valid_keys(0).long()
     return dict.fromkeys(given) if isinstance(given, dict) else forward.mask(0, embeds)

@@ -186,6 +186,8 @@ class ForwardState:
         past: int,
         history: CacheRecord,
         mode: Mode = Mode.READ,
+        *,
+        generated: bool = False,  # whether the current tokens are known to be no padding
     ) -> None:
         self.types, self.cache, self.past, self.mode = types, cache, past, mode
         # A copy: `write_record` moves on the one that the cache holds.
@@ -195,8 +197,9 @@ class ForwardState:
         self.seen = past + self.length
         self.arrived = source_index
         self.key_groups = [(start, torch.cat([keys, source_index], dim=1)) for start, keys in history.groups]
-        asks = bool(history.complete) and not getattr(cache, "is_compileable", False)  # whose masks are made anyway
-        self.complete = set(history.complete) if asks and bool((source_index >= 0).all()) else set()
+        if history.complete and not generated:  # masks of static caches are made whatever is known
+            generated = not getattr(cache, "is_compileable", False) and bool((source_index >= 0).all())
+        self.complete = set(history.complete) if generated else set()
         self._full: set[int] = set()
         self.blocks: torch.Tensor | None = None
         self.packed: PackPlan | None = None
@@ -323,7 +326,8 @@ class ForwardState:
         before = dict(self.key_groups)
         starts = sorted({start for start, _ in self.history.groups} | before.keys() | {layer})
         earlier, later = ({start for start in starts if (start < layer) == side} for side in (True, False))
-        self._full = self._full & earlier | self._followed_by(plan, later)
+        full = {start for start in earlier if start in self._full or bool((before[start] >= 0).all())}
+        self._full = full | self._followed_by(plan, later)
         self.key_groups = [
             (
                 start,
