@@ -30,6 +30,9 @@ _ABOUT = """\
 `vtc.compress(model, vtc.press(SnapKVPress(0.5)))` runs a press of NVIDIA's kvpress. `scope="visual"` ranks the entries
 of visual tokens by its scores; with `scope="all"` the press decides about the whole prompt. Install it with
 `pip install "vtc[kvpress]" && pip install --no-deps kvpress`, because it pins an older transformers.
+
+Every press that works here works on quantized caches, too, where it ranks the entries as they are stored, and on
+offloaded ones; a press that draws numbers takes them from torch's global generator.
 """
 
 

@@ -187,7 +187,7 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def _offloading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def offloading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Let transformers offload caches on a machine with a CPU alone; yields the layers that were."""
     moved: list[int] = []
     offload = Cache.offload
@@ -210,7 +210,7 @@ def test_an_offloaded_cache_loses_what_another_does(method: str, monkeypatch: py
     inputs = case.batch("ragged")
     at = {"at": "cache"} if method == "uniform" else {}
     plain, _ = run(case, method, inputs, **at)
-    with _offloading(monkeypatch) as moved:
+    with offloading(monkeypatch) as moved:
         ours, report = run(case, method, inputs, mode={"cache_implementation": "offloaded"}, **at)
     assert torch.equal(torch.stack(ours.logits), torch.stack(plain.logits))
     assert moved == list(range(LAYERS)) * STEPS["max_new_tokens"]
@@ -232,7 +232,7 @@ def test_nothing_leaves_them_while_decoding(
     case = build(tiny.family("llava"))
     refused = pytest.raises(vtc.UnsupportedMethodError, match=match)
     with (
-        _offloading(monkeypatch),
+        offloading(monkeypatch),
         vtc.compressed(case.model, "streaming", keep_ratio=0.5, at="cache:decoding", scope="all") as model,
     ):
         given = cache()

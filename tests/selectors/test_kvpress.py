@@ -16,6 +16,7 @@ import torch
 import vtc
 from tests import reference, tiny
 from tests.engine.test_eviction import STEPS, hiding
+from tests.engine.test_other_caches import offloading, quantized
 from tests.invariants.matrix import build, sharp, tolerance
 from vtc.engine.cache import CACHE
 from vtc.selectors import kvpress as integration
@@ -85,6 +86,24 @@ class AroundPress(BasePress):
 
 
 @dataclass
+class LatePress(BasePress):
+    """Knows its ratio when it has run."""
+
+    seen: int = 0
+
+    @property
+    def compression_ratio(self) -> float:
+        assert self.seen, "it has not run"
+        return 0.25
+
+    def compress(
+        self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        self.seen = keys.shape[2]
+        return keys[:, :, self.seen // 4 :], values[:, :, self.seen // 4 :]
+
+
+@dataclass
 class ChangingPress(ScorerPress):
     def compress(
         self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any
@@ -120,6 +139,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ScorerPress,
         LongPress,
         AroundPress,
+        LatePress,
         ChangingPress,
         MaskingPress,
         HookedPress,
@@ -164,6 +184,32 @@ def test_what_a_press_drops_is_as_if_masked(name: str, scope: str) -> None:
                     assert int(kept.sum()) == int(real[row].sum() * 0.5)
 
 
+@pytest.mark.parametrize("scope", ["visual", "all"])
+@torch.no_grad()
+def test_presses_work_on_quantized_and_offloaded_caches(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = sharp(tiny.family("llava"))
+    inputs = case.batch("ragged")
+
+    def run(**mode: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with vtc.compressed(case.model, vtc.press(LongPress(0.5), scope=scope)) as model:
+            logits = model.generate(**inputs, **STEPS, **mode).logits
+            return torch.stack(logits), vtc.report(model).entries
+
+    plain, entries = run()
+    with offloading(monkeypatch) as moved:
+        found, same = run(cache_implementation="offloaded")
+    assert moved
+    assert torch.equal(found, plain)
+    assert all(map(torch.equal, same, entries))
+    # As kvpress does, a press ranks what the cache holds, which is rounded.
+    found, own = run(**{CACHE: quantized("rounded", residual=4)})
+    assert [part.shape for part in own] == [part.shape for part in entries]
+    with hiding(case.model, own, inputs["input_ids"].shape[1]):
+        theirs = case.model.generate(**inputs, **STEPS, **{CACHE: quantized("rounded", residual=4)}).logits
+    assert reference.max_error(found, torch.stack(theirs)) <= tolerance(case)
+    assert reference.max_error(found, plain) > 1e-4, "it was quantized"
+
+
 @torch.no_grad()
 def test_a_press_around_another_says_how_many_stay() -> None:
     case = build(tiny.family("llava"))
@@ -172,6 +218,17 @@ def test_a_press_around_another_says_how_many_stay() -> None:
         model(**case.batch("single"))
         report = vtc.report(model)
     assert {n for (n,) in report.stored_per_layer} == {report.lengths_before[0] // 2 - 1}
+
+
+@torch.no_grad()
+def test_a_press_that_has_run_can_be_used_again() -> None:
+    case = build(tiny.family("llava"))
+    for _ in range(2):
+        with vtc.compressed(case.model, vtc.press(LatePress(), scope="all")) as model:
+            model(**case.batch("single"))
+            report = vtc.report(model)
+        before = report.lengths_before[0]
+        assert {n for (n,) in report.stored_per_layer} == {before - before // 4}
 
 
 def test_a_press_survives_its_file(tmp_path: Path) -> None:

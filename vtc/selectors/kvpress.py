@@ -147,7 +147,7 @@ class KvPressSelector(CacheSelector):
     def stages(self, shape: ModelShape | None = None, keep_ratio: float | None = None) -> tuple[Stage, ...]:
         """Once, after the prefill; for a model, the press is made here first."""
         if shape is not None:
-            made = _made(self.spec())
+            made = _build(json.loads(self.spec()))  # one that has run may say another ratio than it was given
             reason = why_not(made)
             if reason is None and self.scope == "visual" and not _ranks(made):
                 reason = 'it does not only rank entries, so it cannot leave those of text alone; give scope="all"'
