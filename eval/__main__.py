@@ -211,7 +211,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("local", "ray"), default="local", help="ray: workers of a cluster (local)"
     )
-    parser.add_argument("--workers", type=int, default=2, help="of --backend ray (2)")
+    parser.add_argument("--workers", type=int, help="of --backend ray (2)")
     parser.add_argument(
         "--out", type=Path, help="folder for rows and tables (results/TASK-MODEL); several tasks: one in it for each"
     )
@@ -234,6 +234,8 @@ def _add_pictures(parser: argparse.ArgumentParser, pictures: int | None, per_pic
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
     """Return a job for each task; finds every mistake that can be found without a model."""
+    if args.workers is not None and args.backend != "ray":
+        raise vtc.ConfigError(f"--workers {args.workers} is of --backend ray, which was not given")
     folders = _data(args.data, args.task)
     model = Path(args.model).name.replace(":", "-")
     several = len(args.task) > 1
@@ -315,7 +317,7 @@ def _answer(args: argparse.Namespace, jobs: Sequence[Job]) -> Loaded | None:
         from eval import ray_backend
 
         for job in jobs:
-            ray_backend.answer(job, workers=args.workers, retry=args.retry)
+            ray_backend.answer(job, workers=2 if args.workers is None else args.workers, retry=args.retry)
         return None
     loaded = jobs[0].load()
     for job in jobs:

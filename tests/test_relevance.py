@@ -123,6 +123,11 @@ class TestOption:
             with pytest.raises(ConfigError, match=f"{method}: relevance and similarity have no effect"):
                 get_selector(method, **options)
 
+    @pytest.mark.parametrize("options", [{"theta": 0.3}, {"similarity": "inverted"}, {"text": "after"}])
+    def test_text_that_has_no_weight_has_no_options(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match="have no effect with relevance_weight=0"):
+            get_selector("cdpruner", relevance_weight=0, **options)
+
     @pytest.mark.parametrize("at", ["pixels", "vision:1"])
     def test_no_text_is_known_before_the_decoder(self, at: str) -> None:
         model = tiny.build("llava").model

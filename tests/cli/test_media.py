@@ -81,6 +81,13 @@ def test_video_asks_the_reference_model_for_videos(
     assert capsys.readouterr().err == f"vtc: error: {loaded}\n"
 
 
+def test_video_finds_the_modules_that_ship_with_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    clip = str(vtc.reference.clips()[0])
+    asked = ["video", clip, "what ?", "--method", "vtc-asked", "--keep-tokens", "9", "--max-new-tokens", "1"]
+    assert main(asked) == 0
+    assert "9 of 256" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("model")
 def test_video_answers_and_draws(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "kept.gif"

@@ -150,6 +150,11 @@ def test_a_sweep_is_for_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "accelerate launch -m eval run" in capsys.readouterr().err
 
 
+def test_workers_are_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--workers", "2"]) == 2
+    assert "--workers 2 is of --backend ray" in capsys.readouterr().err
+
+
 def test_folders_of_data_by_task() -> None:
     assert command._data(["x"], ["pope"]) == {"pope": Path("x")}
     assert command._data(["pope=x", "docvqa=y"], ["pope", "docvqa", "scenes"]) == {

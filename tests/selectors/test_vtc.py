@@ -130,6 +130,9 @@ def test_stages() -> None:
     moved = {site: VtcSelector().moved(stage, site) for site in (Pixels(), VisionLayer(0), VisionLayer(3))}
     assert [len(stage.requires) for stage in moved.values()] == [1, 1, 2]
     assert {stage.action for stage in moved.values()} == {Action.KEEP}
+    for site in (Pixels(), VisionLayer(0)):
+        with pytest.raises(vtc.ConfigError, match="no layer has run at"):
+            VtcSelector(quality="cls").moved(stage, site)
     assert VtcSelector().moved(stage, BeforeDecoder()) == stage
     inside = VtcSelector().moved(stage, DecoderLayer(2))
     assert inside.requires == stage.requires

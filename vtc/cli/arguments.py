@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,10 +157,15 @@ def _configuration(args: argparse.Namespace, settings: dict[str, Any]) -> vtc.Co
 
 def _with_modules(config: vtc.CompressionConfig, args: argparse.Namespace) -> vtc.CompressionConfig:
     """Add the modules that ship with the model to the options of a trained method that has none."""
-    if config.options:
-        return config
-    found = shipped_modules(config.method, getattr(args, "model", ""), config.keep_tokens)
-    return config if found is None else dataclasses.replace(config, options={"modules": found})
+    own = options(config.method, config.options.items(), getattr(args, "model", ""), config.keep_tokens)
+    return dataclasses.replace(config, options=own)
+
+
+def options(method: str, given: Iterable[tuple[str, Any]], model: str, keep_tokens: int | None) -> dict[str, Any]:
+    """Return the options of a method; where none is `given`, the modules that ship with a model, if there are any."""
+    own = dict(given)
+    found = None if own else shipped_modules(method, model, keep_tokens)
+    return own if found is None else {"modules": found}
 
 
 def shipped_modules(method: str, model: str, keep_tokens: int | None) -> str | None:

@@ -65,14 +65,15 @@ def run(args: argparse.Namespace) -> int:
     budgets = {name: getattr(args, name) for name in ("keep_ratio", "keep_tokens", "per_window", "per_frame")}
     if not any(value is not None for value in budgets.values()):
         budgets["keep_ratio"] = arguments.DEFAULT_KEEP_RATIO
-    registry.get_selector(args.method, **dict(args.options))
+    name = _REFERENCE_MODEL if args.model == "reference" else args.model
+    options = arguments.options(args.method, args.options, name, args.keep_tokens)
+    registry.get_selector(args.method, **options)
     _check_budget(budgets)
     if args.output is not None:
         arguments.check_output(args.output, (".png", ".gif", ".webp"))
         if args.strategy == "captions":
             raise ConfigError("--output draws what compression kept; --strategy captions has no such picture.")
     VideoFile(args.video, args.decoder).close()  # refuses a broken file before a model is loaded
-    name = _REFERENCE_MODEL if args.model == "reference" else args.model
     model, processor = arguments.load_model(name, args.dtype, args.device)
     pipeline = vtc.VideoQAPipeline(
         model,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         progress=not args.no_progress and sys.stderr.isatty(),
-        **dict(args.options),
+        **options,
     )
     session = pipeline.watch(args.video)
     answer = None

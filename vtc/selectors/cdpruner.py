@@ -90,6 +90,9 @@ class CdPrunerSelector(TextRelevance):
         check_fraction("cdpruner", "relevance_weight", self.relevance_weight)
         if self.text not in ("all", "after"):
             raise ConfigError(f'cdpruner: text must be "all" or "after", got {self.text!r}.')
+        texts = (self.theta, self.relevance, self.similarity, self.text)
+        if not self.relevance_weight and texts != (None, None, "direct", "all"):
+            raise ConfigError("cdpruner: theta, relevance, similarity and text have no effect with relevance_weight=0.")
         if self.relevance is not None and self.text != "all":
             raise ConfigError("cdpruner: text has no effect beside relevance, which says itself what counts.")
 

@@ -167,6 +167,10 @@ class VtcSelector(TextRelevance):
         if isinstance(site, BeforeDecoder):
             return stage
         before_layers = isinstance(site, Pixels) or site == VisionLayer(0)
+        if before_layers and self.quality == "cls":
+            raise ConfigError(
+                f"vtc: quality='cls' reads the attention of [CLS], and no layer has run at {str(site)!r}."
+            )
         requires = tuple(
             signal for signal in stage.requires if not (before_layers and isinstance(signal, ClsAttention))
         )
