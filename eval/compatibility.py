@@ -47,6 +47,9 @@ those of before.
 
 Where activations are rounded as well (bfloat16, and packages that quantise them while the model runs), sums without a
 token round otherwise than sums in which it is masked: 0.03 is that, on logits between -6 and 13.
+
+`torch.jit.trace` and `torch.export` of a compressed model are refused: the graph would keep one picture's choice.
+Within `vtc.disabled(model)` they do what they do without `vtc`.
 """
 
 

@@ -364,6 +364,35 @@ def test_what_compiling_makes_unreachable_is_refused_by_every_verb() -> None:
                 verb(model)
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own, for what its models do with shapes
+@pytest.mark.parametrize("way", ["trace", "export"])
+def test_a_graph_of_what_one_picture_keeps_is_not_made(way: str) -> None:
+    class Logits(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, pixels: torch.Tensor) -> Any:
+            return self.model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+
+    case = build(tiny.family("llava"))
+    inputs = case.batch("single")
+    given = inputs["input_ids"], inputs["pixel_values"]
+    logits = Logits(case.model).eval()
+
+    def record() -> Any:
+        if way == "trace":
+            return torch.jit.trace(logits, given, check_trace=False)
+        return torch.export.export(logits, given, strict=False).module()
+
+    method("divprune").compress(case.model)
+    with pytest.raises(vtc.StateError, match="cannot be traced or exported"):
+        record()
+    other = given[0], given[1].flip(-1)
+    with vtc.disabled(case.model), torch.no_grad():
+        torch.testing.assert_close(record()(*other), logits(*other))
+
+
 def test_a_wrapper_that_copies_the_model_is_refused() -> None:
     wrapped = nn.DataParallel(build(tiny.family("llava")).model)
     wrapped.device_ids = [0, 1]

@@ -365,6 +365,12 @@ class Engine(Compression):
         if call is not None and call.announced and isinstance(call.forward, PrebuiltMasks):
             call.announced = False
             return original(*args, **kwargs)  # nothing is left to decide: this can be compiled
+        traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+        if traced and self.enabled:
+            raise StateError(
+                "A compressed model cannot be traced or exported: the graph would keep the places of the tokens that "
+                "one input keeps. Call restore(model) first, or trace within vtc.disabled(model)."
+            )
         run = self._forward_eagerly if torch.compiler.is_compiling() else self._forward
         return run(call, original, args, kwargs)
 
