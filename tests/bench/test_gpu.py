@@ -229,7 +229,7 @@ class TestModels:
         assert whole["tokens_after"] == whole["tokens_before"] > quarter["tokens_after"] > tenth["tokens_after"] > 64
         assert whole["realised_share"] == whole["ttft_speed_up"] == 1.0
         for row in rows:
-            assert row["ttft"] > row["preprocess"] + row["prefill"]
+            assert row["ttft"] > (row["preprocess"] or 0.0) + row["prefill"]
             assert row["peak_bytes"] > 0
             assert row["realised_share"] == pytest.approx(row["prefill_speed_up"] / row["by_tokens"])
         assert quarter["cache_bytes"] < whole["cache_bytes"]

@@ -5,9 +5,9 @@ normalises them and reduces over the heads. The keys are read once.
 
 Column sums: `_row_logsumexp` computes the logsumexp of every row with an online softmax; `_column_sums` recomputes the
 logits and sums the columns. Nothing of the size of the matrix is written. No two programs write to the same element,
-so that results do not depend on the order of the programs. Sequences, heads and blocks share one axis of the grid: the
-others hold 65535 programs, and the windows of a long video are more. PageRank runs `_row_logsumexp` once and
-`_column_sums` in every step.
+so that results do not depend on the order of the programs. Sequences times heads are the first axis of a grid: others
+hold 65535 programs, and the windows of a long video are more. PageRank runs `_row_logsumexp` once and `_column_sums` in
+every step.
 
 Sums are accumulated in float32, and float32 products are computed without TF32. A row without any key has a logsumexp
 of plus infinity, which makes its weights exactly zero.
@@ -46,8 +46,7 @@ def _visible(
     """Return the mask (rows, columns) of the keys `column` that the queries `row` attend to."""
     here = row_mask[:, None] & column_mask[None, :]
     if KIND == MASK:
-        line = row[:, None].to(tl.int64) * mask_q + column[None, :].to(tl.int64) * mask_m
-        at = mask + batch * mask_b + head.to(tl.int64) * mask_h + line
+        at = mask + batch * mask_b + head * mask_h + row[:, None].to(tl.int64) * mask_q + column[None, :] * mask_m
         here &= tl.load(at, mask=here, other=0) != 0
     if KIND == POSITIONS:
         query = tl.load(queries + batch * length + row, mask=row_mask, other=-1)
@@ -80,9 +79,9 @@ def _row_logits(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write logits and logsumexp of all queries that share a key head, for one block of keys."""
-    block, line = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    batch = (line // (heads // group)).to(tl.int64)
-    key_head = line % (heads // group)
+    block = tl.program_id(1)
+    batch = (tl.program_id(0) // (heads // group)).to(tl.int64)
+    key_head = tl.program_id(0) % (heads // group)
     start, stop = 0, key_length
     if RAGGED:
         start, stop = tl.load(bounds + batch), tl.load(bounds + batch + 1)
@@ -109,9 +108,9 @@ def _row_logits(
             KIND, WINDOW, BLOCKS,
         )  # fmt: skip
         logits = tl.where(here, logits, -float("inf"))
-        place = (key_batch * heads + head).to(tl.int64) * length + row
+        line = (key_batch * heads + head).to(tl.int64) * length + row
         tl.store(
-            out + place[:, None] * key_length + column[None, :], logits, mask=row_mask[:, None] & column_mask[None, :]
+            out + line[:, None] * key_length + column[None, :], logits, mask=row_mask[:, None] & column_mask[None, :]
         )
         largest = tl.max(logits, axis=1)
         safe = tl.where(largest == -float("inf"), 0.0, largest)
@@ -122,17 +121,16 @@ def _row_logits(
 
 @triton.jit
 def _row_finish(
-    logits, sums, out, bounds, heads, length, key_length, blocks,
+    logits, sums, out, bounds, heads, length, key_length,
     REDUCE: tl.constexpr, RAGGED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the probabilities of one block of keys, reduced over the heads; REDUCE indexes `REDUCTIONS`."""
-    block, line = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    batch = (line // length).to(tl.int64)
-    row = line % length
+    batch = (tl.program_id(0) // length).to(tl.int64)
+    row = tl.program_id(0) % length
     start, stop = 0, key_length
     if RAGGED:
         start, stop = tl.load(bounds + batch), tl.load(bounds + batch + 1)
-    column = start + block * COLUMNS + tl.arange(0, COLUMNS)
+    column = start + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = column < stop
     out_batch = 0 if RAGGED else batch
     reduced = tl.zeros((COLUMNS,), tl.float32)
@@ -162,20 +160,19 @@ def _row_logsumexp(
     q, k, sums, bounds, scaling,
     q_b, q_h, q_n, k_b, k_h, k_n,
     mask, mask_b, mask_h, mask_q, mask_m, queries, keys, query_blocks, key_blocks, window,
-    heads, group, length, key_length, width, blocks,
+    heads, group, length, key_length, width,
     KIND: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, RAGGED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write the logsumexp of one block of queries of one head; plus infinity for a query without any key."""
-    block, line = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    batch = (line // heads).to(tl.int64)
-    head = line % heads
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
     first, last, stop = 0, length, key_length
     data = batch
     if RAGGED:
         first, last = tl.load(bounds + batch), tl.load(bounds + batch + 1)
         stop, data = last, 0
-    row = first + block * ROWS + tl.arange(0, ROWS)
+    row = first + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = row < last
     lane = tl.arange(0, WIDTH)
     query = tl.load(
@@ -211,21 +208,20 @@ def _column_sums(
     q, k, sums, weights, out, bounds, scaling,
     q_b, q_h, q_n, k_b, k_h, k_n, w_b, w_h, w_s,
     mask, mask_b, mask_h, mask_q, mask_m, queries, keys, query_blocks, key_blocks, window,
-    heads, group, length, key_length, width, blocks,
+    heads, group, length, key_length, width,
     KIND: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, RAGGED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write the weighted column sums of one block of keys over all queries of one head, for one set of weights."""
-    block, line = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    batch = (line // heads).to(tl.int64)
-    head = line % heads
-    chosen = tl.program_id(1)
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    chosen = tl.program_id(2)
     first, last, begin, stop = 0, length, 0, key_length
     data = batch
     if RAGGED:
         first, last = tl.load(bounds + batch), tl.load(bounds + batch + 1)
         begin, stop, data = first, last, 0
-    column = begin + block * COLUMNS + tl.arange(0, COLUMNS)
+    column = begin + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = column < stop
     lane = tl.arange(0, WIDTH)
     key = tl.load(
@@ -250,7 +246,7 @@ def _column_sums(
         weight = tl.load(weights + data * w_b + head * w_h + chosen * w_s + row, mask=row_mask, other=0.0)
         share = tl.exp(tl.where(here, logits, -float("inf")) - total[:, None])
         received += tl.sum(share * weight[:, None], axis=0)
-    at = out + ((data * heads + head) * tl.num_programs(1) + chosen) * key_length + column
+    at = out + ((data * heads + head) * tl.num_programs(2) + chosen) * key_length + column
     tl.store(at, received, mask=column_mask)
 
 
@@ -278,15 +274,15 @@ def attention_rows(
         sums = query.new_empty(batch, heads, length, blocks, dtype=torch.float32)
         rows = logits if reduce == "none" else query.new_empty(out_batch, *shape, dtype=torch.float32)
         bounds = cu_seqlens if cu_seqlens is None else cu_seqlens.int()
-        _row_logits[(blocks * batch * key.shape[1],)](
+        _row_logits[(batch * key.shape[1], blocks)](
             query, key, logits, sums, bounds, scaling,
             *query.stride()[:3], *key.stride()[:3], **_mask_arguments(mask, query, heads, length, key_length),
             heads=heads, group=group, length=length, key_length=key_length, width=width, blocks=blocks,
             RAGGED=bounds is not None, ROWS=_row_tile(group * length), COLUMNS=columns, WIDTH=_width(width),
             UPCAST=_upcast(query, key), num_warps=4,
         )  # fmt: skip
-        _row_finish[(blocks * batch * length,)](
-            logits, sums.logsumexp(dim=-1), rows, bounds, heads, length, key_length, blocks,
+        _row_finish[(batch * length, blocks)](
+            logits, sums.logsumexp(dim=-1), rows, bounds, heads, length, key_length,
             REDUCE=REDUCTIONS.index(reduce), RAGGED=bounds is not None, COLUMNS=columns, num_warps=2,
         )  # fmt: skip
     else:
@@ -364,10 +360,9 @@ class _ColumnSums:
         self.sums = query.new_empty(batch, heads, length, dtype=torch.float32)
         self.empty = not (query.numel() and key.numel() and all(self.longest))
         if not self.empty:
-            blocks = triton.cdiv(self.longest[0], tile.rows)
-            _row_logsumexp[(blocks * self.sequences * heads,)](
+            _row_logsumexp[(self.sequences * heads, triton.cdiv(self.longest[0], tile.rows))](
                 self.query, self.key, self.sums, self.bounds, scaling,
-                *self.query.stride()[:3], *self.key.stride()[:3], blocks=blocks, **self.shape, **self.launch,
+                *self.query.stride()[:3], *self.key.stride()[:3], **self.shape, **self.launch,
             )  # fmt: skip
 
     def __call__(self, weights: Tensor) -> Tensor:
@@ -378,10 +373,10 @@ class _ColumnSums:
         out = self.query.new_zeros(batch, heads, sets, key_length, dtype=torch.float32)
         if not self.empty and sets:
             blocks = triton.cdiv(self.longest[1], self.launch["COLUMNS"])
-            _column_sums[(blocks * self.sequences * heads, sets)](
+            _column_sums[(self.sequences * heads, blocks, sets)](
                 self.query, self.key, self.sums, weights, out, self.bounds, self.scaling,
                 *self.query.stride()[:3], *self.key.stride()[:3], *weights.stride()[:3],
-                blocks=blocks, **self.shape, **self.launch,
+                **self.shape, **self.launch,
             )  # fmt: skip
         return out
 
@@ -462,7 +457,7 @@ def _specs() -> list[KernelSpec]:
     """
     reading = {"q": "*{t}", "k": "*{t}", "scaling": "fp32"}
     reading |= dict.fromkeys(("q_b", "q_h", "q_n", "k_b", "k_h", "k_n"), "i32")
-    sizes = dict.fromkeys(("heads", "group", "length", "key_length", "width", "blocks"), "i32")
+    sizes = dict.fromkeys(("heads", "group", "length", "key_length", "width"), "i32")
     strides = dict.fromkeys(("mask_b", "mask_h", "mask_q", "mask_m", "window"), "i32")
     tables = dict.fromkeys(("queries", "keys", "query_blocks", "key_blocks"))
     kinds: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
@@ -485,14 +480,14 @@ def _specs() -> list[KernelSpec]:
         if kind == "mask":
             common.pop("group")
             constants, tiled = constants | {"group": 1}, tiled | {"group": 1}
-        rows = common | {"out": "*fp32", "sums": "*fp32"}
+        rows = common | {"out": "*fp32", "sums": "*fp32", "blocks": "i32"}
         one = {"length": 1} if kind == "mask" else {}
         chosen = {name: text for name, text in rows.items() if name not in one}
         specs.append(KernelSpec(_row_logits, chosen, constants | one | {"ROWS": 16, "COLUMNS": 64}, label=label))
         specs.append(KernelSpec(_row_logsumexp, common | {"sums": "*fp32"}, tiled, *launch, label=label))
         summed = {"sums": "*fp32", "weights": "*fp32", "out": "*fp32"} | dict.fromkeys(("w_b", "w_h", "w_s"), "i32")
         specs.append(KernelSpec(_column_sums, common | summed, tiled, *launch, label=label))
-    finish = dict.fromkeys(("logits", "sums", "out"), "*fp32") | dict.fromkeys(("heads", "key_length", "blocks"), "i32")
+    finish = dict.fromkeys(("logits", "sums", "out"), "*fp32") | dict.fromkeys(("heads", "key_length"), "i32")
     constants = {"bounds": None, "length": 1, "RAGGED": False, "COLUMNS": 64}
     constants["REDUCE"] = REDUCTIONS.index("rms")
     specs.append(KernelSpec(_row_finish, finish, constants, num_warps=2, label="rms"))
