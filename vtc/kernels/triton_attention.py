@@ -5,8 +5,7 @@ normalises them and reduces over the heads. The keys are read once.
 
 Column sums: `_row_logsumexp` computes the logsumexp of every row with an online softmax; `_column_sums` recomputes the
 logits and sums the columns. Nothing of the size of the matrix is written. No two programs write to the same element,
-so that results do not depend on the order of the programs. Sequences times heads are the first axis of a grid: others
-hold 65535 programs, and the windows of a long video are more. PageRank runs `_row_logsumexp` once and `_column_sums` in
+so that results do not depend on the order of the programs. PageRank runs `_row_logsumexp` once and `_column_sums` in
 every step.
 
 Sums are accumulated in float32, and float32 products are computed without TF32. A row without any key has a logsumexp
@@ -31,6 +30,7 @@ from .received import current_keys, root_mean_square, starting_weight
 from .visibility import VisibilityMask
 
 _MAX_WIDTH = 256  # channels of a head
+_MAX_LINES = 65535  # sequences times heads: programs on the second axis of a CUDA grid
 
 UNMASKED = tl.constexpr(0)
 MASK = tl.constexpr(1)
@@ -79,9 +79,9 @@ def _row_logits(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write logits and logsumexp of all queries that share a key head, for one block of keys."""
-    block = tl.program_id(1)
-    batch = (tl.program_id(0) // (heads // group)).to(tl.int64)
-    key_head = tl.program_id(0) % (heads // group)
+    block = tl.program_id(0)
+    batch = (tl.program_id(1) // (heads // group)).to(tl.int64)
+    key_head = tl.program_id(1) % (heads // group)
     start, stop = 0, key_length
     if RAGGED:
         start, stop = tl.load(bounds + batch), tl.load(bounds + batch + 1)
@@ -125,12 +125,12 @@ def _row_finish(
     REDUCE: tl.constexpr, RAGGED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the probabilities of one block of keys, reduced over the heads; REDUCE indexes `REDUCTIONS`."""
-    batch = (tl.program_id(0) // length).to(tl.int64)
-    row = tl.program_id(0) % length
+    batch = (tl.program_id(1) // length).to(tl.int64)
+    row = tl.program_id(1) % length
     start, stop = 0, key_length
     if RAGGED:
         start, stop = tl.load(bounds + batch), tl.load(bounds + batch + 1)
-    column = start + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = start + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     here = column < stop
     out_batch = 0 if RAGGED else batch
     reduced = tl.zeros((COLUMNS,), tl.float32)
@@ -165,14 +165,14 @@ def _row_logsumexp(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write the logsumexp of one block of queries of one head; plus infinity for a query without any key."""
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
     first, last, stop = 0, length, key_length
     data = batch
     if RAGGED:
         first, last = tl.load(bounds + batch), tl.load(bounds + batch + 1)
         stop, data = last, 0
-    row = first + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < last
     lane = tl.arange(0, WIDTH)
     query = tl.load(
@@ -213,15 +213,15 @@ def _column_sums(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write the weighted column sums of one block of keys over all queries of one head, for one set of weights."""
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
     chosen = tl.program_id(2)
     first, last, begin, stop = 0, length, 0, key_length
     data = batch
     if RAGGED:
         first, last = tl.load(bounds + batch), tl.load(bounds + batch + 1)
         begin, stop, data = first, last, 0
-    column = begin + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = begin + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = column < stop
     lane = tl.arange(0, WIDTH)
     key = tl.load(
@@ -268,20 +268,21 @@ def attention_rows(
     columns = 64
     longest = key_length if cu_seqlens is None else _longest(cu_seqlens)
     blocks = triton.cdiv(longest, columns)
+    _check_lines(batch * max(key.shape[1], length))
     logits = query.new_empty(out_batch, heads, length, key_length, dtype=torch.float32)
     shape = (heads, length, key_length) if reduce == "none" else (length, key_length)
     if logits.numel() and blocks:
         sums = query.new_empty(batch, heads, length, blocks, dtype=torch.float32)
         rows = logits if reduce == "none" else query.new_empty(out_batch, *shape, dtype=torch.float32)
         bounds = cu_seqlens if cu_seqlens is None else cu_seqlens.int()
-        _row_logits[(batch * key.shape[1], blocks)](
+        _row_logits[(blocks, batch * key.shape[1])](
             query, key, logits, sums, bounds, scaling,
             *query.stride()[:3], *key.stride()[:3], **_mask_arguments(mask, query, heads, length, key_length),
             heads=heads, group=group, length=length, key_length=key_length, width=width, blocks=blocks,
             RAGGED=bounds is not None, ROWS=_row_tile(group * length), COLUMNS=columns, WIDTH=_width(width),
             UPCAST=_upcast(query, key), num_warps=4,
         )  # fmt: skip
-        _row_finish[(batch * length, blocks)](
+        _row_finish[(blocks, batch * length)](
             logits, sums.logsumexp(dim=-1), rows, bounds, heads, length, key_length,
             REDUCE=REDUCTIONS.index(reduce), RAGGED=bounds is not None, COLUMNS=columns, num_warps=2,
         )  # fmt: skip
@@ -342,6 +343,7 @@ class _ColumnSums:
         self.bounds = None if cu_seqlens is None else cu_seqlens.int()
         self.sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         self.longest = (length, key_length) if cu_seqlens is None else (_longest(cu_seqlens),) * 2
+        _check_lines(self.sequences * heads)
         self.scaling = scaling
         self.shape = {
             "heads": heads, "group": heads // key.shape[1], "length": length, "key_length": key_length, "width": width,
@@ -360,7 +362,7 @@ class _ColumnSums:
         self.sums = query.new_empty(batch, heads, length, dtype=torch.float32)
         self.empty = not (query.numel() and key.numel() and all(self.longest))
         if not self.empty:
-            _row_logsumexp[(self.sequences * heads, triton.cdiv(self.longest[0], tile.rows))](
+            _row_logsumexp[(triton.cdiv(self.longest[0], tile.rows), self.sequences * heads)](
                 self.query, self.key, self.sums, self.bounds, scaling,
                 *self.query.stride()[:3], *self.key.stride()[:3], **self.shape, **self.launch,
             )  # fmt: skip
@@ -373,7 +375,7 @@ class _ColumnSums:
         out = self.query.new_zeros(batch, heads, sets, key_length, dtype=torch.float32)
         if not self.empty and sets:
             blocks = triton.cdiv(self.longest[1], self.launch["COLUMNS"])
-            _column_sums[(self.sequences * heads, blocks, sets)](
+            _column_sums[(blocks, self.sequences * heads, sets)](
                 self.query, self.key, self.sums, weights, out, self.bounds, self.scaling,
                 *self.query.stride()[:3], *self.key.stride()[:3], *weights.stride()[:3],
                 **self.shape, **self.launch,
@@ -398,6 +400,11 @@ def _tile(dtype: torch.dtype, width: int) -> _Tile:
 def _row_tile(count: int) -> int:
     """Return the number of rows of a product of a few chosen queries."""
     return min(64, max(16, int(triton.next_power_of_2(count))))
+
+
+def _check_lines(lines: int) -> None:
+    if lines > _MAX_LINES:
+        raise NoKernelError(f"a grid has at most {_MAX_LINES} sequences times heads, or times rows, not {lines}")
 
 
 def _width(width: int) -> int:
