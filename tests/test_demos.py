@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -212,19 +213,26 @@ def test_the_page_tells_what_is_wrong_with_a_question(question: str | None) -> N
         app.compare(app.Models(), "llava", picture, question, "random", 0.5)
 
 
-def test_mistakes_in_a_demo_are_one_line(tmp_path: Path) -> None:
+def test_mistakes_in_a_demo_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = Path(__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": str(root)}
     (tmp_path / "notes.png").write_text("no picture")
+    gone = [str(root / "demos" / "compare_methods.py"), str(tmp_path / "gone.png")]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, *gone], capture_output=True, text=True, env=env)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
     for command, message in (
-        (["compare_methods.py", str(tmp_path / "gone.png")], "no such file"),
+        (gone, "no such file"),
         (["compare_methods.py", str(tmp_path / "notes.png")], "not a picture"),
         (["compare_methods.py", "-o", str(tmp_path)], "this is a folder"),
         (["video_qa.py", "-o", str(tmp_path / "gone" / "kept.gif")], "does not exist"),
         (["app.py", "--model", "nonsense"], "NAME=FOLDER"),
     ):
-        path = root / "demos" / command[0]
-        run = subprocess.run([sys.executable, str(path), *command[1:]], capture_output=True, text=True, env=env)
-        assert run.returncode == 2
-        assert message in run.stderr.splitlines()[-1]
-        assert "Traceback" not in run.stderr
+        path = str(root / "demos" / command[0])
+        monkeypatch.setattr(sys, "argv", [path, *command[1:]])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(path, run_name="__main__")
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -115,13 +115,24 @@ def test_a_later_session_adds_other_runs(loaded: models.Loaded, samples: Sequenc
     assert sizes == {"all tokens": 6, "uniform 0.25": 6, "random 0.25": 2, "divprune 0.25": 6}
 
 
+ENDED = ("run", "--limit", "6", "--methods", "uniform", "--keep", "0.25", "--batch-size", "2", "--out")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("whole")
+    assert main([*ENDED, str(folder)]) == 0
+    return results_log.read(folder)[1]
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_an_ended_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path, sent: int, status: int) -> None:
-    command = ["run", "--limit", "6", "--methods", "uniform", "--keep", "0.25", "--batch-size", "2", "--out"]
+def test_an_ended_process_gives_the_rows_of_an_uninterrupted_one(
+    tmp_path: Path, sent: int, status: int, uninterrupted: list[dict[str, Any]]
+) -> None:
     killed = tmp_path / "killed"
     rows = killed / "rows.jsonl"
     with subprocess.Popen(
-        [sys.executable, "-m", "eval", *command, str(killed)],
+        [sys.executable, "-m", "eval", *ENDED, str(killed)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -145,11 +156,10 @@ def test_an_ended_process_gives_the_rows_of_an_uninterrupted_one(tmp_path: Path,
     assert 11 <= len(before) < 1 + 42
     with rows.open("a") as file:
         file.write('{"run": "uniform 0.25", "sam')  # what a kill in the middle of a line leaves
-    assert main([*command, str(killed)]) == 0
+    assert main([*ENDED, str(killed)]) == 0
     assert rows.read_text().splitlines()[: len(before)] == before, "what was measured is not measured again"
     assert rows.read_text().count('"prediction"') == 42, "nothing twice"
-    assert main([*command, str(tmp_path / "whole")]) == 0
-    assert results_log.read(killed)[1] == results_log.read(tmp_path / "whole")[1]
+    assert results_log.read(killed)[1] == uninterrupted
 
 
 def test_rows_of_another_evaluation_are_refused(tmp_path: Path) -> None:

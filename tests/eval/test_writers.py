@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -58,22 +59,22 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException, int], None]:
+    return functools.partial(arm, monkeypatch)
+
+
+def arm(patch: pytest.MonkeyPatch, error: BaseException, number: int) -> None:
     """Make the n-th flush of a file to the disk raise."""
+    flushed = 0
+    fsync = os.fsync
 
-    def arm(error: BaseException, number: int) -> None:
-        flushed = 0
-        fsync = os.fsync
+    def full(descriptor: int) -> None:
+        nonlocal flushed
+        flushed += 1
+        if flushed == number:
+            raise error
+        fsync(descriptor)
 
-        def full(descriptor: int) -> None:
-            nonlocal flushed
-            flushed += 1
-            if flushed == number:
-                raise error
-            fsync(descriptor)
-
-        monkeypatch.setattr(os, "fsync", full)
-
-    return arm
+    patch.setattr(os, "fsync", full)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
@@ -121,20 +122,22 @@ def test_questions_come_when_all_pictures_are_there(
 
 
 @pytest.mark.skipif(not reference.available(), reason="vtc-reference is not installed")
-@pytest.mark.parametrize("number", [1, 2, 7, 14, 15, 17])
 def test_a_sweep_that_is_interrupted_anywhere_gives_the_same_rows(
-    number: int, tmp_path: Path, failing: Callable[[BaseException, int], None], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["sweep", "--limit", "2", "--methods", "uniform", "--keep", "0.25", "--batch-size", "2", "--timed", "0"]
-    failing(KeyboardInterrupt(), number)
-    assert main([*command, "--out", str(tmp_path / "ended")]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "eval: interrupted"
-    assert main([*command, "--out", str(tmp_path / "ended")]) == 0
-    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    assert results_log.read(tmp_path / "ended")[1] == results_log.read(tmp_path / "whole")[1]
-    ended, whole = ({path.name for path in (tmp_path / name).iterdir()} for name in ("ended", "whole"))
-    assert ended == whole
-    assert (tmp_path / "ended" / "table.csv").read_text() == (tmp_path / "whole" / "table.csv").read_text()
+    whole = tmp_path / "whole"
+    assert main([*command, "--out", str(whole)]) == 0
+    for number in (1, 2, 7, 14, 15, 17):
+        ended = tmp_path / f"ended at {number}"
+        with pytest.MonkeyPatch.context() as armed:
+            arm(armed, KeyboardInterrupt(), number)
+            assert main([*command, "--out", str(ended)]) == 130, number
+        assert capsys.readouterr().err.splitlines()[-1] == "eval: interrupted"
+        assert main([*command, "--out", str(ended)]) == 0
+        assert results_log.read(ended)[1] == results_log.read(whole)[1], number
+        assert {path.name for path in ended.iterdir()} == {path.name for path in whole.iterdir()}, number
+        assert (ended / "table.csv").read_text() == (whole / "table.csv").read_text(), number
 
 
 @pytest.mark.parametrize(
