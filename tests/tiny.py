@@ -73,6 +73,10 @@ KINDS: tuple[str, ...] = tuple(kind for kind in ROWS if kind != "mixed")
 # ---------------------------------------------------------------------------------------------- kinds of visuals
 
 
+_COUNTS: dict[tuple[Any, ...], int] = {}
+"""What models answered to `ProbedVisuals`."""
+
+
 class Visuals:
     """How one modality of an architecture turns into placeholder tokens and into processor tensors."""
 
@@ -136,7 +140,10 @@ class ProbedVisuals(Visuals):
     batch_num_images: bool = False
 
     def layout(self, model: Any, size: int, alone: bool, text: Callable[[int], list[int]]) -> list[int]:
-        return [self.token_id] * self._count(model, size, alone)
+        key = (self, type(model), size, alone)
+        if key not in _COUNTS:
+            _COUNTS[key] = self._count(model, size, alone)
+        return [self.token_id] * _COUNTS[key]
 
     def _count(self, model: Any, size: int, alone: bool) -> int:
         tensors = self.tensors(size, torch.Generator().manual_seed(0))
@@ -835,7 +842,7 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ti
     line = family(name)
     architecture = ARCHITECTURES[line.architecture]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = getattr(transformers, architecture.model_class)(architecture.config())
         with torch.no_grad():
             architecture.prepare(model)

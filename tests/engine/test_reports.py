@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,20 +10,21 @@ import torch
 
 import vtc
 from tests import reference, tiny
-from tests.invariants.matrix import METHODS, Method, build, method, over_matrix
+from tests.invariants.matrix import METHODS, Method, borrowed, build, method, over_matrix
 from vtc.engine.cache import CACHE
 
 
 @over_matrix(methods=tuple(m for m in METHODS if not m.cache), attentions=("sdpa",))
 @torch.no_grad()
 def test_counts_are_those_of_the_tensors(family: tiny.Family, method: Method, attention: str) -> None:
-    case = build(family)
+    case = borrowed(family)
     inputs = case.batch("ragged")
     lengths: list[int] = []
-    for layer in case.model.get_decoder().layers:
-        # Inside the layer, behind whatever shortens what enters it.
-        layer.mlp.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    with method.on(case.model) as model:
+    with method.on(case.model) as model, contextlib.ExitStack() as hooks:
+        for layer in model.get_decoder().layers:
+            # Inside the layer, behind whatever shortens what enters it.
+            hook = layer.mlp.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+            hooks.enter_context(hook)
         model(**inputs)
         report = vtc.report(model)
 
@@ -57,7 +59,7 @@ def test_counts_are_those_of_the_tensors(family: tiny.Family, method: Method, at
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.any_size], ids=str)
 def test_the_cache_is_as_large_as_reported(method: Method) -> None:
-    case = build(tiny.family("llava"))
+    case = borrowed(tiny.family("llava"))
     with torch.no_grad(), method.on(case.model) as model:
         cache = model(**case.batch("single"))[CACHE]
         report = vtc.report(model)

@@ -108,6 +108,7 @@ def test_a_step_of_training_moves_the_kept(family: tiny.Family, method: Method) 
     assert second < float(first.detach())
 
 
+@pytest.mark.usefixtures("young_heap")
 @over_representatives("divprune", "fastv", "aim", "vflowopt")
 def test_a_forward_pass_leaves_nothing_of_its_graph_or_its_cache(family: tiny.Family, method: Method) -> None:
     case = sharp(family)

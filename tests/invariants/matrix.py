@@ -13,7 +13,7 @@ import torch
 from transformers.generation import utils as generation_utils
 
 import vtc
-from tests import tiny
+from tests import shared, tiny
 from vtc.config import CompressionConfig
 
 ATTENTIONS = ("sdpa", "eager")
@@ -68,7 +68,7 @@ class Method:
     reads_text: bool = False
     """Whether the text of the prompt counts."""
     everywhere: bool = True
-    """Whether it is tried in all families and attentions, which costs half a minute.
+    """Whether it is tried in all families and attentions, which costs ten seconds.
 
     Else in `REPRESENTATIVES`, for videos `VIDEO_REPRESENTATIVES`, and sdpa: enough where a method differs from others
     only in the tensors that its selector reads and returns.
@@ -112,9 +112,9 @@ def _one(method: str, keep_ratio: float, **options: Any) -> tuple[CompressionCon
 
 
 METHODS: tuple[Method, ...] = (
-    Method("random", _one("random", 0.5), drawn=True),
+    Method("random", _one("random", 0.5), drawn=True, everywhere=False),
     Method("uniform", _one("uniform", 0.5)),
-    Method("pool", _one("pool", 0.3), merges=True),
+    Method("pool", _one("pool", 0.3), merges=True, everywhere=False),
     Method(
         "pool at decoder:2",
         (CompressionConfig("pool", keep_ratio=0.4, at="decoder:2"),),
@@ -128,9 +128,16 @@ METHODS: tuple[Method, ...] = (
     Method("tome", _one("tome", 0.5), merges=True, tower=True, by_ratio=False),
     # Random pixels repeat nowhere; by their means about half of them do.
     Method("pixelprune", _one("pixelprune", 0.8, similarity="mean", tau=1.13), tower=True, by_ratio=False),
-    Method("flowcut", _one("flowcut", 0.3, layers=(1,)), needs_cls=True, tower=True, by_ratio=False),
+    Method("flowcut", _one("flowcut", 0.3, layers=(1,)), needs_cls=True, tower=True, by_ratio=False, everywhere=False),
     Method("flowcut received", _one("flowcut", 0.3, score_source="received"), tower=True, by_ratio=False),
-    Method("as-vit", _one("adaptive-sparse-vit", 0.8, thresholds=1.0), needs_cls=True, tower=True, by_ratio=False),
+    Method(
+        "as-vit",
+        _one("adaptive-sparse-vit", 0.8, thresholds=1.0),
+        needs_cls=True,
+        tower=True,
+        by_ratio=False,
+        everywhere=False,
+    ),
     # The tiny towers have four layers, of which the third makes the features.
     Method("vtc-cls", _one("vtc-cls", 0.5, start_layer=1), needs_cls=True),
     Method("divprune", _one("divprune", 0.4)),
@@ -138,7 +145,7 @@ METHODS: tuple[Method, ...] = (
     Method("divprune+fastv", _one("divprune", 0.6) + _one("fastv", 0.5, layer=2), decoder=True),
     Method("vflowopt", _one("vflowopt", 0.4, t=1.2, cell=2.0), decoder=True, merges=True, by_ratio=False),
     Method("todre", _one("todre", 0.5, pivot="center", tau=1.0, exit_layer=2), decoder=True, by_ratio=False),
-    Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False),
+    Method("atp", _one("atp", 0.7), decoder=True, by_ratio=False, everywhere=False),
     Method("aim", _one("aim", 0.4), decoder=True, merges=True, by_ratio=False),
     Method("vtc", _one("vtc", 0.4), merges=True),
     Method("vtc by text", _one("vtc", 0.4, relevance_weight=0.5), merges=True, reads_text=True, everywhere=False),
@@ -174,7 +181,14 @@ METHODS: tuple[Method, ...] = (
         "prumerge", _one("prumerge", 0.5, count="budget", neighbours=3), merges=True, needs_cls=True, everywhere=False
     ),
     Method("prumerge-plus", _one("prumerge-plus", 0.5), merges=True, needs_cls=True, by_ratio=False, everywhere=False),
-    Method("vscan", _one("vscan", 0.5, score_source="received", window=2), decoder=True, merges=True, by_ratio=False),
+    Method(
+        "vscan",
+        _one("vscan", 0.5, score_source="received", window=2),
+        decoder=True,
+        merges=True,
+        by_ratio=False,
+        everywhere=False,
+    ),
     Method("gemfilter", _one("gemfilter", 0.5, layer=1), everywhere=False, reads_text=True),
     # Stages of a tiny decoder would be in layers 1, 2 and 3.
     Method("sliminfer", _one("sliminfer", 0.3, block=2, window=4), decoder=True, by_ratio=False, everywhere=False),
@@ -183,8 +197,8 @@ METHODS: tuple[Method, ...] = (
     Method("defensivekv", _one("defensivekv", 0.5, window=4), decoder=True, cache=True, everywhere=False),
     Method("triattention", _one("triattention", 0.5), decoder=True, cache=True, everywhere=False),
     Method("evs", _one("evs", 0.6), video=True),
-    Method("vidcom2", _one("vidcom2", 0.5), video=True),
-    Method("dycoke", _one("dycoke", 0.6), video=True),
+    Method("vidcom2", _one("vidcom2", 0.5), video=True, everywhere=False),
+    Method("dycoke", _one("dycoke", 0.6), video=True, everywhere=False),
     Method("fastvid", _one("fastvid", 0.5, tau=-1.0, segments=1), merges=True, video=True, everywhere=False),
     # Random frames have little in common: no place would be static.
     Method("prunevid", _one("prunevid", 0.5, tau=-0.5), merges=True, video=True, everywhere=False),
@@ -239,6 +253,16 @@ def build(
 def sharp(family: tiny.Family, attention: str = "sdpa") -> tiny.TinyCase:
     """A fresh tiny model in the precision in which this attention can be held to the tightest bound."""
     return build(family, attention, dtype=PRECISION[attention])
+
+
+def borrowed(family: tiny.Family, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> shared.SharedCase:
+    """A model that other tests use as well: the test restores it, and leaves it as it was."""
+    return shared.case(family.name, attention, dtype)
+
+
+def sharp_borrowed(family: tiny.Family, attention: str = "sdpa") -> shared.SharedCase:
+    """The same in the precision of `sharp`."""
+    return shared.case(family.name, attention, PRECISION[attention])
 
 
 def tolerance(case: tiny.TinyCase, method: Method | None = None) -> float:

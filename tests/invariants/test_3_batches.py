@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import vtc
 from tests import reference, tiny
-from tests.invariants.matrix import METHODS, Method, over_matrix, sharp, tolerance
+from tests.invariants.matrix import METHODS, Method, over_matrix, sharp_borrowed, tolerance
 
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 Kept = dict[tuple[int, int], list[int]]
 
 
@@ -20,43 +20,43 @@ def kept(report: Any) -> Kept:
     return {(segment.row, segment.index): segment.kept.tolist() for segment in report.segments}
 
 
-def generated(
-    case: tiny.TinyCase, method: Method, inputs: dict[str, Any], steps: int = 4
-) -> tuple[Tensor, Tensor, Kept]:
-    """Logits (B, steps, V), sequences without the prompt, and what was kept."""
+def generated(case: tiny.TinyCase, method: Method, inputs: dict[str, Any]) -> tuple[Tensor, Kept]:
+    """Logits (B, 4, V), and what was kept."""
     with method.on(case.model) as model:
-        out = model.generate(
-            **inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )
-        return reference.stacked_logits(out), reference.answers(out, inputs), kept(vtc.report(model))
+        out = model.generate(**inputs, **GREEDY)
+        return reference.stacked_logits(out), kept(vtc.report(model))
+
+
+# A text, one picture, two of other sizes, and two again. The text stands first, so that the first picture does not
+# belong to the first row.
+_PLACES = (("no_image_row", 0), ("single", 0), ("ragged", 1), ("two_images", 1))
+ROWS = tuple(tiny.ROWS[kind][row] for kind, row in _PLACES)
 
 
 @over_matrix(attentions=("sdpa",))
-def test_a_batch_equals_its_rows(family: tiny.Family, method: Method, attention: str) -> None:
-    case = sharp(family, attention)
-    for kind in ("ragged", "two_images", "no_image_row"):
-        logits, _, together = generated(case, method, case.batch(kind))
-        alone: Kept = {}
-        for row, inputs in enumerate(case.rows(kind)):
-            if any(key.startswith("pixel_values") for key in inputs):
-                single, _, choice = generated(case, method, inputs)
-                alone |= {(row, index): indices for (_, index), indices in choice.items()}
-            else:
-                out = case.model.generate(
-                    **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
-                )
-                single = reference.stacked_logits(out)
-            error = reference.max_error(logits[row : row + 1], single)
-            assert error <= tolerance(case, method), (kind, row, error)
-        assert together == alone, kind
+def test_a_batch_equals_its_rows_in_either_order(family: tiny.Family, method: Method, attention: str) -> None:
+    case = sharp_borrowed(family, attention)
+    text, *rows = ROWS
+    spoken = case.once("a text", lambda: case.model.generate(**case.collate((text,)), **GREEDY))
+    alone, choices = [reference.stacked_logits(spoken)], {}
+    for row, shown in enumerate(rows, start=1):
+        logits, choice = generated(case, method, case.collate((shown,)))
+        alone.append(logits)
+        choices |= {(row, index): indices for (_, index), indices in choice.items()}
+    forward, together = generated(case, method, case.collate(ROWS))
+    backward, turned = generated(case, method, case.collate(ROWS[::-1]))
+    for batch in (forward, backward.flip(0)):
+        errors = [reference.max_error(row[None], single) for row, single in zip(batch, alone, strict=True)]
+        assert max(errors) <= tolerance(case, method), errors
+    assert together == choices
+    assert {(len(ROWS) - 1 - row, index): indices for (row, index), indices in turned.items()} == choices
 
 
-@over_matrix(attentions=("sdpa",))
+# Right padding reaches the recurrent state of linear-attention layers, compressed or not.
+@over_matrix(families=tuple(family for family in tiny.FAMILIES if not family.hybrid), attentions=("sdpa",))
 @torch.no_grad()
 def test_padding_side_does_not_matter(family: tiny.Family, method: Method, attention: str) -> None:
-    case = sharp(family, attention)
-    if family.hybrid:
-        pytest.skip("right padding reaches the recurrent state of linear-attention layers, compressed or not")
+    case = sharp_borrowed(family, attention)
     outputs, choices = [], []
     for kind in ("ragged", "right_padded"):
         inputs = case.batch(kind)
@@ -74,17 +74,6 @@ def test_padding_side_does_not_matter(family: tiny.Family, method: Method, atten
         assert reference.max_error(left, right) <= tolerance(case, method)
 
 
-@over_matrix(attentions=("sdpa",))
-def test_the_order_of_rows_does_not_matter(family: tiny.Family, method: Method, attention: str) -> None:
-    case = sharp(family, attention)
-    for kind in ("ragged", "no_image_row"):
-        rows = tiny.ROWS[kind]
-        forward, _, first = generated(case, method, case.collate(rows))
-        backward, _, second = generated(case, method, case.collate(rows[::-1]))
-        assert reference.max_error(forward, backward.flip(0)) <= tolerance(case, method), kind
-        assert first == {(len(rows) - 1 - row, index): indices for (row, index), indices in second.items()}, kind
-
-
 @over_matrix(
     methods=tuple(m for m in METHODS if not m.decoder and not m.drawn and not m.reads_text),  # the rows' texts differ
     attentions=("sdpa",),
@@ -92,7 +81,7 @@ def test_the_order_of_rows_does_not_matter(family: tiny.Family, method: Method, 
 @torch.no_grad()
 def test_the_order_of_images_does_not_matter(family: tiny.Family, method: Method, attention: str) -> None:
     # Three different images in one row and backwards in another: every one keeps the same tokens.
-    case = sharp(family, attention)
+    case = sharp_borrowed(family, attention)
     sizes = (0, 1, 2)
     rows = [tiny.Row(20, 4, tuple((None, size) for size in order), 5) for order in (sizes, sizes[::-1])]
     pixels = _same_pixels(case, rows)

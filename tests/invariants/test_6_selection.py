@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vtc
 from tests import reference, tiny
-from tests.invariants.matrix import METHODS, REPRESENTATIVES, Method, build, method, over_matrix
+from tests.invariants.matrix import METHODS, REPRESENTATIVES, Method, borrowed, build, method, over_matrix
 
 WITH_CLS = tuple(family for family in tiny.FAMILIES if family.cls)
 WITH_DECODER_STAGES = tuple(family for family in tiny.FAMILIES if not family.hybrid)
@@ -116,8 +116,7 @@ def test_vtc_cls_sums_the_layers_it_says(start_layer: int) -> None:
 
 @over_matrix(methods=(method("fastv"), method("divprune+fastv")), families=WITH_DECODER_STAGES)
 def test_fastv_keeps_what_the_last_query_looks_at(family: tiny.Family, method: Method, attention: str) -> None:
-    case = build(family, attention)
-    eager = build(family, "eager")
+    case, eager = borrowed(family, attention), build(family, "eager")
     for kind in ("ragged", "right_padded", "no_image_row", "two_images"):
         inputs = case.batch(kind)
         report = report_of(case.model, method, inputs)
@@ -144,7 +143,7 @@ def test_fastv_keeps_what_the_last_query_looks_at(family: tiny.Family, method: M
 @pytest.mark.parametrize("name", ["divprune", "uniform"])
 def test_the_model_chooses_as_the_open_door_does(family: tiny.Family, name: str) -> None:
     # `vtc.select` gets the embeddings that the untouched model hands to its decoder.
-    case = build(family)
+    case = borrowed(family)
     for kind in (kind for kind in family.kinds if kind != "text_only"):
         inputs = case.batch(kind)
         report = report_of(case.model, method(name), inputs)
@@ -167,7 +166,7 @@ def test_the_model_chooses_as_the_open_door_does(family: tiny.Family, name: str)
 
 @pytest.mark.parametrize("family", tiny.FAMILIES, ids=str)
 def test_seeds_reproduce_and_matter(family: tiny.Family) -> None:
-    case = build(family)
+    case = borrowed(family)
     inputs = case.batch("two_images")
 
     def kept(seed: int) -> list[list[int]]:
@@ -184,7 +183,7 @@ def test_seeds_reproduce_and_matter(family: tiny.Family) -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_global_random_state_is_left_alone(method: Method) -> None:
-    case = build(tiny.family("qwen2_5_vl" if method.any_size else "llava"))
+    case = borrowed(tiny.family("qwen2_5_vl" if method.any_size else "llava"))
     inputs = case.batch("ragged")
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -199,7 +198,7 @@ def test_the_global_random_state_is_left_alone(method: Method) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision_stays_finite(family: tiny.Family, method: Method, attention: str, dtype: torch.dtype) -> None:
-    case = build(family, attention, dtype=dtype)
+    case = borrowed(family, attention, dtype)
     model, inputs = case.model, case.batch("ragged")
     with method.on(model):
         out = model.generate(

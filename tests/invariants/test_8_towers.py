@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from tests import reference, tiny
-from tests.invariants.matrix import METHODS, Method, build, method, sharp
+from tests.invariants.matrix import METHODS, Method, borrowed, build, method, sharp, sharp_borrowed
 from vtc.adapters.base import TowerUnit
 from vtc.config import CompressionConfig
 from vtc.core.sites import parse_site
@@ -144,8 +144,9 @@ def masked(model: Any, modality: str, tower: TowerPass) -> Iterator[None]:
 @over_settings(EXACT)
 @torch.no_grad()
 def test_dropping_equals_masking(family: tiny.Family, stages: tuple[vtc.CompressionConfig, ...]) -> None:
-    for kind in ("single", "two_images", "no_image_row"):
-        check_masking(family, stages, kind)
+    # Every tower takes pictures alone or several at once; that a row is as in its batch is the test after next.
+    for kind in ("two_images", "no_image_row"):
+        check_masking(sharp_borrowed(family), stages, kind)
 
 
 @pytest.mark.parametrize("kind", ["single", "two_images"])
@@ -164,8 +165,7 @@ def test_several_places_in_the_tower_equal_masking(name: str, family: str, kind:
     check_masking(case, (CompressionConfig(name, keep_ratio=0.4, options=options),), kind)
 
 
-def check_masking(of: tiny.Family | tiny.TinyCase, stages: tuple[vtc.CompressionConfig, ...], kind: str) -> None:
-    case = of if isinstance(of, tiny.TinyCase) else sharp(of)
+def check_masking(case: tiny.TinyCase, stages: tuple[vtc.CompressionConfig, ...], kind: str) -> None:
     family = case.family
     inputs = case.batch(kind)
     with vtc.compressed(case.model, list(stages)) as model, seen_towers() as towers:
@@ -183,9 +183,8 @@ def check_masking(of: tiny.Family | tiny.TinyCase, stages: tuple[vtc.Compression
 @over_settings(FAMILIES)
 @torch.no_grad()
 def test_keeping_all_changes_no_bit(family: tiny.Family, stages: tuple[vtc.CompressionConfig, ...]) -> None:
-    case = build(family)
-    inputs = case.batch("ragged")
-    plain = case.model(**inputs).logits
+    case = borrowed(family)
+    inputs, plain = case.batch("ragged"), case.plain("ragged").logits
     whole = [
         dataclasses.replace(stage, keep_ratio=1.0, keep_tokens=None) for stage in stages if stage.method != "bright"
     ]
@@ -195,12 +194,11 @@ def test_keeping_all_changes_no_bit(family: tiny.Family, stages: tuple[vtc.Compr
             assert all(segment.tokens_after == segment.tokens_before for segment in vtc.report(model).segments)
     with vtc.compressed(case.model, list(stages)) as model:
         assert not torch.equal(model(**inputs).logits, plain)
-    assert torch.equal(case.model(**inputs).logits, plain)
 
 
 @over_settings(EXACT)
 def test_a_batch_equals_its_rows(family: tiny.Family, stages: tuple[vtc.CompressionConfig, ...]) -> None:
-    case = sharp(family)
+    case = sharp_borrowed(family)
     inputs = case.batch("two_images")
     said = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     with vtc.compressed(case.model, list(stages)) as model:

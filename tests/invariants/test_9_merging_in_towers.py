@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from tests import reference, tiny
-from tests.invariants.matrix import build, sharp
+from tests.invariants.matrix import borrowed, build, sharp_borrowed
 from tests.invariants.test_8_towers import EXACT, FAMILIES, config, seen_towers
 from vtc.budget import resolve_budget
 from vtc.engine.in_tower import TowerPass
@@ -136,20 +136,19 @@ MERGES = {"two at layer 1": {1: 2}, "three, then two": {1: 3, 2: 2}, "patch embe
 @pytest.mark.parametrize("family", EXACT, ids=str)
 @torch.no_grad()
 def test_merging_equals_the_untouched_tower(family: tiny.Family, merges: dict[int, int]) -> None:
-    for kind in ("single", "two_images"):
-        case = sharp(family)
-        last = adapter_for(case.model).feature_layer(family.modality, {})
-        merges = {layer: every for layer, every in merges.items() if layer <= last}  # later ones make no features
-        inputs = case.batch(kind)
-        stages = [config("neighbours", f"vision:{layer}", every=every) for layer, every in merges.items()]
-        with vtc.compressed(case.model, stages) as model, seen_towers() as towers:
-            ours = model(**inputs).logits
-            report = vtc.report(model)
-        assert all(segment.tokens_after < segment.tokens_before for segment in report.segments)
-        with merged(case.model, family.modality, towers[0], merges):
-            expected = reference.Reference.of(case.model, inputs, report)
-            theirs = expected.prefill().logits
-        assert reference.max_error(ours[expected.visible], theirs[expected.visible]) <= 1e-6
+    case = sharp_borrowed(family)
+    last = adapter_for(case.model).feature_layer(family.modality, {})
+    merges = {layer: every for layer, every in merges.items() if layer <= last}  # later ones make no features
+    inputs = case.batch("two_images")
+    stages = [config("neighbours", f"vision:{layer}", every=every) for layer, every in merges.items()]
+    with vtc.compressed(case.model, stages) as model, seen_towers() as towers:
+        ours = model(**inputs).logits
+        report = vtc.report(model)
+    assert all(segment.tokens_after < segment.tokens_before for segment in report.segments)
+    with merged(case.model, family.modality, towers[0], merges):
+        expected = reference.Reference.of(case.model, inputs, report)
+        theirs = expected.prefill().logits
+    assert reference.max_error(ours[expected.visible], theirs[expected.visible]) <= 1e-6
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -175,9 +174,8 @@ def test_merging_equal_patches_changes_nothing(attention: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 @torch.no_grad()
 def test_tome_merges_down_to_the_budget(family: tiny.Family) -> None:
-    case = build(family)
-    inputs = case.batch("two_images")
-    plain = case.model(**inputs).logits
+    case = borrowed(family)
+    inputs, plain = case.batch("two_images"), case.plain("two_images").logits
     with vtc.compressed(case.model, "tome", keep_ratio=1.0) as model:
         assert torch.equal(model(**inputs).logits, plain)
     with vtc.compressed(case.model, "tome", keep_ratio=0.5) as model:

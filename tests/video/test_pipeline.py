@@ -403,6 +403,7 @@ def test_the_answer_survives_json_and_can_be_drawn(built: Any, clip: Path) -> No
     assert drawn.width > 64
 
 
+@pytest.mark.usefixtures("young_heap")
 def test_frames_are_let_go_of(built: Any, clip: Path) -> None:
     """However many windows there are, the frames of two at most are in memory."""
     model, words = built("llava_onevision_video")
