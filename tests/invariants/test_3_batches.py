@@ -11,7 +11,7 @@ import vtc
 from tests import reference, tiny
 from tests.invariants.matrix import METHODS, Method, over_matrix, sharp_borrowed, tolerance
 
-GREEDY = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+GREEDY = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 Kept = dict[tuple[int, int], list[int]]
 
 
@@ -21,7 +21,7 @@ def kept(report: Any) -> Kept:
 
 
 def generated(case: tiny.TinyCase, method: Method, inputs: dict[str, Any]) -> tuple[Tensor, Kept]:
-    """Logits (B, 4, V), and what was kept."""
+    """Logits (B, 3, V), and what was kept."""
     with method.on(case.model) as model:
         out = model.generate(**inputs, **GREEDY)
         return reference.stacked_logits(out), kept(vtc.report(model))
