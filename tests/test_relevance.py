@@ -342,9 +342,8 @@ class TestModels:
             return (tokens @ tokens.mean(dim=1, keepdim=True).mT).softmax(dim=1).mT @ (tokens @ value)
 
         if pooling == "attends":
-            visual.attn_pool = nn.Identity()
-            visual._pool = lambda tokens: (attend(tokens), tokens)
-            expected = patches @ value @ visual.proj
+            visual.attn_pool = attend
+            expected = visual.ln_post(patches @ value) @ visual.proj
         else:
             model.visual = visual = SimpleNamespace(
                 image_size=(28, 42), preprocess_cfg=visual.preprocess_cfg, conv=visual.conv, head=nn.Identity()

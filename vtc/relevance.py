@@ -363,12 +363,23 @@ def _patches(folder: str, visual: Any, pixels: Tensor) -> Tensor:
         if getattr(visual, "attn_pool", None) is None:
             pooled = visual.ln_post(patches)
         else:
-            pooled = visual._pool(patches[:, None])[0]
-            pooled = pooled if pooled.ndim == 2 else pooled[:, 0]
+            pooled = _attended(visual, patches[:, None])[:, 0]
         pooled = pooled if visual.proj is None else pooled @ visual.proj
     else:
         raise InputError(f"{folder}: its tower, {type(visual).__name__}, has no patches in its last layer; use a ViT.")
     found: Tensor = pooled.T.unflatten(1, tuple(size))[None]
+    return found
+
+
+def _attended(visual: Any, tokens: Tensor) -> Tensor:
+    """Pool tokens (M, N, D) by attention, as the towers of CoCa do in open_clip."""
+    second, normed = getattr(visual, "attn_pool_contrastive", None), visual.ln_post
+    found: Tensor
+    if second is None:
+        found = normed(visual.attn_pool(tokens))
+    else:
+        tokens = normed(tokens)
+        found = second(tokens if visual.attn_pool_type == "parallel" else visual.attn_pool(tokens))
     return found
 
 
