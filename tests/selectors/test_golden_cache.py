@@ -166,12 +166,25 @@ def test_elastic_cache_as_released(name: str) -> None:
     golden = load(name)
     n = golden["attn"].shape[-1]
     method: Any = get_selector("elastic-cache", scope="all", start=golden["start_size"], variant="released")
-    for layer, scores in enumerate(golden["score_sum"]):
-        answer = method.evict(context(method, n, n - golden["forget_num"], {AttentionSums(): scores[None]}))
+    sums = golden["attn"].sum(dim=3)[:, 0]
+    torch.testing.assert_close(sums.mean(dim=1), golden["score_sum"], rtol=1e-4, atol=1e-5)
+    for layer, scores in enumerate(sums):
+        answer = method.evict(context(method, n, n - golden["forget_num"], {AttentionSums(): scores}))
         assert answer.k == golden["out_len"][layer]
         for ours, theirs in (("keys", "out_keys"), ("values", "out_values")):
             merged = answer.merge(golden[ours][layer, 0])
             torch.testing.assert_close(merged, golden[theirs][layer, 0], rtol=1e-4, atol=1e-5)
+        # A slot of a short prompt is counted from the end.
+        stored = answer.k + 20
+        slot = method.leaving(DecodingState(layer, stored, answer.k, n + 20, n)).place
+        assert (slot if golden["decode_drop_slot"] >= 0 else slot - stored) == golden["decode_drop_slot"]
+
+
+def test_elastic_cache_as_released_counts_from_what_was_asked() -> None:
+    """Of 40 entries 20 were asked for and 19 stayed, but the next leaves when there are more than half of all seen."""
+    method: Any = get_selector("elastic-cache", scope="all", variant="released")
+    counts = [method.leaving(DecodingState(0, 19 + step, 19, 40 + step, 40)).count for step in range(1, 6)]
+    assert counts == [int(19 + step - (40 + step) * 0.5 >= 1) for step in range(1, 6)] == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("name", names("squeeze_*", 3))
@@ -238,6 +251,8 @@ def test_gemfilter(name: str) -> None:
     pooled = LastQueryLogits(kernel=golden["kernel_size"]).compute(raw)[0]
     torch.testing.assert_close(pooled, golden["pooled_scores"], rtol=1e-4, atol=1e-4)
     kept = topk_indices(pooled, golden["topk"])
+    theirs = golden["pooled_scores"][golden["indices_by_score"]]
+    torch.testing.assert_close(pooled[kept].sort(descending=True).values, theirs, rtol=1e-4, atol=1e-4)
     if "ties" not in name:
         assert torch.equal(kept, golden["kept_ascending"])
 
@@ -261,6 +276,7 @@ def test_laziness_of_a_layer() -> None:
     signal = LocalAttention(golden["n_initial"], golden["n_recent"])
     share = signal.compute(observed(queries, golden["keys"]))
     assert share.item() == pytest.approx(golden["lazy_score"], rel=1e-4)
+    assert bool(share > golden["lazy_threshold"]) == golden["is_lazy"]
 
 
 @pytest.mark.parametrize("name", names("defensivekv_*", 1))
@@ -281,7 +297,9 @@ def test_defensivekv(name: str) -> None:
     forced = theirs == theirs.max()
     assert torch.equal(ours == ours.max(), forced), "the window, and what covers the attention"
     torch.testing.assert_close(ours[~forced], theirs[~forced], rtol=1e-4, atol=1e-5)
-    assert torch.equal(topk_indices(ours.flatten(), golden["layer_budget"]), golden["kept_flat_sorted"][0])
+    flat = topk_indices(ours.flatten(), golden["layer_budget"])
+    assert torch.equal(flat, golden["kept_flat_sorted"][0])
+    assert torch.bincount(flat // n, minlength=heads).tolist() == golden["kept_per_head"].tolist()
     assert method.evict(ctx).keep.shape == (heads, budget)
 
 

@@ -267,7 +267,7 @@ class CumulativeBudgets(LayerBudgets):
     Parameters
     ----------
     protect
-        Entries that every layer keeps beside the prefix.
+        Entries that every layer keeps beside the prefix; None: those that the method says, or none.
 
     References
     ----------
@@ -275,7 +275,7 @@ class CumulativeBudgets(LayerBudgets):
     arXiv 2412.03409.
     """
 
-    protect: int = 0
+    protect: int | None = None
 
     @property
     def requires(self) -> tuple[Signal, ...]:
@@ -283,16 +283,17 @@ class CumulativeBudgets(LayerBudgets):
         return (AttentionSums(),)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.protect, int) or self.protect < 0:
+        if self.protect is not None and (not isinstance(self.protect, int) or self.protect < 0):
             raise ConfigError(f"budgets: cumulative's protect is an integer of at least 0, got {shown(self.protect)}.")
 
     def share(self, contexts: Sequence[CacheContext]) -> list[int]:
         """Search the share of attention."""
         scores = [ctx[AttentionSums].float().mean(dim=0) for ctx in contexts]
         target = sum(ctx.n * (1 - ctx.fraction) for ctx in contexts)
-        drops = cumulative_drops(scores, target, self.protect)
+        protect = self.protect or 0
+        drops = cumulative_drops(scores, target, protect)
         scale = target / max(1, sum(drops))
-        most = [max(0, ctx.n - self.protect) for ctx in contexts]
+        most = [max(0, ctx.n - protect) for ctx in contexts]
         return [ctx.n - min(int(drop * scale + 1e-9), m) for ctx, drop, m in zip(contexts, drops, most, strict=True)]
 
 

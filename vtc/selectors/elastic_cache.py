@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +41,8 @@ class ElasticCacheSelector(CacheSelector):
     variant
         "paper": as above. "released": the published code takes the indices of a sort for ranks, so that what it keeps
         are not the best scores; it keeps one entry less; and it merges, in place of each dropped entry, the one that
-        stands `start` before it, a kept one then counting twice.
+        stands `start` before it, a kept one then counting twice. While decoding it counts from what was asked for, and
+        places before the prompt from the end of the cache.
 
     Raises
     ------
@@ -70,7 +72,12 @@ class ElasticCacheSelector(CacheSelector):
 
     def leaving(self, state: DecodingState) -> Leaving:
         """Return one entry, or none."""
-        return leave_behind_prefix(state)
+        if self.variant == "paper":
+            return leave_behind_prefix(state)
+        # One entry more than were left was asked for, and a short prompt counts from the end of all there are.
+        asked = dataclasses.replace(state, kept=state.kept + 1)
+        place = asked.kept - 25
+        return Leaving(leave_behind_prefix(asked).count, place if place >= 0 else max(0, state.stored + place))
 
     def score(self, ctx: CacheContext) -> Tensor:
         """(N,) attention received."""

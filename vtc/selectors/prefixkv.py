@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -78,9 +79,10 @@ class PrefixKvSelector(CacheSelector):
     @property
     def layer_budgets(self) -> LayerBudgets:
         """How the layers share the budget."""
-        if self.budgets == "cumulative" and self.scope == "all":
-            return CumulativeBudgets(protect=self.start + 1)
-        return super().layer_budgets
+        shares = super().layer_budgets
+        if isinstance(shares, CumulativeBudgets) and shares.protect is None and self.scope == "all":
+            return dataclasses.replace(shares, protect=self.start + 1)
+        return shares
 
     def share(self, contexts: Sequence[CacheContext]) -> list[int]:
         """Return how many entries each layer keeps; by a profile, never less than the ends of the prompt and one."""
