@@ -14,6 +14,7 @@ from vtc.core.sites import DecoderLayer
 from vtc.core.stage import ModelShape
 from vtc.functional import select
 from vtc.kernels import farthest_point
+from vtc.kernels.reference import cosines
 from vtc.registry import get_selector
 from vtc.selectors import VtcClsSelector
 
@@ -76,6 +77,7 @@ def test_vtc_cls_default_layers_are_the_released_ones() -> None:
 def test_divprune(name: str) -> None:
     golden = load(name)
     order = golden["selected_in_order"]
+    torch.testing.assert_close(1 - cosines(golden["x"]), golden["distance"], rtol=1e-4, atol=1e-5)
     assert torch.equal(farthest_point(golden["x"], len(order)), order)
     assert torch.equal(select("divprune", features=golden["x"], keep_ratio=golden["ratio"]).keep, order.sort().values)
 

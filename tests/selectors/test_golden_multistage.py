@@ -321,6 +321,11 @@ def test_vflowopt_recycle(name: str) -> None:
         assert bool((scores[patch][~selection.mask] <= cutoff).all())
         assert bool(selection.mask[scores[patch] > cutoff].all())
         return
+    for theirs in golden["group_id"].unique():
+        cell = golden["groups"][golden["group_id"] == theirs]
+        ours = torch.full((len(scores),), -1)
+        ours[patch] = selection.assign
+        assert len(ours[cell].unique()) == 1, "the tokens of a cell become one"
     assert torch.equal(selection.keep, expected.nonzero()[:, 0])
     out = torch.empty(len(scores), features.shape[1])
     out[~patch] = features[~patch]
@@ -364,6 +369,8 @@ def test_vflowopt_video(name: str) -> None:
     else:
         assert torch.equal(selection.keep, expected[:-1].nonzero()[:, 0])
         close(selection.merge(golden["features"].flatten(0, 1)), golden["out_features"][:-1])
+        close(golden["scores"].flatten()[selection.keep], golden["out_scores"][:-1])
+    assert torch.equal(golden["out_features"][-1], golden["newline"][0])
 
 
 @pytest.mark.parametrize("name", names("vflowopt_llm_stage"))
@@ -384,7 +391,7 @@ def test_vflowopt_inside(name: str) -> None:
         left = left[get_selector("vflowopt", variant="released").select(context).keep]
         text = golden["seq_len"] - len(scores)
         theirs = golden[f"kept_original_index_stage_{stage}"]
-        assert len(left) + text == len(theirs)
+        assert len(left) + text == len(theirs) == int(golden[f"mask_stage_{stage}"].sum())
         kept = theirs[(theirs >= start) & (theirs < start + len(scores))] - start
         if "ties" in name:
             close(scores[left].sort().values, scores[kept].sort().values)
@@ -462,6 +469,8 @@ def test_atp_equations(name: str) -> None:
     origin = TokenGrids(((1, side, side),)).origin()
     spatial = spatial_score(origin, golden["stride"], golden["lambda_sample"])
     close(spatial, golden["s_spatial"])
+    assert torch.equal(spatial != 0, golden["sampled_mask"].bool())
+    assert golden["sampling_rate"] == pytest.approx(golden["stride"] ** -2)
     for row, attention in enumerate(golden["attn"].mean(1)):
         s_self, s_cross = attention[visual][:, visual].mean(0), attention[text][:, visual].mean(0)
         close(s_self, golden["s_self"][row])
@@ -469,7 +478,13 @@ def test_atp_equations(name: str) -> None:
         redundancy = redundancy_score(s_self, s_cross)
         close(redundancy, golden["s_redundant"][row])
         theta_r, theta_s = golden["theta_r"][row], golden["theta_s"][row]
-        close(soft_mask(redundancy, spatial, theta_r, theta_s, golden["temperature"]), golden["soft_mask"][row])
+        never = torch.tensor(torch.inf)
+        for kind, thetas in (
+            ("", (theta_r, theta_s)),
+            ("_redundant", (theta_r, never)),
+            ("_spatial", (never, theta_s)),
+        ):
+            close(soft_mask(redundancy, spatial, *thetas, golden["temperature"]), golden[f"soft_mask{kind}"][row])
         selection = select(
             "atp",
             modality_attention=torch.stack([s_cross, s_self]),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.selectors.test_golden import GOLDEN, case, load
+from vtc import kernels
 from vtc.core.context import VisualContext
 from vtc.core.observations import VisionAttention
 from vtc.core.sites import BeforeDecoder, VisionLayer
@@ -120,6 +121,8 @@ def test_asvit_masks(name: str) -> None:
         assert torch.equal(kept, expected)
     if len(score) > 1:
         assert golden["eval_batch_keep_count"] == int(golden["mask_forward"].sum()) // len(score)
+        best = [kernels.topk_indices(one, golden["eval_batch_keep_count"]) for one in score.detach()]
+        assert torch.equal(torch.stack(best), golden["eval_batch_keep_indices"].sort().values)
 
 
 def test_asvit_arithmetic() -> None:
