@@ -14,6 +14,7 @@ from vtc import kernels
 from vtc.core.context import VisualContext
 from vtc.core.grids import Grid, grid_coords
 from vtc.core.observations import TokenGrids
+from vtc.core.ranges import Float
 from vtc.core.selection import Selection
 from vtc.core.signals import ClsAttention, Origin, VisionKeys
 from vtc.core.sites import BeforeDecoder, DecoderLayer, Site
@@ -102,6 +103,13 @@ def test_vflowopt_stages_average_to_any_budget(depth: int, keep_ratio: float) ->
     assert all(stage.keep is not None and 0 < stage.keep <= 1 for stage in stages)
     average = average_kept([stage.keep or 0.0 for stage in stages], stretches(layers, depth))
     assert average == pytest.approx(keep_ratio, abs=1e-6)
+
+
+def test_vflowopt_searches_within_the_authors_bounds() -> None:
+    space = VFlowOptSelector.search_space(28, 0.25)
+    bounds = {name: (found.low, found.high) for name, found in space.items() if isinstance(found, Float)}
+    r2 = (pytest.approx(0.2 / 0.375), 1.0)
+    assert bounds == {"t": (0, 50), "cell": (3, 24), "alpha": (-1, 1), "r1": (0.25, 0.375), "r2": r2}
 
 
 def test_vflowopt_impossible_budgets_are_refused() -> None:

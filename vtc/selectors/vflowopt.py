@@ -182,7 +182,7 @@ class VFlowOptSelector(Selector):
             "cell": Float(3.0, 24.0),
             "alpha": Float(-1.0, 1.0),
             "r1": Float(keep_ratio, min(1.0, 1.5 * keep_ratio)),
-            "r2": Float(0.5, 1.0),
+            "r2": Float(0.2 / 0.375, 1.0),
         }
 
     def __post_init__(self) -> None:
