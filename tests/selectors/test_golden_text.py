@@ -127,6 +127,14 @@ def test_eadp_words_that_mean_a_place() -> None:
     assert not dense_relevance(x, text[:0], 0.2).any()
 
 
+def test_eadp_alpha_is_the_weight_of_the_text_as_a_whole() -> None:
+    x, text = torch.eye(4), torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.3, 0.3, 0.3]])
+    origin, whole = TokenGrids(((1, 1, 1),) * 4).origin(), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    for alpha, best in ((0.0, 0), (1.0, 2)):
+        importance = EadpSelector(alpha=alpha, similarity="direct").importance(x, text, whole, origin)
+        assert int(importance.argmax()) == best
+
+
 def test_eadp_smooths_within_a_frame() -> None:
     """One peak in the corner of the first of two frames: mirrored, the corner counts its neighbours twice."""
     side, middle = 0.27406862, 0.45186276

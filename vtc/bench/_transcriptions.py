@@ -280,7 +280,7 @@ def eadp(selector: Any, ctx: VisualContext) -> Choice:
     entropy = -(share * share.clamp(min=1e-38).log()).sum(dim=1)
     clear = entropy.sort(stable=True).indices[: max(1, int(selector.words * len(text)))]
     local = (-entropy[clear] / 0.01).softmax(dim=0) @ similarity[clear]
-    mixed = _range(selector.alpha * local + (1 - selector.alpha) * similarity.mean(dim=0))
+    mixed = _range(selector.alpha * similarity.mean(dim=0) + (1 - selector.alpha) * local)
     edge = torch.tensor([math.exp(-0.5), 1.0, math.exp(-0.5)])
     kernel = torch.outer(edge, edge) / edge.sum() ** 2
     smooth = []

@@ -35,7 +35,7 @@ class EadpSelector(TextRelevance):
     **Relevance.** s_ti is the cosine of text token t and visual token i, negated if `similarity` is "inverted". Of the
     softmax over i of ``100 s_ti`` the entropy H_t says how little t means a place; the `words` part of the text tokens
     with the lowest entropy counts, at least one, with the weights ``softmax_t(-H_t / 0.01)``. That local relevance and
-    the global one, the mean of s_ti over all text tokens, make ``alpha * local + (1 - alpha) * global``, which is
+    the global one, the mean of s_ti over all text tokens, make ``alpha * global + (1 - alpha) * local``, which is
     brought to the range from 0 to 1 over the picture, smoothed with a 3 x 3 Gaussian of width 1 (mirrored at edges) and
     raised to the power `beta`: w_i. **Choice.** Greedy facility location: in every step the token with the largest
     increase of ``sum_i w_i max over kept j of (1 + cosine(x_i, x_j)) / 2`` (`vtc.kernels.weighted_coverage`).
@@ -49,7 +49,7 @@ class EadpSelector(TextRelevance):
     Parameters
     ----------
     alpha
-        Weight of the local relevance, from 0 to 1.
+        Weight of the global relevance, from 0 to 1.
     beta
         Power of the smoothed relevance: how much it counts against coverage.
     words
@@ -84,7 +84,7 @@ class EadpSelector(TextRelevance):
 
     @classmethod
     def search_space(cls, depth: int, keep_ratio: float) -> dict[str, Range]:
-        """Return ranges of the local part, of the power and of the words."""
+        """Return ranges of the global part, of the power and of the words."""
         return {"alpha": Float(0.0, 1.0), "beta": Float(0.0, 4.0), "words": Float(0.05, 1.0)}
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class EadpSelector(TextRelevance):
             (N, 6), as the signal `Origin`.
         """
         local = dense_relevance(x, text, self.words, self.sign)
-        mixed = self.alpha * local + (1 - self.alpha) * self.sign * whole
+        mixed = self.alpha * self.sign * whole + (1 - self.alpha) * local
         return smoothed(quality_of(mixed), origin).clamp(min=0) ** self.beta
 
 
