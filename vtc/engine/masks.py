@@ -76,9 +76,8 @@ def causal_mask(
         "layer_idx": layer,
     }
     window = types.windows[layer]
-    whole = window is None or seen <= window
     steps = hidden.shape[1] == 1 and blocks is None and cache is not None and not cache.is_compileable
-    if steps and whole and types.config._attn_implementation == "sdpa":
+    if steps and (window is None or seen <= window) and types.config._attn_implementation == "sdpa":
         # What the call below comes to for one query, at a tenth of its time: layers that keep other numbers of entries
         # need a mask each at every step.
         valid = source_index >= 0
@@ -87,7 +86,7 @@ def causal_mask(
         return valid[:, None, None]
     if blocks is not None:
         blocks = nn.functional.pad(blocks, (source_index.shape[1] - blocks.shape[1], 0), value=-1)
-    if whole:
+    if window is None or seen <= window:
         return create_causal_mask(**arguments, block_sequence_ids=blocks)
     length = source_index.shape[1]
     if cache is not None:  # a static cache is longer than the keys that exist
