@@ -677,6 +677,8 @@ class Family:
         Whether the decoder has linear-attention layers, for which masking a token differs from dropping it.
     routed : bool
         Whether experts are weighted in float32 even in a model in float64, which then rounds as one in float32.
+    like : str, optional
+        A line with the same adapter and a decoder of the same kind: the laws are tried with few methods here.
     """
 
     name: str
@@ -685,6 +687,7 @@ class Family:
     cls: bool = False
     hybrid: bool = False
     routed: bool = False
+    like: str | None = None
 
     @property
     def any_size(self) -> bool:
@@ -721,17 +724,17 @@ FAMILIES: tuple[Family, ...] = (
     Family("internvl", "internvl", cls=True),
     Family("internvl_tiles", "internvl_tiles", cls=True),
     Family("idefics3", "idefics3"),
-    Family("smolvlm", "smolvlm"),
+    Family("smolvlm", "smolvlm", like="idefics3"),
     Family("gemma3", "gemma3"),
     Family("paligemma", "paligemma"),
     Family("qwen3_5", "qwen3_5", hybrid=True),
-    Family("llava_pixtral", "llava_pixtral"),
+    Family("llava_pixtral", "llava_pixtral", like="mistral3"),
     Family("mistral3", "mistral3"),
     Family("aya_vision", "aya_vision"),
-    Family("cohere2_vision", "cohere2_vision"),
-    Family("glm4v_moe", "glm4v_moe", routed=True),
-    Family("glm46v", "glm46v"),
-    Family("qwen3_5_moe", "qwen3_5_moe", hybrid=True),
+    Family("cohere2_vision", "cohere2_vision", like="aya_vision"),
+    Family("glm4v_moe", "glm4v_moe", routed=True, like="glm4v"),
+    Family("glm46v", "glm46v", like="glm4v"),
+    Family("qwen3_5_moe", "qwen3_5_moe", hybrid=True, like="qwen3_5"),
 )
 
 LARGE: tuple[Family, ...] = (

@@ -21,6 +21,9 @@ ATTENTIONS = ("sdpa", "eager")
 REPRESENTATIVES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")
 """Families for the modes of generate(): 2-D positions, M-RoPE, deepstack, tiles."""
 
+FEW = ("resize", "divprune at vision:1", "flowcut received", "divprune", "fastv", "divprune+fastv", "vtc")
+"""Methods that are tried in families like another: at the pixels, in the tower, before the decoder, in it, merging."""
+
 VIDEO_REPRESENTATIVES = ("llava_next_video", "qwen2_5_vl_video")
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
@@ -76,6 +79,8 @@ class Method:
 
     def applies_to(self, family: tiny.Family, attention: str = "sdpa") -> bool:
         enough = VIDEO_REPRESENTATIVES if self.video else REPRESENTATIVES
+        if family.like is not None and (self.name not in FEW or attention != "sdpa"):
+            return False
         if not self.everywhere and (family.name not in enough or attention != "sdpa"):
             return False
         if self.video and family.modality != "video":

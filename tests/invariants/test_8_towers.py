@@ -88,6 +88,7 @@ def over_settings(families: tuple[tiny.Family, ...]) -> Any:
         for family in families
         for name, stages in SETTINGS.items()
         if not (family.hybrid and name == "down to the decoder")
+        and (family.like is None or name in ("bright at vision:1", "flowcut received", "down to the decoder"))
         and (family.cls or not any(m.needs_cls for m in METHODS if m.name == name))
     ]
     return pytest.mark.parametrize(("family", "stages"), cases)
