@@ -37,6 +37,7 @@ class GivenSelector(vtc.Selector):
 
     name: ClassVar[str] = "given"
     paper: ClassVar[str] = "none: what a search proposes"
+    trained: ClassVar[bool] = True  # it needs more than the picture, whose choices a memory would give again
 
     def select(self, ctx: vtc.VisualContext) -> vtc.Selection:
         """Keep the next row's tokens."""

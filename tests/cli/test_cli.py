@@ -251,7 +251,7 @@ class TestLists:
         assert main(["methods"]) == 0
         lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
         assert all(word in lines["fastv"] for word in ("not qwen3_5", "image, video", "N d"))
-        assert "glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe" in lines["resize"]
+        assert "qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe" in lines["resize"]
         assert 'with [CLS] or score_source="received"' in lines["visionzip"]
         assert "place, (cls_attention)" in lines["vtc"]
         assert "entering tower layers 1 to 21 in steps of 2" in lines["flowcut"]

@@ -21,7 +21,7 @@ CASES = [
     ("qwen2_5_vl", "vflowopt", "static-cache"),
     ("internvl", "todre", "no-cache"),
     ("gemma3", "aim", "greedy"),
-    ("llava_next_video", "atp", "turns"),
+    ("llava_next_video", "todre", "turns"),
 ]
 
 

@@ -34,9 +34,9 @@ be stated twenty times tighter. Eager attention is tested in float32: with paddi
 in the float32 softmax, compressed or not.
 """
 
-HYBRID_TOLERANCE = 4e-4
+HYBRID_TOLERANCE = 1e-3
 """transformers' gated delta rule works in float32 chunks whose borders move with padding: the untouched model's padded
-batches differ from their rows by up to 2.4e-4."""
+batches differ from their rows by up to 2.4e-4, compressed ones, whose padding has other lengths, by up to 4.7e-4."""
 
 PRECISION = {"sdpa": torch.float64, "eager": torch.float32}
 

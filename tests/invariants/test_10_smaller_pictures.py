@@ -26,7 +26,7 @@ from vtc.engine.cache import CACHE
 from vtc.errors import ConfigError, UnsupportedMethodError
 from vtc.selectors.resize import smaller_grid
 
-FAMILIES = tuple(family for family in tiny.FAMILIES if family.any_size)
+FAMILIES = tuple(family for family in tiny.FAMILIES if family.any_size and family.like is None)
 FIXED = tuple(family for family in tiny.FAMILIES if not family.any_size)
 EDGE, MERGE, JOINED = 4, 2, 2  # of the tiny towers
 CELL = EDGE * MERGE
