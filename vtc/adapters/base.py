@@ -146,8 +146,13 @@ class Adapter(ABC):
         return 0
 
     def feature_layer(self, modality: str, call: Mapping[str, Any]) -> int:
-        """Return the 0-based tower layer whose output feeds the projector."""
-        return len(self.tower_attentions(modality)) - 1
+        """Return the 0-based tower layer whose output feeds the projector.
+
+        That is `vision_feature_layer`, of the call or else of the configuration, or the last where neither has it.
+        """
+        depth, index = len(self.tower_attentions(modality)), call.get("vision_feature_layer")
+        index = getattr(self.config, "vision_feature_layer", None) if index is None else index
+        return depth - 1 if index is None else hidden_state_layer(index, depth)
 
     def tower_blocks(self, modality: str) -> list[nn.Module]:
         """Return the tower's layers, first layer first: the modules around its `tower_attentions`.

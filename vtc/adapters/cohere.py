@@ -18,11 +18,6 @@ class CohereVisionAdapter(CropAdapter):
 
     view_layout = "separate tiles"
 
-    def feature_layer(self, modality: str, call: Mapping[str, Any]) -> int:
-        if hasattr(self.config, "vision_feature_layer"):
-            return super().feature_layer(modality, call)
-        return len(self.tower_attentions(modality)) - 1
-
     def cell(self, modality: str, call: Mapping[str, Any]) -> int:
         factor: int = self.config.downsample_factor
         return factor

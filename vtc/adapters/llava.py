@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vtc.adapters.base import Adapter, Layout, TowerUnit, hidden_state_layer, parts_of, rows_of
+from vtc.adapters.base import Adapter, Layout, TowerUnit, parts_of, rows_of
 from vtc.adapters.pixtral import packed_lengths, packed_pictures, packed_units
 from vtc.core.grids import Grid
 from vtc.registry import register_adapter
@@ -19,11 +19,6 @@ class CropAdapter(Adapter):
 
     def tower(self, modality: str) -> nn.Module:
         return self.base.vision_tower
-
-    def feature_layer(self, modality: str, call: Mapping[str, Any]) -> int:
-        index = call.get("vision_feature_layer")
-        index = self.config.vision_feature_layer if index is None else index
-        return hidden_state_layer(index, len(self.tower_attentions(modality)))
 
     def side(self) -> int:
         """Count the patches along a crop's edge."""

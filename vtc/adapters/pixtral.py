@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.adapters.base import Adapter, Layout, TowerUnit, hidden_state_layer, rows_of
+from vtc.adapters.base import Adapter, Layout, TowerUnit, rows_of
 from vtc.registry import register_adapter
 
 __all__ = ["Mistral3Adapter", "packed_lengths", "packed_pictures", "packed_units"]
@@ -22,11 +22,6 @@ class Mistral3Adapter(Adapter):
 
     def tower(self, modality: str) -> nn.Module:
         return self.base.vision_tower
-
-    def feature_layer(self, modality: str, call: Mapping[str, Any]) -> int:
-        index = call.get("vision_feature_layer")
-        index = self.config.vision_feature_layer if index is None else index
-        return hidden_state_layer(index, len(self.tower_attentions(modality)))
 
     def packed_lengths(self, modality: str, call: Mapping[str, Any]) -> list[int] | None:
         return packed_lengths(self.base.vision_tower, call)
